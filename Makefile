@@ -1,0 +1,59 @@
+# `make help` lists what there is. PYTHON=python3.12 (or a path) chooses another Python.
+
+PYTHON ?= python3
+VERSION := $(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+
+RUN := .venv/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --quiet --progress-bar off
+
+# The stamps carry the version, so that a .venv of another Python has none of them.
+VENV := .venv/python-$(VERSION)
+INSTALLED := .venv/installed-$(VERSION)
+INSTALLED_TEST := .venv/installed-test-$(VERSION)
+
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-slow lint clean
+
+help: ## list the targets
+	@echo "make TARGET [PYTHON=python3.12]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | while IFS='|' read -r name what; \
+		do printf '%-14s %s\n' "$$name" "$$what"; done
+
+quickstart: $(INSTALLED) ## teacher, 2-bit init, QAT, packed model and text on this machine
+	@$(RUN) -m experiments.run --config experiments/configs/quickstart.yaml
+
+test: $(INSTALLED_TEST) ## all tests but the slow ones
+	@$(RUN) -m pytest --durations=10
+
+test-slow: $(INSTALLED_TEST) ## only the tests that take minutes each
+	@$(RUN) -m pytest --durations=10 -m slow
+
+lint: $(INSTALLED_TEST) ## ruff check
+	@$(RUN) -m ruff check .
+
+clean: ## remove .venv and caches, not runs/
+	rm -rf .venv .cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV):
+	@test -n "$(VERSION)" || { \
+		echo "error: '$(PYTHON)' does not run; name a Python 3.11 or newer: make ... PYTHON=python3.12" >&2; \
+		exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: '$(PYTHON)' is Python $(VERSION); this needs 3.11 or newer: make ... PYTHON=python3.12" >&2; \
+		exit 2; }
+	@if test -e .venv; then echo "removing .venv: it is not a whole one of Python $(VERSION)"; fi
+	@rm -rf .venv
+	@echo "creating .venv with Python $(VERSION)"
+	@"$(PYTHON)" -m venv .venv
+	@touch $@
+
+$(INSTALLED): requirements.txt | $(VENV)
+	@echo "installing requirements.txt into .venv (some minutes the first time)"
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(INSTALLED_TEST): requirements-test.txt $(INSTALLED)
+	@echo "installing requirements-test.txt into .venv"
+	@$(PIP) -r requirements-test.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""Commands that run whole experiments: the library below knows nothing of them."""

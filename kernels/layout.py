@@ -1,0 +1,39 @@
+"""`rb256`, the bit layout of packed sign matrices.
+
+Row-major over outputs; each row is a sequence of 32-byte blocks and each block holds 256 inputs:
+
+    bit p (least significant first) of byte j of block c  =  input 256 c + 32 p + j;   1 is +1, 0 is -1
+
+The last block is padded with 0. A byte's eight bits belong to inputs that lie 32 apart, so eight masks
+of one 32-byte block give the inputs in their natural order, without any permutation.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 256
+BLOCK_BYTES = 32
+
+
+def packed_bytes(inputs: int) -> int:
+    """Bytes of one packed row of `inputs` signs: `32 ceil(inputs / 256)`."""
+    return -(-inputs // BLOCK) * BLOCK_BYTES
+
+
+def pack_bits(positive: jax.Array) -> jax.Array:
+    """Bool `[..., o, i]`, True for +1 -> uint8 `[..., o, 32 ceil(i / 256)]`."""
+    pad = -positive.shape[-1] % BLOCK
+    padded = jnp.pad(positive, [(0, 0)] * (positive.ndim - 1) + [(0, pad)])
+    planes = padded.reshape(*padded.shape[:-1], -1, 8, BLOCK_BYTES).astype(jnp.uint8)
+    packed = sum(planes[..., p, :] << p for p in range(8))
+    return packed.reshape(*packed.shape[:-2], -1)
+
+
+def unpack_bits(bits: jax.Array, inputs: int) -> jax.Array:
+    """uint8 `[..., o, 32 ceil(i / 256)]` -> uint8 0 or 1 `[..., o, i]`; inverse of `pack_bits`."""
+    blocks = bits.reshape(*bits.shape[:-1], -1, 1, BLOCK_BYTES)
+    shifts = jnp.arange(8, dtype=jnp.uint8).reshape((1,) * (blocks.ndim - 2) + (8, 1))
+    planes = (blocks >> shifts) & jnp.uint8(1)
+    return planes.reshape(*bits.shape[:-1], -1)[..., :inputs]

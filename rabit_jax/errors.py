@@ -1,0 +1,9 @@
+"""The one exception type for mistakes that a user can put right."""
+
+
+class BadInput(ValueError):
+    """Input that cannot be used: a wrong config, file, rule or shape.
+
+    The message is one sentence that says what was found, what was wanted and what to do. The
+    command line prints it to stderr and exits with code 2, without a traceback.
+    """

@@ -1,0 +1,260 @@
+"""Models as Hugging Face folders: config.json, safetensors and tokenizer, read and written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rabit_jax.errors import BadInput
+from rabit_jax.models.config import ModelConfig, from_hf, to_hf, token_ids
+from rabit_jax.models.decoder import Decoder
+from rabit_jax.models.names import hf_name, param_shapes, tensor_names
+from rabit_jax.weights.linear import is_weight
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+def load_hf(
+    path: str | Path, dtype: Any = None, shardings: Any = None
+) -> tuple[Decoder, dict[str, Any], Any]:
+    """Reads a model from a folder, or from the hub by its id.
+
+    Args:
+      path: folder with config.json and safetensors (one file, or shards with their index), or a
+        hub id such as `org/name`.
+      dtype: of the params in memory, None for float32. Matrix products run in the dtype that
+        config.json names.
+      shardings: tree like the params, of `jax.sharding.Sharding`; each stacked parameter goes
+        from the file straight to its devices. None puts all on the default device.
+
+    Returns:
+      `(Decoder, params, tokenizer)`; torch's `[out, in]` matrices come transposed and stacked as
+      `[l, in, out]`; the tokenizer is transformers', or None where the folder has none.
+
+    Raises:
+      BadInput: no such folder or hub model, an unsupported config (the message begins with
+        `unsupported`), a damaged shard, or a missing, extra or misshapen tensor, by name.
+    """
+    folder = _folder(path)
+    config = _read_config(folder)
+    targets = {} if shardings is None else flatten_dict(shardings, sep="/")
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tensors(folder, stack)
+        shapes = param_shapes(config)
+        _check_tensors(tensors, shapes, config, folder)
+        params = {
+            p: jax.device_put(_stack(tensors, p, shape, jnp.dtype(dtype or "float32")),
+                              targets.get(p))
+            for p, shape in shapes.items()
+        }
+    return Decoder(config), unflatten_dict(params, sep="/"), load_tokenizer(folder)
+
+
+def save_hf(
+    folder: str | Path, model: Decoder | ModelConfig, params: Any, tokenizer: Any = None,
+    dtype: Any = "float32",
+) -> None:
+    """Writes a folder that transformers and `load_hf` load.
+
+    It holds config.json, generation_config.json, model.safetensors and, if given, the tokenizer.
+    All is written beside the target and renamed, so nothing half-written stays; a model folder of
+    that name is replaced.
+
+    Args:
+      folder: where to write.
+      model: the decoder or its config.
+      params: its params; a weight node is saved as its `dense()` matrix.
+      tokenizer: of transformers, or a plain `tokenizers.Tokenizer`.
+      dtype: of the stored tensors, named in config.json too: float32, bfloat16 or float16.
+
+    Raises:
+      BadInput: params that do not fit the config, a target that is no model folder, no room.
+    """
+    config = dataclasses.replace(getattr(model, "config", model), dtype=jnp.dtype(dtype).name)
+    leaves = flatten_dict(params, sep="/")
+    _check_params(leaves, param_shapes(config))
+    folder = Path(folder)
+    if folder.exists() and not _replaceable(folder):
+        raise BadInput(f"{folder} exists and is not a model folder, choose another place to save")
+    try:
+        _write_folder(folder, config, leaves, tokenizer)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot write model folder {folder}: {error}") from error
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The transformers tokenizer of a model folder, or None where it holds none.
+
+    Raises:
+      BadInput: tokenizer files that cannot be read.
+    """
+    if not any((Path(folder) / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds, all for files it cannot use
+        raise BadInput(f"cannot read the tokenizer in {folder}: {_first_line(error)}") from error
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path)):
+        raise BadInput(f"no model folder {path}")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
+            ignore_patterns=["consolidated*", "original/*"],
+        ))
+    except Exception as error:  # network, cache and hub raise many kinds
+        raise BadInput(f"no model folder {path}, and the hub gave no model of that name "
+                       f"({_first_line(error)})") from error
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    """The config, with the end tokens of generation_config.json where it names any."""
+    config = from_hf(_read_json(folder / "config.json"))
+    generation = folder / "generation_config.json"
+    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    return config if eos is None else dataclasses.replace(config, eos_ids=token_ids(eos))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {file}: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{file} holds a {type(content).__name__}, wanted a JSON object")
+    return content
+
+
+def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Tensor name -> the open file that holds it."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists():
+        shards = [single.name]
+    elif index.exists():
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    else:
+        raise BadInput(f"{folder} holds no model.safetensors and no {index.name}")
+    tensors: dict[str, Any] = {}
+    for name in shards:
+        try:
+            file = stack.enter_context(safe_open(folder / name, framework="numpy"))
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"cannot read shard {folder / name} ({_first_line(error)}), it is "
+                           "missing or damaged: fetch it again") from error
+        tensors |= {tensor: file for tensor in file.keys()}
+    return tensors
+
+
+def _check_tensors(
+    tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]], config: ModelConfig, folder: Path
+) -> None:
+    wanted = dict(pair for path, shape in shapes.items() for pair in tensor_names(path, shape))
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise BadInput(f"missing tensor {name} {list(shape)} in {folder}")
+        found = tensors[name].get_slice(name)
+        if tuple(found.get_shape()) != shape or found.get_dtype() not in _FLOATS:
+            raise BadInput(f"tensor {name} in {folder} is {found.get_dtype()} {found.get_shape()}, "
+                           f"wanted {list(shape)} of float32, bfloat16 or float16")
+    for name in sorted(set(tensors) - set(wanted)):
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if not (name == "lm_head.weight" and config.tied_head and _same(tensors, name)):
+            raise BadInput(f"extra tensor {name} in {folder}, config.json asks for none of that "
+                           "name")
+
+
+def _same(tensors: dict[str, Any], head: str) -> bool:
+    embed = hf_name("embed/embedding")
+    return np.array_equal(tensors[head].get_tensor(head), tensors[embed].get_tensor(embed))
+
+
+def _stack(
+    tensors: dict[str, Any], path: str, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """One parameter, read tensor by tensor, transposed and stacked on the host."""
+    out = np.empty(shape, dtype)
+    rows = out if path.startswith("layers/") else out[None]
+    for row, (name, _) in zip(rows, tensor_names(path, shape), strict=True):
+        value = tensors[name].get_tensor(name)
+        row[...] = value.T if path.endswith("/kernel") else value
+    return out
+
+
+def _check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    if odd := sorted(set(leaves) ^ set(shapes)):
+        what = "extra" if odd[0] in leaves else "missing"
+        raise BadInput(f"{what} parameter {odd[0]}: the params do not fit the model's config")
+    for path, shape in shapes.items():
+        if tuple(leaves[path].shape) != shape:
+            raise BadInput(f"parameter {path} is {tuple(leaves[path].shape)}, the config wants "
+                           f"{shape}")
+
+
+def _replaceable(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
+
+
+def _write_folder(
+    folder: Path, config: ModelConfig, leaves: dict[str, Any], tokenizer: Any
+) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        save_file(_tensors(config, leaves), new / "model.safetensors", metadata={"format": "pt"})
+        raw = to_hf(config)
+        ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
+        for name, content in (("config.json", raw), ("generation_config.json", ids)):
+            (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _save_tokenizer(new, tokenizer)
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        new.rename(folder)
+
+
+def _tensors(config: ModelConfig, leaves: dict[str, Any]) -> dict[str, np.ndarray]:
+    """All tensors under their Hugging Face names, in torch's layout."""
+    out = {}
+    for path, leaf in leaves.items():
+        stored = np.asarray(leaf.dense() if is_weight(leaf) else leaf).astype(config.dtype)
+        rows = stored if path.startswith("layers/") else stored[None]
+        for row, (name, _) in zip(rows, tensor_names(path, stored.shape), strict=True):
+            out[name] = np.ascontiguousarray(row.T if path.endswith("/kernel") else row)
+    return out
+
+
+def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    if tokenizer is None:
+        return
+    if not hasattr(tokenizer, "save_pretrained"):
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tokenizer.save_pretrained(str(folder))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,129 @@
+"""Checkpoints: asynchronous, atomic, verified, restored onto any mesh."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from rabit_jax.errors import BadInput
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+
+@jax.jit
+def checksum(tree: Any) -> jax.Array:
+    """A uint32 of all bits of a tree: `sum_n (2 n + 1) word_n` modulo 2^32 over every array.
+
+    Integer sums do not depend on their order, so the value is the same on every mesh.
+    """
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        words = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
+        strides = [1]
+        for n in reversed(leaf.shape[1:]):
+            strides.insert(0, strides[0] * n)
+        index = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, stride in enumerate(strides[: leaf.ndim]):
+            index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+        total = total * jnp.uint32(31) + jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
+    return total
+
+
+def abstract(tree: Any, shardings: Any = None) -> Any:
+    """Shapes, dtypes and target shardings of a tree, to restore onto."""
+    if shardings is None:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+class Checkpoints:
+    """Checkpoints of one stage in a folder, one per kept step.
+
+    Saving returns at once and is finished in the background; a checkpoint appears under its final name
+    only when it is whole. Each holds a checksum of its bits that restoring verifies.
+
+    Example:
+      >>> with Checkpoints("runs/a/checkpoints/qat") as checkpoints:
+      ...     checkpoints.save(100, state)
+      ...     step, state = checkpoints.restore_last(abstract(state))
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        """Open or create `folder`; at most `keep` checkpoints stay."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self.folder = Path(folder).absolute()
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        """Save `state` after `step` steps; a step that is there already is left alone."""
+        if step not in self.manager.all_steps():
+            tree = {"state": state, "checksum": checksum(state)}
+            self.manager.save(step, args=ocp.args.StandardSave(tree))
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        self.manager.wait_until_finished()
+        return sorted(self.manager.all_steps())
+
+    def restore(self, step: int, target: Any) -> Any:
+        """Restore one step onto the shapes and shardings of `target` (see `abstract`).
+
+        Raises:
+          BadInput: it cannot be read, or its bits do not match its checksum.
+        """
+        replicated = jax.tree.leaves(target)[0].sharding
+        if isinstance(replicated, jax.sharding.NamedSharding):
+            replicated = jax.sharding.NamedSharding(replicated.mesh, jax.sharding.PartitionSpec())
+        wanted = {"state": target, "checksum": jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated)}
+        try:
+            found = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
+        except Exception as error:  # orbax and tensorstore raise many types for a damaged file
+            raise BadInput(
+                f"checkpoint {self.folder / str(step)} cannot be read: {type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"
+            ) from error
+        if int(checksum(found["state"])) != int(found["checksum"]):
+            raise BadInput(f"checkpoint {self.folder / str(step)} is damaged: its checksum does not match")
+        return found["state"]
+
+    def restore_last(self, target: Any) -> tuple[int, Any] | None:
+        """The newest whole checkpoint as `(step, state)`, None where there is none.
+
+        A damaged one is named on stderr, removed, and the one before it is tried.
+
+        Raises:
+          BadInput: there are checkpoints and all are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return step, self.restore(step, target)
+            except BadInput as error:
+                print(f"{error}; falling back to the one before it", file=sys.stderr)
+                self.manager.delete(step)
+        if steps:
+            raise BadInput(f"every checkpoint in {self.folder} is damaged: start the stage again with --force")
+        return None
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk; raises what went wrong in the background."""
+        self.manager.wait_until_finished()
+
+    def __enter__(self) -> Checkpoints:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Finish pending saves."""
+        self.manager.wait_until_finished()
+        self.manager.close()

@@ -1,0 +1,162 @@
+"""The training loop: batches in, metrics out, checkpoints on the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from rabit_jax.errors import BadInput
+from rabit_jax.train.checkpoints import Checkpoints, abstract
+from rabit_jax.train.step import TrainState
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Measurements between steps, outside the timed ones.
+
+    Attributes:
+      every: steps between measurements; the first step and the last are always measured.
+      before: `trainable -> snapshot`, taken before a watched step.
+      after: `(step, trainable, snapshot) -> None`, called after it.
+    """
+
+    every: int
+    before: Callable[[Any], Any]
+    after: Callable[[int, Any, Any], None]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Settings of one training stage.
+
+    Attributes:
+      stage: name in the logs.
+      steps: total number of steps.
+      tokens_per_step: tokens of one batch, for the throughput.
+      log: receives one record per logged step.
+      log_every: steps between records.
+      save_every: steps between checkpoints; 0 saves at the end only.
+      schedule: step -> learning rate, for the log.
+      watch: measurements between steps.
+      progress: called with `(steps done, record)`.
+      stop: polled between steps; True ends the loop after a checkpoint.
+    """
+
+    stage: str
+    steps: int
+    tokens_per_step: int
+    log: Callable[[dict], None] = lambda record: None
+    log_every: int = 10
+    save_every: int = 0
+    schedule: Callable[[int], Any] = lambda step: 0.0
+    watch: Watch | None = None
+    progress: Callable[[int, dict], None] = lambda step, record: None
+    stop: Callable[[], bool] = lambda: False
+
+
+def train(
+    loop: Loop, step: Callable, state: TrainState, frozen: Any, teacher: Any,
+    batches: Callable[[int], dict], checkpoints: Checkpoints | None = None, resume: bool = False,
+) -> TrainState:
+    """Run `step(state, frozen, teacher, batches(s))` for s = 0 .. steps - 1.
+
+    Batch s depends on s alone, so a resumed run sees what an uninterrupted one would have seen, and the
+    state after it is the same bit for bit.
+
+    Args:
+      loop: settings.
+      step: jitted, may donate its first argument.
+      state: state to start from; with `resume`, the newest whole checkpoint replaces it.
+      frozen: params that do not train.
+      teacher: params of the teacher, or None.
+      batches: step -> batch on its devices.
+      checkpoints: where to save; None saves nothing.
+      resume: continue from `checkpoints`.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      BadInput: the loss or the gradient is not finite; the last good checkpoint stays.
+      KeyboardInterrupt: `loop.stop()` turned true; the state is saved.
+    """
+    if checkpoints and resume and (found := checkpoints.restore_last(abstract(state))):
+        state = found[1]
+    done = int(state.step)
+    clock = _Clock(loop.tokens_per_step)
+    pending = None
+    while done < loop.steps:
+        watched = loop.watch and (done % loop.watch.every == 0 or done == loop.steps - 1)
+        snapshot = clock.pause(loop.watch.before, state.trainable) if watched else None
+        state, metrics = step(state, frozen, teacher, batches(done))
+        done += 1
+        _report(loop, pending, clock)
+        pending = (done, metrics)
+        clock.tick()
+        saving = checkpoints and (done == loop.steps or (loop.save_every and done % loop.save_every == 0))
+        stopping = loop.stop()
+        if watched or saving or stopping or done == loop.steps:
+            _report(loop, pending, clock)
+            pending = None
+        if watched:
+            clock.pause(loop.watch.after, done, state.trainable, snapshot)
+        if checkpoints and (saving or stopping):
+            clock.pause(checkpoints.save, done, state)
+        if stopping and done < loop.steps:
+            if checkpoints:
+                checkpoints.wait()
+            raise KeyboardInterrupt
+    if checkpoints:
+        checkpoints.wait()
+    return state
+
+
+def _report(loop: Loop, pending: tuple[int, dict] | None, clock: _Clock) -> None:
+    """Read a step's metrics (one step late, so that the device never waits), check and log them."""
+    if pending is None:
+        return
+    done, metrics = pending
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        raise BadInput(
+            f"stage {loop.stage}: loss {values['loss']} and gradient norm {values['grad_norm']} at step {done} "
+            "are not finite; the last checkpoint is kept: lower the learning rate or the clip and run again "
+            "with --resume"
+        )
+    record = {
+        "stage": loop.stage, "step": done, "tokens": done * loop.tokens_per_step, **values,
+        "lr": float(loop.schedule(done - 1)), "tokens_per_second": clock.rate(),
+    }
+    loop.progress(done, record)
+    if done % loop.log_every == 0 or done in (1, loop.steps):
+        loop.log(record)
+
+
+class _Clock:
+    """Tokens per second over the steps since compilation, pauses left out."""
+
+    def __init__(self, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        self.steps, self.start, self.paused = 0, None, 0.0
+
+    def tick(self) -> None:
+        if self.start is None:
+            self.start, self.paused = time.perf_counter(), 0.0
+        else:
+            self.steps += 1
+
+    def pause(self, function: Callable, *arguments: Any) -> Any:
+        begin = time.perf_counter()
+        result = function(*arguments)
+        self.paused += time.perf_counter() - begin
+        return result
+
+    def rate(self) -> float:
+        if not self.steps:
+            return 0.0
+        return self.steps * self.tokens_per_step / (time.perf_counter() - self.start - self.paused)

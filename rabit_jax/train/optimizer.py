@@ -1,0 +1,155 @@
+"""Optimisers by role: Muon on latents and matrices, AdamW on scales and norms, the rest frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from rabit_jax.errors import BadInput
+from rabit_jax.weights.convert import map_leaves
+from rabit_jax.weights.linear import is_weight
+
+ROLES = ("latent", "scale", "matrix", "embedding", "head", "norm", "bias")
+MUON_ROLES = ("latent", "matrix")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How params move.
+
+    Attributes:
+      name: "muon" (latents and matrices by Muon, everything else by AdamW) or "adamw" for all.
+      lr: peak learning rate of latents and matrices; Muon's update is scaled to AdamW's root mean
+        square (0.2), so one value suits both.
+      scale_lr: peak learning rate of everything else; 0 takes `lr`.
+      warmup: share of the steps over which the rate rises linearly.
+      schedule: "cosine" to 0, or "constant" after the warm-up.
+      clip: largest global gradient norm; 0 does not clip.
+      weight_decay: decoupled weight decay on latents and matrices.
+      beta1: momentum of AdamW (Muon's is 0.95).
+      beta2: second-moment decay of AdamW.
+      freeze: roles that do not train, out of latent, scale, matrix, embedding, head, norm, bias.
+    """
+
+    name: Literal["muon", "adamw"] = "muon"
+    lr: float = 1e-3
+    scale_lr: float = 0.0
+    warmup: float = 0.02
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    freeze: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        """Raises BadInput for values out of range."""
+        unknown = sorted(set(self.freeze) - set(ROLES))
+        if unknown:
+            raise BadInput(f"freeze names {unknown[0]!r}: the roles are {', '.join(ROLES)}")
+        if self.lr <= 0 or self.scale_lr < 0 or not 0 <= self.warmup < 1 or self.clip < 0:
+            raise BadInput(
+                f"lr {self.lr}, scale_lr {self.scale_lr}, warmup {self.warmup}, clip {self.clip}: lr must be "
+                "positive, scale_lr and clip not negative, warmup a share of the steps in 0..1"
+            )
+
+
+def roles(params: Any) -> Any:
+    """The tree of role names with the structure of `params`.
+
+    A weight node names its own leaves ("latent", "scale"); an array is named by its path: "embedding",
+    "head", "norm" (a vector), "bias", otherwise "matrix".
+    """
+
+    def name(path: str, leaf: Any) -> Any:
+        if is_weight(leaf):
+            return leaf.roles()
+        parts = path.split("/")
+        if "embedding" in parts[-1]:
+            return "embedding"
+        if parts[-1] == "bias":
+            return "bias"
+        if parts[-1] == "scale" or leaf.ndim < 2:
+            return "norm"
+        return "head" if "head" in parts or "lm_head" in parts else "matrix"
+
+    return map_leaves(name, params)
+
+
+def partition(params: Any, names: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
+    """Split a tree into `(trainable, frozen)`; each holds None where the other holds an array.
+
+    Frozen arrays are then no arguments of the gradient, so they cost no gradient, no optimiser state
+    and no update.
+    """
+    trainable = jax.tree.map(lambda x, n: None if n in freeze else x, params, names)
+    frozen = jax.tree.map(lambda x, n: x if n in freeze else None, params, names)
+    return trainable, frozen
+
+
+def merge(trainable: Any, frozen: Any) -> Any:
+    """Inverse of `partition`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None
+    )
+
+
+def learning_rate(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine to 0 or a constant: step -> learning rate."""
+    rise = max(1, round(config.warmup * steps))
+    if config.schedule == "constant":
+        return optax.warmup_constant_schedule(0.0, peak, rise)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(steps, rise + 1))
+
+
+def make_optimizer(config: OptimizerConfig, names: Any, steps: int) -> optax.GradientTransformation:
+    """Optimiser for a trainable tree whose leaves have the roles `names`.
+
+    Muon orthogonalises the last two axes of every latent: its default rule (two axes mean Muon) would
+    leave stacked layers `[l, i, o]` to AdamW and take stacked norms `[l, d]` for matrices.
+    """
+    matrix = learning_rate(config, config.lr, steps)
+    other = learning_rate(config, config.scale_lr or config.lr, steps)
+    adam = {"b1": config.beta1, "b2": config.beta2}
+    labels = jax.tree.map(lambda n: "matrix" if n in MUON_ROLES else "other", names)
+    if config.name == "muon":
+        move = optax.contrib.muon(
+            matrix, weight_decay=config.weight_decay, consistent_rms=0.2,
+            muon_weight_dimension_numbers=_last_two_axes,
+        )
+    else:
+        move = optax.adamw(matrix, weight_decay=config.weight_decay, **adam)
+    parts = {"matrix": move, "other": optax.adamw(other, weight_decay=0.0, **adam)}
+    clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    return optax.chain(*clip, optax.partition(parts, labels))
+
+
+def _last_two_axes(params: Any) -> Any:
+    return jax.tree.map(lambda x: MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
+
+
+def project_scales(trainable: Any, names: Any, floor: float = 1e-4) -> tuple[Any, jax.Array]:
+    """Keep scales positive: `s <- max(s, floor * mean|s|)` along the last axis, after an update.
+
+    A pair whose product is not positive turns its path's signs against the residual, and 16 bits cannot
+    hold a scale of 0. The gradient stays the published one.
+
+    Returns:
+      The tree, and how many scales were moved (int32).
+    """
+    moved = []
+
+    def project(x, name):
+        if name != "scale":
+            return x
+        least = floor * jnp.mean(jnp.abs(x), axis=-1, keepdims=True)
+        moved.append(jnp.sum(x < least, dtype=jnp.int32))
+        return jnp.maximum(x, least)
+
+    projected = jax.tree.map(project, trainable, names)
+    return projected, sum(moved, jnp.zeros((), jnp.int32))

@@ -1,0 +1,160 @@
+"""Pure functions from params tree to params tree: `convert`, `dense`, `pack`, and rules on paths."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rabit_jax.errors import BadInput
+from rabit_jax.weights.linear import is_weight
+
+Rules = Sequence[tuple[str, Any]]
+
+LLAMA_LINEARS = r"layers/(attn/[qkvo]|mlp/(gate|up|down))/kernel"
+
+
+def path_name(path: tuple) -> str:
+    """A key path as "layers/attn/q/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves(params: Any) -> Iterator[tuple[str, Any]]:
+    """`(path, leaf)` of a params tree; a weight node is one leaf."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)
+    return ((path_name(path), leaf) for path, leaf in flat)
+
+
+def map_leaves(function: Callable[[str, Any], Any], params: Any, *rest: Any) -> Any:
+    """Apply `function(path, leaf, ...)` to every array and weight node of the tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaf: function(path_name(path), *leaf), params, *rest, is_leaf=is_weight
+    )
+
+
+def weights_of(params: Any) -> dict[str, Any]:
+    """The weight nodes of a tree by path."""
+    return {path: leaf for path, leaf in leaves(params) if is_weight(leaf)}
+
+
+def per_layer(function: Callable, *arrays: Any) -> Any:
+    """Apply a function of one matrix over all leading axes, one layer at a time.
+
+    `lax.map`, not `vmap`: the peak memory is that of one layer. The number of leading axes is read
+    off the first array, a matrix `[..., i, o]`.
+    """
+    lead = arrays[0].shape[:-2]
+    if not lead:
+        return function(*arrays)
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), arrays)
+    out = jax.lax.map(lambda a: function(*a), flat)
+    return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), out)
+
+
+def match_rules(params: Any, rules: Rules) -> dict[str, Any]:
+    """Decide each leaf's spec: the first rule `(regex, spec or None)` that fullmatches its path.
+
+    Returns:
+      `{path: spec}` of the leaves whose rule names a spec.
+
+    Raises:
+      BadInput: a rule matches no path, names one layer of a stack, or selects something that is no
+        matrix or is a weight node already.
+    """
+    found = dict(leaves(params))
+    chosen: dict[str, Any] = {}
+    for pattern, spec in rules:
+        hits = [path for path in found if _fullmatch(pattern, path)]
+        if not hits:
+            raise BadInput(_no_match(pattern, found))
+        for path in hits:
+            chosen.setdefault(path, spec)
+    selected = {path: spec for path, spec in chosen.items() if spec is not None}
+    for path in selected:
+        _check_matrix(path, found[path])
+    return selected
+
+
+def _fullmatch(pattern: str, path: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise BadInput(f"rule {pattern!r} is no regular expression: {error}") from None
+
+
+def _check_matrix(path: str, leaf: Any) -> None:
+    if is_weight(leaf):
+        raise BadInput(f"{path} is a {type(leaf).__name__} already: convert the full-precision params")
+    if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise BadInput(
+            f"{path} is {leaf.dtype}{list(leaf.shape)}, no float matrix [..., in, out]: "
+            "narrow the rule that selects it"
+        )
+
+
+def _no_match(pattern: str, found: Mapping[str, Any]) -> str:
+    unstacked = re.sub(r"(?<=[A-Za-z])_\d+(?=/)", "", re.sub(r"/(\\d\+|\[[\d-]+\]|\d+)(?=/)", "", pattern))
+    for path, leaf in found.items():
+        if unstacked != pattern and leaf.ndim > 2 and _fullmatch(unstacked, path):
+            return (
+                f"rule {pattern!r} names one layer of a stack: {path} holds all {leaf.shape[0]} layers in "
+                f"one array {list(leaf.shape)}, and a rule applies to the whole of it; write {unstacked!r}"
+            )
+    kernels = [path for path, leaf in found.items() if getattr(leaf, "ndim", 2) >= 2]
+    nearest = difflib.get_close_matches(pattern, kernels, n=3, cutoff=0) or kernels[:3]
+    return f"rule {pattern!r} matches no parameter; the nearest paths are {', '.join(nearest)}"
+
+
+def convert(params: Any, rules: Rules, stats: Mapping[str, Any] | None = None, key: Any = None) -> Any:
+    """Replace the kernels that the rules select by weight nodes; everything else stays as it is.
+
+    Args:
+      params: tree of arrays, for example that of any Flax model; kernels `[..., i, o]`, leading axes
+        are stacked layers.
+      rules: `[(regex, spec or None)]`; the first that fullmatches a path wins, None keeps the array.
+      stats: `{path: Stats}` from `calibrate`; without them every channel is equally important.
+      key: PRNG key for specs that draw random numbers.
+
+    Returns:
+      The tree with `spec.init(kernel, stats, key)` in place of each selected kernel.
+
+    Raises:
+      BadInput: see `match_rules`; or `stats` lacks a selected kernel.
+
+    Example:
+      >>> student = convert(params, [(LLAMA_LINEARS, ResidualSignSpec(k=2))], stats)
+    """
+    selected = match_rules(params, rules)
+    missing = sorted(set(selected) - set(stats)) if stats is not None else []
+    if missing:
+        raise BadInput(f"no calibration statistics for {missing[0]}: calibrate with the same rules")
+    keys = {path: jax.random.fold_in(key, n) for n, path in enumerate(selected)} if key is not None else {}
+
+    def replace(path: str, leaf: Any) -> Any:
+        if path not in selected:
+            return leaf
+        return selected[path].init(leaf, stats[path] if stats is not None else None, keys.get(path))
+
+    return map_leaves(replace, params)
+
+
+def dense(params: Any) -> Any:
+    """The tree with every weight node replaced by the matrix it multiplies by.
+
+    Differentiable: gradients reach the latents by the node's straight-through rule, so a model that
+    knows nothing of weight nodes trains through `model.apply({"params": dense(params)}, ...)`.
+    """
+    return map_leaves(lambda _, leaf: leaf.dense() if is_weight(leaf) else leaf, params)
+
+
+def pack(params: Any) -> Any:
+    """The tree with every weight node in its deployed form (bits and 16-bit scales).
+
+    Raises:
+      BadInput: a scale leaves the 16-bit range; the message names the layer.
+    """
+    return map_leaves(lambda path, leaf: leaf.pack(path) if is_weight(leaf) else leaf, params)

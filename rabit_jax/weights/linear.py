@@ -1,0 +1,51 @@
+"""The seam between models and weights: one function, and the protocol a weight fulfils."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """A matrix `[..., i, o]` in some representation; a `flax.struct` dataclass whose leaves are arrays.
+
+    Leading axes are stacked layers. `shape` is that of the dense matrix.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape `[..., i, o]` of the matrix that the node stands for."""
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ W_hat` for `x: [..., i]`, giving `[..., o]` in `x.dtype`; no leading weight axes."""
+
+    def dense(self) -> jax.Array:
+        """`W_hat: [..., i, o]` float32, exactly what the deployed model multiplies by."""
+
+    def paths(self) -> Iterator[jax.Array]:
+        """The terms `W_hat_1, ..., W_hat_k` of `W_hat`, each `[..., i, o]`, one at a time."""
+
+    def roles(self) -> Any:
+        """The same node with each leaf named "latent", "scale" or "sign"."""
+
+
+def is_weight(x: Any) -> bool:
+    """Whether `x` is a weight node: the test that stops tree functions from entering it."""
+    return hasattr(x, "matmul") and hasattr(x, "dense")
+
+
+def linear(x: jax.Array, w: jax.Array | Weight) -> jax.Array:
+    """`x @ w` for an array or a weight node.
+
+    Args:
+      x: `[..., i]` float.
+      w: array `[i, o]`, cast to `x.dtype`, or a weight node of that shape.
+
+    Returns:
+      `[..., o]` in `x.dtype`.
+    """
+    return w.matmul(x) if is_weight(w) else x @ jnp.asarray(w, x.dtype)

@@ -1,0 +1,97 @@
+"""`ResidualSign`: RaBiT's trainable weight, one latent from which all sign paths are derived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rabit_jax.weights.convert import per_layer
+from rabit_jax.weights.packed import PackedSign, round_scales
+from rabit_jax.weights.ste import coupled, coupled_signs, effective_weight
+
+
+@struct.dataclass
+class ResidualSign:
+    """`W_hat = sum_i diag(h_i) B_i diag(g_i)`, `B_i = sign(W - W_hat_1 - ... - W_hat_{i-1})`.
+
+    Attributes:
+      latent: `W`, float32 or bfloat16 `[..., i, o]`, the only large trainable array.
+      g: float32 `[..., k, o]` output scales ("row scale").
+      h: float32 `[..., k, i]` input scales ("column scale").
+
+    Example:
+      >>> node = ResidualSign(latent=w, g=jnp.ones((2, 64)), h=jnp.full((2, 32), 0.1))
+      >>> y = linear(x, node)      # [..., 32] -> [..., 64]
+    """
+
+    latent: jax.Array
+    g: jax.Array
+    h: jax.Array
+
+    @property
+    def k(self) -> int:
+        """Number of sign paths."""
+        return self.g.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape `[..., i, o]` of the matrix."""
+        return self.latent.shape
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
+        return x @ effective_weight(self.latent, self.g, self.h, x.dtype)
+
+    def dense(self) -> jax.Array:
+        """`W_hat`, float32 `[..., i, o]`."""
+        return effective_weight(self.latent, self.g, self.h)
+
+    def positive(self) -> jax.Array:
+        """Signs as bool `[..., k, i, o]`, True for +1."""
+        return coupled_signs(self.latent, self.g, self.h)
+
+    def signs(self) -> jax.Array:
+        """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
+        return self.positive().astype(jnp.int8) * 2 - 1
+
+    def paths(self) -> Iterator[jax.Array]:
+        """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
+        return (term for _, term in coupled(self.latent, self.g, self.h))
+
+    def roles(self) -> ResidualSign:
+        """Leaf names for the optimiser and the mesh."""
+        return ResidualSign(latent="latent", g="scale", h="scale")
+
+    def pack(self, name: str) -> PackedSign:
+        """Derive the bits from the float32 scales, then round the balanced scales to 16 bits.
+
+        Raises:
+          BadInput: a scale leaves the float16 range; the message begins with `name`.
+        """
+        return PackedSign(_derive_bits(self.latent, self.g, self.h), *round_scales(self.g, self.h, name))
+
+    def bits_per_weight(self) -> float:
+        """Nominal bits per weight once packed: `k + 16 k (i + o) / (i o)`."""
+        i, o = self.shape[-2:]
+        return self.k + 16 * self.k * (i + o) / (i * o)
+
+    def deployed_bytes(self) -> int:
+        """Bytes once packed, padding of the inputs to 256 included."""
+        from kernels.layout import packed_bytes
+
+        *lead, i, o = self.shape
+        return prod(lead) * self.k * (o * packed_bytes(i) + 2 * (i + o))
+
+
+@jax.jit
+def _derive_bits(latent: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
+    from kernels.layout import pack_bits
+
+    def layer(*node):
+        return jnp.stack([pack_bits(positive.T) for positive, _ in coupled(*node)])
+
+    return per_layer(layer, latent, g, h)

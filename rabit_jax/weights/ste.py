@@ -1,0 +1,123 @@
+"""The coupled forward of RaBiT and its straight-through backward (arXiv 2602.05367, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+F32 = jnp.float32
+SIGN_BIT = 0x80000000
+
+
+def outer(h: jax.Array, g: jax.Array) -> jax.Array:
+    """`h g^T`: `[..., i]`, `[..., o]` -> `[..., i, o]`."""
+    return h[..., :, None] * g[..., None, :]
+
+
+def with_sign(step: jax.Array, positive: jax.Array) -> jax.Array:
+    """`+step` where `positive`, else `-step`, as an integer operation on the sign bit.
+
+    The integer form keeps the compiler from contracting the product inside `step` with the
+    subtraction that follows it: a fused multiply-add rounds once where the plain form rounds
+    twice, so two compilations of one formula could disagree about the next path's signs.
+    """
+    bits = jax.lax.bitcast_convert_type(step, jnp.uint32)
+    flipped = jnp.where(positive, bits, bits ^ jnp.uint32(SIGN_BIT))
+    return jax.lax.bitcast_convert_type(flipped, F32)
+
+
+def coupled(latent: jax.Array, g: jax.Array, h: jax.Array) -> Iterator[tuple]:
+    """Walk the residual chain; the one place where signs are derived.
+
+        R_0 = W;  B_i = sign(R_{i-1});  W_hat_i = h_i B_i g_i;  R_i = R_{i-1} - W_hat_i
+
+    with sign(0) = +1, in float32 whatever the latent is stored in. The forward, the backward, `pack`,
+    the initialisation and the sign-flip counter all read their signs here.
+
+    Args:
+      latent: `[..., i, o]` float32 or bfloat16.
+      g: `[..., k, o]` float32 output ("row") scales.
+      h: `[..., k, i]` float32 input ("column") scales.
+
+    Yields:
+      For each path `(positive, term)`: bool `[..., i, o]`, True where `B_i = +1`, and
+      `W_hat_i` float32 `[..., i, o]`.
+    """
+    residual = latent.astype(F32)
+    for i in range(g.shape[-2]):
+        positive = residual >= 0
+        term = with_sign(outer(h[..., i, :], g[..., i, :]), positive)
+        yield positive, term
+        residual = residual - term
+
+
+def coupled_signs(latent: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
+    """The signs of all paths: bool `[..., k, i, o]`, True for +1."""
+    return jnp.stack([positive for positive, _ in coupled(latent, g, h)], axis=-3)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def effective_weight(latent: jax.Array, g: jax.Array, h: jax.Array, dtype=F32) -> jax.Array:
+    """`W_hat = sum_i diag(h_i) B_i diag(g_i)` with the signs `B_i` of the coupled forward.
+
+    Backward, with `G = dL/dW_hat` (the published one):
+
+        dL/dW = G;   dL/dg_i[o] = sum_in G B_i h_i;   dL/dh_i[in] = sum_out G B_i g_i
+
+    The signs are constants of the backward and are derived again in it, so the residuals are the
+    inputs and nothing else.
+
+    Args:
+      latent: `[..., i, o]` float32 or bfloat16.
+      g: `[..., k, o]` float32.
+      h: `[..., k, i]` float32.
+      dtype: dtype of the result; sums are taken in float32 and rounded once.
+
+    Returns:
+      `[..., i, o]` in `dtype`.
+
+    Example:
+      >>> w = jnp.array([[0.9, -0.2]])
+      >>> effective_weight(w, g=jnp.array([[1.0, 1.0], [1.0, 1.0]]), h=jnp.array([[0.5], [0.25]]))
+      Array([[ 0.75, -0.25]], dtype=float32)
+    """
+    return sum(term for _, term in coupled(latent, g, h)).astype(dtype)
+
+
+def _forward(latent, g, h, dtype):
+    return effective_weight(latent, g, h, dtype), (latent, g, h)
+
+
+def _backward(dtype, residuals, cotangent):
+    latent, g, h = residuals
+    cotangent = cotangent.astype(F32)
+    dg, dh = [], []
+    for i, (positive, _) in enumerate(coupled(latent, g, h)):
+        signed = with_sign(cotangent, positive)
+        dg.append(jnp.einsum("...io,...i->...o", signed, h[..., i, :]))
+        dh.append(jnp.einsum("...io,...o->...i", signed, g[..., i, :]))
+    return cotangent.astype(latent.dtype), jnp.stack(dg, axis=-2), jnp.stack(dh, axis=-2)
+
+
+effective_weight.defvjp(_forward, _backward)
+
+
+def flips(before: jax.Array, after: jax.Array) -> jax.Array:
+    """Share of signs that differ, per path: bool `[..., k, i, o]` twice -> `[..., k]` float32."""
+    return jnp.mean(before ^ after, axis=(-2, -1), dtype=F32)
+
+
+def disordered(g: jax.Array, h: jax.Array) -> jax.Array:
+    """Share of elements whose scale products do not fall, `a_i <= a_{i+1}` or `a_i <= 0`.
+
+    There the 2^k levels are no longer a nearest rounding of the latent. `g: [..., k, o]`,
+    `h: [..., k, i]` -> `[...]` float32; 0 for a healthy k = 1.
+    """
+    a = outer(h, g)
+    falls = jnp.all(a > 0, axis=-3)
+    for i in range(g.shape[-2] - 1):
+        falls &= a[..., i, :, :] > a[..., i + 1, :, :]
+    return jnp.mean(~falls, axis=(-2, -1), dtype=F32)

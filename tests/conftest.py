@@ -1,0 +1,26 @@
+"""What every test runs under: eight CPU devices, no network, strict JAX; set before JAX loads."""
+
+import os
+
+GPU = os.environ.get("RABIT_GPU_TESTS") == "1"
+
+if not GPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked gpu unless RABIT_GPU_TESTS=1 asks for them."""
+    if not GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="RABIT_GPU_TESTS=1 runs it on a GPU"))

@@ -1,0 +1,167 @@
+"""Reading files and datasets, and the split into training and evaluation documents."""
+
+import json
+
+import pytest
+
+from rabit_jax.data import DataConfig, documents, sources
+from rabit_jax.errors import BadInput
+
+
+def write(folder, count, name="text"):
+    for number in range(count):
+        (folder / f"{name}{number:03}.txt").write_text(f"Document {name} number {number}.\n")
+    return DataConfig(source="files", files=(str(folder / "*.txt"),), eval_fraction=0.2)
+
+
+def test_adding_a_document_moves_no_other(tmp_path):
+    config = write(tmp_path, 100)
+    train, held = documents(config)
+    (tmp_path / "aaa.txt").write_text("A new document.")
+    more_train, more_held = documents(config)
+    assert len(train) + len(held) == 100 and 8 <= len(held) <= 35
+    assert set(train) <= set(more_train) and set(held) <= set(more_held)
+    assert len(more_train) + len(more_held) == 101
+
+
+def test_the_seed_chooses_and_repeats_the_split(tmp_path):
+    config = write(tmp_path, 60)
+    other = DataConfig(source="files", files=config.files, eval_fraction=0.2, seed=1)
+    assert documents(config) == documents(config)
+    assert documents(config)[1] != documents(other)[1]
+
+
+def test_identical_documents_count_once(tmp_path):
+    config = write(tmp_path, 20)
+    for number in range(20):
+        (tmp_path / f"copy{number}.txt").write_text("The same text.\n")
+    train, held = documents(config)
+    assert len(train) + len(held) == 21
+    assert not set(train) & set(held)
+
+
+def test_something_is_always_held_out(tmp_path):
+    write(tmp_path, 2)
+    config = DataConfig(source="files", files=(str(tmp_path / "*"),), eval_fraction=1e-9)
+    train, held = documents(config)
+    assert len(train) == len(held) == 1
+
+
+def test_eval_files_are_the_only_evaluation_text(tmp_path):
+    config = write(tmp_path, 10)
+    extra = tmp_path / "held.md"
+    extra.write_text("Held out.")
+    paths = (str(extra), str(tmp_path / "text000.txt"))
+    train, held = documents(DataConfig(source="files", files=config.files, eval_files=paths))
+    assert held == ["Held out.", "Document text number 0.\n"]
+    assert train == [f"Document text number {n}.\n" for n in range(1, 10)]
+
+
+def test_eval_files_serve_embedded_training_too(tmp_path):
+    path = tmp_path / "held.txt"
+    path.write_text("Held out.")
+    train, held = documents(DataConfig(eval_files=(str(path),), max_documents=7))
+    assert len(train) == 7 and held == ["Held out."]
+
+
+@pytest.mark.parametrize("mark", ["\n\n", "\n", " ", ""])
+def test_a_big_file_is_cut_into_complete_pieces(mark):
+    text = mark.join(f"{'x' * 30}{n:05}" for n in range(5_000))
+    pieces = list(sources._pieces(text, 1000))
+    assert "".join(pieces) == text
+    assert all(500 <= len(piece) <= 1000 for piece in pieces[:-1])
+    assert all(piece.endswith(mark) for piece in pieces[:-1])
+
+
+def test_one_big_file_still_has_a_held_out_part(tmp_path):
+    path = tmp_path / "big.txt"
+    path.write_bytes("\ufeff".encode() + b"".join(b"Line %d is here.\r\n" % n for n in range(9000)))
+    train, held = documents(DataConfig(source="files", files=(str(path),)))
+    assert held and train and not set(train) & set(held)
+    assert not any("\r" in text or "\ufeff" in text for text in train + held)
+
+
+def test_max_documents_takes_the_first(tmp_path):
+    config = write(tmp_path, 9)
+    few = DataConfig(source="files", files=config.files, max_documents=4)
+    assert sorted(sum(documents(few), [])) == [f"Document text number {n}.\n" for n in range(4)]
+
+
+def test_a_path_with_glob_characters_is_a_path(tmp_path):
+    for name in ("a[1].txt", "a1.txt"):
+        (tmp_path / name).write_text(name)
+    assert list(sources._file_documents((str(tmp_path / "a[1].txt"),))) == ["a[1].txt"]
+
+
+def bad(message, **fields):
+    with pytest.raises(BadInput, match=message):
+        documents(DataConfig(**fields))
+
+
+def test_bad_settings_are_named():
+    bad("data.source is 'web'; choose one of embedded, files, hub", source="web")
+    bad("eval_fraction is 1.0", eval_fraction=1.0)
+    bad("max_documents is -1", max_documents=-1)
+    bad("data.files is empty", source="files")
+    bad("data.hub is empty", source="hub")
+
+
+def test_a_pattern_without_files_names_the_nearest(tmp_path):
+    write(tmp_path, 3)
+    (tmp_path / "corpus.txt").write_text("x")
+    bad(r"corpsu.txt'.*nearest.*corpus.txt", source="files", files=(str(tmp_path / "corpsu.txt"),))
+    bad(r"no file matches '/nowhere/\*'; ", source="files", files=("/nowhere/*",))
+    bad("no file matches", source="files", files=(str(tmp_path),))
+
+
+def test_text_that_is_not_utf8_names_file_and_byte(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("naïve".encode("latin-1"))
+    bad(r"latin.txt' is not UTF-8 text at byte 2 \(0xef\)", source="files", files=(str(path),))
+
+
+def test_too_little_text_is_refused(tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("Only one.")
+    one = (str(path),)
+    bad("found 1 different documents, wanted at least 2", source="files", files=one)
+    bad("found 0 training and 1 evaluation", source="files", files=one, eval_files=one)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset folder that `datasets` reads without a network: 12 training and 3 test rows."""
+    for split, count in (("train", 12), ("test", 3)):
+        rows = [{"text": f"{split} row {number}", "id": number} for number in range(count)]
+        rows.append({"text": "  ", "id": -1})
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path)
+
+
+def test_hub_splits_and_columns(dataset, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    train, held = documents(
+        DataConfig(source="hub", hub=dataset, hub_eval_split="test", max_documents=5)
+    )
+    assert train == [f"train row {n}" for n in range(5)]
+    assert held == [f"test row {n}" for n in range(3)]
+    train, held = documents(DataConfig(source="hub", hub=dataset))
+    assert sorted(train + held) == sorted(f"train row {n}" for n in range(12))
+    bad("no text in column 'body'; set .* text, id", source="hub", hub=dataset,
+        hub_text_column="body")
+    bad("cannot read split 'dev' of dataset", source="hub", hub=dataset, hub_split="dev")
+
+
+def test_a_dataset_out_of_reach_is_one_sentence(tmp_path):
+    with pytest.raises(BadInput, match="cannot read split 'train' of dataset .*network") as caught:
+        documents(DataConfig(source="hub", hub=str(tmp_path / "missing")))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_breaks_off_is_one_sentence(monkeypatch):
+    def broken(*args, **kwargs):
+        yield {"text": "first"}
+        raise ConnectionResetError("reset by peer\nmore detail")
+
+    monkeypatch.setattr("datasets.load_dataset", broken)
+    bad(r"ConnectionResetError: reset by peer\); check", source="hub", hub="some/dataset")

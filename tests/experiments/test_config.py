@@ -1,0 +1,337 @@
+"""Loading configs: what the type of a field makes of YAML and overrides, and every refusal."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+import yaml
+
+from experiments.config import difference, dump_yaml, load_config, section_hash, to_dict
+from rabit_jax.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Rule:
+    match: str
+    k: int = 2
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    learning_rate: float = 1e-3
+    kind: Literal["muon", "adamw"] = "muon"
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float | None = None
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise BadInput(f"learning_rate must be above 0, found {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 100
+    resume: bool = False
+    optimiser: Optimiser = Optimiser()
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    seed: int = 0
+    train: Train = Train()
+    teacher: Train = Train(steps=500, optimiser=Optimiser(learning_rate=0.5))
+    student: Train | None = None
+    mesh: dict[str, int] = field(default_factory=lambda: {"data": 1})
+    files: tuple[str, ...] = ()
+    widths: tuple[int, ...] = (256, 512)
+    rules: tuple[Rule, ...] = (Rule("layers/.*"),)
+    k: Literal[1, 2, 3, 4] = 2
+    note: str | None = None
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Return a function from YAML text and overrides to a Config."""
+
+    def load_text(text="name: run", *overrides):
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(Config, path, overrides)
+
+    return load_text
+
+
+FULL = """
+name: full
+seed: 7
+train: {steps: 12, resume: yes, optimiser: {learning_rate: 1e-4, kind: adamw, clip: 1}}
+mesh: {data: 2, tensor: 4}
+files: [a.txt, "b,c.txt"]
+rules:
+  - {match: layers/attn/.*, k: 3}
+  - match: layers/mlp/.*
+k: 4
+note: "no"
+"""
+
+
+def test_a_whole_file_becomes_typed_values(load):
+    config = load(FULL)
+    optimiser = Optimiser(1e-4, "adamw", (0.9, 0.95), 1.0)
+    assert config == Config(
+        name="full",
+        seed=7,
+        train=Train(12, True, optimiser),
+        mesh={"data": 2, "tensor": 4},
+        files=("a.txt", "b,c.txt"),
+        rules=(Rule("layers/attn/.*", 3), Rule("layers/mlp/.*", 2)),
+        k=4,
+        note="no",
+    )
+    assert type(config.train.optimiser.clip) is float
+    assert isinstance(config.rules, tuple)
+
+
+def test_what_a_section_leaves_out_comes_from_the_default_of_its_own_field(load):
+    config = load("name: run\nteacher: {optimiser: {kind: adamw}}")
+    assert config.teacher == Train(500, False, Optimiser(0.5, "adamw"))
+    assert load("name: run", "teacher.resume=on").teacher.steps == 500
+    assert load("name: run\ntrain:\n").train == Train()
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("seed=12", "seed", 12),
+        ("seed=1e3", "seed", 1000),
+        ("seed=-3", "seed", -3),
+        ("seed=12345678901234567891", "seed", 12345678901234567891),
+        ("name=no", "name", "no"),
+        ("name=2024-01-01", "name", "2024-01-01"),
+        ("name=a=b", "name", "a=b"),
+        ("name=", "name", ""),
+        ("k=3", "k", 3),
+        ("note=null", "note", None),
+        ("note=later", "note", "later"),
+        ("files=a.txt,b.txt", "files", ("a.txt", "b.txt")),
+        ("files=[a.txt, 'b,c']", "files", ("a.txt", "b,c")),
+        ("files=", "files", ()),
+        ("files=[]", "files", ()),
+        ("widths=[1, 2,3]", "widths", (1, 2, 3)),
+        ("mesh.tensor=2", "mesh", {"data": 1, "tensor": 2}),
+        ("mesh={tensor: 8}", "mesh", {"tensor": 8}),
+        ("rules=[{match: 'a,b', k: 1}]", "rules", (Rule("a,b", 1),)),
+        ("student.steps=5", "student", Train(steps=5)),
+        ("train={steps: 5}", "train", Train(steps=5)),
+        ("train.optimiser.learning_rate=3e-4", "train", Train(optimiser=Optimiser(3e-4))),
+        ("train.optimiser.clip=.5", "train", Train(optimiser=Optimiser(clip=0.5))),
+        ("train.optimiser.clip=inf", "train", Train(optimiser=Optimiser(clip=math.inf))),
+        ("train.optimiser.betas=0,1", "train", Train(optimiser=Optimiser(betas=(0.0, 1.0)))),
+    ],
+)
+def test_an_override_is_read_by_the_type_of_its_field(load, override, key, value):
+    config = load("name: run", override)
+    assert getattr(config, key) == value
+    assert dataclasses.replace(config, **{key: getattr(load(), key)}) == load()
+
+
+@pytest.mark.parametrize("word", ["true", "True", "yes", "on", "false", "no", "OFF"])
+def test_bool_words_mean_the_same_in_yaml_and_overrides(load, word):
+    wanted = word.lower() in ("true", "yes", "on")
+    assert load(f"name: run\ntrain: {{resume: {word}}}").train.resume is wanted
+    assert load("name: run", f"train.resume={word}").train.resume is wanted
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(load):
+    config = load(FULL, "mesh.data=3", "seed=1", "seed=2", "train.steps=9", "student=null")
+    assert config.mesh == {"data": 3, "tensor": 4}
+    assert (config.seed, config.train.steps) == (2, 9)
+    assert config.train.optimiser.kind == "adamw"
+
+
+def test_overrides_leave_the_class_defaults_alone(load):
+    load("name: run", "mesh.tensor=2")
+    assert load().mesh == {"data": 1}
+
+
+def test_no_file_is_defaults_and_overrides():
+    assert load_config(Config, None, ["name=x"]) == Config("x")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("train.stepz", "train.steps"),
+        ("train.optimiser.learning_rat", "train.optimiser.learning_rate"),
+        ("teacher.optimizer.kind", "teacher.optimiser.kind"),
+        ("train.learning_rate", "train.optimiser.learning_rate"),
+        ("sed", "seed"),
+        ("student.stepz", "student.steps"),
+        ("seed.a", "seed"),
+        ("rules.0.k", "rules[].k"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(load, key, nearest):
+    with pytest.raises(BadInput, match="unknown config key") as error:
+        load("name: run", f"{key}=1")
+    assert repr(key) in str(error.value) and repr(nearest) in str(error.value)
+
+
+def test_an_unknown_key_in_the_file_is_found_at_every_depth(load):
+    for text, key in [
+        ("name: run\nstepz: 1", "stepz"),
+        ("name: run\ntrain: {optimiser: {lr: 1}}", "train.optimiser.lr"),
+        ("name: run\nrules: [{match: a}, {mtch: b}]", "rules[1].mtch"),
+        ("name: run\non: 3", "True"),
+    ]:
+        with pytest.raises(BadInput, match="unknown config key") as error:
+            load(text)
+        assert repr(key) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: no", ["'name'", "False", "str", "quote"]),
+        ("name: 3", ["'name'", "3", "str", "quotes"]),
+        ("name: 2024-01-01", ["'name'", "str", "quotes"]),
+        ("name:", ["'name'", "None", "str"]),
+        ("name: x\nseed: two", ["'seed'", "'two'", "int"]),
+        ("name: x\nseed: 1.5", ["'seed'", "1.5", "int"]),
+        ("name: x\nseed: yes", ["'seed'", "True", "int"]),
+        ("name: x\nseed: [1]", ["'seed'", "[1]", "int"]),
+        ("name: x\nseed: .inf", ["'seed'", "inf", "int"]),
+        ("name: x\ntrain: {resume: 1}", ["'train.resume'", "1", "bool"]),
+        ("name: x\ntrain: {resume: maybe}", ["'train.resume'", "'maybe'", "bool"]),
+        ("name: x\ntrain: 5", ["'train'", "5", "a mapping", "steps"]),
+        ("name: x\ntrain: {optimiser: {learning_rate: [1]}}", ["optimiser.learning_rate", "float"]),
+        ("name: x\ntrain: {optimiser: {learning_rate: .nan}}", ["nan", "float"]),
+        ("name: x\ntrain: {optimiser: {clip: big}}", ["'big'", "float or null"]),
+        ("name: x\ntrain: {optimiser: {betas: [1, 2, 3]}}", ["betas", "2 values"]),
+        ("name: x\ntrain: {optimiser: {kind: sgd}}", ["'sgd'", "'muon'", "'adamw'"]),
+        ("name: x\nk: 5", ["'k'", "5", "1, 2, 3, 4"]),
+        ("name: x\nk: yes", ["'k'", "True", "1, 2, 3, 4"]),
+        ("name: x\nmesh: [2]", ["'mesh'", "mapping of names to int"]),
+        ("name: x\nmesh: {data: two}", ["'mesh.data'", "'two'", "int"]),
+        ("name: x\nfiles: a.txt", ["'files'", "'a.txt'", "a list of str"]),
+        ("name: x\nfiles: [a, no]", ["'files[1]'", "False", "quote"]),
+        ("name: x\nrules: [{k: 2}]", ["'rules[0].match'", "missing"]),
+        ("seed: 1", ["'name'", "missing", "str"]),
+        ("- name", ["mapping"]),
+        ("just text", ["mapping", "just text"]),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_type(load, text, words):
+    with pytest.raises(BadInput) as error:
+        load(text)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, (word, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: [a\nseed: 1", ["config.yaml", "line 2"]),
+        ("name: x\n\tseed: 1", ["config.yaml", "line 2"]),
+        ("name: x\nseed: 1\nseed: 2", ["line 3", "'seed'", "twice"]),
+        ("name: x\n? [a]\n: 1", ["line 2", "one word"]),
+        ("name: !!python/object:os.system x", ["line 1"]),
+    ],
+)
+def test_bad_yaml_names_the_line(load, text, words):
+    with pytest.raises(BadInput, match="not valid YAML") as error:
+        load(text)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(BadInput, match="nowhere.yaml: No such file"):
+        load_config(Config, tmp_path / "nowhere.yaml", [])
+    with pytest.raises(BadInput, match="directory"):
+        load_config(Config, tmp_path, [])
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9t\xe9")
+    with pytest.raises(BadInput, match="UTF-8"):
+        load_config(Config, tmp_path / "latin.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed", ["'seed'", "a.b=c"]),
+        ("=3", ["a.b=c"]),
+        ("train=fast", ["'train'", "'fast'", "mapping"]),
+        ("files=[a", ["override", "not valid YAML"]),
+        ("mesh.data=two", ["'mesh.data'", "'two'", "int"]),
+        ("train.optimiser.kind=sgd", ["'sgd'", "'muon'"]),
+        ("train.optimiser.learning_rate=-1", ["train.optimiser: learning_rate must be above 0"]),
+    ],
+)
+def test_a_bad_override_is_one_sentence(load, override, words):
+    with pytest.raises(BadInput) as error:
+        load("name: run", override)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_an_override_below_a_scalar_names_what_is_there(load):
+    with pytest.raises(BadInput, match="'train' is 5, wanted a mapping"):
+        load("name: run\ntrain: 5", "train.steps=1")
+
+
+def test_a_union_of_types_is_a_mistake_of_the_schema():
+    @dataclass(frozen=True)
+    class Wrong:
+        x: int | str = 0
+
+    with pytest.raises(TypeError, match="X | None"):
+        load_config(Wrong, None, ["x=1"])
+
+
+def test_dump_is_read_back_equal(load, tmp_path):
+    config = load(FULL, "train.optimiser.learning_rate=1e-5", "name=on", "note='tis: \"é\"")
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_config(Config, path, []) == config
+    assert yaml.safe_load(dump_yaml(config)) == to_dict(config)
+
+
+def test_to_dict_is_plain_json(load):
+    tree = to_dict(load(FULL))
+    assert json.loads(json.dumps(tree)) == tree
+    assert tree["rules"][0] == {"match": "layers/attn/.*", "k": 3}
+
+
+def test_difference_shows_both_values_by_dotted_key(load):
+    before = load(FULL)
+    after = load(FULL, "train.steps=13", "mesh.pipe=2", "files=a.txt")
+    assert difference(before, before) == ""
+    assert set(difference(before, after).splitlines()) == {
+        "train.steps: 12 -> 13",
+        "mesh.pipe: (absent) -> 2",
+        "files: ['a.txt', 'b,c.txt'] -> ['a.txt']",
+    }
+    assert difference(after, to_dict(before)).startswith("train.steps: 13 -> 12")
+    assert difference(Config("a", mesh={}), Config("a")) == (
+        "mesh: {} -> (absent)\nmesh.data: (absent) -> 1"
+    )
+
+
+def test_the_hash_sees_values_and_order_of_objects_only():
+    config = Config("run")
+    assert section_hash(config, "x") == section_hash(to_dict(config), "x")
+    assert section_hash({"a": 1, "b": 2}) == section_hash({"b": 2, "a": 1})
+    assert section_hash((1, 2)) == section_hash([1, 2])
+    different = [(config,), (Config("run", seed=1),), ("a", "b"), ("b", "a"), ("ab",), (1,), ("1",)]
+    assert len({section_hash(*objects) for objects in different}) == len(different)
+
+
+def test_the_hash_is_that_of_the_compact_json():
+    # printf '[{"b":1.5}]' | sha256sum
+    assert section_hash({"b": 1.5}).startswith("41aa00f19aa82044")

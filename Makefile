@@ -29,7 +29,7 @@ test-slow: $(INSTALLED_TEST) ## only the tests that take minutes each
 	@$(RUN) -m pytest --durations=10 -m slow
 
 lint: $(INSTALLED_TEST) ## ruff check
-	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff check --output-format concise .
 
 clean: ## remove .venv and caches, not runs/
 	rm -rf .venv .cache .pytest_cache .ruff_cache

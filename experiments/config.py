@@ -195,13 +195,10 @@ def _known_keys(wanted: Any, key: str) -> Iterator[str]:
 
 
 def _unknown(cls: type, key: str) -> BadInput:
-    """Return the error for a key that no field has: the nearest by whole key and by last name."""
-
-    def likeness(known: str) -> float:
-        pairs = (key, known), (key.rpartition(".")[2], known.rpartition(".")[2])
-        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-
-    nearest = max(_known_keys(cls, ""), key=likeness)
+    """Return the error for a key that no field has; it names the nearest one that has."""
+    nearest = max(
+        _known_keys(cls, ""), key=lambda known: difflib.SequenceMatcher(None, key, known).ratio()
+    )
     return BadInput(f"unknown config key {key!r}: the nearest key is {nearest!r}")
 
 

@@ -8,9 +8,10 @@ here is a pure function over the tree.
 """
 
 from rabit_jax.errors import BadInput
-from rabit_jax.init import ResidualSignSpec, Stats, calibrate, svid
+from rabit_jax.init import IndependentSignSpec, ResidualSignSpec, Stats, calibrate, svid
 from rabit_jax.weights import (
     LLAMA_LINEARS,
+    IndependentSign,
     PackedSign,
     ResidualSign,
     Weight,
@@ -25,6 +26,7 @@ from rabit_jax.weights import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "LLAMA_LINEARS", "BadInput", "PackedSign", "ResidualSign", "ResidualSignSpec", "Stats", "Weight",
-    "calibrate", "convert", "dense", "describe", "effective_weight", "linear", "pack", "svid",
+    "LLAMA_LINEARS", "BadInput", "IndependentSign", "IndependentSignSpec", "PackedSign",
+    "ResidualSign", "ResidualSignSpec", "Stats", "Weight", "calibrate", "convert", "dense",
+    "describe", "effective_weight", "linear", "pack", "svid",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,15 +48,9 @@ class ResidualSignSpec:
 
     def __post_init__(self):
         """Raises BadInput for a setting out of its range."""
-        if self.k not in (1, 2, 3, 4):
-            raise BadInput(f"k is {self.k}: the number of sign paths must be 1, 2, 3 or 4")
+        check_fit(self)
         if self.latent_dtype not in ("float32", "bfloat16"):
             raise BadInput(f"latent_dtype is {self.latent_dtype!r}: choose float32 or bfloat16")
-        if self.rounds < 0 or self.tolerance < 0 or not 0 <= self.shrinkage <= 1:
-            raise BadInput(
-                f"rounds {self.rounds}, tolerance {self.tolerance}, shrinkage {self.shrinkage}: rounds and "
-                "tolerance must not be negative, shrinkage must lie in 0..1"
-            )
 
     def init(self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None) -> ResidualSign:
         """Kernel `[..., i, o]` -> `ResidualSign`, fitted layer by layer.
@@ -69,15 +64,32 @@ class ResidualSignSpec:
           A node whose latent is a copy of `w` in `latent_dtype`.
         """
         latent = jnp.array(w, self.latent_dtype, copy=True)
-        return ResidualSign(latent, *_fit(self, latent, stats))
+        return ResidualSign(latent, *fit_scales(self, latent, stats))
 
     def dense(self, node: ResidualSign) -> jax.Array:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
 
+def check_fit(spec: Any) -> None:
+    """Raise BadInput where a setting that `fit_scales` reads is out of its range."""
+    if spec.k not in (1, 2, 3, 4):
+        raise BadInput(f"k is {spec.k}: the number of sign paths must be 1, 2, 3 or 4")
+    if spec.rounds < 0 or spec.tolerance < 0 or not 0 <= spec.shrinkage <= 1:
+        raise BadInput(
+            f"rounds {spec.rounds}, tolerance {spec.tolerance}, shrinkage {spec.shrinkage}: rounds and "
+            "tolerance must not be negative, shrinkage must lie in 0..1"
+        )
+
+
 @partial(jax.jit, static_argnums=0)
-def _fit(spec: ResidualSignSpec, w: jax.Array, stats: Stats | None) -> tuple[jax.Array, jax.Array]:
+def fit_scales(spec: Any, w: jax.Array, stats: Stats | None) -> tuple[jax.Array, jax.Array]:
+    """Scales `g: [..., k, o]`, `h: [..., k, i]` float32 of the preconditioned iterative residual SVID.
+
+    Layer by layer. `spec` has `k`, `a_in`, `a_out`, `shrinkage`, `rounds` and `tolerance`; `w` and
+    `stats` are those of `ResidualSignSpec.init`.
+    """
+
     def layer(w, d_in, d_out):
         fit = svid(w, spec.k, d_in, d_out, rounds=spec.rounds, tolerance=spec.tolerance)
         return fit.g, fit.h

@@ -48,8 +48,8 @@ def load_hf(
       BadInput: no such folder or hub model, an unsupported config (the message begins with
         `unsupported`), a damaged shard, or a missing, extra or misshapen tensor, by name.
     """
-    folder = _folder(path)
-    config = _read_config(folder)
+    folder = find_folder(path)
+    config = read_config(folder)
     targets = {} if shardings is None else flatten_dict(shardings, sep="/")
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
@@ -111,7 +111,12 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise BadInput(f"cannot read the tokenizer in {folder}: {_first_line(error)}") from error
 
 
-def _folder(path: str | Path) -> Path:
+def find_folder(path: str | Path) -> Path:
+    """The folder itself, or where the hub's snapshot of that id lies (downloaded where missing).
+
+    Raises:
+      BadInput: no such folder, and no such model on the hub or no way to reach it.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -129,8 +134,13 @@ def _folder(path: str | Path) -> Path:
                        f"({_first_line(error)})") from error
 
 
-def _read_config(folder: Path) -> ModelConfig:
-    """The config, with the end tokens of generation_config.json where it names any."""
+def read_config(path: str | Path) -> ModelConfig:
+    """The config of a folder or hub id, with the end tokens of generation_config.json if it names any.
+
+    Raises:
+      BadInput: no such model, or a config that cannot be read or is not supported.
+    """
+    folder = find_folder(path)
     config = from_hf(_read_json(folder / "config.json"))
     generation = folder / "generation_config.json"
     eos = _read_json(generation).get("eos_token_id") if generation.exists() else None

@@ -27,6 +27,7 @@ HF_MODULES = {
     "head": "lm_head",
 }
 
+
 def hf_name(path: str, layer: int | None = None) -> str:
     """The Hugging Face name of one of our paths, of a module or of a tensor.
 

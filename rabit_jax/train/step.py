@@ -40,22 +40,33 @@ def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 
-def scored_tokens(batch: dict) -> jax.Array:
-    """Number of real tokens of a batch, float32 scalar."""
+def real_tokens(batch: dict) -> jax.Array:
+    """Number of real tokens of a batch, float32 scalar: what a distillation loss sums over."""
     mask = batch.get("mask")
     return jnp.asarray(batch["tokens"].size, F32) if mask is None else jnp.sum(mask, dtype=F32)
 
 
-def gradients(loss: Loss, trainable: Any, frozen: Any, teacher: Any, batch: dict, accumulate: int):
+def next_tokens(batch: dict) -> jax.Array:
+    """Number of neighbouring pairs of real tokens, float32 scalar: what a language-model loss sums over."""
+    tokens, mask = batch["tokens"], batch.get("mask")
+    if mask is None:
+        return jnp.asarray(tokens[:, 1:].size, F32)
+    return jnp.sum(mask[:, 1:] & mask[:, :-1], dtype=F32)
+
+
+def gradients(
+    loss: Loss, trainable: Any, frozen: Any, teacher: Any, batch: dict, accumulate: int,
+    count: Callable[[dict], jax.Array] = real_tokens,
+) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient of the per-token loss of a whole batch, in `accumulate` equal pieces one after another.
 
-    Sums are divided by the tokens of the whole batch, so the pieces add up to the gradient of the
-    batch taken at once, ragged or not.
+    Sums are divided by `count` of the whole batch, so the pieces add up to the gradient of the batch
+    taken at once, ragged or not.
 
     Returns:
       `(gradients, metrics)`; metrics are per-token means.
     """
-    total = scored_tokens(batch)
+    total = count(batch)
 
     def piece(trainable, part):
         sums = loss(merge(trainable, frozen), teacher, part)
@@ -77,7 +88,7 @@ def gradients(loss: Loss, trainable: Any, frozen: Any, teacher: Any, batch: dict
 
 def make_step(
     loss: Loss, optimizer: optax.GradientTransformation, names: Any, *, accumulate: int = 1,
-    project: bool = True,
+    project: bool = True, count: Callable[[dict], jax.Array] = real_tokens,
 ) -> Callable:
     """Build `step(state, frozen, teacher, batch) -> (state, metrics)`, to be jitted by the caller.
 
@@ -87,6 +98,7 @@ def make_step(
       names: roles of the trainable tree.
       accumulate: pieces the batch is cut into.
       project: keep scales positive after the update.
+      count: what the sums of a batch are divided by.
 
     Returns:
       The step function; metrics are per-token means, `grad_norm` before clipping and, with `project`,
@@ -94,7 +106,7 @@ def make_step(
     """
 
     def step(state: TrainState, frozen: Any, teacher: Any, batch: dict) -> tuple[TrainState, dict]:
-        grads, metrics = gradients(loss, state.trainable, frozen, teacher, batch, accumulate)
+        grads, metrics = gradients(loss, state.trainable, frozen, teacher, batch, accumulate, count)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)

@@ -99,7 +99,7 @@ def _check_matrix(path: str, leaf: Any) -> None:
 def _no_match(pattern: str, found: Mapping[str, Any]) -> str:
     unstacked = re.sub(r"(?<=[A-Za-z])_\d+(?=/)", "", re.sub(r"/(\\d\+|\[[\d-]+\]|\d+)(?=/)", "", pattern))
     for path, leaf in found.items():
-        if unstacked != pattern and leaf.ndim > 2 and _fullmatch(unstacked, path):
+        if unstacked != pattern and len(leaf.shape) > 2 and _fullmatch(unstacked, path):
             return (
                 f"rule {pattern!r} names one layer of a stack: {path} holds all {leaf.shape[0]} layers in "
                 f"one array {list(leaf.shape)}, and a rule applies to the whole of it; write {unstacked!r}"

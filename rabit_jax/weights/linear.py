@@ -35,7 +35,7 @@ class Weight(Protocol):
 
 def is_weight(x: Any) -> bool:
     """Whether `x` is a weight node: the test that stops tree functions from entering it."""
-    return hasattr(x, "matmul") and hasattr(x, "dense")
+    return hasattr(type(x), "matmul") and hasattr(type(x), "dense")
 
 
 def linear(x: jax.Array, w: jax.Array | Weight) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ class PackedSign:
 
     def signs(self) -> jax.Array:
         """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
-        return self.positive().astype(jnp.int8) * 2 - 1
+        return plus_minus(self.positive())
 
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
@@ -76,12 +77,30 @@ class PackedSign:
 
     def bits_per_weight(self) -> float:
         """Nominal `k + 16 k (i + o) / (i o)`; padding on disk comes on top where 256 does not divide i."""
-        i, o = self.shape[-2:]
-        return self.k + 16 * self.k * (i + o) / (i * o)
+        return nominal_bits(self.shape, self.k)
 
     def deployed_bytes(self) -> int:
         """Bytes of all leaves: what the packed file stores."""
         return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in (self.bits, self.g, self.h))
+
+
+def plus_minus(positive: jax.Array) -> jax.Array:
+    """Bool, True for +1 -> int8, each -1 or +1."""
+    return positive.astype(jnp.int8) * 2 - 1
+
+
+def nominal_bits(shape: tuple[int, ...], k: int) -> float:
+    """Bits per weight of k packed paths of `[..., i, o]`: `k + 16 k (i + o) / (i o)`."""
+    i, o = shape[-2:]
+    return k + 16 * k * (i + o) / (i * o)
+
+
+def packed_size(shape: tuple[int, ...], k: int) -> int:
+    """Bytes of k packed paths of `[..., i, o]`, padding of the inputs to 256 included."""
+    from kernels.layout import packed_bytes
+
+    *lead, i, o = shape
+    return prod(lead) * k * (o * packed_bytes(i) + 2 * (i + o))
 
 
 def balance(g: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:

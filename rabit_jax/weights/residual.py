@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from rabit_jax.weights.convert import per_layer
-from rabit_jax.weights.packed import PackedSign, round_scales
+from rabit_jax.weights.packed import PackedSign, nominal_bits, packed_size, plus_minus, round_scales
 from rabit_jax.weights.ste import coupled, coupled_signs, effective_weight
 
 
@@ -56,7 +55,7 @@ class ResidualSign:
 
     def signs(self) -> jax.Array:
         """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
-        return self.positive().astype(jnp.int8) * 2 - 1
+        return plus_minus(self.positive())
 
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
@@ -76,15 +75,11 @@ class ResidualSign:
 
     def bits_per_weight(self) -> float:
         """Nominal bits per weight once packed: `k + 16 k (i + o) / (i o)`."""
-        i, o = self.shape[-2:]
-        return self.k + 16 * self.k * (i + o) / (i * o)
+        return nominal_bits(self.shape, self.k)
 
     def deployed_bytes(self) -> int:
         """Bytes once packed, padding of the inputs to 256 included."""
-        from kernels.layout import packed_bytes
-
-        *lead, i, o = self.shape
-        return prod(lead) * self.k * (o * packed_bytes(i) + 2 * (i + o))
+        return packed_size(self.shape, self.k)
 
 
 @jax.jit

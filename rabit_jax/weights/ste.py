@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import jax
@@ -94,12 +94,24 @@ def _forward(latent, g, h, dtype):
 def _backward(dtype, residuals, cotangent):
     latent, g, h = residuals
     cotangent = cotangent.astype(F32)
+    signs = (positive for positive, _ in coupled(latent, g, h))
+    return cotangent.astype(latent.dtype), *scale_gradients(cotangent, signs, g, h)
+
+
+def scale_gradients(
+    cotangent: jax.Array, signs: Iterable[jax.Array], g: jax.Array, h: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`dg_i[o] = sum_in G B_i h_i`, `dh_i[in] = sum_out G B_i g_i`, one path after another.
+
+    `cotangent: [..., i, o]` float32 `G`; `signs`: bool `[..., i, o]` per path, True for +1. Returns
+    `[..., k, o]` and `[..., k, i]` float32.
+    """
     dg, dh = [], []
-    for i, (positive, _) in enumerate(coupled(latent, g, h)):
+    for i, positive in enumerate(signs):
         signed = with_sign(cotangent, positive)
         dg.append(jnp.einsum("...io,...i->...o", signed, h[..., i, :]))
         dh.append(jnp.einsum("...io,...o->...i", signed, g[..., i, :]))
-    return cotangent.astype(latent.dtype), jnp.stack(dg, axis=-2), jnp.stack(dh, axis=-2)
+    return jnp.stack(dg, axis=-2), jnp.stack(dh, axis=-2)
 
 
 effective_weight.defvjp(_forward, _backward)

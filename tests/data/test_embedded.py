@@ -82,7 +82,7 @@ def test_cleaning_keeps_prose_and_drops_code():
         """
         A line that is long enough to have been wrapped by its author
         goes   on here.
-        * a short point
+        * a short point that is long enough for its author to wrap
         * another of the points
 
         ***************
@@ -96,9 +96,25 @@ def test_cleaning_keeps_prose_and_drops_code():
     )
     assert embedded._paragraphs(text) == [
         "A line that is long enough to have been wrapped by its author goes on here.\n"
-        "* a short point\n* another of the points",
+        "* a short point that is long enough for its author to wrap\n* another of the points",
         "Used like this:",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "english"),
+    [
+        ("Return the value that was set last.", True),
+        ("Base exception.", True),
+        ("exception", False),
+        ("for (x in [1, 2]) { y[x] = {a: z(0)} } or {}, of (9, 9)", False),
+        ("return_stmt ::= the word return and then an expression list", False),
+        ("Le texte n'est pas en anglais et ne doit donc rester nulle part", False),
+        ("Ici, on peut lire ceci et cela mais rien ne doit rester de tout ce texte", False),
+    ],
+)
+def test_what_counts_as_english(text, english):
+    assert embedded._is_english(text) == english
 
 
 def test_a_nearly_repeated_paragraph_is_left_out():

@@ -147,8 +147,8 @@ def test_hub_splits_and_columns(dataset, monkeypatch, tmp_path):
     assert held == [f"test row {n}" for n in range(3)]
     train, held = documents(DataConfig(source="hub", hub=dataset))
     assert sorted(train + held) == sorted(f"train row {n}" for n in range(12))
-    bad("no text in column 'body'; set .* text, id", source="hub", hub=dataset,
-        hub_text_column="body")
+    column = "^split 'train' of dataset .* has no text in column 'body'; set .* text, id"
+    bad(column, source="hub", hub=dataset, hub_text_column="body")
     bad("cannot read split 'dev' of dataset", source="hub", hub=dataset, hub_split="dev")
 
 

@@ -153,9 +153,21 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(load):
     assert config.train.optimiser.kind == "adamw"
 
 
+@dataclass(frozen=True)
+class Place:
+    mesh: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Places:
+    here: Place = Place({"data": 1})  # noqa: B008 - the shared default is what is tested
+
+
 def test_overrides_leave_the_class_defaults_alone(load):
-    load("name: run", "mesh.tensor=2")
+    assert load("name: run", "mesh.tensor=2").mesh == {"data": 1, "tensor": 2}
     assert load().mesh == {"data": 1}
+    assert load_config(Places, None, ["here.mesh.pipe=2"]).here.mesh == {"data": 1, "pipe": 2}
+    assert load_config(Places, None).here.mesh == {"data": 1}
 
 
 def test_no_file_is_defaults_and_overrides():

@@ -1,0 +1,106 @@
+"""Benchmarks: `python -m experiments.bench NAME [options] [--json]`; `--help` lists them.
+
+With `--json` stdout holds one JSON object `{"device", "date", "versions", "command", "rows"}` and
+nothing else; without it a table. Progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+from experiments import bench_step, bench_svid
+from experiments.console import main_guard, table
+from rabit_jax.errors import BadInput
+
+BENCHMARKS = {"step": bench_step, "svid": bench_svid}
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `BadInput`: one sentence, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `BadInput` with the message."""
+        raise BadInput(f"{message}; `{self.prog} --help` lists the options")
+
+
+def device() -> str:
+    """What the numbers were measured on: the accelerator, or the processor and its cores."""
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() != "cpu":
+        return kind
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _processor() -> str:
+    """Model name where Linux tells it, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def report(command: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The one JSON object of a benchmark: where, when, with what, how, and the rows."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"device": device(), "date": date, "versions": versions(), "command": command,
+            "rows": list(rows)}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: one subcommand per benchmark, each with its own options and examples."""
+    top = Parser(prog="python -m experiments.bench", description=__doc__,
+                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, module in BENCHMARKS.items():
+        sub = commands.add_parser(
+            name, help=module.__doc__.splitlines()[0], description=module.__doc__,
+            epilog=module.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_options(sub)
+        sub.add_argument("--json", action="store_true", help="one JSON object on stdout, no table")
+    return top
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one benchmark and print its result to stdout.
+
+    Raises:
+      BadInput: an unknown benchmark or option, or a value out of its range.
+    """
+    options = parser().parse_args(arguments)
+    command = shlex.join(["python", "-m", "experiments.bench", *arguments])
+    result = report(command, BENCHMARKS[options.name].measure(options))
+    if options.json:
+        print(json.dumps(result))
+        return
+    columns = list(result["rows"][0])
+    cells = [[_cell(row[name]) for name in columns] for row in result["rows"]]
+    table(f"{options.name}: {result['device']}, {result['date']}", columns, cells, stdout=True)
+
+
+def _cell(value: Any) -> Any:
+    return "x".join(map(str, value)) if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(lambda: run(sys.argv[1:])))

@@ -1,0 +1,217 @@
+"""What the file of a packed model holds: names, shapes, header and checksums.
+
+A packed model is a Hugging Face folder whose `model.safetensors` has the format `rb256`. A packed
+linear of k paths under the module name `model.layers.3.mlp.up_proj` is three tensors:
+
+    model.layers.3.mlp.up_proj.bits   uint8   [k, o, 32 ceil(i / 256)]   layout: `kernels.layout`
+    model.layers.3.mlp.up_proj.g      float16 [k, o]
+    model.layers.3.mlp.up_proj.h      float16 [k, i]
+
+    W_hat = sum_p diag(h_p) B_p diag(g_p),  W_hat: [i, o]
+
+Everything else has its usual name and torch's layout, in float16 or bfloat16. The metadata of the
+safetensors header are strings, JSON where they are more than a word: `format` and `version`;
+`config`, the model's config.json; `modules`, `{"in", "out", "k"}` of each packed linear; and
+`sha256`, a checksum of each tensor, for a flipped bit is a valid sign and nothing else would tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from rabit_jax.errors import BadInput
+from rabit_jax.models.names import hf_name, tensor_names
+
+METHOD, FORMAT, VERSION = "rabit", "rb256", 1
+FILE = "model.safetensors"
+PARTS = {"bits": ("U8",), "g": ("F16",), "h": ("F16",)}
+OTHERS = ("F16", "BF16")
+_BYTES = {"U8": 1, "F16": 2, "BF16": 2}
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """An open file of format `rb256` whose header has been read.
+
+    Attributes:
+      path: where it lies.
+      config: the model's config.json as the header repeats it.
+      modules: `{"in", "out", "k"}` of each packed linear, by Hugging Face module name.
+      sha256: checksum of each tensor, by name.
+      tensors: the open safetensors handle.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    modules: dict[str, dict[str, int]]
+    sha256: dict[str, str]
+    tensors: Any
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor.
+
+        Raises:
+          BadInput: its bytes are not those that were written.
+        """
+        value = self.tensors.get_tensor(name)
+        if checksum(value) != self.sha256.get(name):
+            raise BadInput(f"tensor {name} in {self.path} is altered, its checksum differs from "
+                           "the one in the header: fetch the file again")
+        return value
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor, by name."""
+        found = {name: self.tensors.get_slice(name) for name in self.tensors.keys()}
+        return {n: prod(s.get_shape()) * _BYTES[s.get_dtype()] for n, s in found.items()}
+
+
+@contextlib.contextmanager
+def open_packed(path: Path) -> Iterator[PackedFile]:
+    """Opens a file and reads its header; no tensor is read yet.
+
+    Raises:
+      BadInput: no such file, a truncated one, another format or version, or a damaged header.
+    """
+    try:
+        tensors = safe_open(path, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot read {path}, it is missing, truncated or damaged: fetch it again "
+                       f"({str(error).splitlines()[0]})") from error
+    with tensors:
+        header = tensors.metadata() or {}
+        check_version(header, str(path))
+        try:
+            parts = [dict(json.loads(header[name])) for name in ("config", "modules", "sha256")]
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"the header of {path} is damaged ({error}): fetch it again") from error
+        yield PackedFile(path, *parts, tensors)
+
+
+def check_version(found: Mapping[str, Any], where: str) -> None:
+    """Raises BadInput unless `found` names the format and the version that are read here."""
+    pair = found.get("format"), str(found.get("version"))
+    if pair != (FORMAT, str(VERSION)):
+        raise BadInput(f"{where} has format {pair[0]!r} version {pair[1]}, this program reads "
+                       f"{FORMAT!r} version {VERSION}: pack the model again or update the program")
+
+
+def metadata(
+    config: Mapping[str, Any], modules: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[str, str]:
+    """The metadata of the header, for a parsed config.json and all tensors of the file."""
+    sha256 = {name: checksum(value) for name, value in tensors.items()}
+    parts = {"config": config, "modules": modules, "sha256": sha256}
+    texts = {name: json.dumps(part) for name, part in parts.items()}
+    return {"format": FORMAT, "version": str(VERSION), **texts}
+
+
+def checksum(value: np.ndarray) -> str:
+    """SHA-256, in hexadecimal, of dtype, shape and bytes (row-major, little endian) of a tensor.
+
+    The text hashed before the bytes is such as `float16[2, 64]`.
+    """
+    digest = hashlib.sha256(f"{value.dtype}{list(value.shape)}".encode())
+    digest.update(np.ascontiguousarray(value).view(np.uint8))
+    return digest.hexdigest()
+
+
+def part_shapes(shape: tuple[int, ...], k: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of `bits`, `g` and `h` of one packed matrix `[..., i, o]`, leading axes left out."""
+    from kernels.layout import packed_bytes
+
+    i, o = shape[-2:]
+    return {"bits": (k, o, packed_bytes(i)), "g": (k, o), "h": (k, i)}
+
+
+def module_names(path: str, shape: tuple[int, ...]) -> list[str]:
+    """Hugging Face modules of the kernel at `path`: one per layer of a stack `[l, i, o]`."""
+    layers = range(shape[0]) if path.startswith("layers/") else [None]
+    return [hf_name(path.removesuffix("/kernel"), layer) for layer in layers]
+
+
+def module_table(shapes: Shapes, ks: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """`modules` of the header: `ks` holds k of each packed kernel, by path."""
+    return {
+        module: {"in": shapes[path][-2], "out": shapes[path][-1], "k": k}
+        for path, k in ks.items() for module in module_names(path, shapes[path])
+    }
+
+
+def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, int]:
+    """k of each packed kernel, by path: the inverse of `module_table`.
+
+    Raises:
+      BadInput: the header's modules are not those of a model of these shapes.
+    """
+    kernels = {path: module_names(path, shape)[0] for path, shape in shapes.items()
+               if path.endswith("/kernel")}
+    try:
+        ks = {p: file.modules[m]["k"] for p, m in kernels.items() if m in file.modules}
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"the header of {file.path} is damaged (modules): fetch it again") from error
+    wanted = module_table(shapes, ks)
+    for name in [*wanted, *file.modules]:
+        if file.modules.get(name) != wanted.get(name):
+            raise BadInput(f"module {name} in {file.path} is {file.modules.get(name)}, the config "
+                           f"and the other layers ask for {wanted.get(name)}: pack it again")
+    return ks
+
+
+def check_tensors(file: PackedFile, shapes: Shapes, ks: Mapping[str, int]) -> None:
+    """Raises BadInput, with its name, for a tensor that is missing, misshapen or not asked for."""
+    wanted = dict(_wanted(shapes, ks))
+    found = set(file.tensors.keys())
+    for name, (shape, dtypes) in wanted.items():
+        if name not in found:
+            raise BadInput(f"missing tensor {name} {list(shape)} in {file.path}")
+        stored = file.tensors.get_slice(name)
+        if tuple(stored.get_shape()) != shape or stored.get_dtype() not in dtypes:
+            raise BadInput(f"tensor {name} in {file.path} is {stored.get_dtype()} "
+                           f"{stored.get_shape()}, wanted {' or '.join(dtypes)} {list(shape)}")
+    if extra := sorted(found - set(wanted)):
+        raise BadInput(f"extra tensor {extra[0]} in {file.path}, the config asks for none of that "
+                       "name")
+
+
+def _wanted(shapes: Shapes, ks: Mapping[str, int]) -> Iterator[tuple[str, tuple]]:
+    """Name and `(shape, dtypes)` of every tensor of the file."""
+    for path, shape in shapes.items():
+        if path not in ks:
+            yield from ((name, (inner, OTHERS)) for name, inner in tensor_names(path, shape))
+            continue
+        parts = part_shapes(shape, ks[path])
+        for module in module_names(path, shape):
+            yield from ((f"{module}.{part}", (parts[part], PARTS[part])) for part in PARTS)
+
+
+def nearest_16bit(value: Any, name: str) -> np.ndarray:
+    """`value` in float16 or bfloat16, whichever has the smaller largest error; float16 on a tie.
+
+    So a model trained in bfloat16 is stored exactly, and a small float32 one with float16's three
+    more bits, unless a value lies beyond float16's range.
+
+    Raises:
+      BadInput: a value is not finite; the message begins with `name`.
+    """
+    wide = np.asarray(value).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = [wide.astype(jnp.dtype(dtype)) for dtype in ("float16", "bfloat16")]
+        errors = [np.max(np.abs(r.astype(np.float32) - wide), initial=0) for r in rounded]
+    best = int(np.argmin(errors))
+    if not np.isfinite(errors[best]):
+        raise BadInput(f"{name} holds a value that is not finite or leaves the range of bfloat16, "
+                       "it cannot be stored: look where the training went wrong")
+    return rounded[best]

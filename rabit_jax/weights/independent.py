@@ -1,0 +1,149 @@
+"""`IndependentSign`: standard quantisation-aware training, one latent for every sign path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rabit_jax.weights.convert import per_layer
+from rabit_jax.weights.packed import PackedSign, nominal_bits, packed_size, plus_minus, round_scales
+from rabit_jax.weights.ste import F32, outer, scale_gradients, with_sign
+
+STE = ("identity", "scaled")
+
+
+@struct.dataclass
+class IndependentSign:
+    """`W_hat = sum_i diag(h_i) sign(V_i) diag(g_i)`: what `ResidualSign` is compared with.
+
+    Nothing couples the paths, so they cost k latents, k gradients and k optimiser states.
+
+    Attributes:
+      latents: `V`, float32 or bfloat16 `[..., k, i, o]`.
+      g: float32 `[..., k, o]` output scales ("row scale").
+      h: float32 `[..., k, i]` input scales ("column scale").
+      ste: the straight-through rule, "identity" or "scaled", see `independent_weight`.
+
+    Example:
+      >>> node = IndependentSign(jnp.ones((2, 32, 64)), g=jnp.ones((2, 64)), h=jnp.ones((2, 32)))
+      >>> y = linear(x, node)      # [..., 32] -> [..., 64]
+    """
+
+    latents: jax.Array
+    g: jax.Array
+    h: jax.Array
+    ste: str = struct.field(pytree_node=False, default="identity")
+
+    @property
+    def k(self) -> int:
+        """Number of sign paths."""
+        return self.g.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape `[..., i, o]` of the matrix."""
+        return (*self.latents.shape[:-3], *self.latents.shape[-2:])
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
+        return x @ independent_weight(self.latents, self.g, self.h, self.ste, x.dtype)
+
+    def dense(self) -> jax.Array:
+        """`W_hat`, float32 `[..., i, o]`."""
+        return independent_weight(self.latents, self.g, self.h, self.ste)
+
+    def positive(self) -> jax.Array:
+        """Signs as bool `[..., k, i, o]`, True for +1."""
+        return self.latents >= 0
+
+    def signs(self) -> jax.Array:
+        """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
+        return plus_minus(self.positive())
+
+    def paths(self) -> Iterator[jax.Array]:
+        """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
+        return _terms(self.latents, self.g, self.h)
+
+    def roles(self) -> IndependentSign:
+        """Leaf names for the optimiser and the mesh."""
+        return self.replace(latents="latent", g="scale", h="scale")
+
+    def pack(self, name: str) -> PackedSign:
+        """Pack the signs of the latents, and round the balanced scales to 16 bits.
+
+        Raises:
+          BadInput: a scale leaves the float16 range; the message begins with `name`.
+        """
+        return PackedSign(_pack_signs(self.latents), *round_scales(self.g, self.h, name))
+
+    def bits_per_weight(self) -> float:
+        """Nominal bits per weight once packed: `k + 16 k (i + o) / (i o)`."""
+        return nominal_bits(self.shape, self.k)
+
+    def deployed_bytes(self) -> int:
+        """Bytes once packed, padding of the inputs to 256 included."""
+        return packed_size(self.shape, self.k)
+
+
+@jax.jit
+def _pack_signs(latents: jax.Array) -> jax.Array:
+    from kernels.layout import pack_bits
+
+    return per_layer(lambda latent: pack_bits((latent >= 0).T), latents)
+
+
+def _positive(latents: jax.Array) -> Iterator[jax.Array]:
+    return (latents[..., i, :, :] >= 0 for i in range(latents.shape[-3]))
+
+
+def _terms(latents: jax.Array, g: jax.Array, h: jax.Array) -> Iterator[jax.Array]:
+    for i, positive in enumerate(_positive(latents)):
+        yield with_sign(outer(h[..., i, :], g[..., i, :]), positive)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def independent_weight(
+    latents: jax.Array, g: jax.Array, h: jax.Array, ste: str = "identity", dtype=F32
+) -> jax.Array:
+    """`W_hat = sum_i diag(h_i) sign(V_i) diag(g_i)` with sign(0) = +1, summed path by path.
+
+    Backward, with `G = dL/dW_hat`, and `B_i = sign(V_i)` constant for the scales:
+
+        dL/dg_i[o] = sum_in G B_i h_i;   dL/dh_i[in] = sum_out G B_i g_i
+        dL/dV_i = G                      for "identity", as if W_hat were sum_i V_i
+        dL/dV_i = (h_i g_i^T) * G        for "scaled", as if sign(V_i) were V_i
+
+    Both rules are in use, and the choice confounds a comparison of methods. The signs are derived
+    again in the backward, so the residuals are the inputs and nothing else.
+
+    Args:
+      latents: `[..., k, i, o]` float32 or bfloat16.
+      g: `[..., k, o]` float32.
+      h: `[..., k, i]` float32.
+      ste: "identity" or "scaled".
+      dtype: dtype of the result; sums are taken in float32 and rounded once.
+
+    Returns:
+      `[..., i, o]` in `dtype`.
+    """
+    return sum(_terms(latents, g, h)).astype(dtype)
+
+
+def _forward(latents, g, h, ste, dtype):
+    return independent_weight(latents, g, h, ste, dtype), (latents, g, h)
+
+
+def _backward(ste, dtype, residuals, cotangent):
+    latents, g, h = residuals
+    cotangent = cotangent.astype(F32)
+    dg, dh = scale_gradients(cotangent, _positive(latents), g, h)
+    step = cotangent[..., None, :, :]
+    step = step * outer(h, g) if ste == "scaled" else jnp.broadcast_to(step, latents.shape)
+    return step.astype(latents.dtype), dg, dh
+
+
+independent_weight.defvjp(_forward, _backward)

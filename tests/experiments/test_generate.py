@@ -1,0 +1,176 @@
+"""The generate command in process: text, batches, end tokens, exit codes."""
+
+import io
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from experiments import generate as command
+from rabit_jax import LLAMA_LINEARS, PackedSign
+from rabit_jax.data import train_tokenizer
+from rabit_jax.models import Decoder, ModelConfig, param_shapes, save_hf
+from rabit_jax.models.packed_io import load_model, save_packed
+
+CONFIG = ModelConfig(
+    vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_hidden=48,
+    bos_id=0, eos_ids=(), max_position=64,
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense and a packed folder of tiny random models, with a tokenizer."""
+    root, rng = tmp_path_factory.mktemp("models"), np.random.default_rng(3)
+    dense = {path: jnp.asarray(rng.normal(size=shape), jnp.float32)
+             for path, shape in param_shapes(CONFIG).items()}
+    packed = dict(dense)
+    for path, value in dense.items():
+        if re.fullmatch(LLAMA_LINEARS, path):
+            l, i, o = value.shape
+            bits = jnp.asarray(rng.integers(0, 256, (l, 1, o, 32), np.uint8))
+            g, h = (jnp.full((l, 1, n), 0.7, jnp.float16) for n in (o, i))
+            packed[path] = PackedSign(bits, g, h)
+    tokenizer = train_tokenizer(["the cat sat on the mat, the cat ran"] * 3, 300)
+    save_hf(root / "dense", CONFIG, unflatten_dict(dense, sep="/"), tokenizer)
+    save_packed(root / "packed", CONFIG, unflatten_dict(packed, sep="/"), tokenizer)
+    return root
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command; returns exit code, stdout and stderr."""
+    def call(*args):
+        code = command.main([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def greedy(folder, prompt, steps):
+    """New ids by the argmax of whole forward passes, and the tokenizer."""
+    model, params, tokenizer = load_model(folder)
+    model = Decoder(model.config)
+    apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+    ids = tokenizer.encode(prompt)
+    # One padded length for all steps: later positions cannot change earlier logits.
+    tokens, n = np.zeros((1, 48), np.int32), len(ids)
+    tokens[0, :n] = ids
+    for at in range(n, n + steps):
+        tokens[0, at] = np.asarray(apply(tokens))[0, at - 1].argmax()
+    return tokens[0, n : n + steps].tolist(), tokenizer
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_greedy_text_is_the_argmax(folders, run, kind):
+    new, tokenizer = greedy(folders / kind, "the cat", 8)
+    code, out, err = run("--model", folders / kind, "--prompt", "the cat", "--greedy",
+                         "--max-new-tokens", 8)
+    assert code == 0
+    assert out == "the cat" + tokenizer.decode(new, skip_special_tokens=True) + "\n"
+    assert err.startswith("8 tokens in ") and "tokens/s" in err and "compilation not" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_batch_gives_each_prompt_its_own_text(folders, run):
+    prompts = ["the cat sat on the mat", "the cat"]
+    settings = ("--model", folders / "packed", "--greedy", "--max-new-tokens", 8)
+    alone = [run(*settings, "--prompt", prompt)[1] for prompt in prompts]
+    code, out, err = run(*settings, "--prompt", prompts[0], "--prompt", prompts[1])
+    assert (code, out) == (0, "\n".join(alone))
+    assert err.startswith("16 tokens in ")
+
+
+def test_stdin_is_a_prompt(folders, run, monkeypatch):
+    settings = ("--model", folders / "packed", "--greedy", "--max-new-tokens", 8, "--prompt")
+    wanted = run(*settings, "the cat")[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
+    assert run(*settings, "-")[1] == wanted
+
+
+def test_seed_and_temperature(folders, run):
+    settings = ("--model", folders / "packed", "--prompt", "the cat", "--max-new-tokens", 8)
+    first, again, other = (run(*settings, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert first == again != other
+    plain = run(*settings, "--greedy")[1]
+    assert run(*settings, "--temperature", 0)[1] == plain
+    assert run(*settings, "--top-p", 1e-6)[1] == plain != first
+
+
+def test_text_stops_at_an_end_token_of_the_generation_config(folders, run, tmp_path):
+    new, tokenizer = greedy(folders / "packed", "the cat", 8)
+    at = next(n for n in range(2, 8) if new[n] not in new[:n])
+    folder = shutil.copytree(folders / "packed", tmp_path / "packed")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, new[at]]}))
+    code, out, err = run("--model", folder, "--prompt", "the cat", "--greedy",
+                         "--max-new-tokens", 8)
+    assert (code, out) == (0, "the cat" + tokenizer.decode(new[:at]) + "\n")
+    assert err.startswith(f"{at + 1} tokens in ")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--prompt", ""], "empty prompt"),
+    (["--prompt", " \n"], "empty prompt"),
+    (["--prompt", "a", "--prompt", ""], "empty prompt"),
+    (["--prompt", "\udce9"], "not UTF-8"),
+    (["--prompt", "a", "--seed", "-1"], "--seed is -1"),
+    (["--prompt", "a", "--top-p", "2"], "top_p 2.0"),
+    (["--prompt", "a", "--temperature", "nan"], "temperature nan"),
+    (["--prompt", "a", "--max-new-tokens", "0"], "makes at least 1"),
+    (["--prompt", "a", "--max-new-tokens", "64"], "64 positions"),
+])
+def test_bad_input_is_one_sentence(folders, run, args, message):
+    code, out, err = run("--model", folders / "packed", "--max-new-tokens", 8, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_bad_folders_are_one_sentence(folders, run, tmp_path):
+    bare = shutil.copytree(folders / "dense", tmp_path / "bare",
+                           ignore=shutil.ignore_patterns("tokenizer*"))
+    cut = shutil.copytree(folders / "packed", tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-9])
+    for folder, message in [(tmp_path / "none", "no model folder"), (bare, "holds no tokenizer"),
+                            (cut, "truncated")]:
+        code, out, err = run("--model", folder, "--prompt", "a")
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_usage(capsys):
+    for args, code, word in [(["--help"], 0, "examples:"), (["--prompt", "a"], 2, "--model"),
+                             (["--model", "m"], 2, "--prompt")]:
+        with pytest.raises(SystemExit) as ended:
+            command.main(args)
+        assert ended.value.code == code
+        assert word in "".join(capsys.readouterr())
+
+
+def test_padding_is_on_the_left():
+    tokens, mask = command.pad_left([[5], [1, 2, 3]])
+    np.testing.assert_array_equal(tokens, [[0, 0, 5], [1, 2, 3]])
+    np.testing.assert_array_equal(mask, [[False, False, True], [True, True, True]])
+
+
+def test_rows_are_cut_behind_the_first_end():
+    assert command.until_end([4, 2, 9, 2], (9, 2)) == [4, 2]
+    assert command.until_end([4, 5], ()) == [4, 5]
+
+
+def test_the_stopwatch_leaves_compilation_out(monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr(command.time, "perf_counter", lambda: next(ticks))
+    function = jax.jit(lambda x: x * 3 + 1)
+    x = np.ones(5, np.float32)
+    with command.Stopwatch() as compiling:
+        function(x)
+    assert compiling.start > 0 and compiling.seconds == 1
+    before = next(ticks)
+    with command.Stopwatch() as compiled:
+        function(x)
+    assert compiled.start == before + 1 and compiled.seconds == 1

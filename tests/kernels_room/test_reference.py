@@ -1,0 +1,62 @@
+"""The reference product against float64 NumPy, and what it may hold in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.layout import pack_bits
+from kernels.reference import packed_matmul
+
+
+def case(k, i, o):
+    rng = np.random.default_rng(k)
+    signs = np.where(rng.random((k, o, i)) < 0.5, 1.0, -1.0)
+    g, h = rng.uniform(0.5, 2, (k, o)), rng.uniform(0.5, 2, (k, i))
+    g, h = jnp.asarray(g, jnp.float16), jnp.asarray(h, jnp.float16)
+    dense = np.einsum("koi,ko,ki->io", signs, np.asarray(g, np.float64), np.asarray(h, np.float64))
+    return pack_bits(jnp.asarray(signs > 0)), g, h, dense
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 4e-3), ("float16", 1e-3)])
+@pytest.mark.parametrize("k, i, o", [(1, 256, 8), (2, 300, 31), (4, 513, 1)])
+def test_the_product_is_that_of_float64(k, i, o, dtype, tolerance):
+    bits, g, h, dense = case(k, i, o)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, i)), dtype)
+    y = packed_matmul(x, bits, g, h)
+    assert y.dtype == x.dtype and y.shape == (2, 3, o)
+    want = np.asarray(x, np.float64) @ dense
+    error = np.linalg.norm(np.asarray(y, np.float64) - want) / np.linalg.norm(want)
+    assert error < tolerance
+    assert packed_matmul(x[0, 0], bits, g, h).shape == (o,)
+
+
+def test_sums_are_float32_when_products_are_bfloat16():
+    # 4,096 ones: a bfloat16 sum would stop growing at 256.
+    x = jnp.ones((1, 4096), jnp.bfloat16).at[0, 0].set(3)
+    bits = pack_bits(jnp.ones((2, 1, 4096), bool))
+    ones = jnp.ones((2, 1), jnp.float16), jnp.ones((2, 4096), jnp.float16)
+    assert float(packed_matmul(x, bits, *ones)[0, 0]) == float(jnp.bfloat16(2 * 4098))
+
+
+def walk(jaxpr):
+    """Every equation of a jaxpr and of those inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for param in eqn.params.values():
+            for inner in param if isinstance(param, (list, tuple)) else [param]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from walk(inner)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_no_more_than_one_path_of_signs_is_ever_unpacked(k):
+    i, o = 512, 48
+    bits, g, h, _ = case(k, i, o)
+    jaxpr = jax.make_jaxpr(packed_matmul)(jnp.ones((3, i)), bits, g, h).jaxpr
+    equations = list(walk(jaxpr))
+    scans = [eqn for eqn in equations if eqn.primitive.name == "scan"]
+    assert [eqn.params["length"] for eqn in scans] == [k]
+    largest = max(var.aval.size for eqn in equations for var in eqn.outvars)
+    assert largest == i * o

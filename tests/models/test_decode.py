@@ -1,0 +1,119 @@
+"""Generation against full forward passes, and sampling against NumPy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rabit_jax.errors import BadInput
+from rabit_jax.models import Decoder, generate
+from rabit_jax.models.decode import pick
+
+
+@pytest.fixture(scope="module")
+def greedy(model, params, apply):
+    """Argmax of a pass over the whole sequence, again for every new token.
+
+    The places still to come hold zeros, which a causal model cannot see; so one length compiles.
+    """
+    def run(tokens, steps):
+        end = tokens.shape[1]
+        text = np.pad(np.asarray(tokens), ((0, 0), (0, 21 - end)))
+        for t in range(end, end + steps):
+            text[:, t] = np.asarray(apply(model, params, text)[:, t - 1]).argmax(-1)
+        return text[:, end : end + steps]
+
+    return run
+
+
+def test_greedy_is_the_argmax_of_full_passes(model, params, tokens, greedy):
+    found = generate(model, params, tokens, max_new_tokens=10)
+    assert found.shape == (2, 10) and found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, greedy(tokens, 10))
+
+
+def test_left_padding_changes_no_text(model, params, tokens, greedy):
+    short = tokens[1:, 4:]
+    batch = jnp.stack([tokens[0], jnp.pad(short[0], (4, 0), constant_values=7)])
+    mask = jnp.ones((2, 9), bool).at[1, :4].set(False)
+    found = generate(model, params, batch, mask, max_new_tokens=8)
+    np.testing.assert_array_equal(found[:1], greedy(tokens[:1], 8))
+    np.testing.assert_array_equal(found[1:], greedy(short, 8))
+
+
+def test_rows_end_at_eos_and_are_filled(model, params, tokens):
+    free = np.asarray(generate(model, params, tokens, max_new_tokens=10))
+    other, eos = 60, int(free[0, 3])
+    found = np.asarray(generate(model, params, tokens, max_new_tokens=10, eos_ids=(other, eos)))
+    for row, plain in zip(found, free, strict=True):
+        ends = np.flatnonzero(np.isin(plain, (other, eos)))
+        stop = ends[0] + 1 if ends.size else 10
+        np.testing.assert_array_equal(row[:stop], plain[:stop])
+        assert (row[stop:] == other).all()
+    assert (found[0, 4:] == other).all()
+
+
+def test_sampling_is_fixed_by_the_key(model, params, tokens, greedy):
+    def sample(seed, **settings):
+        return np.asarray(generate(model, params, tokens, max_new_tokens=12, temperature=1.0,
+                                   key=jax.random.key(seed), **settings))
+
+    np.testing.assert_array_equal(sample(0), sample(0))
+    assert not np.array_equal(sample(0), sample(1))
+    # A nucleus that holds one token is greedy.
+    np.testing.assert_array_equal(sample(3, top_p=1e-6), greedy(tokens, 12))
+
+
+@pytest.mark.parametrize("mode, temperature, top_p", [
+    ("sample", 1.0, 1.0), ("sample", 0.5, 1.0), ("nucleus", 1.0, 0.7), ("nucleus", 2.0, 0.6),
+])
+def test_frequencies_match_numpy(mode, temperature, top_p):
+    """40,000 draws: a frequency's standard deviation is at most 0.0025."""
+    logits = np.random.default_rng(0).normal(size=10).astype(np.float32) * 1.5
+    p = np.exp(logits.astype(np.float64) / temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    kept, total = [], 0.0
+    for i in order:
+        if total >= top_p:
+            break
+        kept.append(i)
+        total += p[i]
+    wanted = np.zeros(10)
+    wanted[kept] = p[kept] / total
+    draws = pick(jnp.tile(logits, (40000, 1)), jax.random.key(5), mode, jnp.float32(temperature),
+                 jnp.float32(top_p))
+    found = np.bincount(np.asarray(draws), minlength=10) / 40000
+    np.testing.assert_allclose(found, wanted, atol=0.011)
+    assert (found[wanted == 0] == 0).all()
+
+
+def test_bfloat16_and_remat_generate(config, params, tokens):
+    c = dataclasses.replace(config, dtype="bfloat16", remat=True)
+    assert generate(Decoder(c), params, tokens, max_new_tokens=3).shape == (2, 3)
+
+
+def test_the_last_position_can_be_used(config, params, tokens):
+    c = dataclasses.replace(config, max_position=12)
+    assert generate(Decoder(c), params, tokens, max_new_tokens=3).shape == (2, 3)
+    with pytest.raises(BadInput, match="the model has 12 positions"):
+        generate(Decoder(c), params, tokens, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"tokens": np.zeros((1, 0), np.int32)}, "empty prompt"),
+    ({"tokens": np.zeros((0, 4), np.int32)}, "empty prompt"),
+    ({"tokens": np.array([[3, 99]])}, "vocabulary has 0..60"),
+    ({"mask": np.array([[True, False]])}, "padded on the left"),
+    ({"mask": np.array([[True]])}, "wanted the same shape"),
+    ({"max_new_tokens": 0}, "makes at least 1"),
+    ({"temperature": -1.0}, "wanted temperature >= 0"),
+    ({"top_p": 0.0}, "0 < top_p <= 1"),
+    ({"temperature": 1.0}, "wants a key"),
+])
+def test_bad_input(model, params, change, message):
+    call = {"tokens": np.array([[3, 4]]), "max_new_tokens": 2} | change
+    with pytest.raises(BadInput, match=message):
+        generate(model, params, **call)

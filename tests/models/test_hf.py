@@ -1,0 +1,236 @@
+"""Model folders: round trips, shards, shardings, tokenizers, and damage reported by name."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from rabit_jax.errors import BadInput
+from rabit_jax.models import hf_name, load_hf, save_hf
+
+
+@pytest.fixture
+def folder(tmp_path, model, params):
+    save_hf(tmp_path / "model", model, params)
+    return tmp_path / "model"
+
+
+def _same(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def _edit(folder, change):
+    """Rewrites model.safetensors after `change(tensors)`."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _shard(folder):
+    """Splits model.safetensors into two shards and their index."""
+    tensors = load_file(folder / "model.safetensors")
+    names, weight_map = sorted(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_names():
+    assert hf_name("layers/attn/q/kernel", 3) == "model.layers.3.self_attn.q_proj.weight"
+    assert hf_name("layers/attn/q/kernel") == "model.layers.{}.self_attn.q_proj.weight"
+    assert hf_name("layers/mlp/down", 0) == "model.layers.0.mlp.down_proj"
+    assert hf_name("layers/attn/o/bias", 1) == "model.layers.1.self_attn.o_proj.bias"
+    assert hf_name("head/kernel") == "lm_head.weight"
+    with pytest.raises(BadInput, match="no Hugging Face name for 'layers/moe/kernel'"):
+        hf_name("layers/moe/kernel")
+
+
+def test_round_trip_is_bitwise(folder, model, params):
+    again, loaded, tokenizer = load_hf(folder)
+    assert again.config == model.config and tokenizer is None
+    _same(loaded, params)
+    names = {f.name for f in folder.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    stored = load_file(folder / "model.safetensors")
+    np.testing.assert_array_equal(stored["model.layers.2.mlp.down_proj.weight"],
+                                  np.asarray(params["layers"]["mlp"]["down"]["kernel"][2]).T)
+
+
+def test_shards_read_as_one_file(folder, params):
+    _shard(folder)
+    _same(load_hf(folder)[1], params)
+
+
+def test_bfloat16_storage(folder, model, params):
+    save_hf(folder, model, params, dtype="bfloat16")
+    again, loaded, _ = load_hf(folder)
+    assert again.config.dtype == "bfloat16"
+    rounded = jax.tree.map(lambda a: np.asarray(a).astype(ml_dtypes.bfloat16), params)
+    _same(loaded, jax.tree.map(lambda a: a.astype(np.float32), rounded))
+    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(loaded))
+    _same(load_hf(folder, dtype=jnp.bfloat16)[1], rounded)
+
+
+def test_parameters_land_on_their_shardings(folder, params):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
+    columns = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda a: columns if a.ndim == 3 else whole, params)
+    _, loaded, _ = load_hf(folder, shardings=shardings)
+    _same(loaded, params)
+    assert loaded["layers"]["mlp"]["up"]["kernel"].sharding == columns
+    assert loaded["final_norm"]["scale"].sharding == whole
+
+
+def test_end_tokens_of_generation_config_win(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 9]}')
+    assert load_hf(folder)[0].config.eos_ids == (5, 9)
+
+
+class Sign(struct.PyTreeNode):
+    """A weight node of one scale per layer."""
+
+    scale: jax.Array
+    b: jax.Array
+
+    @property
+    def shape(self):
+        return self.b.shape
+
+    def matmul(self, x):
+        raise NotImplementedError
+
+    def dense(self):
+        return self.scale[:, None, None] * self.b.astype(jnp.float32)
+
+
+def test_weight_nodes_are_saved_dense(tmp_path, model, params):
+    flat = flatten_dict(params, sep="/")
+    for path in [p for p in flat if p.endswith("/kernel") and p.startswith("layers/")]:
+        flat[path] = Sign(jnp.array([0.5, 1.5, 2.5]), jnp.sign(flat[path]).astype(jnp.int8))
+    save_hf(tmp_path / "m", model, unflatten_dict(flat, sep="/"))
+    found = load_hf(tmp_path / "m")[1]["layers"]["attn"]["o"]["kernel"]
+    np.testing.assert_array_equal(found, flat["layers/attn/o/kernel"].dense())
+
+
+def test_tied_head_may_be_stored_twice(tmp_path, config, params):
+    from rabit_jax.models import Decoder
+
+    tied = Decoder(dataclasses.replace(config, tied_head=True))
+    body = {name: part for name, part in params.items() if name != "head"}
+    folder = tmp_path / "tied"
+    save_hf(folder, tied, body)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    _edit(folder, lambda t: t.update({
+        "lm_head.weight": embedding, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6)}))
+    _same(load_hf(folder)[1], body)
+    _edit(folder, lambda t: t.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(BadInput, match="extra tensor lm_head.weight"):
+        load_hf(folder)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop(UP), rf"missing tensor {UP} \[40, 32\]"),
+    (lambda t: t.update(odd=np.ones(2)), "extra tensor odd"),
+    (lambda t: t.update({UP: t[UP].T.copy()}), rf"tensor {UP} .* is F32 \[32, 40\]"),
+    (lambda t: t.update({UP: t[UP].astype(np.int8)}), rf"tensor {UP} .* is I8"),
+])
+def test_wrong_tensors_are_named(folder, change, message):
+    _edit(folder, change)
+    with pytest.raises(BadInput, match=message):
+        load_hf(folder)
+
+
+def test_truncated_and_missing_shards_are_named(folder):
+    _shard(folder)
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(BadInput, match="model-00002-of-00002.safetensors .*fetch it again"):
+        load_hf(folder)
+    shard.unlink()
+    with pytest.raises(BadInput, match="model-00002-of-00002.safetensors .*fetch it again"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("config.json", "{", "cannot read .*config.json"),
+    ("config.json", "[]", "holds a list, wanted a JSON object"),
+    ("config.json", '{"model_type": "bert"}', "^unsupported model_type 'bert'"),
+    ("config.json", None, "cannot read .*config.json"),
+    ("model.safetensors", None, "holds no model.safetensors and no model.safetensors.index.json"),
+    ("tokenizer.json", "{", "cannot read the tokenizer"),
+])
+def test_damaged_folders(folder, name, content, message):
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    with pytest.raises(BadInput, match=message):
+        load_hf(folder)
+
+
+def test_missing_folder_and_unreachable_hub(tmp_path, monkeypatch):
+    with pytest.raises(BadInput, match="^no model folder"):
+        load_hf(tmp_path / "nowhere")
+
+    def offline(*_, **__):
+        raise ConnectionError("no route to the hub\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(BadInput, match=r"no model folder org/name, .* \(no route to the hub\)$"):
+        load_hf("org/name")
+
+
+def test_hub_ids_are_fetched(folder, params, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(folder))
+    _same(load_hf("org/name")[1], params)
+
+
+def test_saving_refuses_what_does_not_fit(tmp_path, model, params):
+    wrong = {**params, "final_norm": {"scale": jnp.ones(5)}}
+    with pytest.raises(BadInput, match=r"parameter final_norm/scale is \(5,\)"):
+        save_hf(tmp_path / "m", model, wrong)
+    with pytest.raises(BadInput, match="missing parameter head/kernel"):
+        save_hf(tmp_path / "m", model, {n: p for n, p in params.items() if n != "head"})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(BadInput, match="exists and is not a model folder"):
+        save_hf(tmp_path / "mine", model, params)
+    assert [f.name for f in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_failed_save_leaves_the_old_model_alone(folder, model, params, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rabit_jax.models.hf.save_file", full)
+    with pytest.raises(BadInput, match="cannot write model folder .*No space left on device"):
+        save_hf(folder, model, jax.tree.map(jnp.zeros_like, params))
+    assert [f.name for f in folder.parent.iterdir()] == ["model"]
+    _same(load_hf(folder)[1], params)
+
+
+def test_tokenizer_is_kept(tmp_path, model, params):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    plain = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    save_hf(tmp_path / "m", model, params, tokenizer=plain)
+    tokenizer = load_hf(tmp_path / "m")[2]
+    assert tokenizer("b a c")["input_ids"] == [1, 0, 2]
+    save_hf(tmp_path / "again", model, params, tokenizer=tokenizer)
+    assert load_hf(tmp_path / "again")[2]("a b")["input_ids"] == [0, 1]

@@ -1,0 +1,98 @@
+"""`describe`: sizes against arithmetic by hand, on abstract shapes too."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rabit_jax import ResidualSign, ResidualSignSpec, convert, describe, pack
+from rabit_jax.weights import LLAMA_LINEARS
+
+
+def llama2_7b():
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    l, d, f, v = 32, 4096, 11008, 32000
+    return {
+        "embed": {"embedding": array(v, d)},
+        "layers": {
+            "attn": {name: {"kernel": array(l, d, d)} for name in "qkvo"},
+            "mlp": {
+                "gate": {"kernel": array(l, d, f)},
+                "up": {"kernel": array(l, d, f)},
+                "down": {"kernel": array(l, f, d)},
+            },
+            "attn_norm": {"scale": array(l, d)},
+            "mlp_norm": {"scale": array(l, d)},
+        },
+        "final_norm": {"scale": array(d)},
+        "head": {"kernel": array(d, v)},
+    }
+
+
+def test_llama2_7b_at_two_bits_is_2_15_gb():
+    abstract = llama2_7b()
+    rules = [(LLAMA_LINEARS, ResidualSignSpec(k=2))]
+    found = describe(jax.eval_shape(lambda p: convert(p, rules), abstract))
+    assert found.deployed_bytes == pytest.approx(2.15e9, rel=5e-3)
+    assert found.bits_per_weight == pytest.approx(2.012, abs=1e-3)
+    assert found.stored_bits_per_weight == pytest.approx(found.bits_per_weight, rel=1e-12)
+    l, d, f, v = 32, 4096, 11008, 32000
+    linears = [(d, d)] * 4 + [(d, f)] * 3
+    bytes_ = l * sum(2 * i * o // 8 + 2 * 2 * (i + o) for i, o in linears)
+    assert found.deployed_bytes == bytes_ + 2 * (2 * v * d + 2 * l * d + d)
+    assert found.trained_bytes == 4 * (
+        l * sum(i * o + 2 * (i + o) for i, o in linears) + 2 * v * d + 2 * l * d + d
+    )
+    assert len(found.quantised) == 7 and len(found.rows) == 12
+
+
+@pytest.fixture(scope="module")
+def student():
+    def node(k, dtype, *shape):
+        *lead, i, o = shape
+        return ResidualSign(jnp.ones(shape, dtype), jnp.ones((*lead, k, o)), jnp.ones((*lead, k, i)))
+
+    return {
+        "a": {"kernel": node(3, "float32", 2, 256, 8)},
+        "b": {"kernel": node(1, "bfloat16", 10, 6)},
+        "c": {"kernel": jnp.ones((4, 4))},
+    }
+
+
+def test_rows_are_the_bytes_that_packing_leaves(student):
+    before, after = describe(student), describe(pack(student))
+    rows = {row.path: row for row in before.rows}
+    assert list(rows) == ["a/kernel", "b/kernel", "c/kernel"]
+    assert [row.k for row in before.rows] == [3, 1, None]
+    assert [row.shape for row in before.rows] == [(2, 256, 8), (10, 6), (4, 4)]
+    assert [row.representation for row in before.rows] == ["ResidualSign", "ResidualSign", "array"]
+    assert [row.representation for row in after.rows] == ["PackedSign", "PackedSign", "array"]
+
+    assert rows["a/kernel"].deployed_bytes == 2 * 3 * (8 * 32 + 2 * (256 + 8))
+    assert rows["b/kernel"].deployed_bytes == 6 * 32 + 2 * (10 + 6)
+    assert rows["c/kernel"].deployed_bytes == 2 * 16
+    assert rows["b/kernel"].trained_bytes == 2 * 60 + 4 * (10 + 6)
+    assert rows["a/kernel"].trained_bytes == 4 * 2 * (256 * 8 + 3 * (256 + 8))
+    assert rows["a/kernel"].bits_per_weight == pytest.approx(3 + 48 * 264 / 2048)
+    assert rows["b/kernel"].bits_per_weight == pytest.approx(1 + 16 * 16 / 60)
+    assert rows["b/kernel"].stored_bits_per_weight == pytest.approx(8 * 224 / 60)
+
+    nodes = [x for x in after.rows if x.k]
+    assert [x.trained_bytes for x in nodes] == [x.deployed_bytes for x in before.quantised]
+    assert after.deployed_bytes == before.deployed_bytes
+    mean = (4096 * rows["a/kernel"].bits_per_weight + 60 * rows["b/kernel"].bits_per_weight) / 4156
+    assert before.bits_per_weight == after.bits_per_weight == pytest.approx(mean)
+
+
+def test_the_table_shows_every_row_and_the_total(student):
+    text = str(describe(student)).splitlines()
+    assert len(text) == 5
+    assert "a/kernel" in text[1] and "ResidualSign" in text[1] and "[2, 256, 8]" in text[1]
+    assert text[-1].startswith("total")
+
+
+def test_a_tree_without_nodes_is_described_too():
+    found = describe({"w": jnp.ones((3, 4))})
+    assert found.quantised == () and found.deployed_bytes == 24 and found.trained_bytes == 48
+    assert "w" in str(found)

@@ -18,9 +18,17 @@ from experiments.console import progress, say
 from experiments.folder import RunFolder
 from experiments.settings import RunConfig, Training
 from rabit_jax import BadInput, Stats, convert
-from rabit_jax.data import batch, documents, load_tokenizer, save_tokenizer, tokenise, train_tokenizer, windows
+from rabit_jax.data import (
+    batch,
+    documents,
+    load_tokenizer,
+    save_tokenizer,
+    tokenise,
+    train_tokenizer,
+    windows,
+)
 from rabit_jax.evaluate import Perplexity, perplexity
-from rabit_jax.models import Decoder, ModelConfig, load_hf, param_shapes, read_config
+from rabit_jax.models import Decoder, ModelConfig, find_folder, load_hf, param_shapes, read_config
 from rabit_jax.train import Checkpoints, Loop, Watch, abstract, merge, partition, roles, train
 from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
 from rabit_jax.weights.convert import map_leaves, weights_of
@@ -70,7 +78,7 @@ class Inputs:
     def tokenizer(self) -> Any:
         """The teacher's tokeniser; for a teacher trained here, a byte-level BPE of the training text."""
         if path := self.config.teacher.path:
-            found = load_hf_tokenizer(path)
+            found = load_tokenizer(find_folder(path))
             if found is None:
                 raise BadInput(f"teacher.path {path} has no tokeniser: add its tokenizer.json to the folder")
             return found
@@ -114,7 +122,11 @@ class Inputs:
                 batch(self.train_text.tokens, 0, section.batch_size, section.length, self.config.seed)
             self._check_length(name, section.length)
         self._check_length("evaluate", self.config.evaluate.context)
-        self.eval_windows()
+        found = min(len(self.eval_windows()), self.config.evaluate.diagnostic_windows)
+        if found < self.mesh.shape["data"]:
+            raise BadInput(
+                f"the diagnostics have {found} windows for {self.mesh.shape['data']} devices on the data "
+                "axis: give more evaluation text or raise evaluate.diagnostic_windows")
 
     def _check_length(self, name: str, length: int) -> None:
         if length > self.model_config.max_position:
@@ -255,10 +267,3 @@ def abstract_params(config: ModelConfig) -> Any:
 
     shapes = {p: jax.ShapeDtypeStruct(s, "float32") for p, s in param_shapes(config).items()}
     return unflatten_dict(shapes, sep="/")
-
-
-def load_hf_tokenizer(path: str) -> Any:
-    """The tokeniser of a folder or hub id, None where there is none."""
-    from rabit_jax.models import find_folder
-
-    return load_tokenizer(find_folder(path))

@@ -118,10 +118,11 @@ def _grid(figures: Iterable[str]) -> str:
 
 
 def _paths(summary: Mapping[str, Any]) -> str:
-    stages = {name: _get(summary, "diagnostics", name) for name in ("init", "qat")}
+    stages = {name: _get(summary, "diagnostics", name) for name in _STAGE_NAMES}
+    stages = {name: stage for name, stage in stages.items() if stage}
     if not any(stages.values()):
         return ""
-    init, qat = (_get(stages[name] or {}, "layers") for name in ("init", "qat"))
+    init, qat = (_get(stages.get(name, {}), "layers") for name in ("init", "qat"))
     rows = [
         {"mean over all layers": title}
         | {_STAGE_NAMES[name]: _get(stage or {}, "mean", key) for name, stage in stages.items()}
@@ -204,10 +205,13 @@ def _get(tree: Mapping[str, Any], *keys: str) -> Any:
     return tree
 
 
-_STAGE_NAMES = {"init": "init", "qat": "after QAT"}
+_STAGE_NAMES = {
+    "init": "init", "qat": "after QAT",
+    "init_student": "init, student inputs", "qat_student": "after QAT, student inputs",
+}
 _MODELS = (("teacher", "teacher"), ("init", "init"), ("qat", "QAT"), ("packed", "packed"))
 _COLUMNS = {"name": "", "value": "", "ppl": "perplexity", "ppl_over_teacher": "over teacher"}
-_DECIMALS = {"ppl": 2, "bits_per_byte": 3, "bits_per_weight": 4, "init": 4, "after QAT": 4}
+_DECIMALS = {"ppl": 2, "bits_per_byte": 3, "bits_per_weight": 4, **dict.fromkeys(_STAGE_NAMES.values(), 4)}
 _TEACHER = (
     ("loss", "Teacher loss", "nats per token"),
     ("lr", "Teacher learning rate", "learning rate"),
@@ -234,7 +238,9 @@ _MISSING = {
 }
 _PATHS_NOTE = (
     "<p>Path correlation is wanted negative: the second path makes up for the first. Residual "
-    "alignment is wanted positive, the slope near 1 (dotted), the relative MSE small.</p>"
+    "alignment is wanted positive, the slope near 1 (dotted), the relative MSE small. Measured on "
+    "what enters each linear in the teacher; the columns of student inputs use what enters it in "
+    "the student itself.</p>"
 )
 
 _PAGE = """<!doctype html>

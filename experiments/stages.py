@@ -73,29 +73,17 @@ def calibration(run: Inputs, resume: bool) -> dict:
 
 def init(run: Inputs, resume: bool) -> dict:
     """Turn the selected kernels into weight nodes, layer by layer."""
-    student = convert_with_progress(run, run.config.init.rules(), "init")
+    rules = run.config.init.rules()
+    with progress("init", len(match_rules(run.teacher, rules))) as bar:
+        ready = []
+        student = convert(
+            run.teacher, rules, run.stats, jax.random.key(run.config.seed),
+            done=lambda path: (ready.append(path), bar.update(len(ready))))
     run.save_init(student)
     return {
         "relative_error": reconstruction_errors(run.teacher, student),
         "diagnostics": diagnostics(run, student),
     }
-
-
-def convert_with_progress(run: Inputs, rules: list, label: str) -> Any:
-    """`convert` on the mesh, one parameter after another under a progress bar."""
-    selected = match_rules(run.teacher, rules)
-    with progress(label, len(selected)) as bar:
-        done = []
-
-        def one(path: str, leaf: Any) -> Any:
-            if path not in selected:
-                return leaf
-            node = jax.block_until_ready(selected[path].init(leaf, run.stats[path], None))
-            done.append(path)
-            bar.update(len(done))
-            return node
-
-        return map_leaves(one, run.teacher)
 
 
 def reconstruction_errors(teacher: Any, student: Any) -> dict[str, list[float]]:

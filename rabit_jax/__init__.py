@@ -9,6 +9,7 @@ here is a pure function over the tree.
 
 from rabit_jax.errors import BadInput
 from rabit_jax.init import IndependentSignSpec, ResidualSignSpec, Stats, calibrate, svid
+from rabit_jax.models import generate, load_hf, load_model, save_hf
 from rabit_jax.weights import (
     LLAMA_LINEARS,
     IndependentSign,
@@ -28,5 +29,6 @@ __version__ = "0.1.0"
 __all__ = [
     "LLAMA_LINEARS", "BadInput", "IndependentSign", "IndependentSignSpec", "PackedSign",
     "ResidualSign", "ResidualSignSpec", "Stats", "Weight", "calibrate", "convert", "dense",
-    "describe", "effective_weight", "linear", "pack", "svid",
+    "describe", "effective_weight", "generate", "linear", "load_hf", "load_model", "pack",
+    "save_hf", "svid",
 ]

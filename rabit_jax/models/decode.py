@@ -88,6 +88,7 @@ def _run(
 ) -> jax.Array:
     """Prefill and the decoding loop; `[b, max_new]` int32."""
     b, t = tokens.shape
+    fill = eos[0] if eos else 0
     step = functools.partial(model.apply, {"params": params}, method="step")
     choose = functools.partial(pick, mode=mode, temperature=temperature, top_p=top_p)
 
@@ -102,14 +103,14 @@ def _run(
         i, token, done, out, cache, key = state
         key, now = jax.random.split(key)
         logits, cache = step(token[:, None], cache)
-        token = jnp.where(done, out[:, -1], choose(logits, now))
+        token = jnp.where(done, fill, choose(logits, now))
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
         return i + 1, token, done | ended(token), out, cache, key
 
     key, now = jax.random.split(key)
     logits, cache = step(tokens, init_cache(model.config, b, t + max_new), mask)
     token = choose(logits, now)
-    out = jnp.full((b, max_new), eos[0] if eos else 0, jnp.int32).at[:, 0].set(token)
+    out = jnp.full((b, max_new), fill, jnp.int32).at[:, 0].set(token)
     state = (jnp.int32(1), token, ended(token), out, cache, key)
     return jax.lax.while_loop(unfinished, extend, state)[3]
 

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rabit_jax.data.tokenizer import load_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig, from_hf, to_hf, token_ids
 from rabit_jax.models.decoder import Decoder
@@ -24,7 +25,6 @@ from rabit_jax.models.names import hf_name, param_shapes, tensor_names
 from rabit_jax.weights.linear import is_weight
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def load_hf(
@@ -95,22 +95,6 @@ def save_hf(
         raise BadInput(f"cannot write model folder {folder}: {error}") from error
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The transformers tokenizer of a model folder, or None where it holds none.
-
-    Raises:
-      BadInput: tokenizer files that cannot be read.
-    """
-    if not any((Path(folder) / name).exists() for name in _TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises many kinds, all for files it cannot use
-        raise BadInput(f"cannot read the tokenizer in {folder}: {_first_line(error)}") from error
-
-
 def find_folder(path: str | Path) -> Path:
     """The folder itself, or where the hub's snapshot of that id lies (downloaded where missing).
 
@@ -135,7 +119,7 @@ def find_folder(path: str | Path) -> Path:
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The config of a folder or hub id, with the end tokens of generation_config.json if it names any.
+    """The config of a folder or hub id, with the end tokens of generation_config.json if any.
 
     Raises:
       BadInput: no such model, or a config that cannot be read or is not supported.

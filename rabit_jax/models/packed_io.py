@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from rabit_jax.data.tokenizer import load_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig, from_hf, to_hf, token_ids
 from rabit_jax.models.decoder import Decoder
@@ -25,7 +27,6 @@ from rabit_jax.models.hf import (
     _save_tokenizer,
     find_folder,
     load_hf,
-    load_tokenizer,
 )
 from rabit_jax.models.names import param_shapes, tensor_names
 from rabit_jax.models.packed_format import (
@@ -232,6 +233,8 @@ def _write(
         for name, content in files.items():
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _save_tokenizer(new, tokenizer)
+        # safetensors leaves a file that its owner alone can read.
+        shutil.copymode(new / "config.json", new / FILE)
         if folder.exists():
             folder.rename(Path(temporary) / "old")
         new.rename(folder)

@@ -18,7 +18,13 @@ from rabit_jax.train.optimizer import (
     partition,
     roles,
 )
-from rabit_jax.train.sharding import batch_sharding, like_params, make_mesh, param_shardings, replicated
+from rabit_jax.train.sharding import (
+    batch_sharding,
+    like_params,
+    make_mesh,
+    param_shardings,
+    replicated,
+)
 from rabit_jax.train.step import Loss, TrainState, init_state, make_step, real_tokens
 
 

@@ -109,7 +109,13 @@ def _no_match(pattern: str, found: Mapping[str, Any]) -> str:
     return f"rule {pattern!r} matches no parameter; the nearest paths are {', '.join(nearest)}"
 
 
-def convert(params: Any, rules: Rules, stats: Mapping[str, Any] | None = None, key: Any = None) -> Any:
+def convert(
+    params: Any,
+    rules: Rules,
+    stats: Mapping[str, Any] | None = None,
+    key: Any = None,
+    done: Callable[[str], None] | None = None,
+) -> Any:
     """Replace the kernels that the rules select by weight nodes; everything else stays as it is.
 
     Args:
@@ -118,6 +124,7 @@ def convert(params: Any, rules: Rules, stats: Mapping[str, Any] | None = None, k
       rules: `[(regex, spec or None)]`; the first that fullmatches a path wins, None keeps the array.
       stats: `{path: Stats}` from `calibrate`; without them every channel is equally important.
       key: PRNG key for specs that draw random numbers.
+      done: called with a kernel's path when its node is ready, for a progress bar.
 
     Returns:
       The tree with `spec.init(kernel, stats, key)` in place of each selected kernel.
@@ -137,7 +144,11 @@ def convert(params: Any, rules: Rules, stats: Mapping[str, Any] | None = None, k
     def replace(path: str, leaf: Any) -> Any:
         if path not in selected:
             return leaf
-        return selected[path].init(leaf, stats[path] if stats is not None else None, keys.get(path))
+        node = selected[path].init(leaf, None if stats is None else stats[path], keys.get(path))
+        if done is not None:
+            jax.block_until_ready(node)
+            done(path)
+        return node
 
     return map_leaves(replace, params)
 

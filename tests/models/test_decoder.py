@@ -107,6 +107,16 @@ def test_padding_changes_nothing(model, params, tokens, apply, side):
     np.testing.assert_allclose(padded[:, start : start + 9], plain, atol=2e-5)
 
 
+def test_positions_count_real_tokens_only(model, params, tokens, apply):
+    """A gap in the text; rotary angles see only differences, so padding at an end cannot tell."""
+    plain = apply(model, params, tokens)
+    gap = jnp.concatenate([tokens[:, :5], jnp.full((2, 4), 5, tokens.dtype), tokens[:, 5:]], axis=1)
+    real = jnp.ones(gap.shape, bool).at[:, 5:9].set(False)
+    found = apply(model, params, gap, real)
+    np.testing.assert_allclose(found[:, :5], plain[:, :5], atol=2e-5)
+    np.testing.assert_allclose(found[:, 9:], plain[:, 5:], atol=2e-5)
+
+
 def test_all_masked_row_stays_finite_with_its_gradient(model, params, tokens):
     mask = jnp.ones(tokens.shape, bool).at[0].set(False)
 
@@ -119,21 +129,27 @@ def test_all_masked_row_stays_finite_with_its_gradient(model, params, tokens):
 
 
 def test_features_and_head_make_the_logits(model, params, tokens, apply):
-    features, hidden = model.apply({"params": params}, tokens, method="features")
+    read = jax.jit(lambda p, t: model.apply({"params": p}, t, method="features"))
+    features, hidden = read(params, tokens)
     assert hidden is None and features.shape == (*tokens.shape, model.config.d_model)
     logits = model.apply({"params": params}, features[1, 3], method="head")
     np.testing.assert_allclose(logits, apply(model, params, tokens)[1, 3], atol=1e-5)
 
 
-def test_remat_changes_no_gradient(config, params, tokens):
-    def grad(c):
+def test_remat_saves_memory_and_changes_no_gradient(config, params, tokens):
+    def compiled(remat):
+        model = Decoder(dataclasses.replace(config, remat=remat))
+
         def loss(p):
-            return Decoder(c).apply({"params": p}, tokens).var()
+            return model.apply({"params": p}, tokens).var()
 
-        return jax.jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss)).lower(params).compile()
 
-    plain, remat = grad(config), grad(dataclasses.replace(config, remat=True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, remat)
+    plain, remat = compiled(False), compiled(True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+                 plain(params), remat(params))
+    room = [f.memory_analysis().temp_size_in_bytes for f in (plain, remat)]
+    assert room[1] < 0.6 * room[0]
 
 
 def test_steps_with_a_donated_cache_match_the_whole_sequence(model, params, tokens, apply):

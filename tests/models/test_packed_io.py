@@ -17,7 +17,6 @@ from rabit_jax.data import train_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.models import Decoder, ModelConfig, param_shapes, save_hf
 from rabit_jax.models import packed_io as io
-from rabit_jax.models.packed_format import nearest_16bit
 from rabit_jax.weights import PackedSign, ResidualSign, is_weight
 
 # Inputs of 40 and 300: padded to one block and to two.
@@ -25,10 +24,8 @@ SMALL = ModelConfig(
     vocab_size=61, d_model=40, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=10, d_hidden=300,
     attention_bias=True, bos_id=1, eos_ids=(2, 5), max_position=48,
 )
-EXACT = ModelConfig(
-    vocab_size=32, d_model=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, d_hidden=512,
-    tied_head=True,
-)
+EXACT = ModelConfig(vocab_size=32, d_model=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64,
+                    d_hidden=512, tied_head=True)
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -73,13 +70,14 @@ def raw_file(folder):
     return json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
-def rewrite(folder, change, change_header=None):
-    """Writes the file again after `change(tensors)` and `change_header(metadata)`."""
+def rewrite(folder, name, change):
+    """Writes the file again with `change(value)` for a field or tensor; None removes it."""
     with safe_open(folder / io.FILE, "numpy") as file:
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-    change(tensors)
-    if change_header:
-        change_header(header)
+    holder = header if name in ("format", "version", "config", "modules", "sha256") else tensors
+    holder[name] = change(holder.get(name))
+    if holder[name] is None:
+        del holder[name]
     save_file(tensors, folder / io.FILE, metadata=header)
 
 
@@ -92,11 +90,10 @@ def refused(folder):
 
 
 def assert_same(found, wanted):
-    found, wanted = (jax.tree_util.tree_leaves_with_path(tree) for tree in (found, wanted))
-    assert [path for path, _ in found] == [path for path, _ in wanted]
-    for (path, a), (_, b) in zip(found, wanted, strict=True):
-        assert a.dtype == b.dtype, path
-        np.testing.assert_array_equal(a, b, err_msg=str(path))
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
 
 
 def test_round_trip(params, tmp_path):
@@ -104,9 +101,9 @@ def test_round_trip(params, tmp_path):
     target = tmp_path / "runs" / "packed"
     assert io.save_packed(target, SMALL, params, tokenizer, extra={"spec": {"k": 2}}) == target
     assert [p.name for p in target.parent.iterdir()] == ["packed"]
+    assert len({p.stat().st_mode for p in target.iterdir()}) == 1
     model, found, read = io.load_packed(target)
-    assert model.config == SMALL
-    assert read.encode("the lowest") == tokenizer.encode("the lowest")
+    assert model.config == SMALL and read.encode("the lowest") == tokenizer.encode("the lowest")
     assert_same(found, params)
     assert isinstance(found["layers"]["mlp"]["up"]["kernel"], PackedSign)
     assert not is_weight(found["layers"]["attn"]["v"]["kernel"])
@@ -123,8 +120,7 @@ def test_round_trip(params, tmp_path):
 def test_the_file_read_by_hand(params, folder):
     """Bit p of byte j of block c is input 256 c + 32 p + j; a set bit is +1."""
     header, data = raw_file(folder)
-    name = "model.layers.1.mlp.down_proj"
-    node = params["layers"]["mlp"]["down"]["kernel"]
+    name, node = "model.layers.1.mlp.down_proj", params["layers"]["mlp"]["down"]["kernel"]
     entry = header[f"{name}.bits"]
     assert entry["dtype"] == "U8" and entry["shape"] == [2, 40, 64]
     begin, end = entry["data_offsets"]
@@ -166,65 +162,38 @@ def test_bits_per_weight_are_counted_from_the_file(k, tmp_path):
 def test_padding_is_counted(folder):
     shapes = [(40, 40), (40, 20), (40, 40), (40, 300), (40, 300), (300, 40)] * 2
     bits = sum(2 * o * (-(-i // 256) * 256) + 32 * (i + o) for i, o in shapes)
-    found = io.packed_bytes(folder)
-    assert found["stored_bits_per_weight"] == bits / sum(i * o for i, o in shapes)
-    assert found["stored_bits_per_weight"] > 4
-
-
-def test_sixteen_bits_are_the_closer_of_two():
-    rng = np.random.default_rng(0)
-    small = rng.normal(size=1000).astype(np.float32)
-    brain = (small * 1e-6).astype(jnp.bfloat16)
-    assert nearest_16bit(small, "x").dtype == np.float16
-    assert nearest_16bit(small * 65536, "x").dtype == jnp.bfloat16
-    np.testing.assert_array_equal(nearest_16bit(brain, "x"), brain)
-    np.testing.assert_array_equal(nearest_16bit(small.astype(np.float16), "x"),
-                                  small.astype(np.float16))
-    for bad in (np.nan, np.inf, np.finfo(np.float32).max):
-        with pytest.raises(BadInput, match="^final_norm/scale holds a value"):
-            nearest_16bit(np.array([1, bad], np.float32), "final_norm/scale")
+    found = io.packed_bytes(folder)["stored_bits_per_weight"]
+    assert found == bits / sum(i * o for i, o in shapes) > 4
 
 
 GATE = "model.layers.0.mlp.gate_proj"
 
 
-def _drop(name):
-    return lambda tensors: tensors.pop(name)
+def flip(value):
+    value.view(np.uint8).reshape(-1)[3] ^= 4
+    return value
 
 
-def _flip(name):
-    def change(tensors):
-        tensors[name].view(np.uint8).reshape(-1)[3] ^= 4
-
-    return change
-
-
-def _put(name, value):
-    return lambda tensors: tensors.update({name: value})
-
-
-@pytest.mark.parametrize("change, message", [
-    (_flip(f"{GATE}.bits"), f"tensor {GATE}.bits in .*safetensors is altered"),
-    (_flip(f"{GATE}.h"), f"tensor {GATE}.h in .*safetensors is altered"),
-    (_flip("lm_head.weight"), "tensor lm_head.weight in .*safetensors is altered"),
-    (_drop(f"{GATE}.g"), rf"missing tensor {GATE}.g \[2, 300\] in "),
-    (_drop("model.norm.weight"), "missing tensor model.norm.weight"),
-    (_put("model.layers.2.mlp.up_proj.g", np.ones((2, 2), np.float16)),
-     "extra tensor model.layers.2.mlp.up_proj.g in "),
-    (_put(f"{GATE}.h", np.ones((1, 40), np.float16)),
-     rf"tensor {GATE}.h in .* is F16 \[1, 40\], wanted F16 \[2, 40\]"),
-    (_put(f"{GATE}.g", np.ones((2, 300), jnp.bfloat16)), f"tensor {GATE}.g in .* is BF16"),
-    (_put("model.norm.weight", np.ones(40, np.float32)), "tensor model.norm.weight in .* is F32"),
+@pytest.mark.parametrize("name, change, message", [
+    (f"{GATE}.bits", flip, "^tensor NAME in .*safetensors is altered"),
+    (f"{GATE}.h", flip, "^tensor NAME in .*safetensors is altered"),
+    ("lm_head.weight", flip, "^tensor NAME in .*safetensors is altered"),
+    (f"{GATE}.g", lambda _: None, r"^missing tensor NAME \[2, 300\] in "),
+    ("model.norm.weight", lambda _: None, "^missing tensor NAME "),
+    ("model.layers.2.mlp.up_proj.g", lambda _: np.ones(2, np.float16), "^extra tensor NAME in "),
+    (f"{GATE}.h", lambda h: h[:1], r"^tensor NAME in .* is F16 \[1, 40\], wanted F16 \[2, 40\]"),
+    (f"{GATE}.g", lambda g: g.astype(jnp.bfloat16), "^tensor NAME in .* is BF16"),
+    ("model.norm.weight", lambda v: v.astype(np.float32), "^tensor NAME in .* is F32"),
 ])
-def test_altered_tensors_are_named(folder, change, message):
-    rewrite(folder, change)
-    assert re.search(message, refused(folder))
+def test_altered_tensors_are_named(folder, name, change, message):
+    rewrite(folder, name, change)
+    assert re.search(message.replace("NAME", re.escape(name)), refused(folder))
 
 
 @pytest.mark.parametrize("field, value, message", [
     ("version", "2", "has format 'rb256' version 2, this program reads 'rb256' version 1"),
-    ("format", "rb512", "safetensors has format 'rb512'"),
     ("format", None, "safetensors has format None"),
+    ("sha256", "{}", "tensor model.embed_tokens.weight in .*safetensors is altered"),
     ("sha256", None, "header of .*safetensors is damaged"),
     ("modules", "[1, 2]", "header of .*safetensors is damaged"),
     ("modules", "{}", "missing tensor model.layers.0.self_attn.k_proj.weight"),
@@ -232,21 +201,15 @@ def test_altered_tensors_are_named(folder, change, message):
     ("config", "{}", "architectures is .* in .*config.json and None in the header"),
 ])
 def test_altered_headers_are_refused(folder, field, value, message):
-    def change(header):
-        header.pop(field) if value is None else header.update({field: value})
-
-    rewrite(folder, lambda tensors: None, change)
+    rewrite(folder, field, lambda _: value)
     assert re.search(message, refused(folder))
 
 
-@pytest.mark.parametrize("entry", [{"in": 40, "out": 300, "k": 1}, {"in": 40}, 7])
-def test_a_module_that_disagrees_is_named(folder, entry):
-    def change(header):
-        header["modules"] = json.dumps(json.loads(header["modules"]) | {GATE: entry})
-
-    rewrite(folder, lambda tensors: None, change)
-    sentence = refused(folder)
-    assert "module" in sentence and "safetensors" in sentence
+@pytest.mark.parametrize("entry", [
+    {"in": 40, "out": 300, "k": 1}, {"in": 41, "out": 300, "k": 2}, {"in": 40}, 7])
+def test_a_module_that_disagrees_is_refused(folder, entry):
+    rewrite(folder, "modules", lambda text: json.dumps(json.loads(text) | {GATE: entry}))
+    assert re.search(r"^module model.layers.[01].mlp.gate_proj in |^the header of ", refused(folder))
 
 
 @pytest.mark.parametrize("size", [0, 5, 300, -1, -5000])
@@ -255,8 +218,6 @@ def test_truncated_files_are_refused(folder, size):
     content = file.read_bytes()
     file.write_bytes(content[:size])
     assert f"cannot read {file}, it is missing, truncated or damaged" in refused(folder)
-    file.unlink()
-    assert f"cannot read {file}" in refused(folder)
 
 
 def test_any_flipped_bit_is_refused(folder):
@@ -270,8 +231,6 @@ def test_any_flipped_bit_is_refused(folder):
         damaged[place] ^= 1 << rng.integers(8)
         file.write_bytes(damaged)
         refused(folder)
-    file.write_bytes(content)
-    io.load_packed(folder)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -289,13 +248,11 @@ def test_altered_configs_are_refused(folder, change, message):
     assert re.search(message, refused(folder))
 
 
-def test_end_tokens_of_the_generation_config_count(folder):
-    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert io.load_packed(folder)[0].config == dataclasses.replace(SMALL, eos_ids=(7, 9))
-
-
 def test_load_model_reads_both_kinds(params, folder, tmp_path):
-    assert_same(io.load_model(folder)[1], params)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    model, found, _ = io.load_model(folder)
+    assert model.config == dataclasses.replace(SMALL, eos_ids=(7, 9))
+    assert_same(found, params)
     dense = unflatten_dict(random(SMALL), sep="/")
     save_hf(tmp_path / "dense", SMALL, dense, dtype="bfloat16")
     model, found, tokenizer = io.load_model(tmp_path / "dense")
@@ -307,21 +264,19 @@ def test_load_model_reads_both_kinds(params, folder, tmp_path):
         io.load_model(tmp_path / "nowhere")
 
 
-def _with(params, path, value):
-    return unflatten_dict(flatten_dict(params, sep="/") | {path: value}, sep="/")
-
-
 def test_save_refuses_what_it_cannot_hold(params, tmp_path):
-    node = params["layers"]["mlp"]["up"]["kernel"]
-    up = "layers/mlp/up/kernel"
+    def changed(path, value):
+        return unflatten_dict(flatten_dict(params, sep="/") | {path: value}, sep="/")
+
+    up, node = "layers/mlp/up/kernel", params["layers"]["mlp"]["up"]["kernel"]
     latent = ResidualSign(jnp.ones(node.shape), jnp.ones((2, 2, 300)), jnp.ones((2, 2, 40)))
     for bad, message in [
-        (_with(params, up, latent), "layers/mlp/up/kernel is a ResidualSign, wanted PackedSign"),
+        (changed(up, latent), "layers/mlp/up/kernel is a ResidualSign, wanted PackedSign"),
         (unflatten_dict(random(SMALL), sep="/"), "hold no PackedSign"),
-        (_with(params, up, node.replace(bits=node.bits[..., :-1])), r"bits uint8\[2, 2, 300, 31\]"),
-        (_with(params, up, node.replace(g=node.g.astype(jnp.float32))), "has g float32"),
-        (_with(params, "layers/mlp/up/extra", jnp.ones(3)), "extra parameter layers/mlp/up/extra"),
-        (_with(params, "final_norm/scale", jnp.full(40, jnp.nan)), "final_norm/scale holds a"),
+        (changed(up, node.replace(bits=node.bits[..., :-1])), r"bits uint8\[2, 2, 300, 31\]"),
+        (changed(up, node.replace(g=node.g.astype(jnp.float32))), "has g float32"),
+        (changed("layers/mlp/up/extra", jnp.ones(3)), "extra parameter layers/mlp/up/extra"),
+        (changed("final_norm/scale", jnp.full(40, jnp.nan)), "final_norm/scale holds a"),
     ]:
         with pytest.raises(BadInput, match=message):
             io.save_packed(tmp_path / "packed", SMALL, bad)
@@ -332,19 +287,14 @@ def test_save_refuses_what_it_cannot_hold(params, tmp_path):
         io.save_packed(tmp_path / "thesis", SMALL, params)
 
 
-def test_a_full_disk_leaves_what_was_there(params, folder, monkeypatch):
+def test_saving_again_replaces_and_a_full_disk_leaves_what_was_there(params, folder, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    other = packed(SMALL, k=3)
+    io.save_packed(folder, SMALL, other)
     monkeypatch.setattr(io, "save_file", full)
     with pytest.raises(BadInput, match="cannot write model folder .*No space left"):
         io.save_packed(folder, SMALL, params)
     assert [p.name for p in folder.parent.iterdir()] == ["packed"]
-    assert_same(io.load_packed(folder)[1], params)
-
-
-def test_saving_again_replaces(folder):
-    other = packed(SMALL, k=3)
-    io.save_packed(folder, SMALL, other)
     assert_same(io.load_packed(folder)[1], other)
-    assert [p.name for p in folder.parent.iterdir()] == ["packed"]

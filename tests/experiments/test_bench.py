@@ -1,0 +1,152 @@
+"""Benchmarks at tiny sizes: the shape of their output and what their numbers are made of."""
+
+import argparse
+import json
+import statistics
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import bench, bench_step, bench_svid
+from experiments.console import main_guard
+from rabit_jax import BadInput
+
+STEP = "step --width 64 --layers 1 --tokens 16 --vocab 32 --steps 3 --k 2 --gamma 0.5".split()
+SVID = "svid --shape 48x64 --check-shape 40x56 --rounds 3".split()
+
+
+def options(arguments):
+    return bench.parser().parse_args(arguments)
+
+
+@pytest.fixture(scope="module")
+def variants():
+    asked = options(STEP)
+    built = bench_step.build(asked)
+    bench_step.time_steps(built, asked.steps, argparse.Namespace(update=lambda *a, **k: None))
+    return built
+
+
+def test_stdout_is_one_json_object(capsys):
+    bench.run([*SVID, "--json"])
+    out = capsys.readouterr().out
+    found = json.loads(out)
+    assert out.count("\n") == 1 and out.endswith("\n")
+    assert list(found) == ["device", "date", "versions", "command", "rows"]
+    assert found["command"] == " ".join(["python -m experiments.bench", *SVID, "--json"])
+    assert found["versions"]["jax"] == jax.__version__ and found["device"]
+    keys = {"shape", "k", "rounds", "seconds", "reference_seconds", "speedup", "relative_error",
+            "reference_relative_error", "extrapolated"}
+    big, check = found["rows"]
+    assert set(big) == set(check) == keys
+    assert (big["shape"], big["extrapolated"]) == ([48, 64], True)
+    assert (check["shape"], check["extrapolated"]) == ([40, 56], False)
+    assert big["reference_relative_error"] is None
+    for row in found["rows"]:
+        assert row["k"] == 2 and row["rounds"] == 3 and row["seconds"] > 0
+        assert row["speedup"] == pytest.approx(row["reference_seconds"] / row["seconds"])
+    assert check["relative_error"] == pytest.approx(check["reference_relative_error"], rel=1e-3)
+
+
+def test_without_json_a_table(capsys):
+    bench.run(SVID)
+    out = capsys.readouterr().out
+    assert "reference_seconds" in out and "48x64" in out and "{" not in out
+
+
+def test_extrapolation_is_one_svd_times_all_of_them(monkeypatch):
+    monkeypatch.setattr(bench_svid, "timed", lambda function, *arguments: (1.5, 0.1))
+    found = bench_svid.row((12, 16), k=2, rounds=10, extrapolate=True)
+    assert found["reference_seconds"] == 1.5 * 22
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_reference_rounds_reach_the_gaussian_oracle(k):
+    w = bench_svid.gaussian((192, 256))
+    # Rank-1 scales of a finite matrix fit some of its noise: a little below the scalar oracle.
+    oracle = {1: 1 - 2 / np.pi, 2: 0.1175}[k]
+    assert 0.93 * oracle < bench_svid.reference(w, k, 10) < oracle
+
+
+def test_step_rows_by_contract(variants):
+    rows = bench_step.rows_of(variants)
+    assert [row["impl"] for row in rows] == ["dense", "residual", "independent"]
+    contract = {"impl", "step_seconds", "step_time_ratio", "state_bytes", "state_bytes_ratio",
+                "peak_memory_bytes"}
+    for row, variant in zip(rows, variants.values(), strict=True):
+        assert contract <= set(row)
+        assert len(variant.seconds) == 3
+        assert row["step_seconds"] == statistics.median(variant.seconds)
+        assert row["step_seconds_min"] == min(variant.seconds)
+        assert row["step_time_ratio"] == row["step_seconds"] / rows[0]["step_seconds"]
+        assert row["state_bytes_ratio"] == row["state_bytes"] / rows[0]["state_bytes"]
+        assert row["peak_memory_bytes"] >= row["state_bytes"]
+    assert rows[0]["step_time_ratio"] == rows[0]["state_bytes_ratio"] == 1
+    json.dumps(rows)
+
+
+def test_state_bytes_are_latents_scales_and_optimiser_state(variants):
+    d, f, k = 64, 192, 2
+    shapes = [(d, d)] * 4 + [(d, f)] * 2 + [(f, d)]
+    weights = sum(i * o for i, o in shapes)
+    scales = k * sum(i + o for i, o in shapes)
+    norms = 3 * d
+
+    # Muon keeps one momentum, AdamW two moments; embedding and head are frozen. What is left over
+    # are the counters of the step and of the schedules.
+    def counted(latents, other):
+        return 4 * (2 * latents + 3 * other)
+
+    want = {"dense": counted(weights, norms), "residual": counted(weights, norms + scales),
+            "independent": counted(k * weights, norms + scales)}
+    for row in bench_step.rows_of(variants):
+        assert 0 < row["state_bytes"] - want[row["impl"]] <= 64
+
+
+def test_quantised_students_share_the_start_and_all_of_them_move(variants):
+    start = bench_step.students(options(STEP), bench_step.init_params(
+        bench_step.model_config(options(STEP)), jax.random.key(0)))
+    first = jax.tree.leaves(start["dense"]["layers"]["attn"]["q"])[0]
+    nodes = [start[name]["layers"]["attn"]["q"]["kernel"] for name in ("residual", "independent")]
+    np.testing.assert_array_equal(nodes[0].latent, first)
+    np.testing.assert_array_equal(nodes[0].dense(), nodes[1].dense())
+    for name, variant in variants.items():
+        assert int(variant.state.step) == 4
+        before, after = start[name], variant.state.trainable
+        moved = jax.tree.map(lambda a, b: np.any(a != b), before["layers"], after["layers"])
+        assert all(jax.tree.leaves(moved)), name
+        assert after["embed"]["embedding"] is None and after["head"]["kernel"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [("step --width 100", "--width is 100, wanted a multiple of 64"),
+     ("step --steps 0", "--steps is 0, wanted a positive integer"),
+     ("step --tokens 700", "--tokens is 700, wanted at most 512 or a multiple of it"),
+     ("step --gamma -1", "--gamma is -1.0, wanted 0 or more"),
+     ("step --k 5 --width 64", "k is 5"),
+     ("step --dtype int8", "invalid choice: 'int8'"),
+     ("svid --rounds -1", "--rounds is -1, wanted 0 or more"),
+     ("svid --shape 12", "'12' is no shape, wanted two sizes like 4096x11008"),
+     ("stepp", "invalid choice: 'stepp'"),
+     ("step --widht 64", "unrecognized arguments: --widht 64"),
+     ("", "NAME")],
+)
+def test_wrong_options_are_one_sentence_and_exit_code_2(arguments, message, capsys):
+    with pytest.raises(BadInput, match=message):
+        bench.run(arguments.split())
+    assert main_guard(lambda: bench.run(arguments.split())) == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["step", "svid"])
+def test_help_has_examples_that_parse(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.run([name, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    examples = [line.split("bench ")[1].split(" >")[0] for line in text.splitlines()
+                if line.startswith("  python -m experiments.bench")]
+    assert len(examples) >= 2
+    assert all(options(example.split()).name == name for example in examples)

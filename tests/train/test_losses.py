@@ -1,0 +1,109 @@
+"""Losses against float64 NumPy on whole logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from rabit_jax.train.losses import (
+    distillation_loss,
+    next_token_loss,
+    sample_labels,
+    summed_cross_entropy,
+    summed_hidden_error,
+    summed_kl,
+)
+
+RNG = np.random.default_rng(0)
+HEAD = RNG.normal(size=(6, 11)).astype(np.float32)
+OTHER = RNG.normal(size=(6, 11)).astype(np.float32)
+FEATURES = RNG.normal(size=(3, 7, 6)).astype(np.float32)
+TAUGHT = RNG.normal(size=(3, 7, 6)).astype(np.float32)
+LABELS = RNG.integers(0, 11, (3, 7))
+MASK = RNG.random((3, 7)) < 0.7
+
+
+def project(kernel):
+    return lambda x: x @ jnp.asarray(kernel)
+
+
+def log_probabilities(x, kernel):
+    return log_softmax(np.float64(x) @ np.float64(kernel), axis=-1)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 3, 7, 50])
+def test_cross_entropy_is_that_of_whole_logits(chunk):
+    nats, count = summed_cross_entropy(project(HEAD), FEATURES, LABELS, MASK, chunk)
+    chosen = np.take_along_axis(log_probabilities(FEATURES, HEAD), LABELS[..., None], -1)[..., 0]
+    np.testing.assert_allclose(nats, -(chosen * MASK).sum(), rtol=1e-6)
+    assert count == MASK.sum()
+
+
+@pytest.mark.parametrize("chunk", [0, 2, 7])
+def test_kl_and_its_gradient(chunk):
+    value, grad = jax.value_and_grad(
+        lambda x: summed_kl(project(HEAD), project(OTHER), x, TAUGHT, MASK, chunk))(jnp.asarray(FEATURES))
+    log_q, log_p = log_probabilities(FEATURES, HEAD), log_probabilities(TAUGHT, OTHER)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    np.testing.assert_allclose(value, (kl * MASK).sum(), rtol=1e-5)
+    wanted = ((np.exp(log_q) - np.exp(log_p)) * MASK[..., None]) @ np.float64(HEAD).T
+    np.testing.assert_allclose(grad, wanted, atol=2e-6)
+
+
+def test_kl_sends_nothing_to_the_teacher():
+    grad = jax.grad(lambda t: summed_kl(project(HEAD), project(OTHER), FEATURES, t, MASK, 3))(jnp.asarray(TAUGHT))
+    assert not grad.any()
+
+
+def test_hidden_error_is_a_mean_over_channels_summed_over_layers():
+    s, t = RNG.normal(size=(2, 4, 3, 7, 6)).astype(np.float32)
+    wanted = (((np.float64(s) - t) ** 2).mean(-1) * MASK).sum()
+    np.testing.assert_allclose(summed_hidden_error(s, t, MASK), wanted, rtol=1e-6)
+
+
+def test_no_logits_of_the_whole_sequence_are_held():
+    v, t, c = 4096, 64, 8
+    head = jnp.zeros((6, v))
+
+    def loss(x):
+        labels = jnp.zeros((2, t), jnp.int32)
+        return summed_cross_entropy(lambda f: f @ head, x, labels, jnp.ones((2, t)), c)[0]
+
+    text = jax.jit(jax.grad(loss)).lower(jnp.zeros((2, t, 6))).as_text()
+    assert f"2x{c}x{v}xf32" in text
+    assert f"2x{t}x{v}xf32" not in text
+
+
+def test_next_token_loss_counts_pairs_of_real_tokens(model, teacher, batches):
+    batch = batches(0)
+    nats, count = next_token_loss(model, teacher, batch, chunk=5)
+    logits = np.float64(model.apply({"params": teacher}, batch["tokens"], batch["mask"]))
+    chosen = np.take_along_axis(log_softmax(logits, -1)[:, :-1], batch["tokens"][:, 1:, None], -1)[..., 0]
+    scored = batch["mask"][:, 1:] & batch["mask"][:, :-1]
+    assert count == scored.sum()
+    np.testing.assert_allclose(nats, -(chosen * scored).sum(), rtol=1e-5)
+
+
+def test_distillation_of_the_teacher_into_itself_is_zero(model, teacher, batches):
+    sums = distillation_loss(model, teacher, teacher, batches(0), gamma=1.0, chunk=5)
+    assert abs(float(sums["kl"])) < 1e-4 and float(sums["hidden_mse"]) == 0
+
+
+def test_distillation_adds_gamma_times_the_hidden_error(model, student, teacher, batches):
+    batch = batches(1)
+    batch["mask"][:, -1] = False
+    sums = {k: float(v) for k, v in distillation_loss(model, student, teacher, batch, 3.0, 4).items()}
+    run = [model.apply({"params": p}, batch["tokens"], batch["mask"], hidden_states=True) for p in (student, teacher)]
+    (z_s, h_s), (z_t, h_t) = [(np.float64(z), np.float64(h)) for z, h in run]
+    log_q, log_p = log_softmax(z_s, -1), log_softmax(z_t, -1)
+    kl = ((np.exp(log_p) * (log_p - log_q)).sum(-1) * batch["mask"]).sum()
+    hidden = (((h_s - h_t) ** 2).mean(-1) * batch["mask"]).sum()
+    np.testing.assert_allclose([sums["kl"], sums["hidden_mse"]], [kl, hidden], rtol=2e-4)
+    np.testing.assert_allclose(sums["loss"], sums["kl"] + 3 * sums["hidden_mse"], rtol=1e-6)
+
+
+def test_sampled_labels_follow_the_model():
+    features = jnp.tile(jnp.asarray(FEATURES[:1, :1]), (1, 20000, 1))
+    drawn = np.bincount(np.asarray(sample_labels(project(HEAD), features, jax.random.key(0), 999))[0], minlength=11)
+    np.testing.assert_allclose(drawn / 20000, np.exp(log_probabilities(FEATURES[0, 0], HEAD)), atol=0.015)

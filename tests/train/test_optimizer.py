@@ -1,0 +1,103 @@
+"""Roles, Muon on stacked layers, freezing, projection."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rabit_jax import BadInput, ResidualSign
+from rabit_jax.train import OptimizerConfig, make_optimizer, merge, partition, roles
+from rabit_jax.train.optimizer import project_scales
+
+STEPS = 100
+
+
+def newton_schulz(m):
+    """Orthogonalise one matrix as Muon does, in float64."""
+    x = m.T if m.shape[0] > m.shape[1] else m
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if m.shape[0] > m.shape[1] else x
+
+
+def test_roles_name_every_leaf(student):
+    names = roles(student)
+    assert names["layers"]["attn"]["q"]["kernel"] == ResidualSign("latent", "scale", "scale")
+    assert names["embed"]["embedding"] == "embedding" and names["head"]["kernel"] == "head"
+    assert names["layers"]["attn_norm"]["scale"] == names["final_norm"]["scale"] == "norm"
+    assert jax.tree.structure(names) == jax.tree.structure(student)
+
+
+def test_full_precision_kernels_are_matrices_and_biases_are_not():
+    names = roles({"layers": {"up": {"kernel": jnp.zeros((3, 4, 5)), "bias": jnp.zeros((3, 5))}}})
+    assert names["layers"]["up"] == {"kernel": "matrix", "bias": "bias"}
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8), (1, 6, 6)])
+def test_muon_orthogonalises_each_layer_of_a_stack(shape):
+    rng = np.random.default_rng(0)
+    w, grad = rng.normal(size=(2, *shape)).astype(np.float32)
+    node = ResidualSign(jnp.asarray(w), jnp.ones((shape[0], 2, shape[2])), jnp.ones((shape[0], 2, shape[1])))
+    config = OptimizerConfig(lr=0.1, warmup=0.0, schedule="constant", clip=0.0)
+    optimizer = make_optimizer(config, roles(node), STEPS)
+    state = optimizer.init(node)
+    for _ in range(2):  # the first step of the warm-up has learning rate 0
+        update, state = optimizer.update(ResidualSign(jnp.asarray(grad), node.g, node.h), state, node)
+    # Constant gradient: Nesterov momentum with bias correction leaves its direction alone.
+    scale = 0.2 * np.sqrt(max(shape[1:]))
+    wanted = np.stack([-0.1 * scale * newton_schulz(layer) for layer in np.float64(grad)])
+    np.testing.assert_allclose(update.latent, wanted, rtol=2e-3, atol=2e-4)
+
+
+def test_muon_keeps_one_moment_for_latents_and_adam_two_for_scales(student):
+    trainable, _ = partition(student, roles(student), ("embedding", "head"))
+    names, _ = partition(roles(student), roles(student), ("embedding", "head"))
+    state = make_optimizer(OptimizerConfig(), names, STEPS).init(trainable)
+    sizes = {"latent": 0, "scale": 0, "norm": 0}
+    for leaf, name in zip(jax.tree.leaves(trainable), jax.tree.leaves(names), strict=True):
+        sizes[name] += leaf.size
+    held = sum(x.size for x in jax.tree.leaves(state) if x.ndim and x.shape != (3,))  # 3: Muon's polynomial
+    assert held == sizes["latent"] + 2 * (sizes["scale"] + sizes["norm"])
+
+
+def test_partition_and_merge_are_inverse_and_frozen_arrays_cost_nothing(student):
+    trainable, frozen = partition(student, roles(student), ("embedding", "head", "scale"))
+    assert trainable["embed"]["embedding"] is None and frozen["embed"]["embedding"] is not None
+    assert trainable["layers"]["mlp"]["up"]["kernel"].g is None
+    back = merge(trainable, frozen)
+    assert all(a is b for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(student), strict=True))
+
+
+def test_adamw_moves_latents_as_optax_does():
+    node = ResidualSign(jnp.ones((2, 4, 4)), jnp.ones((2, 1, 4)), jnp.ones((2, 1, 4)))
+    grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape), node)
+    config = OptimizerConfig(name="adamw", lr=0.1, schedule="constant", warmup=0.01, clip=0.0, scale_lr=0.3)
+    optimizer = make_optimizer(config, roles(node), STEPS)
+    state = optimizer.init(node)
+    for _ in range(2):
+        update, state = optimizer.update(grads, state, node)
+    for rate, got, grad in ((0.1, update.latent, grads.latent), (0.3, update.g, grads.g)):
+        plain = optax.adam(rate, b1=0.9, b2=0.95)
+        plain_state = plain.init(grad)
+        for _ in range(2):
+            wanted, plain_state = plain.update(grad, plain_state)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_projection_moves_only_scales_below_the_floor():
+    g = jnp.array([[1.0, -2.0, 1e-9, 3.0]])
+    node = ResidualSign(jnp.full((2, 4), -1.0), g, jnp.ones((1, 2)))
+    out, moved = project_scales(node, roles(node), floor=0.1)
+    floor = 0.1 * np.mean(np.abs(g))
+    np.testing.assert_allclose(out.g, [[1.0, floor, floor, 3.0]], rtol=1e-6)
+    assert moved == 2 and (out.latent == node.latent).all() and (out.h == node.h).all()
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"freeze": ("latents",)}, "latents"), ({"lr": 0.0}, "lr"), ({"warmup": 1.5}, "warmup")])
+def test_bad_settings(settings, said):
+    with pytest.raises(BadInput, match=said):
+        OptimizerConfig(**settings)

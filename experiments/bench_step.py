@@ -79,6 +79,7 @@ def check(options: argparse.Namespace) -> None:
             f"--tokens is {options.tokens}, wanted at most {MAX_LENGTH} or a multiple of it")
     if options.gamma < 0:
         raise BadInput(f"--gamma is {options.gamma}, wanted 0 or more")
+    ResidualSignSpec(k=options.k)
 
 
 @dataclass

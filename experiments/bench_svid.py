@@ -3,9 +3,9 @@
 Gaussian matrices; both sides start greedily and run all rounds. The reference takes, for every path
 in every round, a full SVD of the absolute residual (LAPACK through NumPy) and keeps its first
 triple. The first row is the big shape: one full SVD is timed and multiplied by k (1 + rounds), the
-elementwise work of the reference is left out (extrapolated true, no error of its own; the SVD of
-4096x11008 alone takes minutes on two cores). The second row runs all rounds of both sides at a
-smaller shape. seconds is one run after compilation.
+elementwise work of the reference is left out (extrapolated true, no error of its own; one SVD of
+4096x11008 takes a minute or more on two cores). The second row runs all rounds of both sides at a
+smaller shape. seconds is one run after compilation, rounds are those that ran.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments.console import say
 from rabit_jax.errors import BadInput
-from rabit_jax.init import svid
+from rabit_jax.init.svid import Svid, svid
 
 EXAMPLES = """examples:
   python -m experiments.bench svid
@@ -55,13 +55,11 @@ def gaussian(shape: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-def time_svid(w: np.ndarray, k: int, rounds: int) -> tuple[float, float]:
-    """Seconds and relative error of `svid` with all rounds run, compilation left out."""
+def time_svid(w: np.ndarray, k: int, rounds: int) -> tuple[float, Svid]:
+    """Seconds of `svid` with tolerance 0, compilation left out, and its fit."""
     run = jax.jit(partial(svid, k=k, rounds=rounds, tolerance=0.0)).lower(w).compile()
     w = jax.block_until_ready(jax.device_put(w))
-    begin = time.perf_counter()
-    fit = jax.block_until_ready(run(w))
-    return time.perf_counter() - begin, float(fit.error)
+    return timed(lambda: jax.block_until_ready(run(w)))
 
 
 def rank1(m: np.ndarray) -> np.ndarray:
@@ -95,8 +93,9 @@ def timed(function: Any, *arguments: Any) -> tuple[float, Any]:
 def row(shape: tuple[int, int], k: int, rounds: int, extrapolate: bool) -> dict[str, Any]:
     """Measure one shape; see the head of this file for the two kinds of reference."""
     w = gaussian(shape)
-    seconds, error = time_svid(w, k, rounds)
-    say(f"svid of {shape}, {rounds} rounds: {seconds:.2f} s, relative error {error:.5f}")
+    seconds, fit = time_svid(w, k, rounds)
+    error, ran = float(fit.error), int(fit.rounds)
+    say(f"svid of {shape}, {ran} rounds: {seconds:.2f} s, relative error {error:.5f}")
     if extrapolate:
         one, _ = timed(rank1, np.abs(w))
         count, found = k * (1 + rounds), None
@@ -106,7 +105,7 @@ def row(shape: tuple[int, int], k: int, rounds: int, extrapolate: bool) -> dict[
         taken, found = timed(reference, w, k, rounds)
         say(f"the same with full SVDs: {taken:.1f} s, relative error {found:.5f}")
     return {
-        "shape": list(shape), "k": k, "rounds": rounds, "seconds": seconds,
+        "shape": list(shape), "k": k, "rounds": ran, "seconds": seconds,
         "reference_seconds": taken, "speedup": taken / seconds,
         "relative_error": error, "reference_relative_error": found, "extrapolated": extrapolate,
     }

@@ -26,10 +26,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """`runs/<name>`: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `stages/` and what the stages make.
+    """`runs/<name>`: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `stages/` and what the stages
+    make.
 
-    A stage is complete when `stages/<stage>.json` exists; it holds the hash of the stage's inputs, an id
-    that is new each time it is carried out (so that what depends on it follows), seconds and result.
+    A stage is complete when `stages/<stage>.json` exists; it holds the hash of the stage's inputs,
+    an id that is new each time it is carried out (so that what depends on it follows), seconds and
+    result.
     """
 
     def __init__(self, config: RunConfig):
@@ -48,9 +50,11 @@ class RunFolder:
         if resume and written.exists():
             before = load_config(RunConfig, written)
             if changed := difference(before, self.config):
+                listed = "; ".join(changed.splitlines())
                 raise BadInput(
-                    f"cannot resume {self.path}: its config differs ({'; '.join(changed.splitlines())}); "
-                    "take the change back, or run without --resume to redo what it affects")
+                    f"cannot resume {self.path}: its config differs ({listed}); "
+                    "take the change back, or run without --resume to redo what it affects"
+                )
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(written, dump_yaml(self.config))
 
@@ -76,14 +80,21 @@ class RunFolder:
         (self.path / "stages" / f"{stage}.json").unlink(missing_ok=True)
         if not continues:
             shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
-            self.keep_metrics(lambda line: line.get("stage") != stage and line.get("during") != stage)
+            self.keep_metrics(
+                lambda line: line.get("stage") != stage and line.get("during") != stage
+            )
         write_text(self.path / "stages" / f"{stage}.started", key)
         return continues
 
     def complete(self, stage: str, key: str, seconds: float, result: Any, peak_memory: int) -> dict:
         """Record a finished stage."""
-        record = {"key": key, "id": uuid.uuid4().hex, "seconds": seconds,
-                  "peak_memory_bytes": peak_memory, "result": result}
+        record = {
+            "key": key,
+            "id": uuid.uuid4().hex,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory,
+            "result": result,
+        }
         write_text(self.path / "stages" / f"{stage}.json", json.dumps(record, indent=1))
         (self.path / "stages" / f"{stage}.started").unlink(missing_ok=True)
         return record

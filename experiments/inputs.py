@@ -1,13 +1,12 @@
-"""What the stages of a run share: mesh, text, tokens, and the models that earlier stages left on disk."""
+"""What the stages of a run share: mesh, text, tokens, and the models that earlier stages left on
+disk."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,18 +16,11 @@ from safetensors.numpy import load_file, save_file
 from experiments.console import progress, say
 from experiments.folder import RunFolder
 from experiments.settings import RunConfig, Training
+from experiments.text import Text
 from rabit_jax import BadInput, Stats, convert
-from rabit_jax.data import (
-    batch,
-    documents,
-    load_tokenizer,
-    save_tokenizer,
-    tokenise,
-    train_tokenizer,
-    windows,
-)
+from rabit_jax.data import batch
 from rabit_jax.evaluate import Perplexity, perplexity
-from rabit_jax.models import Decoder, ModelConfig, find_folder, load_hf, param_shapes, read_config
+from rabit_jax.models import Decoder, ModelConfig, load_hf, param_shapes, read_config
 from rabit_jax.train import Checkpoints, Loop, Watch, abstract, merge, partition, roles, train
 from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
 from rabit_jax.weights.convert import map_leaves, weights_of
@@ -45,6 +37,7 @@ class Inputs:
         """
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
+        self.text = Text(config, self.mesh)
         self.stopped = False
         rows = self.mesh.shape["data"]
         for name in ("teacher", "calibrate", "qat", "evaluate"):
@@ -52,8 +45,10 @@ class Inputs:
             piece = section.batch_size // getattr(section, "accumulate", 1)
             if piece % rows:
                 raise BadInput(
-                    f"{name}.batch_size gives pieces of {piece} sequences for {rows} devices on the data axis: "
-                    f"make it a multiple of {rows}")
+                    f"{name}.batch_size gives pieces of {piece} sequences for {rows} devices on "
+                    f"the data axis: "
+                    f"make it a multiple of {rows}"
+                )
 
     def watch_signals(self) -> None:
         """Ctrl-C or SIGTERM ends a training loop after its step; a second one ends at once."""
@@ -67,72 +62,31 @@ class Inputs:
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
 
-    # text
-
-    @cached_property
-    def texts(self) -> tuple[list[str], list[str]]:
-        """Training and evaluation documents."""
-        return documents(self.config.data)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The teacher's tokeniser; for a teacher trained here, a byte-level BPE of the training text."""
-        if path := self.config.teacher.path:
-            found = load_tokenizer(find_folder(path))
-            if found is None:
-                raise BadInput(f"teacher.path {path} has no tokeniser: add its tokenizer.json to the folder")
-            return found
-        data = self.config.data
-        digest = hashlib.sha256("\0".join(self.texts[0]).encode()).hexdigest()[:16]
-        place = Path(data.cache) / f"tokenizer-{data.vocab_size}-{digest}"
-        if not place.exists():
-            save_tokenizer(train_tokenizer(self.texts[0], data.vocab_size), place)
-        return load_tokenizer(place)
-
-    @cached_property
-    def train_text(self) -> Any:
-        """Tokens of the training documents."""
-        return tokenise(self.texts[0], self.tokenizer, self.config.data.cache)
-
-    @cached_property
-    def eval_text(self) -> Any:
-        """Tokens of the evaluation documents."""
-        return tokenise(self.texts[1], self.tokenizer, self.config.data.cache)
-
-    def eval_windows(self) -> np.ndarray:
-        """Evaluation windows `[n, t]`."""
-        found = windows(self.eval_text.tokens, self.config.evaluate.context)
-        return found[: self.config.evaluate.windows or None]
-
-    def batches(self, section: Any, seed: int) -> Callable[[int], dict]:
-        """Step -> batch on the mesh, for a section with `batch_size` and `length`."""
-        where = batch_sharding(self.mesh)
-
-        def at(step: int) -> dict:
-            rows = batch(self.train_text.tokens, step, section.batch_size, section.length, seed)
-            return jax.device_put({"tokens": rows}, where)
-
-        return at
-
     def check(self) -> None:
-        """Read the text and refuse what cannot work, before anything is written."""
-        for name in ("teacher", "calibrate", "qat"):
-            section = getattr(self.config, name)
-            if name != "teacher" or not self.config.teacher.path:
-                batch(self.train_text.tokens, 0, section.batch_size, section.length, self.config.seed)
-            self._check_length(name, section.length)
-        self._check_length("evaluate", self.config.evaluate.context)
-        found = min(len(self.eval_windows()), self.config.evaluate.diagnostic_windows)
+        """Read the text and refuse what cannot work, before anything is written.
+
+        Raises:
+          BadInput: text too short for a batch or a window, sequences longer than the model's.
+        """
+        config, text = self.config, self.text
+        lengths = {name: getattr(config, name).length for name in ("teacher", "calibrate", "qat")}
+        if config.teacher.path:
+            del lengths["teacher"]
+        for name, length in {**lengths, "evaluate": config.evaluate.context}.items():
+            if length > self.model_config.max_position:
+                raise BadInput(
+                    f"{name} uses sequences of {length} tokens: the model has "
+                    f"{self.model_config.max_position} positions; make it shorter"
+                )
+        for name, length in lengths.items():
+            batch(text.train.tokens, 0, getattr(config, name).batch_size, length, config.seed)
+        found = min(len(text.windows()), config.evaluate.diagnostic_windows)
         if found < self.mesh.shape["data"]:
             raise BadInput(
-                f"the diagnostics have {found} windows for {self.mesh.shape['data']} devices on the data "
-                "axis: give more evaluation text or raise evaluate.diagnostic_windows")
-
-    def _check_length(self, name: str, length: int) -> None:
-        if length > self.model_config.max_position:
-            raise BadInput(
-                f"{name} uses sequences of {length} tokens: the model has {self.model_config.max_position} "
-                "positions; make it shorter")
+                f"the diagnostics have {found} windows for {self.mesh.shape['data']} devices on "
+                f"the "
+                "data axis: give more evaluation text or raise evaluate.diagnostic_windows"
+            )
 
     # models
 
@@ -148,10 +102,13 @@ class Inputs:
         if self.config.teacher.path:
             found = read_config(self.config.teacher.path)
         else:
-            end = self.tokenizer.eos_token_id
+            end = self.text.tokenizer.eos_token_id
             found = ModelConfig(
-                vocab_size=len(self.tokenizer), eos_ids=(end,), bos_id=end,
-                **dataclasses.asdict(self.config.model))
+                vocab_size=len(self.text.tokenizer),
+                eos_ids=(end,),
+                bos_id=end,
+                **dataclasses.asdict(self.config.model),
+            )
         return dataclasses.replace(found, dtype=compute.dtype or found.dtype, remat=compute.remat)
 
     @cached_property
@@ -170,20 +127,30 @@ class Inputs:
         """Calibration statistics by path."""
         arrays = load_file(self.folder.path / "calibration.safetensors")
         paths = sorted({name.rsplit(".", 1)[0] for name in arrays})
-        return {p: Stats(jax.numpy.asarray(arrays[f"{p}.s_in"]), jax.numpy.asarray(arrays[f"{p}.s_out"]))
-                for p in paths}
+        return {
+            p: Stats(
+                jax.numpy.asarray(arrays[f"{p}.s_in"]), jax.numpy.asarray(arrays[f"{p}.s_out"])
+            )
+            for p in paths
+        }
 
     def save_stats(self, stats: dict[str, Stats]) -> None:
         """Write what `stats` reads."""
         target = self.folder.path / "calibration.safetensors"
         temporary = target.with_suffix(".part")
-        arrays = {f"{p}.{n}": np.asarray(getattr(s, n)) for p, s in stats.items() for n in ("s_in", "s_out")}
+        arrays = {
+            f"{p}.{n}": np.asarray(getattr(s, n))
+            for p, s in stats.items()
+            for n in ("s_in", "s_out")
+        }
         save_file(arrays, temporary)
         temporary.replace(target)
 
     def abstract_student(self) -> Any:
         """Shapes and shardings of the student."""
-        shapes = jax.eval_shape(lambda p: convert(p, self.config.init.rules()), abstract_params(self.model_config))
+        shapes = jax.eval_shape(
+            lambda p: convert(p, self.config.init.rules()), abstract_params(self.model_config)
+        )
         return abstract(shapes, param_shardings(shapes, self.mesh))
 
     def save_init(self, student: Any) -> None:
@@ -225,40 +192,72 @@ class Inputs:
 
     def perplexity(self, params: Any, label: str) -> Perplexity:
         """Perplexity of any params on the evaluation windows, with a progress bar."""
-        rows = self.eval_windows()
+        rows = self.text.windows()
         with progress(f"perplexity, {label}", len(rows)) as bar:
             return perplexity(
-                self.model, params, rows, batch_size=self.config.evaluate.batch_size,
-                chunk=self.config.compute.chunk, text_bytes=self.eval_text.bytes,
-                total_tokens=len(self.eval_text.tokens), progress=lambda done, _: bar.update(done),
-                batch_sharding=batch_sharding(self.mesh))
+                self.model,
+                params,
+                rows,
+                batch_size=self.config.evaluate.batch_size,
+                chunk=self.config.compute.chunk,
+                text_bytes=self.text.held_out.bytes,
+                total_tokens=len(self.text.held_out.tokens),
+                progress=lambda done, _: bar.update(done),
+                batch_sharding=batch_sharding(self.mesh),
+            )
 
     def diagnostic_batches(self) -> Iterator[dict]:
         """Evaluation windows for the diagnostics, in batches."""
         settings = self.config.evaluate
-        rows = self.eval_windows()[: settings.diagnostic_windows]
-        size = min(settings.batch_size, len(rows) // self.mesh.shape["data"] * self.mesh.shape["data"])
+        rows = self.text.windows()[: settings.diagnostic_windows]
+        size = min(
+            settings.batch_size, len(rows) // self.mesh.shape["data"] * self.mesh.shape["data"]
+        )
         for start in range(0, len(rows) - size + 1, max(size, 1)):
             yield jax.device_put({"tokens": rows[start : start + size]}, batch_sharding(self.mesh))
 
-    def fit(self, stage: str, section: Training, trainer: Any, resume: bool, watch: Watch | None = None) -> Any:
+    def fit(
+        self, stage: str, section: Training, trainer: Any, resume: bool, watch: Watch | None = None
+    ) -> Any:
         """Train one stage with checkpoints, metrics and a progress bar."""
         tokens = section.batch_size * section.length
-        with Checkpoints(self.folder.checkpoints(stage)) as kept, progress(stage, section.steps) as bar:
+        with (
+            Checkpoints(self.folder.checkpoints(stage)) as kept,
+            progress(stage, section.steps) as bar,
+        ):
             state = trainer.state
             if resume and (found := kept.restore_last(abstract(state))):
                 say(f"{stage}: continuing after step {found[0]}")
                 state = found[1]
                 self.folder.keep_metrics(
-                    lambda line: stage not in (line.get("stage"), line.get("during")) or line["step"] <= found[0])
+                    lambda line: (
+                        stage not in (line.get("stage"), line.get("during"))
+                        or line["step"] <= found[0]
+                    )
+                )
             loop = Loop(
-                stage, section.steps, tokens, log=self.folder.log, log_every=section.log_every,
-                save_every=section.save_every, schedule=trainer.schedule, watch=watch,
+                stage,
+                section.steps,
+                tokens,
+                log=self.folder.log,
+                log_every=section.log_every,
+                save_every=section.save_every,
+                schedule=trainer.schedule,
+                watch=watch,
                 progress=lambda step, record: bar.update(
-                    step, loss=record["loss"], tokens_per_second=record["tokens_per_second"]),
-                stop=lambda: self.stopped)
-            return train(loop, trainer.step, state, trainer.frozen, trainer.teacher,
-                         self.batches(section, self.config.seed), kept)
+                    step, loss=record["loss"], tokens_per_second=record["tokens_per_second"]
+                ),
+                stop=lambda: self.stopped,
+            )
+            return train(
+                loop,
+                trainer.step,
+                state,
+                trainer.frozen,
+                trainer.teacher,
+                self.text.batches(section, self.config.seed),
+                kept,
+            )
 
 
 def abstract_params(config: ModelConfig) -> Any:

@@ -1,9 +1,10 @@
 """How training trajectories part when the same run is cut differently over devices.
 
-Floating-point sums depend on the mesh in the last bits. A full-precision run stays within rounding of
-itself; a binarised one does not, because a sign near its threshold turns, and the turn is of full size.
-So runs on different meshes are compared state by state (the tests do), never step by step. This command
-shows it: eight simulated CPU devices, one state, one set of batches, four meshes.
+Floating-point sums depend on the mesh in the last bits. A full-precision run stays within rounding
+of itself; a binarised one does not, because a sign near its threshold turns, and the turn is of
+full size. So runs on different meshes are compared state by state (the tests do), never step by
+step. This command shows it: eight simulated CPU devices, one state, one set of batches, four
+meshes.
 
     python -m experiments.parting --steps 60 --output docs/parting.svg
 """
@@ -41,8 +42,12 @@ def losses(shape: tuple[int, int], quantised: bool, steps: int) -> list[float]:
     student = convert(teacher, [(LLAMA_LINEARS, ResidualSignSpec(k=2))]) if quantised else other
     mesh = Mesh(np.asarray(jax.devices()[: shape[0] * shape[1]]).reshape(shape), AXES)
     trainer = make_trainer(
-        lambda p, t, b: distillation_loss(model, p, t, b, gamma=1.0), student,
-        OptimizerConfig(lr=2e-3), steps, teacher=teacher, mesh=mesh,
+        lambda p, t, b: distillation_loss(model, p, t, b, gamma=1.0),
+        student,
+        OptimizerConfig(lr=2e-3),
+        steps,
+        teacher=teacher,
+        mesh=mesh,
     )
     state, found = trainer.state, []
     for step in range(steps):
@@ -65,7 +70,9 @@ def draw(steps: int, output: Path) -> dict[str, float]:
         for n, (name, shape) in enumerate(MESHES.items()):
             other = np.array(losses(shape, kind == "residual signs", steps))
             gap = np.maximum(np.abs(other - one) / one, 1e-9)
-            axes.semilogy(np.arange(1, steps + 1), gap, style, color=f"C{n}", label=f"{kind}, {name}")
+            axes.semilogy(
+                np.arange(1, steps + 1), gap, style, color=f"C{n}", label=f"{kind}, {name}"
+            )
             last[f"{kind}, {name}"] = float(gap[-1])
     axes.set(xlabel="step", ylabel="relative difference of the loss to one device")
     axes.legend(fontsize=7)
@@ -77,7 +84,8 @@ def draw(steps: int, output: Path) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.parting", description=__doc__,
+        prog="python -m experiments.parting",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=60, help="steps of each run (default 60)")

@@ -211,7 +211,8 @@ _STAGE_NAMES = {
 }
 _MODELS = (("teacher", "teacher"), ("init", "init"), ("qat", "QAT"), ("packed", "packed"))
 _COLUMNS = {"name": "", "value": "", "ppl": "perplexity", "ppl_over_teacher": "over teacher"}
-_DECIMALS = {"ppl": 2, "bits_per_byte": 3, "bits_per_weight": 4, **dict.fromkeys(_STAGE_NAMES.values(), 4)}
+_DECIMALS = dict.fromkeys(_STAGE_NAMES.values(), 4)
+_DECIMALS |= {"ppl": 2, "bits_per_byte": 3, "bits_per_weight": 4}
 _TEACHER = (
     ("loss", "Teacher loss", "nats per token"),
     ("lr", "Teacher learning rate", "learning rate"),

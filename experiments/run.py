@@ -1,9 +1,11 @@
-"""A full-precision model in, a 2-bit model out: teacher, calibrate, init, QAT, evaluate, pack, generate.
+"""A full-precision model in, a 2-bit model out.
+
+Stages: teacher, calibrate, init, QAT, evaluate, pack, generate.
 
     python -m experiments.run --config experiments/configs/quickstart.yaml
-    python -m experiments.run --config experiments/configs/quickstart.yaml qat.steps=400 init.spec.k=3
-    python -m experiments.run --config my.yaml --dry-run        the resolved config and the param table
-    python -m experiments.run --config my.yaml --resume         continue after Ctrl-C or a crash
+    python -m experiments.run --config my.yaml qat.steps=400 init.spec.k=3
+    python -m experiments.run --config my.yaml --dry-run    resolved config and param table
+    python -m experiments.run --config my.yaml --resume     continue after Ctrl-C or a crash
 
 A stage whose inputs and settings have not changed since it was completed is skipped.
 Exit codes: 0 done, 2 bad input (one sentence on stderr), 75 stopped but resumable.
@@ -29,26 +31,43 @@ from experiments.summary import peak_memory, summarise, table_rows, write_result
 from rabit_jax import convert, describe
 
 STAGES: dict[str, Callable] = {
-    "teacher": stages.teacher, "calibrate": stages.calibration, "init": stages.init, "qat": stages.qat,
-    "evaluate": stages.evaluate, "pack": stages.packing, "generate": stages.samples,
+    "teacher": stages.teacher,
+    "calibrate": stages.calibration,
+    "init": stages.init,
+    "qat": stages.qat,
+    "evaluate": stages.evaluate,
+    "pack": stages.packing,
+    "generate": stages.samples,
 }
 
 
 def stage_keys(run: Inputs, ids: dict[str, str]) -> dict[str, Callable[[], str]]:
-    """What each stage depends on, as functions: a later key needs the ids of the stages before it."""
+    """What each stage depends on, as functions: a later key needs the ids of the stages before
+    it."""
     c = run.config
-    text, held_out = run.train_text.digest, run.eval_text.digest
+    text, held_out = run.text.train.digest, run.text.held_out.digest
 
     def given() -> list:
         path = Path(c.teacher.path)
-        return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.glob("*")) if f.is_file()]
+        return [
+            (f.name, f.stat().st_size, f.stat().st_mtime_ns)
+            for f in sorted(path.glob("*"))
+            if f.is_file()
+        ]
 
     return {
-        "teacher": lambda: section_hash(c.teacher.path, given()) if c.teacher.path else section_hash(
-            c.teacher, c.model, c.compute, c.seed, text),
-        "calibrate": lambda: section_hash(c.calibrate, c.init, c.compute, c.seed, text, ids["teacher"]),
+        "teacher": lambda: (
+            section_hash(c.teacher.path, given())
+            if c.teacher.path
+            else section_hash(c.teacher, c.model, c.compute, c.seed, text)
+        ),
+        "calibrate": lambda: section_hash(
+            c.calibrate, c.init, c.compute, c.seed, text, ids["teacher"]
+        ),
         "init": lambda: section_hash(c.init, c.evaluate, held_out, ids["calibrate"]),
-        "qat": lambda: section_hash(c.qat, c.compute, c.seed, c.evaluate, text, held_out, ids["init"]),
+        "qat": lambda: section_hash(
+            c.qat, c.compute, c.seed, c.evaluate, text, held_out, ids["init"]
+        ),
         "evaluate": lambda: section_hash(c.evaluate, held_out, ids["qat"]),
         "pack": lambda: section_hash(c.evaluate, held_out, ids["qat"]),
         "generate": lambda: section_hash(c.generate, c.seed, ids["pack"]),
@@ -69,7 +88,9 @@ def run_stages(run: Inputs, resume: bool, forced: set[str]) -> dict[str, dict]:
             continues = run.folder.begin(name, key, resume)
             begin = time.perf_counter()
             result = stage(run, continues)
-            record = run.folder.complete(name, key, time.perf_counter() - begin, result, peak_memory())
+            record = run.folder.complete(
+                name, key, time.perf_counter() - begin, result, peak_memory()
+            )
             run.forget()
         records[name], ids[name] = record, record["id"]
         if run.stopped:
@@ -78,7 +99,8 @@ def run_stages(run: Inputs, resume: bool, forced: set[str]) -> dict[str, dict]:
 
 
 def dry_run(config: RunConfig) -> None:
-    """Print the resolved config and the param table of the student; nothing is written or trained."""
+    """Print the resolved config and the param table of the student; nothing is written or
+    trained."""
     run = Inputs(config, RunFolder(config))
     params = abstract_params(run.model_config)
     student = jax.eval_shape(lambda p: convert(p, config.init.rules()), params)
@@ -116,25 +138,55 @@ def show(summary: dict) -> None:
     table(
         f"{summary['name']}, context {summary['teacher']['context']}",
         ("model", "perplexity", "bits per byte", "over teacher", "bits per weight"),
-        [(r["name"], r["ppl"], r["bits_per_byte"], f"{100 * r['ppl_over_teacher']:+.1f}%", r["bits_per_weight"])
-         for r in rows], stdout=True)
+        [
+            (
+                r["name"],
+                r["ppl"],
+                r["bits_per_byte"],
+                f"{100 * r['ppl_over_teacher']:+.1f}%",
+                r["bits_per_weight"],
+            )
+            for r in rows
+        ],
+        stdout=True,
+    )
     packed, closed = summary["packed"], summary["gap_closed"]
     print(f"gap to the teacher closed by QAT: {'-' if closed is None else f'{100 * closed:.0f}%'}")
-    print(f"packed file: {number(packed['bytes'])} bytes; 16-bit dense: {number(summary['dense']['bytes'])} bytes")
-    print(f"time: {sum(summary['seconds'].values()):.0f} s; peak memory: {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+    print(
+        f"packed file: {number(packed['bytes'])} bytes; 16-bit dense: "
+        f"{number(summary['dense']['bytes'])} bytes"
+    )
+    print(
+        f"time: {sum(summary['seconds'].values()):.0f} s; peak memory: "
+        f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(
-        prog="python -m experiments.run", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python -m experiments.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     found.add_argument("--config", required=True, help="YAML file; see experiments/configs")
-    found.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
-    found.add_argument("--dry-run", action="store_true", help="print the resolved config and the param table")
-    found.add_argument("--resume", action="store_true", help="continue an unfinished stage from its checkpoint")
-    found.add_argument("--force", action="append", default=[], choices=list(STAGES), metavar="STAGE",
-                       help=f"redo a stage and what depends on it: {', '.join(STAGES)}")
+    found.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file"
+    )
+    found.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and the param table"
+    )
+    found.add_argument(
+        "--resume", action="store_true", help="continue an unfinished stage from its checkpoint"
+    )
+    found.add_argument(
+        "--force",
+        action="append",
+        default=[],
+        choices=list(STAGES),
+        metavar="STAGE",
+        help=f"redo a stage and what depends on it: {', '.join(STAGES)}",
+    )
     return found
 
 

@@ -79,7 +79,9 @@ class Training:
         _at_least(name, 2, length=self.length)
         if self.batch_size % self.accumulate:
             raise BadInput(
-                f"{name}.accumulate is {self.accumulate}: it must divide the batch of {self.batch_size}")
+                f"{name}.accumulate is {self.accumulate}: it must divide the batch of "
+                f"{self.batch_size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,12 @@ class Calibrate:
         if self.sequences % self.batch_size:
             raise BadInput(
                 f"calibrate.sequences is {self.sequences}: it must be a multiple of the batch size "
-                f"{self.batch_size}")
+                f"{self.batch_size}"
+            )
         if not 0 < self.clip <= 100:
-            raise BadInput(f"calibrate.clip is {self.clip}: it is a percentile, above 0 and at most 100")
+            raise BadInput(
+                f"calibrate.clip is {self.clip}: it is a percentile, above 0 and at most 100"
+            )
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,8 @@ class Init:
     def rules(self) -> list:
         """The rules of `convert`."""
         return [(pattern, None) for pattern in self.keep] + [
-            (pattern, self.spec) for pattern in self.quantise]
+            (pattern, self.spec) for pattern in self.quantise
+        ]
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,8 @@ class Qat(Training):
     project_scales: bool = True
     watch_every: int = 50
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(freeze=("embedding", "head")))
+        default_factory=lambda: OptimizerConfig(freeze=("embedding", "head"))
+    )
 
     def __post_init__(self):
         """Raises BadInput for values out of range."""
@@ -186,7 +193,9 @@ class Evaluate:
     def __post_init__(self):
         """Raises BadInput for sizes that cannot be."""
         _at_least("evaluate", 2, context=self.context)
-        _at_least("evaluate", 1, batch_size=self.batch_size, diagnostic_windows=self.diagnostic_windows)
+        _at_least(
+            "evaluate", 1, batch_size=self.batch_size, diagnostic_windows=self.diagnostic_windows
+        )
         _at_least("evaluate", 0, windows=self.windows)
 
 
@@ -210,7 +219,9 @@ class Generate:
         """Raises BadInput for values out of range."""
         _at_least("generate", 1, max_new_tokens=self.max_new_tokens)
         if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise BadInput("generate: temperature must not be negative and top_p must lie in (0, 1]")
+            raise BadInput(
+                "generate: temperature must not be negative and top_p must lie in (0, 1]"
+            )
 
 
 @dataclass(frozen=True)
@@ -241,4 +252,6 @@ class RunConfig:
     def __post_init__(self):
         """Raises BadInput for a name that is no folder name."""
         if not self.name or "/" in self.name or self.name in (".", ".."):
-            raise BadInput(f"name is {self.name!r}: it names the run's folder, so no '/' and not empty")
+            raise BadInput(
+                f"name is {self.name!r}: it names the run's folder, so no '/' and not empty"
+            )

@@ -1,4 +1,5 @@
-"""The stages of a run. Each takes the run's inputs, leaves files, and returns what the summary needs."""
+"""The stages of a run. Each takes the run's inputs, leaves files, and returns what the summary
+needs."""
 
 from __future__ import annotations
 
@@ -33,29 +34,41 @@ def teacher(run: Inputs, resume: bool) -> dict:
         return {"path": section.path, "tokens": 0}
     where = param_shardings(abstract_params(run.model_config), run.mesh)
     params = jax.jit(lambda key: init_params(run.model_config, key), out_shardings=where)(
-        jax.random.key(run.config.seed))
+        jax.random.key(run.config.seed)
+    )
 
     def loss(params: Any, _: Any, batch: dict) -> dict:
         return {"loss": next_token_loss(run.model, params, batch, run.config.compute.chunk)[0]}
 
     trainer = make_trainer(
-        loss, params, section.optimizer, section.steps, mesh=run.mesh, accumulate=section.accumulate,
-        count=next_tokens)
+        loss,
+        params,
+        section.optimizer,
+        section.steps,
+        mesh=run.mesh,
+        accumulate=section.accumulate,
+        count=next_tokens,
+    )
     state = run.fit("teacher", section, trainer, resume)
-    save_hf(run.teacher_folder, run.model, trainer.params(state), run.tokenizer)
-    return {"path": run.teacher_folder, "tokens": section.steps * section.batch_size * section.length}
+    save_hf(run.teacher_folder, run.model, trainer.params(state), run.text.tokenizer)
+    return {
+        "path": run.teacher_folder,
+        "tokens": section.steps * section.batch_size * section.length,
+    }
 
 
 def calibration(run: Inputs, resume: bool) -> dict:
     """Measure the inputs and output gradients of every kernel that will be quantised."""
     section, seed = run.config.calibrate, run.config.seed
     count = section.sequences // section.batch_size
-    rows_at = run.batches(section, seed + 1)
+    rows_at = run.text.batches(section, seed + 1)
     size = (section.batch_size, section.length)
 
     def loss(params: Any, batch: dict) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), batch["row"][0])
-        return next_token_loss(run.model, params, batch, run.config.compute.chunk, section.labels, key)[0]
+        return next_token_loss(
+            run.model, params, batch, run.config.compute.chunk, section.labels, key
+        )[0]
 
     def batches():
         with progress("calibrate", count) as bar:
@@ -65,8 +78,14 @@ def calibration(run: Inputs, resume: bool) -> dict:
                 bar.update(step + 1)
 
     stats = calibrate(
-        loss, run.teacher, batches(), run.config.init.rules(), clip=section.clip,
-        shardings=param_shardings(run.teacher, run.mesh), batch_sharding=batch_sharding(run.mesh))
+        loss,
+        run.teacher,
+        batches(),
+        run.config.init.rules(),
+        clip=section.clip,
+        shardings=param_shardings(run.teacher, run.mesh),
+        batch_sharding=batch_sharding(run.mesh),
+    )
     run.save_stats(stats)
     return {"tokens": count * size[0] * size[1]}
 
@@ -77,8 +96,12 @@ def init(run: Inputs, resume: bool) -> dict:
     with progress("init", len(match_rules(run.teacher, rules))) as bar:
         ready = []
         student = convert(
-            run.teacher, rules, run.stats, jax.random.key(run.config.seed),
-            done=lambda path: (ready.append(path), bar.update(len(ready))))
+            run.teacher,
+            rules,
+            run.stats,
+            jax.random.key(run.config.seed),
+            done=lambda path: (ready.append(path), bar.update(len(ready))),
+        )
     run.save_init(student)
     return {
         "relative_error": reconstruction_errors(run.teacher, student),
@@ -95,21 +118,31 @@ def reconstruction_errors(teacher: Any, student: Any) -> dict[str, list[float]]:
     def error(w, node):
         return ((w - node.dense()) ** 2).sum((-1, -2)) / (w**2).sum((-1, -2))
 
-    map_leaves(lambda p, w: errors.update({p: error(w, kernels[p])}) if p in kernels else None, teacher)
+    map_leaves(
+        lambda p, w: errors.update({p: error(w, kernels[p])}) if p in kernels else None, teacher
+    )
     return {p: np.atleast_1d(np.asarray(e)).ravel().tolist() for p, e in errors.items()}
 
 
 def diagnostics(run: Inputs, student: Any, drive: str = "teacher") -> dict:
     """Inter-path adaptation of a student on the evaluation windows."""
-    return diagnose(_features(run), run.teacher, student, run.diagnostic_batches(), drive=drive,
-                    batch_sharding=batch_sharding(run.mesh))
+    return diagnose(
+        _features(run),
+        run.teacher,
+        student,
+        run.diagnostic_batches(),
+        drive=drive,
+        batch_sharding=batch_sharding(run.mesh),
+    )
 
 
 def _features(run: Inputs) -> Any:
-    """The one function object that runs the decoder for the diagnostics, so that it compiles once."""
+    """The one function object that runs the decoder for the diagnostics, so that it compiles
+    once."""
     if "features" not in run.__dict__:
         run.features = lambda params, batch: run.model.apply(
-            {"params": params}, batch["tokens"], batch.get("mask"), method="features")[0]
+            {"params": params}, batch["tokens"], batch.get("mask"), method="features"
+        )[0]
     return run.features
 
 
@@ -118,19 +151,35 @@ def qat(run: Inputs, resume: bool) -> dict:
     section = run.config.qat
 
     def loss(params: Any, teacher: Any, batch: dict) -> dict:
-        return distillation_loss(run.model, params, teacher, batch, section.gamma, run.config.compute.chunk)
+        return distillation_loss(
+            run.model, params, teacher, batch, section.gamma, run.config.compute.chunk
+        )
 
     trainer = make_trainer(
-        loss, run.student_init, section.optimizer, section.steps, teacher=run.teacher, mesh=run.mesh,
-        accumulate=section.accumulate, project=section.project_scales)
+        loss,
+        run.student_init,
+        section.optimizer,
+        section.steps,
+        teacher=run.teacher,
+        mesh=run.mesh,
+        accumulate=section.accumulate,
+        project=section.project_scales,
+    )
     tokens = section.batch_size * section.length
 
     def after(step: int, trainable: Any, before: Any) -> None:
         student = merge(trainable, trainer.frozen)
-        run.folder.log({
-            "stage": "diagnostics", "during": "qat", "step": step, "tokens": step * tokens,
-            **diagnostics(run, student)["mean"], "flip_rate": mean_flip_rate(before, snapshot(student)),
-            "disordered": disordered_share(student)})
+        run.folder.log(
+            {
+                "stage": "diagnostics",
+                "during": "qat",
+                "step": step,
+                "tokens": step * tokens,
+                **diagnostics(run, student)["mean"],
+                "flip_rate": mean_flip_rate(before, snapshot(student)),
+                "disordered": disordered_share(student),
+            }
+        )
 
     watch = Watch(section.watch_every, lambda t: snapshot(merge(t, trainer.frozen)), after)
     state = run.fit("qat", section, trainer, resume, watch)
@@ -151,17 +200,21 @@ def evaluate(run: Inputs, resume: bool) -> dict:
     selected = match_rules(run.teacher, run.config.init.rules())
     rounding = jax.jit(round_to_nearest)
     nearest = map_leaves(lambda p, w: rounding(w) if p in selected else w, run.teacher)
-    baselines["round_to_nearest"] = {**scores(run, nearest, "round to nearest"), "bits_per_weight": 2.25}
+    baselines["round_to_nearest"] = {
+        **scores(run, nearest, "round to nearest"),
+        "bits_per_weight": 2.25,
+    }
     return {
         "teacher": scores(run, run.teacher, "teacher"),
         **baselines,
         "init": scores(run, run.student_init, "init"),
         "qat": scores(run, run.student, "student"),
-        "unigram_nats": unigram_entropy(run.eval_windows(), run.model_config.vocab_size),
+        "unigram_nats": unigram_entropy(run.text.windows(), run.model_config.vocab_size),
         "diagnostics": {
             "qat": diagnostics(run, run.student),
             "qat_student": diagnostics(run, run.student, "student"),
-            "init_student": diagnostics(run, run.student_init, "student")},
+            "init_student": diagnostics(run, run.student_init, "student"),
+        },
         "relative_error": reconstruction_errors(run.teacher, run.student),
         "disordered": disordered_share(run.student),
     }
@@ -170,15 +223,20 @@ def evaluate(run: Inputs, resume: bool) -> dict:
 def scores(run: Inputs, params: Any, label: str) -> dict:
     """Perplexity as the summary holds it."""
     found = run.perplexity(params, label)
-    return {"ppl": found.ppl, "bits_per_byte": found.bits_per_byte, "nats_per_token": found.nats_per_token,
-            "context": found.context, "scored_tokens": found.tokens}
+    return {
+        "ppl": found.ppl,
+        "bits_per_byte": found.bits_per_byte,
+        "nats_per_token": found.nats_per_token,
+        "context": found.context,
+        "scored_tokens": found.tokens,
+    }
 
 
 def packing(run: Inputs, resume: bool) -> dict:
     """Write the packed model, read it back, and score what was read."""
     packed = pack(run.student)
     folder = run.folder.path / "packed"
-    save_packed(folder, run.model_config, packed, run.tokenizer)
+    save_packed(folder, run.model_config, packed, run.text.tokenizer)
     _, read, _ = load_packed(folder)
     signs, written = snapshot(run.student), snapshot(read)
     described = describe(packed)
@@ -188,7 +246,8 @@ def packing(run: Inputs, resume: bool) -> dict:
         "bits_identical": all(bool((signs[path] == written[path]).all()) for path in signs),
         "bits_per_weight": described.bits_per_weight,
         "stored_bits_per_weight": sizes["stored_bits_per_weight"],
-        "linear_bytes": sizes["linear_bytes"], "bytes": sizes["file_bytes"],
+        "linear_bytes": sizes["linear_bytes"],
+        "bytes": sizes["file_bytes"],
         "dense_bytes": describe(run.teacher).deployed_bytes,
     }
 
@@ -209,8 +268,15 @@ def samples(run: Inputs, resume: bool) -> dict:
 def continuation(run: Inputs, params: Any, prompt: str) -> str:
     """One continuation of a prompt as text."""
     section = run.config.generate
-    tokens = np.asarray([run.tokenizer(prompt)["input_ids"]], np.int32)
+    tokens = np.asarray([run.text.tokenizer(prompt)["input_ids"]], np.int32)
     new = generate(
-        run.model, params, tokens, max_new_tokens=section.max_new_tokens, temperature=section.temperature,
-        top_p=section.top_p, key=jax.random.key(run.config.seed), eos_ids=run.model_config.eos_ids)
-    return run.tokenizer.decode(np.asarray(new)[0], skip_special_tokens=True)
+        run.model,
+        params,
+        tokens,
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        key=jax.random.key(run.config.seed),
+        eos_ids=run.model_config.eos_ids,
+    )
+    return run.text.tokenizer.decode(np.asarray(new)[0], skip_special_tokens=True)

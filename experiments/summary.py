@@ -49,18 +49,32 @@ def summarise(run: Inputs, records: dict[str, dict], command: str) -> dict[str, 
     measured, packed = results["evaluate"], dict(results["pack"])
     dense = packed.pop("dense_bytes")
     return {
-        "name": run.config.name, "command": command, "seed": run.config.seed,
-        **{name: measured[name] for name in ("teacher", "greedy", "round_to_nearest", "init", "qat")
-           if name in measured},
-        "packed": packed, "dense": {"bytes": dense}, "unigram_nats": measured["unigram_nats"],
+        "name": run.config.name,
+        "command": command,
+        "seed": run.config.seed,
+        **{
+            name: measured[name]
+            for name in ("teacher", "greedy", "round_to_nearest", "init", "qat")
+            if name in measured
+        },
+        "packed": packed,
+        "dense": {"bytes": dense},
+        "unigram_nats": measured["unigram_nats"],
         "gap_closed": gap_closed(*(measured[n]["ppl"] for n in ("teacher", "init", "qat"))),
         "diagnostics": {"init": results["init"]["diagnostics"], **measured["diagnostics"]},
-        "relative_error": {"init": results["init"]["relative_error"], "qat": measured["relative_error"]},
+        "relative_error": {
+            "init": results["init"]["relative_error"],
+            "qat": measured["relative_error"],
+        },
         "disordered": measured["disordered"],
         "tokens": {name: r["tokens"] for name, r in results.items() if "tokens" in r},
         "seconds": {name: record["seconds"] for name, record in records.items()},
-        "peak_memory_bytes": max([peak_memory(), *(r.get("peak_memory_bytes", 0) for r in records.values())]),
-        "parameters": parameters(run), "versions": versions(), "spec": str(run.config.init.spec),
+        "peak_memory_bytes": max(
+            [peak_memory(), *(r.get("peak_memory_bytes", 0) for r in records.values())]
+        ),
+        "parameters": parameters(run),
+        "versions": versions(),
+        "spec": str(run.config.init.spec),
     }
 
 
@@ -72,12 +86,20 @@ def parameters(run: Inputs) -> dict[str, int]:
     sizes = {path: leaf.size for path, leaf in leaves(abstract_params(run.model_config))}
     outer = sum(n for path, n in sizes.items() if path.startswith(("embed/", "head/")))
     quantised = sum(math.prod(w.shape) for w in weights_of(run.abstract_student()).values())
-    return {"total": sum(sizes.values()), "non_embedding": sum(sizes.values()) - outer, "quantised": quantised}
+    return {
+        "total": sum(sizes.values()),
+        "non_embedding": sum(sizes.values()) - outer,
+        "quantised": quantised,
+    }
 
 
 LABELS = {
-    "teacher": "teacher, full precision", "round_to_nearest": "round to nearest, group 128",
-    "greedy": "greedy SVID", "init": "calibrated init", "qat": "after QAT", "packed": "packed",
+    "teacher": "teacher, full precision",
+    "round_to_nearest": "round to nearest, group 128",
+    "greedy": "greedy SVID",
+    "init": "calibrated init",
+    "qat": "after QAT",
+    "packed": "packed",
 }
 
 
@@ -86,10 +108,15 @@ def table_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     bits = {"teacher": 32.0, "round_to_nearest": 2.25}
     quantised = summary["packed"]["bits_per_weight"]
     return [
-        {"name": label, "ppl": summary[key]["ppl"], "bits_per_byte": summary[key]["bits_per_byte"],
-         "ppl_over_teacher": summary[key]["ppl"] / summary["teacher"]["ppl"] - 1,
-         "bits_per_weight": bits.get(key, quantised)}
-        for key, label in LABELS.items() if key in summary
+        {
+            "name": label,
+            "ppl": summary[key]["ppl"],
+            "bits_per_byte": summary[key]["bits_per_byte"],
+            "ppl_over_teacher": summary[key]["ppl"] / summary["teacher"]["ppl"] - 1,
+            "bits_per_weight": bits.get(key, quantised),
+        }
+        for key, label in LABELS.items()
+        if key in summary
     ]
 
 
@@ -98,5 +125,9 @@ def write_results(run: Inputs, summary: dict[str, Any], samples: list[dict]) -> 
     folder = run.folder.path
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     path, node = next((p, w) for p, w in weights_of(run.student).items() if hasattr(w, "latent"))
-    histogram = weight_histogram(run.student, path, layer=node.shape[0] // 2 if len(node.shape) > 2 else 0)
-    return write_report(folder, summary, run.folder.metrics(), histogram, samples, table_rows(summary))
+    histogram = weight_histogram(
+        run.student, path, layer=node.shape[0] // 2 if len(node.shape) > 2 else 0
+    )
+    return write_report(
+        folder, summary, run.folder.metrics(), histogram, samples, table_rows(summary)
+    )

@@ -2,10 +2,11 @@
 
 Row-major over outputs; each row is a sequence of 32-byte blocks and each block holds 256 inputs:
 
-    bit p (least significant first) of byte j of block c  =  input 256 c + 32 p + j;   1 is +1, 0 is -1
+    bit p (least significant first) of byte j of block c  =  input 256 c + 32 p + j;   1 is +1, 0 is
+    -1
 
-The last block is padded with 0. A byte's eight bits belong to inputs that lie 32 apart, so eight masks
-of one 32-byte block give the inputs in their natural order, without any permutation.
+The last block is padded with 0. A byte's eight bits belong to inputs that lie 32 apart, so eight
+masks of one 32-byte block give the inputs in their natural order, without any permutation.
 """
 
 from __future__ import annotations

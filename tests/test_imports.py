@@ -34,6 +34,7 @@ def test_all_modules_import_without_gpu_torch_or_triton():
     names = list(modules())
     assert "rabit_jax.weights.ste" in names and "kernels.reference" in names
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *names], cwd=ROOT, capture_output=True, text=True)
+        [sys.executable, "-c", SCRIPT, *names], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["imported", str(len(names))]

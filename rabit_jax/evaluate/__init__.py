@@ -11,6 +11,13 @@ from rabit_jax.evaluate.signs import (
 )
 
 __all__ = [
-    "Perplexity", "diagnose", "disordered_share", "flip_rate", "mean_flip_rate", "perplexity",
-    "snapshot", "unigram_entropy", "weight_histogram",
+    "Perplexity",
+    "diagnose",
+    "disordered_share",
+    "flip_rate",
+    "mean_flip_rate",
+    "perplexity",
+    "snapshot",
+    "unigram_entropy",
+    "weight_histogram",
 ]

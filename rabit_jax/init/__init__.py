@@ -8,6 +8,13 @@ from rabit_jax.init.rounding import round_to_nearest
 from rabit_jax.init.svid import greedy, relative_error, svid
 
 __all__ = [
-    "IndependentSignSpec", "ResidualSignSpec", "Stats", "calibrate", "greedy", "importance",
-    "relative_error", "round_to_nearest", "svid",
+    "IndependentSignSpec",
+    "ResidualSignSpec",
+    "Stats",
+    "calibrate",
+    "greedy",
+    "importance",
+    "relative_error",
+    "round_to_nearest",
+    "svid",
 ]

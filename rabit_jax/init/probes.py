@@ -89,7 +89,8 @@ def _insert(params: Any, sums: Mapping[str, Stats], mask: jax.Array, clip: float
         if path not in sums:
             return leaf
         stacked = jnp.broadcast_to(
-            mask.astype(F32).reshape((1,) * (leaf.ndim - 2) + mask.shape), (*leaf.shape[:-2], *mask.shape)
+            mask.astype(F32).reshape((1,) * (leaf.ndim - 2) + mask.shape),
+            (*leaf.shape[:-2], *mask.shape),
         )
         return Probe(leaf, sums[path].s_in, sums[path].s_out, stacked, clip)
 
@@ -110,15 +111,15 @@ def calibrate(
 
         s_in[c] = sqrt(mean_t x_t[c]^2),   s_out[c] = sqrt(mean_t (dL/dy_t[c])^2)
 
-    Means over real tokens, sums in float32. `L` should be the SUMMED next-token cross-entropy of the
-    full-precision model: the mean over tokens would scale the squares by 1/N^2, and the KL to the
-    model itself has no gradient.
+    Means over real tokens, sums in float32. `L` should be the SUMMED next-token cross-entropy of
+    the full-precision model: the mean over tokens would scale the squares by 1/N^2, and the KL to
+    the model itself has no gradient.
 
     Args:
       loss: `loss(params, batch) -> scalar`; the model must multiply through `linear(x, w)`.
       params: full-precision params.
-      batches: dicts with `tokens: [b, t]` and `mask: [b, t]` bool (True for real tokens), all of one
-        shape; whatever else `loss` reads may stand beside them.
+      batches: dicts with `tokens: [b, t]` and `mask: [b, t]` bool (True for real tokens), all of
+        one shape; whatever else `loss` reads may stand beside them.
       rules: those of `convert`; kernels whose rule names a spec are measured.
       clip: percentile of the token norms above which a token's contribution is scaled down.
       shardings: shardings of `params` on a mesh, None for one device.
@@ -161,11 +162,13 @@ def _check(path: str, stats: Stats) -> None:
         layers = np.asarray(s).reshape(-1, s.shape[-1])
         if not np.isfinite(layers).all():
             raise BadInput(
-                f"calibration of {path}: the statistics of its {name} are not finite; check the model's "
+                f"calibration of {path}: the statistics of its {name} are not finite; check the "
+                f"model's "
                 "loss on this text, or calibrate in float32"
             )
         if (layers.max(axis=1) == 0).any():
             raise BadInput(
-                f"calibration of {path}: the statistics of its {name} are all zero; the loss must be the "
+                f"calibration of {path}: the statistics of its {name} are all zero; the loss must "
+                f"be the "
                 "cross-entropy of the full-precision model and the mask must keep some tokens"
             )

@@ -52,7 +52,9 @@ class ResidualSignSpec:
         if self.latent_dtype not in ("float32", "bfloat16"):
             raise BadInput(f"latent_dtype is {self.latent_dtype!r}: choose float32 or bfloat16")
 
-    def init(self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None) -> ResidualSign:
+    def init(
+        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+    ) -> ResidualSign:
         """Kernel `[..., i, o]` -> `ResidualSign`, fitted layer by layer.
 
         Args:
@@ -77,14 +79,16 @@ def check_fit(spec: Any) -> None:
         raise BadInput(f"k is {spec.k}: the number of sign paths must be 1, 2, 3 or 4")
     if spec.rounds < 0 or spec.tolerance < 0 or not 0 <= spec.shrinkage <= 1:
         raise BadInput(
-            f"rounds {spec.rounds}, tolerance {spec.tolerance}, shrinkage {spec.shrinkage}: rounds and "
+            f"rounds {spec.rounds}, tolerance {spec.tolerance}, shrinkage {spec.shrinkage}: "
+            f"rounds and "
             "tolerance must not be negative, shrinkage must lie in 0..1"
         )
 
 
 @partial(jax.jit, static_argnums=0)
 def fit_scales(spec: Any, w: jax.Array, stats: Stats | None) -> tuple[jax.Array, jax.Array]:
-    """Scales `g: [..., k, o]`, `h: [..., k, i]` float32 of the preconditioned iterative residual SVID.
+    """Scales `g: [..., k, o]`, `h: [..., k, i]` float32 of the preconditioned iterative residual
+    SVID.
 
     Layer by layer. `spec` has `k`, `a_in`, `a_out`, `shrinkage`, `rounds` and `tolerance`; `w` and
     `stats` are those of `ResidualSignSpec.init`.

@@ -9,10 +9,11 @@ F32 = jnp.float32
 
 
 def round_to_nearest(w: jax.Array, bits: int = 2, group: int = 128) -> jax.Array:
-    """Asymmetric round-to-nearest per group of `group` inputs: `s (clip(round(w / s) + z, 0, 2^bits - 1) - z)`.
+    """Asymmetric round-to-nearest per group of `group` inputs: `s (clip(round(w / s) + z, 0, 2^bits
+    - 1) - z)`.
 
-    `s = (max - min) / (2^bits - 1)` and `z = round(-min / s)` over a group, the range widened to hold 0.
-    With 16-bit `s` and `z` it takes `bits + 32 / group` bits per weight.
+    `s = (max - min) / (2^bits - 1)` and `z = round(-min / s)` over a group, the range widened to
+    hold 0. With 16-bit `s` and `z` it takes `bits + 32 / group` bits per weight.
 
     Args:
       w: `[..., i, o]` float; the last group of inputs may be shorter.

@@ -32,8 +32,8 @@ def rank1(m: jax.Array, h: jax.Array, tolerance: float) -> tuple[jax.Array, jax.
         g <- m^T h / |h|^2;   h <- m g / |g|^2
 
     which is power iteration on `m m^T`. Stops when `h` moves by less than `tolerance` relative to
-    itself. Both factors are floored at 1e-4 of their mean, so that a dead channel keeps a scale that
-    16 bits can hold.
+    itself. Both factors are floored at 1e-4 of their mean, so that a dead channel keeps a scale
+    that 16 bits can hold.
 
     Args:
       m: `[i, o]` float32, non-negative on average.
@@ -68,7 +68,8 @@ def _residual(w: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
 
 
 def relative_error(w: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
-    """`|W - W_hat|^2 / |W|^2` with the signs of the coupled forward; `w: [i, o]` -> scalar float32."""
+    """`|W - W_hat|^2 / |W|^2` with the signs of the coupled forward; `w: [i, o]` -> scalar
+    float32."""
     w = w.astype(F32)
     return jnp.sum(jnp.square(_residual(w, g, h))) / jnp.sum(jnp.square(w))
 
@@ -92,12 +93,15 @@ def greedy(w: jax.Array, k: int, tolerance: float) -> tuple[jax.Array, jax.Array
     return jnp.stack(g), jnp.stack(h)
 
 
-def refine(w: jax.Array, g: jax.Array, h: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
+def refine(
+    w: jax.Array, g: jax.Array, h: jax.Array, tolerance: float
+) -> tuple[jax.Array, jax.Array]:
     """One round: for every path in turn, derive ALL signs from `w`, then refit that path's pair.
 
-    The refit is the rank-1 approximation of `E_i * B_i` with the signs held. Since the signs are always
-    those of the coupled forward, what is fitted is what the trained weight computes; for k <= 2 and
-    ordered scales this is the published Gauss-Seidel round, for k >= 3 it is not and ends lower.
+    The refit is the rank-1 approximation of `E_i * B_i` with the signs held. Since the signs are
+    always those of the coupled forward, what is fitted is what the trained weight computes. For
+    k <= 2 and ordered scales this is the published Gauss-Seidel round; for k >= 3 it is not, and
+    ends lower.
     """
     for i in range(g.shape[0]):
         pair = rank1(_aligned(w, g, h, i), h[i], tolerance)
@@ -116,10 +120,10 @@ def svid(
 ) -> Svid:
     """Fit `W_hat = sum_i diag(h_i) B_i diag(g_i)` in the metric of `diag(d_in) W diag(d_out)`.
 
-    Greedy SVID of the preconditioned matrix, then rounds of `refine` until one lowers the squared error
-    by less than the share `tolerance`, at most `rounds`; the best round is kept and its scales are
-    mapped back, `h_i / d_in` and `g_i / d_out`. Signs commute with a positive diagonal, so the signs
-    of the result are the coupled signs of `w` itself.
+    Greedy SVID of the preconditioned matrix, then rounds of `refine` until one lowers the squared
+    error by less than the share `tolerance`, at most `rounds`; the best round is kept and its
+    scales are mapped back, `h_i / d_in` and `g_i / d_out`. Signs commute with a positive diagonal,
+    so the signs of the result are the coupled signs of `w` itself.
 
     Args:
       w: `[i, o]` float.

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rabit_jax.data.tokenizer import load_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig, from_hf, to_hf, token_ids
 from rabit_jax.models.decoder import Decoder
+from rabit_jax.models.folder import (
+    check_params,
+    find_folder,
+    first_line,
+    json_files,
+    read_json,
+    write_folder,
+)
 from rabit_jax.models.names import hf_name, param_shapes, tensor_names
 from rabit_jax.weights.linear import is_weight
 
@@ -85,37 +89,10 @@ def save_hf(
     """
     config = dataclasses.replace(getattr(model, "config", model), dtype=jnp.dtype(dtype).name)
     leaves = flatten_dict(params, sep="/")
-    _check_params(leaves, param_shapes(config))
-    folder = Path(folder)
-    if folder.exists() and not _replaceable(folder):
-        raise BadInput(f"{folder} exists and is not a model folder, choose another place to save")
-    try:
-        _write_folder(folder, config, leaves, tokenizer)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"cannot write model folder {folder}: {error}") from error
-
-
-def find_folder(path: str | Path) -> Path:
-    """The folder itself, or where the hub's snapshot of that id lies (downloaded where missing).
-
-    Raises:
-      BadInput: no such folder, and no such model on the hub or no way to reach it.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path)):
-        raise BadInput(f"no model folder {path}")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(
-            str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
-            ignore_patterns=["consolidated*", "original/*"],
-        ))
-    except Exception as error:  # network, cache and hub raise many kinds
-        raise BadInput(f"no model folder {path}, and the hub gave no model of that name "
-                       f"({_first_line(error)})") from error
+    check_params(leaves, param_shapes(config))
+    write_folder(
+        folder, _tensors(config, leaves), {"format": "pt"}, json_files(to_hf(config)), tokenizer
+    )
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -125,20 +102,10 @@ def read_config(path: str | Path) -> ModelConfig:
       BadInput: no such model, or a config that cannot be read or is not supported.
     """
     folder = find_folder(path)
-    config = from_hf(_read_json(folder / "config.json"))
+    config = from_hf(read_json(folder / "config.json"))
     generation = folder / "generation_config.json"
-    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     return config if eos is None else dataclasses.replace(config, eos_ids=token_ids(eos))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {file}: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{file} holds a {type(content).__name__}, wanted a JSON object")
-    return content
 
 
 def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -147,7 +114,7 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     if single.exists():
         shards = [single.name]
     elif index.exists():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
     else:
         raise BadInput(f"{folder} holds no model.safetensors and no {index.name}")
     tensors: dict[str, Any] = {}
@@ -155,7 +122,7 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         try:
             file = stack.enter_context(safe_open(folder / name, framework="numpy"))
         except (OSError, SafetensorError) as error:
-            raise BadInput(f"cannot read shard {folder / name} ({_first_line(error)}), it is "
+            raise BadInput(f"cannot read shard {folder / name} ({first_line(error)}), it is "
                            "missing or damaged: fetch it again") from error
         tensors |= {tensor: file for tensor in file.keys()}
     return tensors
@@ -197,38 +164,6 @@ def _stack(
     return out
 
 
-def _check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    if odd := sorted(set(leaves) ^ set(shapes)):
-        what = "extra" if odd[0] in leaves else "missing"
-        raise BadInput(f"{what} parameter {odd[0]}: the params do not fit the model's config")
-    for path, shape in shapes.items():
-        if tuple(leaves[path].shape) != shape:
-            raise BadInput(f"parameter {path} is {tuple(leaves[path].shape)}, the config wants "
-                           f"{shape}")
-
-
-def _replaceable(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
-
-
-def _write_folder(
-    folder: Path, config: ModelConfig, leaves: dict[str, Any], tokenizer: Any
-) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
-        save_file(_tensors(config, leaves), new / "model.safetensors", metadata={"format": "pt"})
-        raw = to_hf(config)
-        ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
-        for name, content in (("config.json", raw), ("generation_config.json", ids)):
-            (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _save_tokenizer(new, tokenizer)
-        if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        new.rename(folder)
-
-
 def _tensors(config: ModelConfig, leaves: dict[str, Any]) -> dict[str, np.ndarray]:
     """All tensors under their Hugging Face names, in torch's layout."""
     out = {}
@@ -238,17 +173,3 @@ def _tensors(config: ModelConfig, leaves: dict[str, Any]) -> dict[str, np.ndarra
         for row, (name, _) in zip(rows, tensor_names(path, stored.shape), strict=True):
             out[name] = np.ascontiguousarray(row.T if path.endswith("/kernel") else row)
     return out
-
-
-def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
-    if tokenizer is None:
-        return
-    if not hasattr(tokenizer, "save_pretrained"):
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    tokenizer.save_pretrained(str(folder))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -34,7 +34,6 @@ from rabit_jax.errors import BadInput
 from rabit_jax.models.names import hf_name, tensor_names
 
 METHOD, FORMAT, VERSION = "rabit", "rb256", 1
-FILE = "model.safetensors"
 PARTS = {"bits": ("U8",), "g": ("F16",), "h": ("F16",)}
 OTHERS = ("F16", "BF16")
 _BYTES = {"U8": 1, "F16": 2, "BF16": 2}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,24 +10,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from rabit_jax.data.tokenizer import load_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig, from_hf, to_hf, token_ids
 from rabit_jax.models.decoder import Decoder
-from rabit_jax.models.hf import (
-    _check_params,
-    _read_json,
-    _replaceable,
-    _save_tokenizer,
+from rabit_jax.models.folder import (
+    FILE,
+    check_params,
     find_folder,
-    load_hf,
+    json_files,
+    read_json,
+    write_folder,
 )
+from rabit_jax.models.hf import load_hf
 from rabit_jax.models.names import param_shapes, tensor_names
 from rabit_jax.models.packed_format import (
-    FILE,
     FORMAT,
     METHOD,
     PARTS,
@@ -80,26 +75,17 @@ def save_packed(
       >>> model, params, tokenizer = load_packed(folder)
     """
     leaves, shapes = flatten_dict(params, sep="/"), param_shapes(config)
-    _check_params(leaves, shapes)
+    check_params(leaves, shapes)
     ks = _paths_packed(leaves)
-    folder = Path(folder)
-    if folder.exists() and not _replaceable(folder):
-        raise BadInput(f"{folder} exists and is not a model folder, choose another place to save")
     tensors = _tensors(leaves)
     raw = to_hf(config)
     header = metadata(raw, module_table(shapes, ks), tensors)
     counts = sorted(set(ks.values()))
     quantization = {**(extra or {}), "quant_method": METHOD, "format": FORMAT, "version": VERSION,
                     "k": counts[0] if len(counts) == 1 else counts}
-    files = {
-        "config.json": {**raw, "quantization_config": quantization},
-        "generation_config.json": {n: raw[n] for n in ("bos_token_id", "eos_token_id")},
-    }
-    try:
-        _write(folder, tensors, header, files, tokenizer)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"cannot write model folder {folder}: {error}") from error
-    return folder
+    files = json_files(raw)
+    files["config.json"]["quantization_config"] = quantization
+    return write_folder(folder, tensors, header, files, tokenizer)
 
 
 def load_packed(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
@@ -117,7 +103,7 @@ def load_packed(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
         version, a missing, extra or misshapen tensor; each by name.
     """
     folder = find_folder(folder)
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if not is_packed(raw):
         raise BadInput(f"{folder} holds no packed model: the quantization_config of config.json "
                        f"names no quant_method {METHOD!r}")
@@ -146,7 +132,7 @@ def load_model(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
       `(Decoder, params, tokenizer)`; see `load_packed` and `load_hf` for them and for what raises.
     """
     folder = find_folder(folder)
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     return load_packed(folder) if is_packed(raw) else load_hf(folder, dtype=from_hf(raw).dtype)
 
 
@@ -221,25 +207,6 @@ def _tensors(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return out
 
 
-def _write(
-    folder: Path, tensors: dict[str, np.ndarray], header: dict[str, str],
-    files: Mapping[str, Any], tokenizer: Any,
-) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
-        save_file(tensors, new / FILE, metadata=header)
-        for name, content in files.items():
-            (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _save_tokenizer(new, tokenizer)
-        # safetensors leaves a file that its owner alone can read.
-        shutil.copymode(new / "config.json", new / FILE)
-        if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        new.rename(folder)
-
-
 def _check_config(file: PackedFile, raw: Mapping[str, Any], folder: Path) -> None:
     """A config.json edited after packing would silently give other text."""
     for name in {**raw, **file.config}:
@@ -268,5 +235,5 @@ def _stack(rows: list[np.ndarray], path: str) -> jnp.ndarray:
 def _eos_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
     """The end tokens of generation_config.json, or else of the config."""
     file = folder / "generation_config.json"
-    ids = _read_json(file).get("eos_token_id") if file.exists() else None
+    ids = read_json(file).get("eos_token_id") if file.exists() else None
     return config.eos_ids if ids is None else token_ids(ids)

@@ -26,13 +26,17 @@ def checksum(tree: Any) -> jax.Array:
     """
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
-        words = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
+        words = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize]).astype(
+            jnp.uint32
+        )
         strides = [1]
         for n in reversed(leaf.shape[1:]):
             strides.insert(0, strides[0] * n)
         index = jnp.zeros(leaf.shape, jnp.uint32)
         for axis, stride in enumerate(strides[: leaf.ndim]):
-            index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+            index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(
+                stride % 2**32
+            )
         total = total * jnp.uint32(31) + jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
     return total
 
@@ -40,7 +44,9 @@ def checksum(tree: Any) -> jax.Array:
 def abstract(tree: Any, shardings: Any = None) -> Any:
     """Shapes, dtypes and target shardings of a tree, to restore onto."""
     if shardings is None:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+        )
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
@@ -49,8 +55,8 @@ def abstract(tree: Any, shardings: Any = None) -> Any:
 class Checkpoints:
     """Checkpoints of one stage in a folder, one per kept step.
 
-    Saving returns at once and is finished in the background; a checkpoint appears under its final name
-    only when it is whole. Each holds a checksum of its bits that restoring verifies.
+    Saving returns at once and is finished in the background; a checkpoint appears under its final
+    name only when it is whole. Each holds a checksum of its bits that restoring verifies.
 
     Example:
       >>> with Checkpoints("runs/a/checkpoints/qat") as checkpoints:
@@ -84,16 +90,21 @@ class Checkpoints:
         replicated = jax.tree.leaves(target)[0].sharding
         if isinstance(replicated, jax.sharding.NamedSharding):
             replicated = jax.sharding.NamedSharding(replicated.mesh, jax.sharding.PartitionSpec())
-        wanted = {"state": target, "checksum": jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated)}
+        wanted = {
+            "state": target,
+            "checksum": jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated),
+        }
         try:
             found = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except Exception as error:  # orbax and tensorstore raise many types for a damaged file
             raise BadInput(
-                f"checkpoint {self.folder / str(step)} cannot be read: {type(error).__name__}: "
-                f"{str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"
+                f"checkpoint {self.folder / str(step)} cannot be read "
+                f"({(str(error).strip() or type(error).__name__).splitlines()[0][:200]})"
             ) from error
         if int(checksum(found["state"])) != int(found["checksum"]):
-            raise BadInput(f"checkpoint {self.folder / str(step)} is damaged: its checksum does not match")
+            raise BadInput(
+                f"checkpoint {self.folder / str(step)} is damaged: its checksum does not match"
+            )
         return found["state"]
 
     def restore_last(self, target: Any) -> tuple[int, Any] | None:
@@ -112,7 +123,9 @@ class Checkpoints:
                 print(f"{error}; falling back to the one before it", file=sys.stderr)
                 self.manager.delete(step)
         if steps:
-            raise BadInput(f"every checkpoint in {self.folder} is damaged: start the stage again with --force")
+            raise BadInput(
+                f"every checkpoint in {self.folder} is damaged: start the stage again with --force"
+            )
         return None
 
     def wait(self) -> None:

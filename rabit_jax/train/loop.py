@@ -60,13 +60,19 @@ class Loop:
 
 
 def train(
-    loop: Loop, step: Callable, state: TrainState, frozen: Any, teacher: Any,
-    batches: Callable[[int], dict], checkpoints: Checkpoints | None = None, resume: bool = False,
+    loop: Loop,
+    step: Callable,
+    state: TrainState,
+    frozen: Any,
+    teacher: Any,
+    batches: Callable[[int], dict],
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
 ) -> TrainState:
     """Run `step(state, frozen, teacher, batches(s))` for s = 0 .. steps - 1.
 
-    Batch s depends on s alone, so a resumed run sees what an uninterrupted one would have seen, and the
-    state after it is the same bit for bit.
+    Batch s depends on s alone, so a resumed run sees what an uninterrupted one would have seen, and
+    the state after it is the same bit for bit.
 
     Args:
       loop: settings.
@@ -98,7 +104,9 @@ def train(
         _report(loop, pending, clock)
         pending = (done, metrics)
         clock.tick()
-        saving = checkpoints and (done == loop.steps or (loop.save_every and done % loop.save_every == 0))
+        saving = checkpoints and (
+            done == loop.steps or (loop.save_every and done % loop.save_every == 0)
+        )
         stopping = loop.stop()
         if watched or saving or stopping or done == loop.steps:
             _report(loop, pending, clock)
@@ -124,12 +132,18 @@ def _report(loop: Loop, pending: tuple[int, dict] | None, clock: _Clock) -> None
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
         raise BadInput(
-            f"stage {loop.stage}: loss {values['loss']} and gradient norm {values['grad_norm']} at step {done} "
-            "are not finite; the checkpoints before it are kept: lower the learning rate or the clipping norm"
+            f"stage {loop.stage}: loss {values['loss']} and gradient norm {values['grad_norm']} "
+            f"at step {done} "
+            "are not finite; the checkpoints before it are kept: lower the learning rate or the "
+            "clipping norm"
         )
     record = {
-        "stage": loop.stage, "step": done, "tokens": done * loop.tokens_per_step, **values,
-        "lr": float(loop.schedule(done - 1)), "tokens_per_second": clock.rate(),
+        "stage": loop.stage,
+        "step": done,
+        "tokens": done * loop.tokens_per_step,
+        **values,
+        "lr": float(loop.schedule(done - 1)),
+        "tokens_per_second": clock.rate(),
     }
     loop.progress(done, record)
     if done % loop.log_every == 0 or done in (1, loop.steps):

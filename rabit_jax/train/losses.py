@@ -1,7 +1,7 @@
 """Losses in sequence chunks: the float32 logits of a whole batch are never held.
 
-With a 128k vocabulary the logits of 4 x 4096 tokens would take 8.6 GB. Each chunk of positions projects
-to the vocabulary, reduces, and is recomputed in the backward pass.
+With a 128k vocabulary the logits of 4 x 4096 tokens would take 8.4 GB. Each chunk of positions
+projects to the vocabulary, reduces, and is recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Head = Callable[[jax.Array], jax.Array]
 def chunk_sums(function: Callable, arrays: tuple[jax.Array, ...], chunk: int) -> Any:
     """Sum `function(*pieces)` over pieces of `chunk` positions of arrays `[b, t, ...]`.
 
-    The last piece is padded with zeros, so `function` must weigh positions by a mask among `arrays`.
-    Each piece is rematerialised in the backward pass.
+    The last piece is padded with zeros, so `function` must weigh positions by a mask among
+    `arrays`. Each piece is rematerialised in the backward pass.
     """
     length = arrays[0].shape[1]
     chunk = min(chunk, length) if chunk else length
@@ -33,11 +33,18 @@ def chunk_sums(function: Callable, arrays: tuple[jax.Array, ...], chunk: int) ->
     piece = jax.checkpoint(lambda arguments: function(*arguments))
     if pad == 0 and chunk == length:
         return piece(arrays)
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(
-        piece, tuple(jax.ShapeDtypeStruct((a.shape[0], chunk, *a.shape[2:]), a.dtype) for a in arrays)))
+    start = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(
+            piece,
+            tuple(jax.ShapeDtypeStruct((a.shape[0], chunk, *a.shape[2:]), a.dtype) for a in arrays),
+        ),
+    )
     total, _ = jax.lax.scan(
         lambda total, pieces: (jax.tree.map(jnp.add, total, piece(pieces)), None),
-        start, tuple(split(a) for a in arrays))
+        start,
+        tuple(split(a) for a in arrays),
+    )
     return total
 
 
@@ -67,7 +74,11 @@ def summed_cross_entropy(
 
 
 def summed_kl(
-    student_head: Head, teacher_head: Head, student: jax.Array, teacher: jax.Array, mask: jax.Array,
+    student_head: Head,
+    teacher_head: Head,
+    student: jax.Array,
+    teacher: jax.Array,
+    mask: jax.Array,
     chunk: int = 256,
 ) -> jax.Array:
     """`sum_t mask_t KL(teacher_t || student_t)` in nats, scalar float32.
@@ -128,7 +139,8 @@ def next_token_loss(
 
 
 def sample_labels(head: Head, features: jax.Array, key: jax.Array, chunk: int) -> jax.Array:
-    """Draw one label per position from the model's own distribution: `[b, t, d]` -> `[b, t]` int32."""
+    """Draw one label per position from the model's own distribution: `[b, t, d]` -> `[b, t]`
+    int32."""
     chunk = min(chunk, features.shape[1]) if chunk else features.shape[1]
     pieces = [features[:, i : i + chunk] for i in range(0, features.shape[1], chunk)]
     keys = jax.random.split(key, len(pieces))
@@ -146,9 +158,9 @@ def distillation_loss(
 
         loss = KL(teacher || student) + gamma * sum_l MSE(hidden_l)
 
-    Both terms are returned as sums over tokens (the MSE as a mean over channels, summed over layers);
-    the caller divides by the number of tokens. So `gamma` weighs per-token quantities: the published
-    gamma = 100 stands beside a KL summed over 4096 positions, which is 0.024 here.
+    Both terms are returned as sums over tokens (the MSE as a mean over channels, summed over
+    layers); the caller divides by the number of tokens. So `gamma` weighs per-token quantities: the
+    published gamma = 100 stands beside a KL summed over 4096 positions, which is 0.024 here.
 
     Returns:
       `{"loss", "kl", "hidden_mse"}`, scalar float32 sums.
@@ -157,11 +169,19 @@ def distillation_loss(
 
     def run(params):
         return model.apply(
-            {"params": params}, tokens, batch.get("mask"), hidden_states=gamma > 0, method="features"
+            {"params": params},
+            tokens,
+            batch.get("mask"),
+            hidden_states=gamma > 0,
+            method="features",
         )
 
     student, student_hidden = run(params)
     taught, taught_hidden = jax.lax.stop_gradient(run(teacher))
     kl = summed_kl(_head(model, params), _head(model, teacher), student, taught, mask, chunk)
-    hidden = summed_hidden_error(student_hidden, taught_hidden, mask) if gamma > 0 else jnp.zeros((), F32)
+    hidden = (
+        summed_hidden_error(student_hidden, taught_hidden, mask)
+        if gamma > 0
+        else jnp.zeros((), F32)
+    )
     return {"loss": kl + gamma * hidden, "kl": kl, "hidden_mse": hidden}

@@ -54,7 +54,8 @@ class OptimizerConfig:
             raise BadInput(f"freeze names {unknown[0]!r}: the roles are {', '.join(ROLES)}")
         if self.lr <= 0 or self.scale_lr < 0 or not 0 <= self.warmup < 1 or self.clip < 0:
             raise BadInput(
-                f"lr {self.lr}, scale_lr {self.scale_lr}, warmup {self.warmup}, clip {self.clip}: lr must be "
+                f"lr {self.lr}, scale_lr {self.scale_lr}, warmup {self.warmup}, clip {self.clip}: "
+                f"lr must be "
                 "positive, scale_lr and clip not negative, warmup a share of the steps in 0..1"
             )
 
@@ -62,8 +63,8 @@ class OptimizerConfig:
 def roles(params: Any) -> Any:
     """The tree of role names with the structure of `params`.
 
-    A weight node names its own leaves ("latent", "scale"); an array is named by its path: "embedding",
-    "head", "norm" (a vector), "bias", otherwise "matrix".
+    A weight node names its own leaves ("latent", "scale"); an array is named by its path:
+    "embedding", "head", "norm" (a vector), "bias", otherwise "matrix".
     """
 
     def name(path: str, leaf: Any) -> Any:
@@ -84,8 +85,8 @@ def roles(params: Any) -> Any:
 def partition(params: Any, names: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
     """Split a tree into `(trainable, frozen)`; each holds None where the other holds an array.
 
-    Frozen arrays are then no arguments of the gradient, so they cost no gradient, no optimiser state
-    and no update.
+    Frozen arrays are then no arguments of the gradient, so they cost no gradient, no optimiser
+    state and no update.
     """
     trainable = jax.tree.map(lambda x, n: None if n in freeze else x, params, names)
     frozen = jax.tree.map(lambda x, n: x if n in freeze else None, params, names)
@@ -110,8 +111,8 @@ def learning_rate(config: OptimizerConfig, peak: float, steps: int) -> optax.Sch
 def make_optimizer(config: OptimizerConfig, names: Any, steps: int) -> optax.GradientTransformation:
     """Optimiser for a trainable tree whose leaves have the roles `names`.
 
-    Muon orthogonalises the last two axes of every latent: its default rule (two axes mean Muon) would
-    leave stacked layers `[l, i, o]` to AdamW and take stacked norms `[l, d]` for matrices.
+    Muon orthogonalises the last two axes of every latent: its default rule (two axes mean Muon)
+    would leave stacked layers `[l, i, o]` to AdamW and take stacked norms `[l, d]` for matrices.
     """
     matrix = learning_rate(config, config.lr, steps)
     other = learning_rate(config, config.scale_lr or config.lr, steps)
@@ -119,7 +120,9 @@ def make_optimizer(config: OptimizerConfig, names: Any, steps: int) -> optax.Gra
     labels = jax.tree.map(lambda n: "matrix" if n in MUON_ROLES else "other", names)
     if config.name == "muon":
         move = optax.contrib.muon(
-            matrix, weight_decay=config.weight_decay, consistent_rms=0.2,
+            matrix,
+            weight_decay=config.weight_decay,
+            consistent_rms=0.2,
             muon_weight_dimension_numbers=_last_two_axes,
         )
     else:
@@ -136,8 +139,8 @@ def _last_two_axes(params: Any) -> Any:
 def project_scales(trainable: Any, names: Any, floor: float = 1e-4) -> tuple[Any, jax.Array]:
     """Keep scales positive: `s <- max(s, floor * mean|s|)` along the last axis, after an update.
 
-    A pair whose product is not positive turns its path's signs against the residual, and 16 bits cannot
-    hold a scale of 0. The gradient stays the published one.
+    A pair whose product is not positive turns its path's signs against the residual, and 16 bits
+    cannot hold a scale of 0. The gradient stays the published one.
 
     Returns:
       The tree, and how many scales were moved (int32).

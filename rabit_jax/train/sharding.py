@@ -16,8 +16,8 @@ from rabit_jax.weights.linear import is_weight
 
 AXES = ("data", "tensor")
 
-# (in, out) axes of a kernel: the projections into a block split their outputs, those out of it their
-# inputs, so that one reduction per block crosses devices.
+# (in, out) axes of a kernel: the projections into a block split their outputs, those out of it
+# their inputs, so that one reduction per block crosses devices.
 KERNEL_AXES = (
     (r".*(q|k|v|gate|up|head)/kernel", (None, "tensor")),
     (r".*(o|down)/kernel", ("tensor", None)),
@@ -41,14 +41,17 @@ def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
     sizes = tuple(axes.get(name, 1) for name in AXES)
     if min(sizes) < 1 or sizes[0] * sizes[1] != count:
         raise BadInput(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} has {sizes[0] * sizes[1]} places for {count} devices: "
+            f"mesh {dict(zip(AXES, sizes, strict=True))} has {sizes[0] * sizes[1]} places for "
+            f"{count} devices: "
             "make the product of its sizes equal to the number of devices"
         )
     return Mesh(np.asarray(jax.devices()).reshape(sizes), AXES)
 
 
 def _kernel_axes(path: str) -> tuple[str | None, str | None]:
-    return next((axes for pattern, axes in KERNEL_AXES if re.fullmatch(pattern, path)), (None, None))
+    return next(
+        (axes for pattern, axes in KERNEL_AXES if re.fullmatch(pattern, path)), (None, None)
+    )
 
 
 def _fit(spec: tuple, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -61,8 +64,8 @@ def _fit(spec: tuple, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """Shardings for a params tree, leaf by leaf from the kernel's path and each leaf's role.
 
-    A latent is split like the kernel it stands for; of its scales, `g [..., k, o]` like the outputs and
-    `h [..., k, i]` like the inputs; packed bits `[..., k, o, i/8]` along the outputs.
+    A latent is split like the kernel it stands for; of its scales, `g [..., k, o]` like the outputs
+    and `h [..., k, i]` like the inputs; packed bits `[..., k, o, i/8]` along the outputs.
     """
 
     def place(path: str, leaf: Any) -> Any:
@@ -79,7 +82,9 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 
         names = leaf.roles()
         fields = {f: getattr(leaf, f) for f in vars(leaf)}
-        return leaf.replace(**{f: leaf_sharding(getattr(names, f), f, x) for f, x in fields.items()})
+        return leaf.replace(
+            **{f: leaf_sharding(getattr(names, f), f, x) for f, x in fields.items()}
+        )
 
     return map_leaves(place, params)
 
@@ -97,8 +102,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings for a tree that holds copies of params (optimiser state), by path and shape.
 
-    A leaf whose path ends in a parameter's path and has its shape is placed like it; any other (step
-    counts) is replicated.
+    A leaf whose path ends in a parameter's path and has its shape is placed like it; any other
+    (step counts) is replicated.
     """
     key = jax.tree_util.keystr
     flat, _ = jax.tree_util.tree_flatten_with_path(params)

@@ -34,7 +34,8 @@ class TrainState:
 
 
 def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step, on copies: a step that donates its state must not eat the teacher's
+    """State before the first step, on copies: a step that donates its state must not eat the
+    teacher's
     arrays, which a fresh student shares."""
     trainable = jax.tree.map(jnp.copy, trainable)
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
@@ -47,7 +48,8 @@ def real_tokens(batch: dict) -> jax.Array:
 
 
 def next_tokens(batch: dict) -> jax.Array:
-    """Number of neighbouring pairs of real tokens, float32 scalar: what a language-model loss sums over."""
+    """Number of neighbouring pairs of real tokens, float32 scalar: what a language-model loss sums
+    over."""
     tokens, mask = batch["tokens"], batch.get("mask")
     if mask is None:
         return jnp.asarray(tokens[:, 1:].size, F32)
@@ -55,13 +57,19 @@ def next_tokens(batch: dict) -> jax.Array:
 
 
 def gradients(
-    loss: Loss, trainable: Any, frozen: Any, teacher: Any, batch: dict, accumulate: int,
+    loss: Loss,
+    trainable: Any,
+    frozen: Any,
+    teacher: Any,
+    batch: dict,
+    accumulate: int,
     count: Callable[[dict], jax.Array] = real_tokens,
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradient of the per-token loss of a whole batch, in `accumulate` equal pieces one after another.
+    """Gradient of the per-token loss of a whole batch, in `accumulate` equal pieces one after
+    another.
 
-    Sums are divided by `count` of the whole batch, so the pieces add up to the gradient of the batch
-    taken at once, ragged or not.
+    Sums are divided by `count` of the whole batch, so the pieces add up to the gradient of the
+    batch taken at once, ragged or not.
 
     Returns:
       `(gradients, metrics)`; metrics are per-token means.
@@ -78,7 +86,9 @@ def gradients(
         return grad(trainable, batch)
     parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
     first = jax.tree.map(lambda a: a[0], parts)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, trainable, first))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, trainable, first)
+    )
 
     def add(carry, part):
         return jax.tree.map(jnp.add, carry, grad(trainable, part)), None
@@ -87,8 +97,13 @@ def gradients(
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, names: Any, *, accumulate: int = 1,
-    project: bool = True, count: Callable[[dict], jax.Array] = real_tokens,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    names: Any,
+    *,
+    accumulate: int = 1,
+    project: bool = True,
+    count: Callable[[dict], jax.Array] = real_tokens,
 ) -> Callable:
     """Build `step(state, frozen, teacher, batch) -> (state, metrics)`, to be jitted by the caller.
 
@@ -101,8 +116,8 @@ def make_step(
       count: what the sums of a batch are divided by.
 
     Returns:
-      The step function; metrics are per-token means, `grad_norm` before clipping and, with `project`,
-      `projected` (scales moved by the projection).
+      The step function; metrics are per-token means, `grad_norm` before clipping and, with
+      `project`, `projected` (scales moved by the projection).
     """
 
     def step(state: TrainState, frozen: Any, teacher: Any, batch: dict) -> tuple[TrainState, dict]:

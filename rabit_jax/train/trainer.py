@@ -54,8 +54,15 @@ class Trainer:
 
 
 def make_trainer(
-    loss: Loss, params: Any, config: OptimizerConfig, steps: int, *, teacher: Any = None,
-    mesh: Mesh | None = None, accumulate: int = 1, project: bool = True,
+    loss: Loss,
+    params: Any,
+    config: OptimizerConfig,
+    steps: int,
+    *,
+    teacher: Any = None,
+    mesh: Mesh | None = None,
+    accumulate: int = 1,
+    project: bool = True,
     count: Callable[[dict], jax.Array] = real_tokens,
 ) -> Trainer:
     """Build the trainer of any params tree with weight nodes, arrays, or both.
@@ -84,24 +91,31 @@ def make_trainer(
     placed = jax.device_put(params, param_shardings(params, mesh))
     trainable, frozen = partition(placed, names, config.freeze)
     if not jax.tree.leaves(trainable):
-        raise BadInput(f"freeze {list(config.freeze)} leaves nothing to train: remove a role from it")
+        raise BadInput(
+            f"freeze {list(config.freeze)} leaves nothing to train: remove a role from it"
+        )
     names, _ = partition(names, names, config.freeze)
     where, frozen_where = partition(param_shardings(params, mesh), roles(params), config.freeze)
     optimizer = make_optimizer(config, names, steps)
     whole = replicated(mesh)
     shape = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
     state_where = TrainState(
-        step=whole, trainable=where, opt_state=like_params(shape.opt_state, trainable, where, mesh))
+        step=whole, trainable=where, opt_state=like_params(shape.opt_state, trainable, where, mesh)
+    )
     state = jax.jit(lambda tree: init_state(tree, optimizer), out_shardings=state_where)(trainable)
     step = jax.jit(
         make_step(loss, optimizer, names, accumulate=accumulate, project=project, count=count),
         in_shardings=(state_where, frozen_where, None, batch_sharding(mesh)),
-        out_shardings=(state_where, whole), donate_argnums=0,
+        out_shardings=(state_where, whole),
+        donate_argnums=0,
     )
     if teacher is not None:
         teacher = jax.device_put(teacher, param_shardings(teacher, mesh))
     return Trainer(
-        step, state, frozen, teacher,
+        step,
+        state,
+        frozen,
+        teacher,
         place=lambda batch: jax.device_put(batch, batch_sharding(mesh)),
         schedule=learning_rate(config, config.lr, steps),
     )

@@ -9,7 +9,20 @@ from rabit_jax.weights.residual import ResidualSign
 from rabit_jax.weights.ste import coupled_signs, effective_weight
 
 __all__ = [
-    "LLAMA_LINEARS", "IndependentSign", "PackedSign", "ResidualSign", "Weight", "convert",
-    "coupled_signs", "dense", "describe", "effective_weight", "independent_weight", "is_weight",
-    "linear", "match_rules", "pack", "weights_of",
+    "LLAMA_LINEARS",
+    "IndependentSign",
+    "PackedSign",
+    "ResidualSign",
+    "Weight",
+    "convert",
+    "coupled_signs",
+    "dense",
+    "describe",
+    "effective_weight",
+    "independent_weight",
+    "is_weight",
+    "linear",
+    "match_rules",
+    "pack",
+    "weights_of",
 ]

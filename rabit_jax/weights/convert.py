@@ -1,4 +1,5 @@
-"""Pure functions from params tree to params tree: `convert`, `dense`, `pack`, and rules on paths."""
+"""Pure functions from params tree to params tree: `convert`, `dense`, `pack`, and rules on
+paths."""
 
 from __future__ import annotations
 
@@ -88,7 +89,9 @@ def _fullmatch(pattern: str, path: str) -> bool:
 
 def _check_matrix(path: str, leaf: Any) -> None:
     if is_weight(leaf):
-        raise BadInput(f"{path} is a {type(leaf).__name__} already: convert the full-precision params")
+        raise BadInput(
+            f"{path} is a {type(leaf).__name__} already: convert the full-precision params"
+        )
     if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise BadInput(
             f"{path} is {leaf.dtype}{list(leaf.shape)}, no float matrix [..., in, out]: "
@@ -97,12 +100,16 @@ def _check_matrix(path: str, leaf: Any) -> None:
 
 
 def _no_match(pattern: str, found: Mapping[str, Any]) -> str:
-    unstacked = re.sub(r"(?<=[A-Za-z])_\d+(?=/)", "", re.sub(r"/(\\d\+|\[[\d-]+\]|\d+)(?=/)", "", pattern))
+    unstacked = re.sub(
+        r"(?<=[A-Za-z])_\d+(?=/)", "", re.sub(r"/(\\d\+|\[[\d-]+\]|\d+)(?=/)", "", pattern)
+    )
     for path, leaf in found.items():
         if unstacked != pattern and len(leaf.shape) > 2 and _fullmatch(unstacked, path):
             return (
-                f"rule {pattern!r} names one layer of a stack: {path} holds all {leaf.shape[0]} layers in "
-                f"one array {list(leaf.shape)}, and a rule applies to the whole of it; write {unstacked!r}"
+                f"rule {pattern!r} names one layer of a stack: {path} holds all {leaf.shape[0]} "
+                f"layers in "
+                f"one array {list(leaf.shape)}, and a rule applies to the whole of it; write "
+                f"{unstacked!r}"
             )
     kernels = [path for path, leaf in found.items() if getattr(leaf, "ndim", 2) >= 2]
     nearest = difflib.get_close_matches(pattern, kernels, n=3, cutoff=0) or kernels[:3]
@@ -119,9 +126,10 @@ def convert(
     """Replace the kernels that the rules select by weight nodes; everything else stays as it is.
 
     Args:
-      params: tree of arrays, for example that of any Flax model; kernels `[..., i, o]`, leading axes
-        are stacked layers.
-      rules: `[(regex, spec or None)]`; the first that fullmatches a path wins, None keeps the array.
+      params: tree of arrays, for example that of any Flax model; kernels `[..., i, o]`, leading
+        axes are stacked layers.
+      rules: `[(regex, spec or None)]`; the first that fullmatches a path wins, None keeps the
+        array.
       stats: `{path: Stats}` from `calibrate`; without them every channel is equally important.
       key: PRNG key for specs that draw random numbers.
       done: called with a kernel's path when its node is ready, for a progress bar.
@@ -139,7 +147,11 @@ def convert(
     missing = sorted(set(selected) - set(stats)) if stats is not None else []
     if missing:
         raise BadInput(f"no calibration statistics for {missing[0]}: calibrate with the same rules")
-    keys = {path: jax.random.fold_in(key, n) for n, path in enumerate(selected)} if key is not None else {}
+    keys = (
+        {path: jax.random.fold_in(key, n) for n, path in enumerate(selected)}
+        if key is not None
+        else {}
+    )
 
     def replace(path: str, leaf: Any) -> Any:
         if path not in selected:

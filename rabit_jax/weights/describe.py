@@ -17,8 +17,8 @@ from rabit_jax.weights.linear import is_weight
 class Row:
     """One parameter: its path, representation, dense shape, and sizes.
 
-    `bits_per_weight` is nominal, `stored_bits_per_weight` counts padding; `trained_bytes` is what the
-    leaves hold now, `deployed_bytes` what the packed file stores (arrays: 2 bytes an element).
+    `bits_per_weight` is nominal, `stored_bits_per_weight` counts padding; `trained_bytes` is what
+    the leaves hold now, `deployed_bytes` what the packed file stores (arrays: 2 bytes an element).
     """
 
     path: str
@@ -64,7 +64,10 @@ class Description:
 
     def __str__(self) -> str:
         """The table as text."""
-        head = f"{'path':32} {'representation':14} {'shape':18} {'k':>2} {'bits/w':>7} {'trained':>9} {'deployed':>9}"
+        head = (
+            f"{'path':32} {'representation':14} {'shape':18} {'k':>2} {'bits/w':>7} "
+            f"{'trained':>9} {'deployed':>9}"
+        )
         body = [
             f"{r.path:32} {r.representation:14} {str(list(r.shape)):18} {r.k or '-':>2} "
             f"{r.bits_per_weight:7.3f} {_size(r.trained_bytes):>9} {_size(r.deployed_bytes):>9}"
@@ -80,7 +83,11 @@ class Description:
 
 def _mean(rows: tuple[Row, ...], field: str) -> float:
     total = sum(prod(row.shape) for row in rows)
-    return sum(getattr(row, field) * prod(row.shape) for row in rows) / total if total else float("nan")
+    return (
+        sum(getattr(row, field) * prod(row.shape) for row in rows) / total
+        if total
+        else float("nan")
+    )
 
 
 def _size(count: int) -> str:
@@ -112,9 +119,24 @@ def _row(path: str, leaf: Any) -> Row:
     size = prod(leaf.shape)
     trained = leaf_bytes(leaf)
     if not is_weight(leaf):
-        return Row(path, "array", leaf.shape, None, 8.0 * jnp.dtype(leaf.dtype).itemsize, 16.0, trained, 2 * size)
+        return Row(
+            path,
+            "array",
+            leaf.shape,
+            None,
+            8.0 * jnp.dtype(leaf.dtype).itemsize,
+            16.0,
+            trained,
+            2 * size,
+        )
     stored = leaf.deployed_bytes()
     return Row(
-        path, type(leaf).__name__, leaf.shape, getattr(leaf, "k", None), leaf.bits_per_weight(),
-        8 * stored / size, trained, stored,
+        path,
+        type(leaf).__name__,
+        leaf.shape,
+        getattr(leaf, "k", None),
+        leaf.bits_per_weight(),
+        8 * stored / size,
+        trained,
+        stored,
     )

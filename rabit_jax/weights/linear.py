@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 @runtime_checkable
 class Weight(Protocol):
-    """A matrix `[..., i, o]` in some representation; a `flax.struct` dataclass whose leaves are arrays.
+    """A matrix `[..., i, o]` in some representation; a `flax.struct` dataclass whose leaves are
+    arrays.
 
     Leading axes are stacked layers. `shape` is that of the dense matrix.
     """

@@ -76,12 +76,15 @@ class PackedSign:
         return self
 
     def bits_per_weight(self) -> float:
-        """Nominal `k + 16 k (i + o) / (i o)`; padding on disk comes on top where 256 does not divide i."""
+        """Nominal `k + 16 k (i + o) / (i o)`; padding on disk comes on top where 256 does not
+        divide i."""
         return nominal_bits(self.shape, self.k)
 
     def deployed_bytes(self) -> int:
         """Bytes of all leaves: what the packed file stores."""
-        return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in (self.bits, self.g, self.h))
+        return sum(
+            leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in (self.bits, self.g, self.h)
+        )
 
 
 def plus_minus(positive: jax.Array) -> jax.Array:
@@ -126,8 +129,10 @@ def round_scales(g: jax.Array, h: jax.Array, name: str) -> tuple[jax.Array, jax.
         bad = np.argwhere(~((values >= smallest) & np.isfinite(values)))
         if len(bad):
             raise BadInput(
-                f"{name}: scale {label}{bad[0].tolist()} becomes {values[tuple(bad[0])]:.3g} in float16 "
-                f"({len(bad)} of {values.size} leave the normal range {smallest:.2g} to 65504): keep "
+                f"{name}: scale {label}{bad[0].tolist()} becomes {values[tuple(bad[0])]:.3g} in "
+                f"float16 "
+                f"({len(bad)} of {values.size} leave the normal range {smallest:.2g} to 65504): "
+                f"keep "
                 "scales positive while training, or initialise this layer again"
             )
     return rounded[0], rounded[1]

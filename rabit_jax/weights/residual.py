@@ -71,7 +71,9 @@ class ResidualSign:
         Raises:
           BadInput: a scale leaves the float16 range; the message begins with `name`.
         """
-        return PackedSign(_derive_bits(self.latent, self.g, self.h), *round_scales(self.g, self.h, name))
+        return PackedSign(
+            _derive_bits(self.latent, self.g, self.h), *round_scales(self.g, self.h, name)
+        )
 
     def bits_per_weight(self) -> float:
         """Nominal bits per weight once packed: `k + 16 k (i + o) / (i o)`."""

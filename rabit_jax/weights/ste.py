@@ -34,8 +34,8 @@ def coupled(latent: jax.Array, g: jax.Array, h: jax.Array) -> Iterator[tuple]:
 
         R_0 = W;  B_i = sign(R_{i-1});  W_hat_i = h_i B_i g_i;  R_i = R_{i-1} - W_hat_i
 
-    with sign(0) = +1, in float32 whatever the latent is stored in. The forward, the backward, `pack`,
-    the initialisation and the sign-flip counter all read their signs here.
+    with sign(0) = +1, in float32 whatever the latent is stored in. The forward, the backward,
+    `pack`, the initialisation and the sign-flip counter all read their signs here.
 
     Args:
       latent: `[..., i, o]` float32 or bfloat16.

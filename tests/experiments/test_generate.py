@@ -102,7 +102,14 @@ def test_seed_and_temperature(folders, run):
     assert run(*settings, "--top-p", 1e-6)[1] == plain != first
 
 
-def test_text_stops_at_an_end_token_of_the_generation_config(folders, run, tmp_path):
+def test_text_stops_at_an_end_token_of_the_generation_config(folders, run, tmp_path, monkeypatch):
+    stops, generate = [], command.generate
+
+    def spy(*args, eos_ids, **settings):
+        stops.append(eos_ids)
+        return generate(*args, eos_ids=eos_ids, **settings)
+
+    monkeypatch.setattr(command, "generate", spy)
     new, tokenizer = greedy(folders / "packed", "the cat", 8)
     at = next(n for n in range(2, 8) if new[n] not in new[:n])
     folder = shutil.copytree(folders / "packed", tmp_path / "packed")
@@ -110,7 +117,7 @@ def test_text_stops_at_an_end_token_of_the_generation_config(folders, run, tmp_p
     code, out, err = run("--model", folder, "--prompt", "the cat", "--greedy",
                          "--max-new-tokens", 8)
     assert (code, out) == (0, "the cat" + tokenizer.decode(new[:at]) + "\n")
-    assert err.startswith(f"{at + 1} tokens in ")
+    assert err.startswith(f"{at + 1} tokens in ") and stops == [(299, new[at])]
 
 
 @pytest.mark.parametrize("args, message", [

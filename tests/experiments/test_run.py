@@ -22,18 +22,31 @@ def story(seed, sentences):
     return "\n\n".join(
         f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} a {rng.choice(NOUNS)} {n} of "
         f"{rng.choice(NOUNS)}s and the {rng.choice(NOUNS)} {rng.choice(VERBS)} it."
-        for n in range(sentences))
+        for n in range(sentences)
+    )
 
 
 def settings(folder):
     training = {"batch_size": 8, "length": 32, "save_every": 4, "log_every": 1}
     return {
-        "name": "tiny", "output": str(folder / "runs"),
-        "data": {"source": "files", "files": [str(folder / "train.txt")],
-                 "eval_files": [str(folder / "eval.txt")], "vocab_size": 300,
-                 "cache": str(folder / "cache")},
-        "model": {"d_model": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64,
-                  "d_hidden": 256, "max_position": 64},
+        "name": "tiny",
+        "output": str(folder / "runs"),
+        "data": {
+            "source": "files",
+            "files": [str(folder / "train.txt")],
+            "eval_files": [str(folder / "eval.txt")],
+            "vocab_size": 300,
+            "cache": str(folder / "cache"),
+        },
+        "model": {
+            "d_model": 256,
+            "n_layers": 2,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "head_dim": 64,
+            "d_hidden": 256,
+            "max_position": 64,
+        },
         "teacher": {**training, "steps": 12, "optimizer": {"lr": 3e-3}},
         "calibrate": {"sequences": 16, "batch_size": 8, "length": 32},
         "init": {"spec": {"rounds": 10}},
@@ -75,7 +88,14 @@ def ids(folder):
 
 
 def test_a_run_leaves_what_the_contract_names(finished):
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "checkpoints", "packed"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "checkpoints",
+        "packed",
+    ):
         assert (finished / name).exists(), name
     summary = json.loads((finished / "summary.json").read_text())
     for name in ("teacher", "init", "qat", "packed", "greedy", "round_to_nearest"):
@@ -84,7 +104,11 @@ def test_a_run_leaves_what_the_contract_names(finished):
     for name in ("init", "qat"):
         found = summary["diagnostics"][name]
         assert set(found["mean"]) >= {
-            "path_correlation", "residual_alignment", "slope", "relative_mse"}
+            "path_correlation",
+            "residual_alignment",
+            "slope",
+            "relative_mse",
+        }
         assert len(found["layers"]["layers/attn/q"]["path_correlation"]) == 2
     assert summary["tokens"] == {"teacher": 3072, "calibrate": 512, "qat": 2048}
     assert summary["peak_memory_bytes"] > 0 and set(summary["seconds"]) == set(command.STAGES)
@@ -99,8 +123,15 @@ def test_the_teacher_learns_and_the_packed_model_is_the_student(finished):
 
 def test_bits_per_weight_are_counted_from_the_file(finished):
     packed = json.loads((finished / "summary.json").read_text())["packed"]
-    sizes = {"q": (256, 256), "k": (256, 128), "v": (256, 128), "o": (256, 256),
-             "gate": (256, 256), "up": (256, 256), "down": (256, 256)}
+    sizes = {
+        "q": (256, 256),
+        "k": (256, 128),
+        "v": (256, 128),
+        "o": (256, 256),
+        "gate": (256, 256),
+        "up": (256, 256),
+        "down": (256, 256),
+    }
     bits = sum(2 * i * o + 32 * (i + o) for i, o in sizes.values())
     wanted = bits / sum(i * o for i, o in sizes.values())
     assert packed["bits_per_weight"] == pytest.approx(wanted, rel=1e-12)
@@ -112,8 +143,17 @@ def test_metrics_have_the_agreed_keys(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     qat = [line for line in lines if line["stage"] == "qat"]
     assert [line["step"] for line in qat] == list(range(1, 9))
-    assert set(qat[-1]) >= {"stage", "step", "tokens", "loss", "kl", "hidden_mse", "lr", "grad_norm",
-                            "tokens_per_second"}
+    assert set(qat[-1]) >= {
+        "stage",
+        "step",
+        "tokens",
+        "loss",
+        "kl",
+        "hidden_mse",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+    }
     watched = [line for line in lines if line["stage"] == "diagnostics"]
     assert [line["step"] for line in watched] == [1, 5, 8]
     assert all(0 <= line["flip_rate"] < 0.5 for line in watched)
@@ -163,7 +203,9 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(finished, place, monkeypat
     monkeypatch.setattr(inputs, "train", train)
     assert run(place, "name=stopped", "--resume") == 0
     whole, parts = [
-        json.loads((place / "runs" / name / "summary.json").read_text()) for name in ("tiny", "stopped")]
+        json.loads((place / "runs" / name / "summary.json").read_text())
+        for name in ("tiny", "stopped")
+    ]
     assert whole["qat"] == parts["qat"] and whole["packed"]["ppl"] == parts["packed"]["ppl"]
     lines = (place / "runs" / "stopped" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if json.loads(line)["stage"] == "qat"]
@@ -177,20 +219,23 @@ def test_dry_run_prints_the_table_and_writes_nothing(place, capsys):
     assert not (place / "runs" / "dry").exists()
 
 
-@pytest.mark.parametrize("override, said", [
-    ("qat.stepz=3", "qat.steps"),
-    ("qat.steps=many", "qat.steps"),
-    ("init.spec.k=5", "k is 5"),
-    ("init.quantise=[layers/nothing/kernel]", "matches no parameter"),
-    ("init.quantise=[layers/1/attn/q/kernel]", "one layer of a stack"),
-    ("teacher.path=/no/such/folder", "/no/such/folder"),
-    ("data.files=[/no/such/text]", "/no/such/text"),
-    ("mesh.data=3", "devices"),
-    ("qat.batch_size=100000", "too short"),
-    ("qat.length=100", "positions"),
-    ("evaluate.context=1", "context"),
-    ("name=a/b", "name"),
-])
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("qat.stepz=3", "qat.steps"),
+        ("qat.steps=many", "qat.steps"),
+        ("init.spec.k=5", "k is 5"),
+        ("init.quantise=[layers/nothing/kernel]", "matches no parameter"),
+        ("init.quantise=[layers/1/attn/q/kernel]", "one layer of a stack"),
+        ("teacher.path=/no/such/folder", "/no/such/folder"),
+        ("data.files=[/no/such/text]", "/no/such/text"),
+        ("mesh.data=3", "devices"),
+        ("qat.batch_size=100000", "too short"),
+        ("qat.length=100", "positions"),
+        ("evaluate.context=1", "context"),
+        ("name=a/b", "name"),
+    ],
+)
 def test_bad_input_is_one_sentence_exit_2_and_nothing_written(place, capsys, override, said):
     arguments = () if override.startswith("name=") else ("name=bad",)
     assert run(place, *arguments, override) == 2

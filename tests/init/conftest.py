@@ -13,7 +13,7 @@ from rabit_jax.init import svid
 
 @pytest.fixture(scope="session")
 def fit():
-    """`fit(w, k, d_in, d_out, rounds, tolerance)` -> Svid of NumPy arrays; compiled per k and shape."""
+    """`fit(w, k, d_in, d_out, rounds, tolerance)` -> Svid in NumPy."""
 
     @partial(jax.jit, static_argnums=1)
     def run(w, k, d_in, d_out, rounds, tolerance):
@@ -32,7 +32,7 @@ def fit():
 
 @pytest.fixture(scope="session")
 def coupled64():
-    """`coupled64(w, g, h)` of one matrix -> signs and terms `[k, i, o]`, and `|R| / a` at each sign."""
+    """`coupled64(w, g, h)` of one matrix -> signs, terms, `|R| / a`, each `[k, i, o]`."""
 
     def walk(w, g, h):
         residual, g, h = (np.asarray(a).astype(np.float64) for a in (w, g, h))
@@ -56,7 +56,7 @@ def _rank1(m):
 def svid64():
     """The published iteration with full SVDs: `svid64(w, k, rounds)`.
 
-    `pairs[t][i]` is `(h, g)` after t rounds, `signs[t][i]` its signs, `errors[t]` the relative error.
+    After t rounds: `pairs[t][i]` is `(h, g)`, `signs[t][i]` its signs, `errors[t]` relative.
     """
 
     def run(w, k, rounds):

@@ -6,7 +6,7 @@ from scipy.stats import norm
 
 
 def scalar_iteration(q, rounds):
-    """k = 2 with one scale a, b per path: `(a, b, relative MSE, corr(W_1, W_2))` after each round."""
+    """k = 2 with scalar scales: `(a, b, relative MSE, corr(W_1, W_2))` after each round."""
     sign = lambda x: np.where(x >= 0, 1.0, -1.0)  # noqa: E731
     found = []
     b1, a = sign(q), np.mean(np.abs(q))
@@ -52,7 +52,8 @@ def test_svid_of_a_circulant_matrix_is_the_scalar_iteration(rounds, fit, coupled
     np.testing.assert_allclose(scales[1], b, atol=1e-4)
     assert got.error == pytest.approx(error, abs=1e-4)
     _, terms, _ = coupled64(w, got.g, got.h)
-    assert np.corrcoef(terms[0].ravel(), terms[1].ravel())[0, 1] == pytest.approx(correlation, abs=1e-4)
+    found = np.corrcoef(terms[0].ravel(), terms[1].ravel())[0, 1]
+    assert found == pytest.approx(correlation, abs=1e-4)
 
 
 @pytest.mark.parametrize("k, bound", [(3, 0.038), (4, 0.016)])

@@ -217,7 +217,7 @@ def test_a_failed_save_leaves_the_old_model_alone(folder, model, params, monkeyp
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rabit_jax.models.hf.save_file", full)
+    monkeypatch.setattr("rabit_jax.models.folder.save_file", full)
     with pytest.raises(BadInput, match="cannot write model folder .*No space left on device"):
         save_hf(folder, model, jax.tree.map(jnp.zeros_like, params))
     assert [f.name for f in folder.parent.iterdir()] == ["model"]

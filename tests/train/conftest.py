@@ -11,7 +11,14 @@ from rabit_jax.train import OptimizerConfig, distillation_loss, make_trainer
 from rabit_jax.train.sharding import AXES
 
 CONFIG = ModelConfig(
-    vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_hidden=64, remat=True,
+    vocab_size=64,
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    d_hidden=64,
+    remat=True,
 )
 
 
@@ -24,8 +31,10 @@ def ragged(step, rows=8, length=12):
     """Batch `step`: random tokens with padding on the right of some rows."""
     rng = np.random.default_rng(step)
     lengths = rng.integers(4, length + 1, rows)
-    return {"tokens": rng.integers(0, 64, (rows, length)).astype(np.int32),
-            "mask": np.arange(length)[None] < lengths[:, None]}
+    return {
+        "tokens": rng.integers(0, 64, (rows, length)).astype(np.int32),
+        "mask": np.arange(length)[None] < lengths[:, None],
+    }
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +44,9 @@ def model():
 
 @pytest.fixture(scope="session")
 def teacher():
-    return jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, init_params(CONFIG, jax.random.key(0)))
+    return jax.tree.map(
+        lambda x: 4 * x if x.ndim > 2 else x, init_params(CONFIG, jax.random.key(0))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +56,9 @@ def student(teacher):
 
 @pytest.fixture(scope="session")
 def loss(model):
-    return lambda params, teacher, batch: distillation_loss(model, params, teacher, batch, gamma=0.5, chunk=5)
+    return lambda params, teacher, batch: distillation_loss(
+        model, params, teacher, batch, gamma=0.5, chunk=5
+    )
 
 
 @pytest.fixture
@@ -53,9 +66,12 @@ def build(loss, student, teacher):
     """Builds a trainer on a mesh."""
 
     def make(mesh=None, steps=60, **settings):
-        config = OptimizerConfig(lr=2e-3, freeze=("embedding", "head"), **settings.pop("optimizer", {}))
+        config = OptimizerConfig(
+            lr=2e-3, freeze=("embedding", "head"), **settings.pop("optimizer", {})
+        )
         return make_trainer(
-            loss, student, config, steps, teacher=teacher, mesh=mesh or grid(1, 1), **settings)
+            loss, student, config, steps, teacher=teacher, mesh=mesh or grid(1, 1), **settings
+        )
 
     return make
 

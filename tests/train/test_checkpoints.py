@@ -14,17 +14,25 @@ from rabit_jax.train.checkpoints import checksum
 def tree(seed=0):
     rng = np.random.default_rng(seed)
     latent = jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.bfloat16)
-    return {"node": ResidualSign(latent, jnp.ones((2, 2, 16)), jnp.ones((2, 2, 8))), "none": None,
-            "count": jnp.int32(3), "table": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)}
+    return {
+        "node": ResidualSign(latent, jnp.ones((2, 2, 16)), jnp.ones((2, 2, 8))),
+        "none": None,
+        "count": jnp.int32(3),
+        "table": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32),
+    }
 
 
 def same(a, b):
-    return all(bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def damage(folder, step, how):
     """Change or cut the largest data file of a checkpoint."""
-    file = max((f for f in (folder / str(step)).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    file = max(
+        (f for f in (folder / str(step)).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+    )
     content = bytearray(file.read_bytes())
     if how == "cut":
         content = content[: len(content) // 2]
@@ -79,7 +87,10 @@ def test_checksum_sees_one_bit_and_a_swap():
     swapped = words.copy()
     swapped[0, [0, 1]] = swapped[0, [1, 0]]
     sums = {int(checksum(jnp.asarray(w.view(np.float32)))) for w in (words, flipped, swapped)}
-    wanted = int((words.ravel().astype(np.uint64) * (2 * np.arange(words.size, dtype=np.uint64) + 1)).sum() % 2**32)
+    wanted = int(
+        (words.ravel().astype(np.uint64) * (2 * np.arange(words.size, dtype=np.uint64) + 1)).sum()
+        % 2**32
+    )
     assert len(sums) == 3 and wanted in sums
 
 

@@ -43,7 +43,8 @@ def test_cross_entropy_is_that_of_whole_logits(chunk):
 @pytest.mark.parametrize("chunk", [0, 2, 7])
 def test_kl_and_its_gradient(chunk):
     value, grad = jax.value_and_grad(
-        lambda x: summed_kl(project(HEAD), project(OTHER), x, TAUGHT, MASK, chunk))(jnp.asarray(FEATURES))
+        lambda x: summed_kl(project(HEAD), project(OTHER), x, TAUGHT, MASK, chunk)
+    )(jnp.asarray(FEATURES))
     log_q, log_p = log_probabilities(FEATURES, HEAD), log_probabilities(TAUGHT, OTHER)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     np.testing.assert_allclose(value, (kl * MASK).sum(), rtol=1e-5)
@@ -52,7 +53,9 @@ def test_kl_and_its_gradient(chunk):
 
 
 def test_kl_sends_nothing_to_the_teacher():
-    grad = jax.grad(lambda t: summed_kl(project(HEAD), project(OTHER), FEATURES, t, MASK, 3))(jnp.asarray(TAUGHT))
+    grad = jax.grad(lambda t: summed_kl(project(HEAD), project(OTHER), FEATURES, t, MASK, 3))(
+        jnp.asarray(TAUGHT)
+    )
     assert not grad.any()
 
 
@@ -79,7 +82,9 @@ def test_next_token_loss_counts_pairs_of_real_tokens(model, teacher, batches):
     batch = batches(0)
     nats, count = next_token_loss(model, teacher, batch, chunk=5)
     logits = np.float64(model.apply({"params": teacher}, batch["tokens"], batch["mask"]))
-    chosen = np.take_along_axis(log_softmax(logits, -1)[:, :-1], batch["tokens"][:, 1:, None], -1)[..., 0]
+    chosen = np.take_along_axis(log_softmax(logits, -1)[:, :-1], batch["tokens"][:, 1:, None], -1)[
+        ..., 0
+    ]
     scored = batch["mask"][:, 1:] & batch["mask"][:, :-1]
     assert count == scored.sum()
     np.testing.assert_allclose(nats, -(chosen * scored).sum(), rtol=1e-5)
@@ -93,8 +98,13 @@ def test_distillation_of_the_teacher_into_itself_is_zero(model, teacher, batches
 def test_distillation_adds_gamma_times_the_hidden_error(model, student, teacher, batches):
     batch = batches(1)
     batch["mask"][:, -1] = False
-    sums = {k: float(v) for k, v in distillation_loss(model, student, teacher, batch, 3.0, 4).items()}
-    run = [model.apply({"params": p}, batch["tokens"], batch["mask"], hidden_states=True) for p in (student, teacher)]
+    sums = {
+        k: float(v) for k, v in distillation_loss(model, student, teacher, batch, 3.0, 4).items()
+    }
+    run = [
+        model.apply({"params": p}, batch["tokens"], batch["mask"], hidden_states=True)
+        for p in (student, teacher)
+    ]
     (z_s, h_s), (z_t, h_t) = [(np.float64(z), np.float64(h)) for z, h in run]
     log_q, log_p = log_softmax(z_s, -1), log_softmax(z_t, -1)
     kl = ((np.exp(log_p) * (log_p - log_q)).sum(-1) * batch["mask"]).sum()
@@ -105,5 +115,9 @@ def test_distillation_adds_gamma_times_the_hidden_error(model, student, teacher,
 
 def test_sampled_labels_follow_the_model():
     features = jnp.tile(jnp.asarray(FEATURES[:1, :1]), (1, 20000, 1))
-    drawn = np.bincount(np.asarray(sample_labels(project(HEAD), features, jax.random.key(0), 999))[0], minlength=11)
-    np.testing.assert_allclose(drawn / 20000, np.exp(log_probabilities(FEATURES[0, 0], HEAD)), atol=0.015)
+    drawn = np.bincount(
+        np.asarray(sample_labels(project(HEAD), features, jax.random.key(0), 999))[0], minlength=11
+    )
+    np.testing.assert_allclose(
+        drawn / 20000, np.exp(log_probabilities(FEATURES[0, 0], HEAD)), atol=0.015
+    )

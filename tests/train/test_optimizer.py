@@ -40,12 +40,16 @@ def test_full_precision_kernels_are_matrices_and_biases_are_not():
 def test_muon_orthogonalises_each_layer_of_a_stack(shape):
     rng = np.random.default_rng(0)
     w, grad = rng.normal(size=(2, *shape)).astype(np.float32)
-    node = ResidualSign(jnp.asarray(w), jnp.ones((shape[0], 2, shape[2])), jnp.ones((shape[0], 2, shape[1])))
+    node = ResidualSign(
+        jnp.asarray(w), jnp.ones((shape[0], 2, shape[2])), jnp.ones((shape[0], 2, shape[1]))
+    )
     config = OptimizerConfig(lr=0.1, warmup=0.0, schedule="constant", clip=0.0)
     optimizer = make_optimizer(config, roles(node), STEPS)
     state = optimizer.init(node)
     for _ in range(2):  # the first step of the warm-up has learning rate 0
-        update, state = optimizer.update(ResidualSign(jnp.asarray(grad), node.g, node.h), state, node)
+        update, state = optimizer.update(
+            ResidualSign(jnp.asarray(grad), node.g, node.h), state, node
+        )
     # Constant gradient: Nesterov momentum with bias correction leaves its direction alone.
     scale = 0.2 * np.sqrt(max(shape[1:]))
     wanted = np.stack([-0.1 * scale * newton_schulz(layer) for layer in np.float64(grad)])
@@ -59,7 +63,9 @@ def test_muon_keeps_one_moment_for_latents_and_adam_two_for_scales(student):
     sizes = {"latent": 0, "scale": 0, "norm": 0}
     for leaf, name in zip(jax.tree.leaves(trainable), jax.tree.leaves(names), strict=True):
         sizes[name] += leaf.size
-    held = sum(x.size for x in jax.tree.leaves(state) if x.ndim and x.shape != (3,))  # 3: Muon's polynomial
+    held = sum(
+        x.size for x in jax.tree.leaves(state) if x.ndim and x.shape != (3,)
+    )  # 3: Muon's polynomial
     assert held == sizes["latent"] + 2 * (sizes["scale"] + sizes["norm"])
 
 
@@ -74,7 +80,9 @@ def test_partition_and_merge_are_inverse_and_frozen_arrays_cost_nothing(student)
 def test_adamw_moves_latents_as_optax_does():
     node = ResidualSign(jnp.ones((2, 4, 4)), jnp.ones((2, 1, 4)), jnp.ones((2, 1, 4)))
     grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape), node)
-    config = OptimizerConfig(name="adamw", lr=0.1, schedule="constant", warmup=0.01, clip=0.0, scale_lr=0.3)
+    config = OptimizerConfig(
+        name="adamw", lr=0.1, schedule="constant", warmup=0.01, clip=0.0, scale_lr=0.3
+    )
     optimizer = make_optimizer(config, roles(node), STEPS)
     state = optimizer.init(node)
     for _ in range(2):
@@ -96,8 +104,10 @@ def test_projection_moves_only_scales_below_the_floor():
     assert moved == 2 and (out.latent == node.latent).all() and (out.h == node.h).all()
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"freeze": ("latents",)}, "latents"), ({"lr": 0.0}, "lr"), ({"warmup": 1.5}, "warmup")])
+@pytest.mark.parametrize(
+    "settings, said",
+    [({"freeze": ("latents",)}, "latents"), ({"lr": 0.0}, "lr"), ({"warmup": 1.5}, "warmup")],
+)
 def test_bad_settings(settings, said):
     with pytest.raises(BadInput, match=said):
         OptimizerConfig(**settings)

@@ -23,12 +23,16 @@ def measure(model, params, mesh, batches):
     where = param_shardings(params, mesh)
     placed = jax.device_put(params, where)
     rows = [jax.device_put(batches(s), batch_sharding(mesh)) for s in range(2)]
-    stats = calibrate(loss, placed, rows, RULES, shardings=where, batch_sharding=batch_sharding(mesh))
+    stats = calibrate(
+        loss, placed, rows, RULES, shardings=where, batch_sharding=batch_sharding(mesh)
+    )
     return stats, convert(placed, RULES, stats)
 
 
 @pytest.mark.parametrize("shape", GRIDS)
-def test_statistics_and_initialisation_are_those_of_one_device(model, teacher, batches, meshes, shape):
+def test_statistics_and_initialisation_are_those_of_one_device(
+    model, teacher, batches, meshes, shape
+):
     one_stats, one = measure(model, teacher, meshes(1, 1), batches)
     stats, student = measure(model, teacher, meshes(*shape), batches)
     for path in one_stats:
@@ -55,13 +59,16 @@ def test_latents_live_where_the_kernels_do(model, teacher, batches, meshes):
 
 
 def test_loss_and_every_gradient_from_the_same_state(build, loss, teacher, batches, meshes):
-    """At steps 0, 20 and 50 of one run; trajectories themselves part, since rounding flips signs."""
+    """At steps 0, 20 and 50 of one run; trajectories themselves part, since rounding flips
+    signs."""
     trainer = build(meshes(1, 1), steps=51)
     state, snapshots = trainer.state, {}
     for step in range(51):
         if step in (0, 20, 50):
             snapshots[step] = jax.tree.map(np.array, trainer.params(state))
-        state, _ = trainer.step(state, trainer.frozen, trainer.teacher, trainer.place(batches(step)))
+        state, _ = trainer.step(
+            state, trainer.frozen, trainer.teacher, trainer.place(batches(step))
+        )
 
     def measured(params, step, mesh):
         where = param_shardings(params, mesh)
@@ -69,7 +76,9 @@ def test_loss_and_every_gradient_from_the_same_state(build, loss, teacher, batch
         trainable, frozen = partition(jax.device_put(params, where), names, FREEZE)
         taught = jax.device_put(teacher, param_shardings(teacher, mesh))
         run = jax.jit(lambda a, b, c, d: gradients(loss, a, b, c, d, 1))
-        return run(trainable, frozen, taught, jax.device_put(batches(100 + step), batch_sharding(mesh)))
+        return run(
+            trainable, frozen, taught, jax.device_put(batches(100 + step), batch_sharding(mesh))
+        )
 
     for step, params in snapshots.items():
         grads, metrics = measured(params, step, meshes(1, 1))
@@ -84,7 +93,9 @@ def test_loss_and_every_gradient_from_the_same_state(build, loss, teacher, batch
 def test_a_step_runs_on_the_mesh_and_keeps_its_shardings(build, batches, meshes, shape):
     trainer = build(meshes(*shape), accumulate=1)
     before = jax.tree.map(lambda x: x.sharding, trainer.state)
-    state, metrics = trainer.step(trainer.state, trainer.frozen, trainer.teacher, trainer.place(batches(0)))
+    state, metrics = trainer.step(
+        trainer.state, trainer.frozen, trainer.teacher, trainer.place(batches(0))
+    )
     assert jax.tree.map(lambda x: x.sharding, state) == before and np.isfinite(metrics["loss"])
     trainable = merge(state.trainable, trainer.frozen)
     wanted = param_shardings(trainable, meshes(*shape))
@@ -94,8 +105,14 @@ def test_a_step_runs_on_the_mesh_and_keeps_its_shardings(build, batches, meshes,
     assert moment and all(m.sharding == latent.sharding for m in moment)
 
 
-@pytest.mark.parametrize("axes, said", [
-    ({"data": 3}, "8 devices"), ({"model": 2}, "'model'"), ({"data": 2, "tensor": 2}, "8 devices")])
+@pytest.mark.parametrize(
+    "axes, said",
+    [
+        ({"data": 3}, "8 devices"),
+        ({"model": 2}, "'model'"),
+        ({"data": 2, "tensor": 2}, "8 devices"),
+    ],
+)
 def test_a_mesh_that_does_not_fit(axes, said):
     with pytest.raises(BadInput, match=said):
         make_mesh(axes)

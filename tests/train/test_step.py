@@ -22,11 +22,15 @@ FREEZE = ("embedding", "head")
 
 
 def same(a, b):
-    return all(bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulated_gradient_is_that_of_the_whole_ragged_batch(loss, student, teacher, batches, accumulate):
+def test_accumulated_gradient_is_that_of_the_whole_ragged_batch(
+    loss, student, teacher, batches, accumulate
+):
     trainable, frozen = partition(student, roles(student), FREEZE)
     whole, metrics = gradients(loss, trainable, frozen, teacher, batches(0), 1)
     pieces, summed = gradients(loss, trainable, frozen, teacher, batches(0), accumulate)
@@ -40,18 +44,27 @@ def test_loss_is_a_mean_over_real_tokens(loss, student, teacher, batches):
     batch = batches(0)
     _, metrics = gradients(loss, trainable, frozen, teacher, batch, 1)
     np.testing.assert_allclose(
-        metrics["loss"], loss(student, teacher, batch)["loss"] / batch["mask"].sum(), rtol=1e-6)
+        metrics["loss"], loss(student, teacher, batch)["loss"] / batch["mask"].sum(), rtol=1e-6
+    )
     assert real_tokens(batch) == batch["mask"].sum()
     assert next_tokens(batch) == (batch["mask"][:, 1:] & batch["mask"][:, :-1]).sum()
     assert next_tokens({"tokens": batch["tokens"]}) == 8 * 11
 
 
-def test_training_lowers_the_loss_and_leaves_the_given_params_alone(build, student, teacher, batches):
+def test_training_lowers_the_loss_and_leaves_the_given_params_alone(
+    build, student, teacher, batches
+):
     before = jax.tree.map(np.array, (student, teacher))
     trainer = build(steps=30)
     log = []
-    train(Loop("qat", 30, 96, log=log.append, log_every=1), trainer.step, trainer.state, trainer.frozen,
-          trainer.teacher, lambda s: trainer.place(batches(0)))
+    train(
+        Loop("qat", 30, 96, log=log.append, log_every=1),
+        trainer.step,
+        trainer.state,
+        trainer.frozen,
+        trainer.teacher,
+        lambda s: trainer.place(batches(0)),
+    )
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
     assert [line["step"] for line in log] == list(range(1, 31)) and log[4]["tokens"] == 480
     assert same(before, (student, teacher))
@@ -61,11 +74,26 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(build, batches, tmp_pa
     def run(folder, resume=False, stop_after=None):
         trainer = build(steps=12)
         seen = []
-        loop = Loop("qat", 12, 96, log=seen.append, log_every=1, save_every=5,
-                    stop=lambda: stop_after is not None and len(seen) >= stop_after)
+        loop = Loop(
+            "qat",
+            12,
+            96,
+            log=seen.append,
+            log_every=1,
+            save_every=5,
+            stop=lambda: stop_after is not None and len(seen) >= stop_after,
+        )
         with Checkpoints(folder) as kept:
-            return train(loop, trainer.step, trainer.state, trainer.frozen, trainer.teacher,
-                         lambda s: trainer.place(batches(s)), kept, resume)
+            return train(
+                loop,
+                trainer.step,
+                trainer.state,
+                trainer.frozen,
+                trainer.teacher,
+                lambda s: trainer.place(batches(s)),
+                kept,
+                resume,
+            )
 
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -73,7 +101,9 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(build, batches, tmp_pa
     assert same(whole, run(tmp_path / "parts", resume=True))
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_checkpoint(build, batches, tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_checkpoint(
+    build, batches, tmp_path
+):
     trainer = build(steps=12)
 
     def poisoned(state, frozen, teacher, batch):
@@ -82,8 +112,15 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_checkpoint(
 
     with Checkpoints(tmp_path) as kept:
         with pytest.raises(BadInput, match="step 7"):
-            train(Loop("qat", 12, 96, save_every=3), poisoned, trainer.state, trainer.frozen, trainer.teacher,
-                  lambda s: trainer.place(batches(s)), kept)
+            train(
+                Loop("qat", 12, 96, save_every=3),
+                poisoned,
+                trainer.state,
+                trainer.frozen,
+                trainer.teacher,
+                lambda s: trainer.place(batches(s)),
+                kept,
+            )
         assert kept.steps() == [3, 6]
         step, _ = kept.restore_last(abstract(build(steps=12).state))
     assert step == 6

@@ -8,7 +8,7 @@ from rabit_jax.weights import ResidualSign
 
 
 def _coupled64(latent, g, h):
-    """Residual chain, one element at a time: signs and terms `[..., k, i, o]`, `|R|` at each sign."""
+    """Residual chain element by element: signs, terms and `|R| / a`, each `[..., k, i, o]`."""
     w, g, h = (np.asarray(a).astype(np.float64) for a in (latent, g, h))
     *lead, i, o = w.shape
     k = g.shape[-2]

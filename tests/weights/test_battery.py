@@ -28,17 +28,16 @@ def residual(k, dtype="float32"):
     return ResidualSign(jnp.asarray(rng.normal(size=(LAYERS, I, O)), dtype), *scales(k, rng))
 
 
-def independent(k, ste):
+def independent(k):
     rng = np.random.default_rng(k)
     latents = jnp.asarray(rng.normal(size=(LAYERS, k, I, O)), jnp.float32)
-    return IndependentSign(latents, *scales(k, rng), ste)
+    return IndependentSign(latents, *scales(k, rng))
 
 
 MAKERS = {
     **{f"residual-{k}": lambda k=k: residual(k) for k in (1, 2, 3, 4)},
     "residual-2-bfloat16": lambda: residual(2, "bfloat16"),
-    "independent-2": lambda: independent(2, "identity"),
-    "independent-3-scaled": lambda: independent(3, "scaled"),
+    "independent-2": lambda: independent(2),
     "packed-1": lambda: residual(1).pack("w"),
     "packed-3": lambda: residual(3).pack("w"),
 }

@@ -37,14 +37,18 @@ def decoder_params():
         "embed": {"embedding": (20, D)},
         "layers": {
             "attn": {name: {"kernel": (L, D, D), "bias": (L, D)} for name in "qkvo"},
-            "mlp": {"gate": {"kernel": (L, D, F)}, "up": {"kernel": (L, D, F)}, "down": {"kernel": (L, F, D)}},
+            "mlp": {
+                "gate": {"kernel": (L, D, F)},
+                "up": {"kernel": (L, D, F)},
+                "down": {"kernel": (L, F, D)},
+            },
             "attn_norm": {"scale": (L, D)},
         },
         "head": {"kernel": (D, 20)},
     }
     rng = np.random.default_rng(0)
-    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
-    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=is_shape)
+    array = lambda s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    return jax.tree.map(array, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 @pytest.fixture
@@ -109,8 +113,9 @@ def test_no_match_lists_the_nearest_paths(params):
 @pytest.mark.parametrize(
     "pattern",
     [
-        "layers/3/attn/q/kernel", "layers/0/.*", "layers_3/attn/q/kernel", r"layers/\d+/attn/q/kernel",
-        r"layers/[0-9]/mlp/up/kernel", r"layers_0/(attn/[qkvo]|mlp/(gate|up|down))/kernel",
+        "layers/3/attn/q/kernel", "layers/0/.*", "layers_3/attn/q/kernel",
+        r"layers/\d+/attn/q/kernel", r"layers/[0-9]/mlp/up/kernel",
+        r"layers_0/(attn/[qkvo]|mlp/(gate|up|down))/kernel",
     ],
 )
 def test_one_layer_of_a_stack_is_an_error_that_says_so(pattern, params):
@@ -146,7 +151,8 @@ def test_what_is_converted_already_is_refused(params):
 
 
 def test_what_is_no_matrix_is_refused(params):
-    tree = params | {"final_norm": {"scale": jnp.ones(D)}, "ids": {"kernel": jnp.ones((D, D), jnp.int32)}}
+    ids = jnp.ones((D, D), jnp.int32)
+    tree = params | {"final_norm": {"scale": jnp.ones(D)}, "ids": {"kernel": ids}}
     for path in ("final_norm/scale", "ids/kernel"):
         with pytest.raises(BadInput, match=f"{path} is .*no float matrix"):
             convert(tree, [(path, SPEC)])
@@ -167,8 +173,8 @@ def test_statistics_reach_their_own_kernel(params):
     for name, mine in stats.items():
         kernel = params["layers"]["attn"][name.split("/")[2]]["kernel"]
         np.testing.assert_array_equal(out[name].h, FIT.init(kernel, mine).h)
-    kernel = params["layers"]["attn"]["k"]["kernel"]
-    assert np.abs(np.asarray(FIT.init(kernel, flat).h) / np.asarray(out["layers/attn/k/kernel"].h) - 1).max() > 0.1
+    other = np.asarray(FIT.init(params["layers"]["attn"]["k"]["kernel"], flat).h)
+    assert np.abs(other / np.asarray(out["layers/attn/k/kernel"].h) - 1).max() > 0.1
 
 
 class Mlp(nn.Module):
@@ -189,7 +195,8 @@ class NnxMlp(nnx.Module):
 def linen_case():
     model = Mlp()
     params = model.init(jax.random.key(0), jnp.ones((1, 6)))["params"]
-    return params, lambda p, x: model.apply({"params": p}, x), ("Dense_1", "Dense_0")  # the outer one is made first
+    # The outer layer is made first and so takes the name Dense_0.
+    return params, lambda p, x: model.apply({"params": p}, x), ("Dense_1", "Dense_0")
 
 
 def nnx_state_case():

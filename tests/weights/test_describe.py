@@ -51,7 +51,8 @@ def test_llama2_7b_at_two_bits_is_2_15_gb():
 def student():
     def node(k, dtype, *shape):
         *lead, i, o = shape
-        return ResidualSign(jnp.ones(shape, dtype), jnp.ones((*lead, k, o)), jnp.ones((*lead, k, i)))
+        g, h = jnp.ones((*lead, k, o)), jnp.ones((*lead, k, i))
+        return ResidualSign(jnp.ones(shape, dtype), g, h)
 
     return {
         "a": {"kernel": node(3, "float32", 2, 256, 8)},

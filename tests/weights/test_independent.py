@@ -134,8 +134,8 @@ def test_it_packs_like_the_coupled_form_and_counts_the_same_bits():
     node = IndependentSignSpec(k=2, rounds=0).init(w)
     packed = node.pack("w")
     jax.tree.map(np.testing.assert_array_equal, packed, coupled.pack("w"))
-    rounding = 2**-10 * sum(np.abs(term) for term in node.paths()) + 1e-6  # of both scales of a path
-    assert np.all(np.abs(packed.dense() - node.dense()) <= rounding)
+    two_roundings = 2**-10 * sum(np.abs(term) for term in node.paths()) + 1e-6
+    assert np.all(np.abs(packed.dense() - node.dense()) <= two_roundings)
     assert node.deployed_bytes() == packed.deployed_bytes()
     assert node.bits_per_weight() == pytest.approx(2 + 32 * 340 / (300 * 40))
 

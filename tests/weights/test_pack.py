@@ -33,8 +33,9 @@ def dense64(packed):
 
 @pytest.fixture(scope="module")
 def pairs(make_node):
-    """For each k a stack of two layers, 300 inputs (padded to 512) and 31 outputs, and its packed form."""
-    nodes = {k: make_node(k, 300, 31, (2,), "float32" if k % 2 else "bfloat16") for k in (1, 2, 3, 4)}
+    """`{k: (node, packed)}`, two layers of 300 inputs (padded to 512) and 31 outputs."""
+    dtypes = {1: "float32", 2: "bfloat16", 3: "float32", 4: "bfloat16"}
+    nodes = {k: make_node(k, 300, 31, (2,), dtype) for k, dtype in dtypes.items()}
     return {k: (node, node.pack("w")) for k, node in nodes.items()}
 
 
@@ -94,10 +95,13 @@ def test_balanced_scales_leave_the_weight_unchanged(k, pairs):
 @pytest.mark.parametrize("k", [1, 3])
 def test_packed_dense_is_its_bits_and_scales(k, pairs):
     packed = first(pairs[k][1])
-    np.testing.assert_allclose(jax.jit(PackedSign.dense)(packed), dense64(packed), rtol=0, atol=1e-6)
+    got = jax.jit(PackedSign.dense)(packed)
+    np.testing.assert_allclose(got, dense64(packed), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 4e-3), ("float16", 1e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [("float32", 1e-6), ("bfloat16", 4e-3), ("float16", 1e-3)]
+)
 def test_packed_matmul_is_the_product(dtype, tolerance, pairs):
     packed = first(pairs[2][1])
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 300)), dtype)

@@ -1,0 +1,83 @@
+"""The text of a run: documents, tokeniser, tokens, batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.settings import RunConfig
+from rabit_jax import BadInput
+from rabit_jax.data import (
+    TokenText,
+    batch,
+    documents,
+    load_tokenizer,
+    save_tokenizer,
+    tokenise,
+    train_tokenizer,
+    windows,
+)
+from rabit_jax.models import find_folder
+from rabit_jax.train.sharding import batch_sharding
+
+
+class Text:
+    """Documents and tokens of a run, each read when first asked for."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        """Reads nothing yet."""
+        self.config, self.mesh = config, mesh
+
+    @cached_property
+    def documents(self) -> tuple[list[str], list[str]]:
+        """Training and evaluation documents."""
+        return documents(self.config.data)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The teacher's tokeniser; if it is trained here, a byte-level BPE of the training text."""
+        if path := self.config.teacher.path:
+            found = load_tokenizer(find_folder(path))
+            if found is None:
+                raise BadInput(
+                    f"teacher.path {path} has no tokeniser: add its tokenizer.json to the folder"
+                )
+            return found
+        data = self.config.data
+        digest = hashlib.sha256("\0".join(self.documents[0]).encode()).hexdigest()[:16]
+        place = Path(data.cache) / f"tokenizer-{data.vocab_size}-{digest}"
+        if not (place / "tokenizer.json").exists():
+            save_tokenizer(train_tokenizer(self.documents[0], data.vocab_size), place)
+        return load_tokenizer(place)
+
+    @cached_property
+    def train(self) -> TokenText:
+        """Tokens of the training documents."""
+        return tokenise(self.documents[0], self.tokenizer, self.config.data.cache)
+
+    @cached_property
+    def held_out(self) -> TokenText:
+        """Tokens of the evaluation documents."""
+        return tokenise(self.documents[1], self.tokenizer, self.config.data.cache)
+
+    def windows(self) -> np.ndarray:
+        """Evaluation windows `[n, t]`."""
+        found = windows(self.held_out.tokens, self.config.evaluate.context)
+        return found[: self.config.evaluate.windows or None]
+
+    def batches(self, section: Any, seed: int) -> Callable[[int], dict]:
+        """Step -> batch on the mesh, for a section with `batch_size` and `length`."""
+        where = batch_sharding(self.mesh)
+
+        def at(step: int) -> dict:
+            rows = batch(self.train.tokens, step, section.batch_size, section.length, seed)
+            return jax.device_put({"tokens": rows}, where)
+
+        return at

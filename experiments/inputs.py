@@ -46,8 +46,7 @@ class Inputs:
             if piece % rows:
                 raise BadInput(
                     f"{name}.batch_size gives pieces of {piece} sequences for {rows} devices on "
-                    f"the data axis: "
-                    f"make it a multiple of {rows}"
+                    f"the data axis: make it a multiple of {rows}"
                 )
 
     def watch_signals(self) -> None:
@@ -84,8 +83,7 @@ class Inputs:
         if found < self.mesh.shape["data"]:
             raise BadInput(
                 f"the diagnostics have {found} windows for {self.mesh.shape['data']} devices on "
-                f"the "
-                "data axis: give more evaluation text or raise evaluate.diagnostic_windows"
+                "the data axis: give more evaluation text or raise evaluate.diagnostic_windows"
             )
 
     # models

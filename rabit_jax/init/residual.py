@@ -80,8 +80,7 @@ def check_fit(spec: Any) -> None:
     if spec.rounds < 0 or spec.tolerance < 0 or not 0 <= spec.shrinkage <= 1:
         raise BadInput(
             f"rounds {spec.rounds}, tolerance {spec.tolerance}, shrinkage {spec.shrinkage}: "
-            f"rounds and "
-            "tolerance must not be negative, shrinkage must lie in 0..1"
+            "rounds and tolerance must not be negative, shrinkage must lie in 0..1"
         )
 
 

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from rabit_jax.weights.ste import F32, coupled, outer, with_sign
 
-FLOOR = 1e-4
+FLOOR = 1e-2
+SMALLEST = 1e-4  # float16 is normal from 6.1e-5
 POWER_STEPS = 50
+TINY = float(jnp.finfo(F32).tiny)
 
 
 class Svid(NamedTuple):
@@ -32,8 +34,9 @@ def rank1(m: jax.Array, h: jax.Array, tolerance: float) -> tuple[jax.Array, jax.
         g <- m^T h / |h|^2;   h <- m g / |g|^2
 
     which is power iteration on `m m^T`. Stops when `h` moves by less than `tolerance` relative to
-    itself. Both factors are floored at 1e-4 of their mean, so that a dead channel keeps a scale
-    that 16 bits can hold.
+    itself. The factors are given equal root mean squares and floored at 1% of their mean and at
+    1e-4, so that a dead channel, or a path with nothing left to fit, keeps a scale that 16 bits
+    can hold.
 
     Args:
       m: `[i, o]` float32, non-negative on average.
@@ -41,24 +44,32 @@ def rank1(m: jax.Array, h: jax.Array, tolerance: float) -> tuple[jax.Array, jax.
       tolerance: relative change of `h` at which to stop.
 
     Returns:
-      `(g, h)`.
+      `(g, h)`, positive.
     """
 
     def step(state):
         h, _, count = state
-        g = h @ m / jnp.vdot(h, h)
-        new = m @ g / jnp.vdot(g, g)
-        return new, jnp.linalg.norm(new - h) / jnp.linalg.norm(new), count + 1
+        new = _fit(m, _fit(m.T, h))
+        change = jnp.linalg.norm(new - h) / jnp.maximum(jnp.linalg.norm(new), TINY)
+        return new, change, count + 1
 
     def moving(state):
         return (state[1] > tolerance) & (state[2] < POWER_STEPS)
 
     h, _, _ = jax.lax.while_loop(moving, step, (h, jnp.inf, 0))
-    return _floor(h @ m / jnp.vdot(h, h)), _floor(h)
+    g = _fit(m.T, h)
+    size_g, size_h = (jnp.sqrt(jnp.mean(jnp.square(s))) + TINY for s in (g, h))
+    ratio = jnp.sqrt(size_h / size_g)
+    return _floor(g * ratio), _floor(h / ratio)
+
+
+def _fit(m: jax.Array, v: jax.Array) -> jax.Array:
+    """Least squares `argmin_u |m - u v^T|`; 0 where `v` is."""
+    return m @ v / jnp.maximum(jnp.vdot(v, v), TINY)
 
 
 def _floor(scale: jax.Array) -> jax.Array:
-    return jnp.maximum(scale, FLOOR * jnp.mean(jnp.abs(scale)) + jnp.finfo(F32).tiny)
+    return jnp.maximum(scale, jnp.maximum(FLOOR * jnp.mean(jnp.abs(scale)), SMALLEST))
 
 
 def _residual(w: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
@@ -71,7 +82,7 @@ def relative_error(w: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
     """`|W - W_hat|^2 / |W|^2` with the signs of the coupled forward; `w: [i, o]` -> scalar
     float32."""
     w = w.astype(F32)
-    return jnp.sum(jnp.square(_residual(w, g, h))) / jnp.sum(jnp.square(w))
+    return jnp.sum(jnp.square(_residual(w, g, h))) / jnp.maximum(jnp.sum(jnp.square(w)), TINY)
 
 
 def _aligned(w: jax.Array, g: jax.Array, h: jax.Array, i: int) -> jax.Array:

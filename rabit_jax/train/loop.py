@@ -133,9 +133,8 @@ def _report(loop: Loop, pending: tuple[int, dict] | None, clock: _Clock) -> None
     if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
         raise BadInput(
             f"stage {loop.stage}: loss {values['loss']} and gradient norm {values['grad_norm']} "
-            f"at step {done} "
-            "are not finite; the checkpoints before it are kept: lower the learning rate or the "
-            "clipping norm"
+            f"at step {done} are not finite; the checkpoints before it are kept: lower the "
+            "learning rate or the clipping norm"
         )
     record = {
         "stage": loop.stage,

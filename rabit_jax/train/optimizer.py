@@ -55,8 +55,8 @@ class OptimizerConfig:
         if self.lr <= 0 or self.scale_lr < 0 or not 0 <= self.warmup < 1 or self.clip < 0:
             raise BadInput(
                 f"lr {self.lr}, scale_lr {self.scale_lr}, warmup {self.warmup}, clip {self.clip}: "
-                f"lr must be "
-                "positive, scale_lr and clip not negative, warmup a share of the steps in 0..1"
+                "lr must be positive, scale_lr and clip not negative, warmup a share of the steps "
+                "in 0..1"
             )
 
 
@@ -136,7 +136,7 @@ def _last_two_axes(params: Any) -> Any:
     return jax.tree.map(lambda x: MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
 
 
-def project_scales(trainable: Any, names: Any, floor: float = 1e-4) -> tuple[Any, jax.Array]:
+def project_scales(trainable: Any, names: Any, floor: float = 1e-2) -> tuple[Any, jax.Array]:
     """Keep scales positive: `s <- max(s, floor * mean|s|)` along the last axis, after an update.
 
     A pair whose product is not positive turns its path's signs against the residual, and 16 bits

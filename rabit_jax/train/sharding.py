@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -81,7 +82,8 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
             return _fit(by_role.get(name, scale), x.shape, mesh)
 
         names = leaf.roles()
-        fields = {f: getattr(leaf, f) for f in vars(leaf)}
+        arrays = [f.name for f in dataclasses.fields(leaf) if f.metadata.get("pytree_node", True)]
+        fields = {name: getattr(leaf, name) for name in arrays}
         return leaf.replace(
             **{f: leaf_sharding(getattr(names, f), f, x) for f, x in fields.items()}
         )

@@ -107,9 +107,8 @@ def _no_match(pattern: str, found: Mapping[str, Any]) -> str:
         if unstacked != pattern and len(leaf.shape) > 2 and _fullmatch(unstacked, path):
             return (
                 f"rule {pattern!r} names one layer of a stack: {path} holds all {leaf.shape[0]} "
-                f"layers in "
-                f"one array {list(leaf.shape)}, and a rule applies to the whole of it; write "
-                f"{unstacked!r}"
+                f"layers in one array {list(leaf.shape)}, and a rule applies to the whole of it; "
+                f"write {unstacked!r}"
             )
     kernels = [path for path, leaf in found.items() if getattr(leaf, "ndim", 2) >= 2]
     nearest = difflib.get_close_matches(pattern, kernels, n=3, cutoff=0) or kernels[:3]

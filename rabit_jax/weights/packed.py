@@ -120,19 +120,22 @@ def round_scales(g: jax.Array, h: jax.Array, name: str) -> tuple[jax.Array, jax.
     """Balance the scales and round them to float16.
 
     Raises:
-      BadInput: a scale would become 0, subnormal, infinite or NaN; the message names the layer.
+      BadInput: a scale is or would become 0, subnormal, infinite or NaN; the message names the
+        layer and the scale.
     """
-    rounded = [s.astype(SCALE_DTYPE) for s in balance(g, h)]
-    smallest = float(np.finfo(np.float16).tiny)
-    for label, scale in zip("gh", rounded, strict=True):
-        values = np.abs(np.asarray(scale, np.float32))
-        bad = np.argwhere(~((values >= smallest) & np.isfinite(values)))
+    _check_scales(g, h, name, float(np.finfo(np.float32).tiny))
+    g, h = (s.astype(SCALE_DTYPE) for s in balance(g, h))
+    _check_scales(g, h, name, float(np.finfo(np.float16).tiny))
+    return g, h
+
+
+def _check_scales(g: jax.Array, h: jax.Array, name: str, smallest: float) -> None:
+    for label, scale in (("g", g), ("h", h)):
+        values = np.asarray(scale, np.float32)
+        bad = np.argwhere(~((np.abs(values) >= smallest) & np.isfinite(values)))
         if len(bad):
             raise BadInput(
                 f"{name}: scale {label}{bad[0].tolist()} becomes {values[tuple(bad[0])]:.3g} in "
-                f"float16 "
-                f"({len(bad)} of {values.size} leave the normal range {smallest:.2g} to 65504): "
-                f"keep "
-                "scales positive while training, or initialise this layer again"
+                f"float16 ({len(bad)} of {values.size} leave the normal range 6.1e-05 to 65504): "
+                "keep scales positive while training, or initialise this layer again"
             )
-    return rounded[0], rounded[1]

@@ -59,9 +59,12 @@ def test_without_json_a_table(capsys, monkeypatch):
 
 
 def test_extrapolation_is_one_svd_times_all_of_them(monkeypatch):
-    monkeypatch.setattr(bench_svid, "timed", lambda function, *arguments: (1.5, 0.1))
+    fit = argparse.Namespace(error=0.1, rounds=10)
+    monkeypatch.setattr(bench_svid, "time_svid", lambda w, k, rounds: (0.5, fit))
+    monkeypatch.setattr(bench_svid, "timed", lambda function, *arguments: (1.5, None))
     found = bench_svid.row((12, 16), k=2, rounds=10, extrapolate=True)
     assert found["reference_seconds"] == 1.5 * 22
+    assert found["speedup"] == 1.5 * 22 / 0.5
 
 
 @pytest.mark.parametrize(("k", "rounds", "oracle"), [(1, 0, 1 - 2 / np.pi), (2, 5, 0.1176)])

@@ -23,7 +23,7 @@ def heavy():
 @pytest.fixture(scope="module")
 def published(gaussian, svid64):
     """The published iteration on the Gaussian, by k."""
-    return {1: svid64(gaussian, 1, 5), 2: svid64(gaussian, 2, 20)}
+    return {1: svid64(gaussian, 1, 5), 2: svid64(gaussian, 2, 16)}
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -41,9 +41,9 @@ def test_svid_is_the_published_iteration_with_full_svds(k, gaussian, fit, publis
 
 def test_with_a_heavy_tail_svid_is_no_worse_than_the_published_iteration(heavy, fit, svid64):
     # Some elements have b > a here, where the published signs are not those of the latent.
-    want = svid64(heavy, 2, 20).errors
+    want = svid64(heavy, 2, 8).errors
     assert fit(heavy, 2, rounds=0).error == pytest.approx(want[0], rel=1e-3)
-    for rounds in (1, 5, 20):
+    for rounds in (1, 8):
         assert fit(heavy, 2, rounds=rounds).error < want[rounds] * (1 + 1e-3)
 
 

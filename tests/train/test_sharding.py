@@ -45,8 +45,9 @@ def test_statistics_and_initialisation_are_those_of_one_device(
         np.testing.assert_allclose(other.h, node.h, rtol=1e-4)
         # A sign may differ only where the residual that it is the sign of is a near-tie.
         a = np.asarray(node.h[:, 0, :, None] * node.g[:, 0, None, :])
-        residual = np.stack([node.latent, node.latent - node.signs()[:, 0] * a], axis=1)
-        differs = np.asarray(node.signs() != other.signs())
+        first, latent = np.asarray(node.signs())[:, 0], np.asarray(node.latent)
+        residual = np.stack([latent, latent - first * a], axis=1)
+        differs = np.asarray(node.signs()) != np.asarray(other.signs())
         assert (np.abs(residual)[differs] < 1e-3 * a.mean()).all()
 
 

@@ -23,7 +23,7 @@ quickstart: $(INSTALLED) ## teacher, 2-bit init, QAT, packed model and text on t
 	@$(RUN) -m experiments.run --config experiments/configs/quickstart.yaml
 
 test: $(INSTALLED_TEST) ## all tests but the slow ones
-	@$(RUN) -m pytest --durations=10
+	@$(RUN) -m pytest -n 2 --dist loadfile --durations=10
 
 test-slow: $(INSTALLED_TEST) ## only the tests that take minutes each
 	@$(RUN) -m pytest --durations=10 -m slow

@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
-
-import jax
 
 from experiments import bench_step, bench_svid
 from experiments.console import main_guard, table
+from experiments.machine import device, versions
 from rabit_jax.errors import BadInput
 
 BENCHMARKS = {"step": bench_step, "svid": bench_svid}
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,30 +28,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `BadInput` with the message."""
         raise BadInput(f"{message}; `{self.prog} --help` lists the options")
-
-
-def device() -> str:
-    """What the numbers were measured on: the accelerator, or the processor and its cores."""
-    kind = jax.devices()[0].device_kind
-    if jax.default_backend() != "cpu":
-        return kind
-    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
-
-
-def _processor() -> str:
-    """Model name where Linux tells it, else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **found}
 
 
 def report(command: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

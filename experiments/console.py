@@ -125,24 +125,28 @@ def number(value: Any) -> str:
     return f"{float(value):,.0f}" if 1e4 <= abs(value) < 1e15 else f"{float(value):.4g}"
 
 
-def main_guard(function: Callable[[], int | None]) -> int:
-    """Run a command's main and return its exit code: what it returns, or 2, or 75.
+def main_guard(function: Callable[[], int | None], resumable: bool = False) -> int:
+    """Run a command's main and return its exit code: what it returns, or 2, 75 or 130.
 
-    2 for `BadInput` and a full disk (one sentence on stderr), 75 when interrupted; any other
-    exception is a bug and propagates.
+    2 for `BadInput` and a full disk (one sentence on stderr); when interrupted 75 if the command
+    is `resumable`, else 130; any other exception is a bug and propagates.
     """
+    again = ", then continue with --resume" if resumable else ""
     try:
         return function() or 0
     except BadInput as error:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
+        if not resumable:
+            say("stopped")
+            return 130
         say("stopped; the same command with --resume continues from the last checkpoint")
         return 75
     except Exception as error:
         if not _disk_full(error):
             raise
-        say("error: the disk is full: free some space, then continue with --resume")
+        say(f"error: the disk is full: free some space{again}")
         return 2
 
 

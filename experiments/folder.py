@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +24,45 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+# What a stage leaves on disk and later ones read: it is complete only while these are whole.
+LEAVES = {
+    "teacher": ("teacher",),
+    "calibrate": ("calibration.safetensors",),
+    "init": ("checkpoints/init",),
+    "qat": ("checkpoints/student",),
+    "pack": ("packed",),
+}
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder; nothing there is fine, anything that stays is an error."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class RunFolder:
     """`runs/<name>`: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `stages/` and what the stages
     make.
 
-    A stage is complete when `stages/<stage>.json` exists; it holds the hash of the stage's inputs,
-    an id that is new each time it is carried out (so that what depends on it follows), seconds and
-    result.
+    A stage is complete when `stages/<stage>.json` exists and the files it lists are there. It holds
+    the hash of the stage's inputs, its id (that hash, or a new one where the stage was forced, so
+    that what depends on it follows), seconds, versions and result.
     """
 
     def __init__(self, config: RunConfig):
         """The folder of a config; nothing is written yet."""
         self.path = Path(config.output) / config.name
         self.config = config
-        self._board: Any = None
+        self._boards: dict[str, Any] = {}
 
     def open(self, resume: bool) -> None:
         """Create the folder and write the resolved config.
 
         Raises:
-          BadInput: `resume` with a config that differs from the one in the folder.
+          BadInput: `resume` with a config that differs from the one in the folder, or a folder
+            that cannot be written.
         """
         written = self.path / "config.yaml"
         if resume and written.exists():
@@ -55,16 +73,29 @@ class RunFolder:
                     f"cannot resume {self.path}: its config differs ({listed}); "
                     "take the change back, or run without --resume to redo what it affects"
                 )
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(written, dump_yaml(self.config))
+        try:
+            write_text(written, dump_yaml(self.config))
+        except OSError as error:
+            raise BadInput(
+                f"cannot write the run folder {self.path} ({error.strerror or error}); "
+                "set output to another place"
+            ) from error
 
     def completed(self, stage: str, key: str) -> dict | None:
-        """The record of a complete stage whose inputs had the same hash."""
+        """The record of a complete stage with the same inputs whose files are all still there."""
         try:
             record = json.loads((self.path / "stages" / f"{stage}.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        return record if record.get("key") == key else None
+        if record.get("key") != key:
+            return None
+        return record if record["files"] == self._sizes(stage) else None
+
+    def _sizes(self, stage: str) -> dict[str, int]:
+        """Sizes of the files that a stage leaves, by path."""
+        places = [self.path / place for place in LEAVES.get(stage, ())]
+        files = [f for p in places for f in ([p] if p.is_file() else sorted(p.rglob("*")))]
+        return {str(f.relative_to(self.path)): f.stat().st_size for f in files if f.is_file()}
 
     def began(self, stage: str) -> str | None:
         """The hash of the inputs with which an unfinished stage was started."""
@@ -74,29 +105,26 @@ class RunFolder:
     def begin(self, stage: str, key: str, resume: bool) -> bool:
         """Note that a stage starts; True if it continues an unfinished one with the same inputs.
 
-        Otherwise what an earlier attempt left (checkpoints, metrics) is removed.
+        Otherwise what an earlier attempt left (checkpoints, metrics) is removed. Results that the
+        stage makes stale (summary, report, packed model) go in both cases.
         """
         continues = resume and self.began(stage) == key
-        (self.path / "stages" / f"{stage}.json").unlink(missing_ok=True)
+        stale = [f"stages/{stage}.json", "summary.json", "report.html"]
+        if stage not in ("evaluate", "generate"):
+            stale.append("packed")
         if not continues:
-            shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
-            self.keep_metrics(
-                lambda line: line.get("stage") != stage and line.get("during") != stage
-            )
+            stale += [f"checkpoints/{stage}", f"tensorboard/{stage}"]
+            self.keep_metrics(stage, 0)
+        for name in stale:
+            remove(self.path / name)
         write_text(self.path / "stages" / f"{stage}.started", key)
         return continues
 
-    def complete(self, stage: str, key: str, seconds: float, result: Any, peak_memory: int) -> dict:
-        """Record a finished stage."""
-        record = {
-            "key": key,
-            "id": uuid.uuid4().hex,
-            "seconds": seconds,
-            "peak_memory_bytes": peak_memory,
-            "result": result,
-        }
+    def complete(self, stage: str, record: dict) -> dict:
+        """Record a finished stage with the files that it left."""
+        record = {**record, "files": self._sizes(stage)}
         write_text(self.path / "stages" / f"{stage}.json", json.dumps(record, indent=1))
-        (self.path / "stages" / f"{stage}.started").unlink(missing_ok=True)
+        remove(self.path / "stages" / f"{stage}.started")
         return record
 
     def checkpoints(self, stage: str) -> Path:
@@ -107,18 +135,18 @@ class RunFolder:
         """Append a line to metrics.jsonl and to TensorBoard."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        board = self._board(record.get("during", record["stage"]))
         for name, value in record.items():
             if isinstance(value, int | float) and name not in ("step", "tokens"):
-                self.board.add_scalar(f"{record['stage']}/{name}", value, record["step"])
+                board.add_scalar(f"{record['stage']}/{name}", value, record["step"])
 
-    @property
-    def board(self) -> Any:
-        """The TensorBoard writer, opened at the first line."""
-        if self._board is None:
+    def _board(self, stage: str) -> Any:
+        """The TensorBoard writer of a stage, opened at its first line."""
+        if stage not in self._boards:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(self.path / "tensorboard"))
-        return self._board
+            self._boards[stage] = SummaryWriter(str(self.path / "tensorboard" / stage))
+        return self._boards[stage]
 
     def metrics(self) -> list[dict]:
         """All whole lines of metrics.jsonl; a line cut by a crash is dropped."""
@@ -132,13 +160,17 @@ class RunFolder:
                 continue
         return found
 
-    def keep_metrics(self, wanted: Any) -> None:
-        """Rewrite metrics.jsonl with the lines for which `wanted(line)` holds."""
+    def keep_metrics(self, stage: str, step: int) -> None:
+        """Drop the lines of a stage after a step, and any line cut by a crash."""
         if (self.path / "metrics.jsonl").exists():
-            kept = [json.dumps(line) + "\n" for line in self.metrics() if wanted(line)]
+            kept = [
+                json.dumps(line) + "\n"
+                for line in self.metrics()
+                if line.get("during", line["stage"]) != stage or line["step"] <= step
+            ]
             write_text(self.path / "metrics.jsonl", "".join(kept))
 
     def close(self) -> None:
         """Flush TensorBoard."""
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards.values():
+            board.close()

@@ -4,6 +4,7 @@ disk."""
 from __future__ import annotations
 
 import dataclasses
+import re
 import signal
 from collections.abc import Iterator
 from functools import cached_property
@@ -11,10 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from experiments.console import progress, say
-from experiments.folder import RunFolder
+from experiments.folder import RunFolder, remove
 from experiments.settings import RunConfig, Training
 from experiments.text import Text
 from rabit_jax import BadInput, Stats, convert
@@ -40,7 +42,7 @@ class Inputs:
         self.text = Text(config, self.mesh)
         self.stopped = False
         rows = self.mesh.shape["data"]
-        for name in ("teacher", "calibrate", "qat", "evaluate"):
+        for name in self._reads_text("evaluate"):
             section = getattr(config, name)
             piece = section.batch_size // getattr(section, "accumulate", 1)
             if piece % rows:
@@ -49,6 +51,11 @@ class Inputs:
                     f"the data axis: make it a multiple of {rows}"
                 )
 
+    def _reads_text(self, *more: str) -> tuple[str, ...]:
+        """Names of the sections whose batches this run will draw."""
+        own = () if self.config.teacher.path else ("teacher",)
+        return (*own, "calibrate", "qat", *more)
+
     def watch_signals(self) -> None:
         """Ctrl-C or SIGTERM ends a training loop after its step; a second one ends at once."""
 
@@ -56,7 +63,7 @@ class Inputs:
             if self.stopped:
                 raise KeyboardInterrupt
             self.stopped = True
-            say("stopping after this step (again to stop at once)")
+            say("stopping at the next step or stage (again to stop at once)")
 
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
@@ -65,13 +72,17 @@ class Inputs:
         """Read the text and refuse what cannot work, before anything is written.
 
         Raises:
-          BadInput: text too short for a batch or a window, sequences longer than the model's.
+          BadInput: text too short for a batch or a window, sequences longer than the model's,
+            rules or frozen roles that leave nothing to do.
         """
         config, text = self.config, self.text
-        lengths = {name: getattr(config, name).length for name in ("teacher", "calibrate", "qat")}
-        if config.teacher.path:
-            del lengths["teacher"]
-        for name, length in {**lengths, "evaluate": config.evaluate.context}.items():
+        lengths = {name: getattr(config, name).length for name in self._reads_text()}
+        prompts = [len(text.tokenizer(prompt)["input_ids"]) for prompt in config.generate.prompts]
+        if not all(prompts):
+            raise BadInput("generate.prompts holds an empty prompt: give it some text")
+        longest = max(prompts, default=0) + config.generate.max_new_tokens
+        every = {**lengths, "evaluate": config.evaluate.context, "generate": longest}
+        for name, length in every.items():
             if length > self.model_config.max_position:
                 raise BadInput(
                     f"{name} uses sequences of {length} tokens: the model has "
@@ -85,6 +96,20 @@ class Inputs:
                 f"the diagnostics have {found} windows for {self.mesh.shape['data']} devices on "
                 "the data axis: give more evaluation text or raise evaluate.diagnostic_windows"
             )
+        self._check_student()
+
+    def _check_student(self) -> None:
+        student = self.abstract_student()
+        nodes = weights_of(student)
+        if not nodes:
+            raise BadInput("init.quantise and init.keep leave no kernel to quantise")
+        if other := [path for path in nodes if not re.fullmatch(r"layers/.*/kernel", path)]:
+            raise BadInput(
+                f"init.quantise selects {other[0]}: a run quantises the kernels of the blocks, "
+                "layers/.../kernel"
+            )
+        if not jax.tree.leaves(partition(student, roles(student), self._frozen)[0]):
+            raise BadInput(f"qat.optimizer.freeze {list(self._frozen)} leaves nothing to train")
 
     # models
 
@@ -123,7 +148,11 @@ class Inputs:
     @cached_property
     def stats(self) -> dict[str, Stats]:
         """Calibration statistics by path."""
-        arrays = load_file(self.folder.path / "calibration.safetensors")
+        file = self.folder.path / "calibration.safetensors"
+        try:
+            arrays = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"cannot read {file}: --force calibrate makes it again") from error
         paths = sorted({name.rsplit(".", 1)[0] for name in arrays})
         return {
             p: Stats(
@@ -153,27 +182,36 @@ class Inputs:
 
     def save_init(self, student: Any) -> None:
         """Keep the weight nodes of a fresh student; everything else is the teacher's."""
-        with Checkpoints(self.folder.checkpoints("init"), keep=1) as kept:
-            kept.save(0, weights_of(student))
+        self._keep("init", weights_of(student))
 
     @cached_property
     def student_init(self) -> Any:
         """The student as initialised."""
-        with Checkpoints(self.folder.checkpoints("init")) as kept:
-            nodes = kept.restore(0, weights_of(self.abstract_student()))
+        nodes = self._kept("init", weights_of(self.abstract_student()), "init")
         return map_leaves(lambda path, leaf: nodes.get(path, leaf), self.teacher)
 
     def save_student(self, trainable: Any) -> None:
         """Keep what QAT trained."""
-        with Checkpoints(self.folder.checkpoints("student"), keep=1) as kept:
-            kept.save(self.config.qat.steps, trainable)
+        self._keep("student", trainable)
+
+    def _keep(self, name: str, tree: Any) -> None:
+        """Save a tree as the only checkpoint of its folder; an earlier attempt's is removed."""
+        remove(self.folder.checkpoints(name))
+        with Checkpoints(self.folder.checkpoints(name)) as kept:
+            kept.save(0, tree)
+
+    def _kept(self, name: str, target: Any, stage: str) -> Any:
+        with Checkpoints(self.folder.checkpoints(name)) as kept:
+            try:
+                return kept.restore(0, target)
+            except BadInput as error:
+                raise BadInput(f"{error}; --force {stage} makes it again") from error
 
     @cached_property
     def student(self) -> Any:
         """The student after QAT."""
         target, _ = partition(self.abstract_student(), roles(self.abstract_student()), self._frozen)
-        with Checkpoints(self.folder.checkpoints("student")) as kept:
-            trainable = kept.restore(self.config.qat.steps, target)
+        trainable = self._kept("student", target, "qat")
         _, frozen = partition(self.student_init, roles(self.student_init), self._frozen)
         return merge(trainable, frozen)
 
@@ -219,43 +257,35 @@ class Inputs:
     ) -> Any:
         """Train one stage with checkpoints, metrics and a progress bar."""
         tokens = section.batch_size * section.length
-        with (
-            Checkpoints(self.folder.checkpoints(stage)) as kept,
-            progress(stage, section.steps) as bar,
-        ):
+        with Checkpoints(self.folder.checkpoints(stage)) as kept:
             state = trainer.state
             if resume and (found := kept.restore_last(abstract(state))):
-                say(f"{stage}: continuing after step {found[0]}")
+                # The fresh state would stand beside the restored one for the whole training.
+                jax.tree.map(lambda leaf: leaf.delete(), state)
                 state = found[1]
-                self.folder.keep_metrics(
-                    lambda line: (
-                        stage not in (line.get("stage"), line.get("during"))
-                        or line["step"] <= found[0]
-                    )
+            begin = int(state.step)
+            if resume:
+                say(f"{stage}: continuing after step {begin}")
+                self.folder.keep_metrics(stage, begin)
+            with progress(stage, section.steps, start=begin) as bar:
+                loop = Loop(
+                    stage,
+                    section.steps,
+                    tokens,
+                    log=self.folder.log,
+                    log_every=section.log_every,
+                    save_every=section.save_every,
+                    schedule=trainer.schedule,
+                    watch=watch,
+                    progress=lambda step, record: bar.update(
+                        step, loss=record["loss"], tokens_per_second=record["tokens_per_second"]
+                    ),
+                    stop=lambda: self.stopped,
                 )
-            loop = Loop(
-                stage,
-                section.steps,
-                tokens,
-                log=self.folder.log,
-                log_every=section.log_every,
-                save_every=section.save_every,
-                schedule=trainer.schedule,
-                watch=watch,
-                progress=lambda step, record: bar.update(
-                    step, loss=record["loss"], tokens_per_second=record["tokens_per_second"]
-                ),
-                stop=lambda: self.stopped,
-            )
-            return train(
-                loop,
-                trainer.step,
-                state,
-                trainer.frozen,
-                trainer.teacher,
-                self.text.batches(section, self.config.seed),
-                kept,
-            )
+                batches = self.text.batches(section, self.config.seed)
+                return train(
+                    loop, trainer.step, state, trainer.frozen, trainer.teacher, batches, kept
+                )
 
 
 def abstract_params(config: ModelConfig) -> Any:

@@ -14,10 +14,11 @@ Exit codes: 0 done, 2 bad input (one sentence on stderr), 75 stopped but resumab
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
+import uuid
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
@@ -26,9 +27,11 @@ from experiments.config import dump_yaml, load_config, section_hash
 from experiments.console import main_guard, number, say, table
 from experiments.folder import RunFolder
 from experiments.inputs import Inputs, abstract_params
+from experiments.machine import device, peak_memory, versions
 from experiments.settings import RunConfig
-from experiments.summary import peak_memory, summarise, table_rows, write_results
-from rabit_jax import convert, describe
+from experiments.summary import summarise, table_rows, write_results
+from rabit_jax import BadInput, __version__, convert, describe
+from rabit_jax.models import find_folder
 
 STAGES: dict[str, Callable] = {
     "teacher": stages.teacher,
@@ -41,55 +44,62 @@ STAGES: dict[str, Callable] = {
 }
 
 
-def stage_keys(run: Inputs, ids: dict[str, str]) -> dict[str, Callable[[], str]]:
-    """What each stage depends on, as functions: a later key needs the ids of the stages before
-    it."""
-    c = run.config
-    text, held_out = run.text.train.digest, run.text.held_out.digest
-
-    def given() -> list:
-        path = Path(c.teacher.path)
-        return [
-            (f.name, f.stat().st_size, f.stat().st_mtime_ns)
-            for f in sorted(path.glob("*"))
-            if f.is_file()
-        ]
-
-    return {
+def stage_key(run: Inputs, name: str, ids: dict[str, str]) -> str:
+    """Hash of all that a stage's result depends on; `ids` are those of the stages before it."""
+    c, text, held_out = run.config, run.text.train.digest, run.text.held_out.digest
+    parts = {
         "teacher": lambda: (
-            section_hash(c.teacher.path, given())
+            given_files(c.teacher.path)
             if c.teacher.path
-            else section_hash(c.teacher, c.model, c.compute, c.seed, text)
+            else (c.teacher, c.model, c.compute, c.seed, text)
         ),
-        "calibrate": lambda: section_hash(
-            c.calibrate, c.init, c.compute, c.seed, text, ids["teacher"]
-        ),
-        "init": lambda: section_hash(c.init, c.evaluate, held_out, ids["calibrate"]),
-        "qat": lambda: section_hash(
-            c.qat, c.compute, c.seed, c.evaluate, text, held_out, ids["init"]
-        ),
-        "evaluate": lambda: section_hash(c.evaluate, held_out, ids["qat"]),
-        "pack": lambda: section_hash(c.evaluate, held_out, ids["qat"]),
-        "generate": lambda: section_hash(c.generate, c.seed, ids["pack"]),
+        "calibrate": lambda: (c.calibrate, c.init, c.compute, c.seed, text, ids["teacher"]),
+        "init": lambda: (c.init, c.seed, c.evaluate, held_out, ids["calibrate"]),
+        "qat": lambda: (c.qat, c.compute, c.seed, c.evaluate, text, held_out, ids["init"]),
+        "evaluate": lambda: (c.evaluate, held_out, ids["qat"]),
+        "pack": lambda: (c.evaluate, held_out, ids["qat"]),
+        "generate": lambda: (c.generate, c.seed, ids["pack"]),
     }
+    return section_hash(__version__, name, parts[name]())
+
+
+def given_files(teacher: str) -> list:
+    """Names and contents of a given teacher's files; of large ones the size and the first 64 kB."""
+    found = []
+    for file in sorted(find_folder(teacher).glob("*")):
+        if file.is_file():
+            with open(file, "rb") as content:
+                head = hashlib.sha256(content.read(1 << 16)).hexdigest()
+            found.append((file.name, file.stat().st_size, head))
+    return found
 
 
 def run_stages(run: Inputs, resume: bool, forced: set[str]) -> dict[str, dict]:
     """Carry out or skip every stage in order; returns their records."""
     records: dict[str, dict] = {}
     ids: dict[str, str] = {}
-    keys = stage_keys(run, ids)
     for name, stage in STAGES.items():
-        key = keys[name]()
+        key = stage_key(run, name, ids)
         record = None if name in forced else run.folder.completed(name, key)
         if record:
             say(f"{name}: complete with the same inputs, skipped (--force {name} redoes it)")
         else:
-            continues = run.folder.begin(name, key, resume)
+            if resume and name not in forced:
+                check_resumable(run.folder, name, key)
+            continues = run.folder.begin(name, key, resume and name not in forced)
             begin = time.perf_counter()
             result = stage(run, continues)
             record = run.folder.complete(
-                name, key, time.perf_counter() - begin, result, peak_memory()
+                name,
+                {
+                    "key": key,
+                    "id": uuid.uuid4().hex if name in forced else key,
+                    "seconds": time.perf_counter() - begin,
+                    "peak_memory_bytes": peak_memory(),
+                    "versions": versions(),
+                    "device": device(),
+                    "result": result,
+                },
             )
             run.forget()
         records[name], ids[name] = record, record["id"]
@@ -98,9 +108,19 @@ def run_stages(run: Inputs, resume: bool, forced: set[str]) -> dict[str, dict]:
     return records
 
 
+def check_resumable(folder: RunFolder, name: str, key: str) -> None:
+    """Raise BadInput where resuming would have to throw an unfinished stage away."""
+    unfinished = next((stage for stage in STAGES if folder.began(stage)), None)
+    if unfinished and (unfinished != name or folder.began(name) != key):
+        raise BadInput(
+            f"cannot resume {folder.path}: since stage {unfinished} was stopped, what stage {name} "
+            "reads has changed (text, model files or the version of this package); put it back, or "
+            "run without --resume to start that stage again"
+        )
+
+
 def dry_run(config: RunConfig) -> None:
-    """Print the resolved config and the param table of the student; nothing is written or
-    trained."""
+    """Print the resolved config and the param table of the student; nothing else is done."""
     run = Inputs(config, RunFolder(config))
     params = abstract_params(run.model_config)
     student = jax.eval_shape(lambda p: convert(p, config.init.rules()), params)
@@ -117,7 +137,6 @@ def execute(arguments: argparse.Namespace) -> int:
     folder = RunFolder(config)
     run = Inputs(config, folder)
     run.check()
-    run.abstract_student()
     folder.open(arguments.resume)
     run.watch_signals()
     try:
@@ -195,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     command = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_intermixed_args(command)
     arguments.command = command
-    return main_guard(lambda: execute(arguments))
+    return main_guard(lambda: execute(arguments), resumable=True)
 
 
 if __name__ == "__main__":

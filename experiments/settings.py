@@ -30,6 +30,10 @@ class Compute:
     remat: bool = False
     chunk: int = 256
 
+    def __post_init__(self):
+        """Raises BadInput for a negative chunk."""
+        _at_least("compute", 0, chunk=self.chunk)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -250,7 +254,8 @@ class RunConfig:
     generate: Generate = field(default_factory=Generate)
 
     def __post_init__(self):
-        """Raises BadInput for a name that is no folder name."""
+        """Raises BadInput for a name that is no folder name, or a negative seed."""
+        _at_least("run", 0, seed=self.seed)
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise BadInput(
                 f"name is {self.name!r}: it names the run's folder, so no '/' and not empty"

@@ -169,13 +169,16 @@ def qat(run: Inputs, resume: bool) -> dict:
 
     def after(step: int, trainable: Any, before: Any) -> None:
         student = merge(trainable, trainer.frozen)
+        found, own = (diagnostics(run, student, drive) for drive in ("teacher", "student"))
         run.folder.log(
             {
                 "stage": "diagnostics",
                 "during": "qat",
                 "step": step,
                 "tokens": step * tokens,
-                **diagnostics(run, student)["mean"],
+                **found["mean"],
+                **{f"student_{name}": value for name, value in own["mean"].items()},
+                "layers": found["layers"],
                 "flip_rate": mean_flip_rate(before, snapshot(student)),
                 "disordered": disordered_share(student),
             }

@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import resource
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from experiments.folder import write_text
 from experiments.inputs import Inputs
+from experiments.machine import peak_memory
 from experiments.report import write_report
 from rabit_jax.evaluate import weight_histogram
 from rabit_jax.weights.convert import weights_of
-
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def gap_closed(teacher: float, start: float, end: float) -> float | None:
@@ -73,7 +51,8 @@ def summarise(run: Inputs, records: dict[str, dict], command: str) -> dict[str, 
             [peak_memory(), *(r.get("peak_memory_bytes", 0) for r in records.values())]
         ),
         "parameters": parameters(run),
-        "versions": versions(),
+        "versions": records["qat"]["versions"],
+        "device": records["qat"]["device"],
         "spec": str(run.config.init.spec),
     }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +56,13 @@ class Text:
         digest = hashlib.sha256("\0".join(self.documents[0]).encode()).hexdigest()[:16]
         place = Path(data.cache) / f"tokenizer-{data.vocab_size}-{digest}"
         if not (place / "tokenizer.json").exists():
-            save_tokenizer(train_tokenizer(self.documents[0], data.vocab_size), place)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+                new = Path(temporary) / "new"
+                save_tokenizer(train_tokenizer(self.documents[0], data.vocab_size), new)
+                if place.exists():
+                    shutil.rmtree(place)
+                new.rename(place)
         return load_tokenizer(place)
 
     @cached_property

@@ -52,7 +52,12 @@ class Probe:
         return self.kernel.shape
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ kernel` for `x: [b, t, i]`."""
+        """`x @ kernel` for `x: [b, t, i]`; BadInput where x has other tokens than the mask."""
+        if x.shape[:-1] != self.mask.shape:
+            raise BadInput(
+                f"a kernel {list(self.kernel.shape)} got inputs {list(x.shape)} for a mask "
+                f"{list(self.mask.shape)}: calibration measures kernels that see every token once"
+            )
         return _probed(x, self.kernel, self.sum_x2, self.sum_dy2, self.mask, self.clip)
 
     def dense(self) -> jax.Array:

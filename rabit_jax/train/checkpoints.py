@@ -71,10 +71,19 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Save `state` after `step` steps; a step that is there already is left alone."""
-        if step not in self.manager.all_steps():
-            tree = {"state": state, "checksum": checksum(state)}
-            self.manager.save(step, args=ocp.args.StandardSave(tree))
+        """Save `state` after `step` steps, in the background.
+
+        Raises:
+          BadInput: the folder holds that step or a later one, of another run.
+        """
+        tree = {"state": state, "checksum": checksum(state)}
+        if step in self.manager.all_steps() or not self.manager.save(
+            step, args=ocp.args.StandardSave(tree)
+        ):
+            raise BadInput(
+                f"{self.folder} holds checkpoints up to step {self.manager.latest_step()}, so step "
+                f"{step} cannot be saved there: resume them or choose an empty folder"
+            )
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
@@ -110,21 +119,28 @@ class Checkpoints:
     def restore_last(self, target: Any) -> tuple[int, Any] | None:
         """The newest whole checkpoint as `(step, state)`, None where there is none.
 
-        A damaged one is named on stderr, removed, and the one before it is tried.
+        One that cannot be read is named on stderr and the one before it is tried; once that has
+        loaded, the bad one is set aside as `<folder>-damaged-<step>`.
 
         Raises:
-          BadInput: there are checkpoints and all are damaged.
+          BadInput: there are checkpoints and none can be read; all stay where they are.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        bad: list[int] = []
+        for step in reversed(self.steps()):
             try:
-                return step, self.restore(step, target)
+                found = self.restore(step, target)
             except BadInput as error:
-                print(f"{error}; falling back to the one before it", file=sys.stderr)
-                self.manager.delete(step)
-        if steps:
+                print(f"{error}; trying the one before it", file=sys.stderr)
+                bad.append(step)
+                continue
+            for other in bad:
+                (self.folder / str(other)).rename(f"{self.folder}-damaged-{other}")
+            if bad:
+                self.manager.reload()
+            return step, found
+        if bad:
             raise BadInput(
-                f"every checkpoint in {self.folder} is damaged: start the stage again with --force"
+                f"no checkpoint in {self.folder} can be read: start the stage again without them"
             )
         return None
 

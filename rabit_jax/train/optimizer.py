@@ -101,11 +101,16 @@ def merge(trainable: Any, frozen: Any) -> Any:
 
 
 def learning_rate(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to 0 or a constant: step -> learning rate."""
+    """Linear warm-up, then a cosine to 0 or a constant: step, from 0, -> learning rate.
+
+    The first step has `peak / n` of n warm-up steps, the last has not yet reached 0: none is idle.
+    """
     rise = max(1, round(config.warmup * steps))
     if config.schedule == "constant":
-        return optax.warmup_constant_schedule(0.0, peak, rise)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(steps, rise + 1))
+        schedule = optax.warmup_constant_schedule(0.0, peak, rise)
+    else:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(steps, rise) + 1)
+    return lambda step: schedule(step + 1)
 
 
 def make_optimizer(config: OptimizerConfig, names: Any, steps: int) -> optax.GradientTransformation:

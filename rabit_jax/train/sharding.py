@@ -37,10 +37,12 @@ def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
     unknown = sorted(set(axes) - set(AXES))
     if unknown:
         raise BadInput(f"mesh names the axis {unknown[0]!r}: the axes are {' and '.join(AXES)}")
+    if min(axes.values(), default=1) < 1:
+        raise BadInput(f"mesh {axes} has an axis below 1: every axis needs a device")
     if "data" not in axes:
         axes["data"] = count // axes.get("tensor", 1)
     sizes = tuple(axes.get(name, 1) for name in AXES)
-    if min(sizes) < 1 or sizes[0] * sizes[1] != count:
+    if sizes[0] * sizes[1] != count:
         raise BadInput(
             f"mesh {dict(zip(AXES, sizes, strict=True))} has {sizes[0] * sizes[1]} places for "
             f"{count} devices: "

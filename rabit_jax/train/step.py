@@ -84,16 +84,17 @@ def gradients(
     grad = jax.grad(piece, has_aux=True)
     if accumulate == 1:
         return grad(trainable, batch)
-    parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
+    # Rows r, r + accumulate, ... form a piece, so that each keeps its share of every device.
+    parts = jax.tree.map(lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1), batch)
     first = jax.tree.map(lambda a: a[0], parts)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, trainable, first)
-    )
+    shapes = jax.eval_shape(grad, trainable, first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, F32), shapes)
 
     def add(carry, part):
         return jax.tree.map(jnp.add, carry, grad(trainable, part)), None
 
-    return jax.lax.scan(add, zeros, parts)[0]
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda t, s: t.astype(s.dtype), total, shapes)
 
 
 def make_step(

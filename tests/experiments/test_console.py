@@ -79,8 +79,10 @@ def test_exit_codes(capsys):
     assert console.main_guard(lambda: 75) == 75
     assert console.main_guard(raising(BadInput("k is 5"))) == 2
     assert capsys.readouterr() == ("", "error: k is 5\n")
-    assert console.main_guard(raising(KeyboardInterrupt())) == 75
+    assert console.main_guard(raising(KeyboardInterrupt()), resumable=True) == 75
     assert "--resume" in capsys.readouterr().err
+    assert console.main_guard(raising(KeyboardInterrupt())) == 130
+    assert "--resume" not in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_sentence_however_deep_it_lies(capsys):

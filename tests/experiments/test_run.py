@@ -182,6 +182,20 @@ def test_a_change_redoes_what_depends_on_it(finished, place):
     assert changed == {"pack", "generate"}
 
 
+def test_a_changed_start_or_training_reaches_the_results(finished, place):
+    before = json.loads((finished / "summary.json").read_text())
+    plain = ("init.spec.rounds=0", "init.spec.a_in=0", "init.spec.a_out=0", "qat.steps=2")
+    assert run(place, *plain) == 0
+    after = json.loads((finished / "summary.json").read_text())
+    assert after["init"]["ppl"] == after["greedy"]["ppl"] == before["greedy"]["ppl"]
+    assert before["init"]["ppl"] != before["greedy"]["ppl"]
+    assert run(place, *plain, "qat.optimizer.lr=3e-3") == 0
+    faster = json.loads((finished / "summary.json").read_text())
+    assert len({s["qat"]["ppl"] for s in (before, after, faster)}) == 3
+    assert faster["packed"]["ppl"] == pytest.approx(faster["qat"]["ppl"], rel=5e-3)
+    assert faster["init"] == after["init"]
+
+
 def test_resume_with_a_changed_config_shows_the_difference(finished, place, capsys):
     assert run(place) == 0  # the config of the folder is the file's again
     before = ids(finished)
@@ -190,26 +204,74 @@ def test_resume_with_a_changed_config_shows_the_difference(finished, place, caps
     assert ids(finished) == before
 
 
-def test_stopped_and_resumed_is_the_uninterrupted_run(finished, place, monkeypatch, capsys):
-    def stop_at_six(loop, *arguments):
+def stop_at_six(monkeypatch):
+    """Make QAT behave as if Ctrl-C came during its sixth step."""
+    train = inputs.train
+
+    def stopped(loop, *arguments):
         steps = []
         halted = dataclasses.replace(loop, stop=lambda: steps.append(1) or len(steps) >= 6)
         return train(halted if loop.stage == "qat" else loop, *arguments)
 
-    train = inputs.train
-    monkeypatch.setattr(inputs, "train", stop_at_six)
-    assert run(place, "name=stopped") == 75
+    monkeypatch.setattr(inputs, "train", stopped)
+
+
+def cut_largest_file(folder):
+    file = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def test_stopped_damaged_and_resumed_is_the_uninterrupted_run(finished, place, monkeypatch, capsys):
+    assert run(place) == 0
+    with monkeypatch.context() as patch:
+        stop_at_six(patch)
+        assert run(place, "name=stopped") == 75
     assert "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(inputs, "train", train)
+    folder = place / "runs" / "stopped"
+    cut_largest_file(folder / "checkpoints" / "qat" / "6")
     assert run(place, "name=stopped", "--resume") == 0
-    whole, parts = [
-        json.loads((place / "runs" / name / "summary.json").read_text())
-        for name in ("tiny", "stopped")
-    ]
+    err = capsys.readouterr().err
+    assert "qat/6 cannot be read" in err and "continuing after step 4" in err
+    whole, parts = [json.loads((f / "summary.json").read_text()) for f in (finished, folder)]
     assert whole["qat"] == parts["qat"] and whole["packed"]["ppl"] == parts["packed"]["ppl"]
-    lines = (place / "runs" / "stopped" / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines if json.loads(line)["stage"] == "qat"]
-    assert steps == list(range(1, 9))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "qat"] == list(range(1, 9))
+    assert [line["step"] for line in lines if line["stage"] == "diagnostics"] == [1, 5, 8]
+
+
+def test_resume_never_throws_a_stopped_stage_away(place, monkeypatch, capsys):
+    text = place / "train.txt"
+    before = text.read_text()
+    with monkeypatch.context() as patch:
+        stop_at_six(patch)
+        assert run(place, "name=kept") == 75
+    text.write_text(before + "\n\nOne more sentence about files.")
+    assert run(place, "name=kept", "--resume") == 2
+    text.write_text(before)
+    assert "since stage qat was stopped" in capsys.readouterr().err
+    assert (place / "runs" / "kept" / "checkpoints" / "qat" / "6").exists()
+
+
+def test_a_stage_whose_files_are_gone_is_done_again(finished, place, capsys):
+    assert run(place) == 0
+    capsys.readouterr()
+    (finished / "packed" / "model.safetensors").unlink()
+    assert run(place) == 0
+    err = capsys.readouterr().err
+    assert "qat: complete" in err and "pack: complete" not in err
+    assert (finished / "packed" / "model.safetensors").exists()
+
+
+def test_a_damaged_student_names_the_stage_to_force(finished, place, capsys):
+    state = finished / "checkpoints" / "student"
+    file = max((f for f in state.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    assert run(place, "--force", "evaluate") == 2
+    assert "--force qat" in capsys.readouterr().err
+    assert not (finished / "summary.json").exists()
+    assert run(place, "--force", "qat") == 0
 
 
 def test_dry_run_prints_the_table_and_writes_nothing(place, capsys):
@@ -233,6 +295,15 @@ def test_dry_run_prints_the_table_and_writes_nothing(place, capsys):
         ("qat.batch_size=100000", "too short"),
         ("qat.length=100", "positions"),
         ("evaluate.context=1", "context"),
+        ("generate.max_new_tokens=100", "positions"),
+        ("generate.prompts=['']", "empty prompt"),
+        ("init.keep=[layers/.*/kernel]", "no kernel to quantise"),
+        ("init.quantise=[embed/embedding]", "embed/embedding"),
+        ("qat.optimizer.freeze=[latent,scale,norm,embedding]", "nothing to train"),
+        ("mesh.tensor=0", "mesh"),
+        ("seed=-1", "seed"),
+        ("compute.chunk=-1", "chunk"),
+        ("output=/dev/null/runs", "/dev/null/runs"),
         ("name=a/b", "name"),
     ],
 )

@@ -172,7 +172,7 @@ def test_truncated_and_missing_shards_are_named(folder):
     ("config.json", '{"model_type": "bert"}', "^unsupported model_type 'bert'"),
     ("config.json", None, "cannot read .*config.json"),
     ("model.safetensors", None, "holds no model.safetensors and no model.safetensors.index.json"),
-    ("tokenizer.json", "{", "cannot read the tokenizer"),
+    ("tokenizer.json", "{", "cannot read the tokeniser"),
 ])
 def test_damaged_folders(folder, name, content, message):
     if content is None:

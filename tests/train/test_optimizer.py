@@ -8,7 +8,7 @@ import pytest
 
 from rabit_jax import BadInput, ResidualSign
 from rabit_jax.train import OptimizerConfig, make_optimizer, merge, partition, roles
-from rabit_jax.train.optimizer import project_scales
+from rabit_jax.train.optimizer import learning_rate, project_scales
 
 STEPS = 100
 
@@ -46,7 +46,7 @@ def test_muon_orthogonalises_each_layer_of_a_stack(shape):
     config = OptimizerConfig(lr=0.1, warmup=0.0, schedule="constant", clip=0.0)
     optimizer = make_optimizer(config, roles(node), STEPS)
     state = optimizer.init(node)
-    for _ in range(2):  # the first step of the warm-up has learning rate 0
+    for _ in range(2):
         update, state = optimizer.update(
             ResidualSign(jnp.asarray(grad), node.g, node.h), state, node
         )
@@ -111,3 +111,12 @@ def test_projection_moves_only_scales_below_the_floor():
 def test_bad_settings(settings, said):
     with pytest.raises(BadInput, match=said):
         OptimizerConfig(**settings)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_no_step_is_idle(schedule):
+    for steps in (1, 2, 7, 100):
+        rate = learning_rate(OptimizerConfig(schedule=schedule, warmup=0.1), 0.5, steps)
+        rates = [float(rate(s)) for s in range(steps)]
+        assert min(rates) > 0 and max(rates) == pytest.approx(0.5)
+    assert float(learning_rate(OptimizerConfig(warmup=0.1), 1.0, 100)(4)) == pytest.approx(0.5)

@@ -106,6 +106,16 @@ def test_a_step_runs_on_the_mesh_and_keeps_its_shardings(build, batches, meshes,
     assert moment and all(m.sharding == latent.sharding for m in moment)
 
 
+def test_accumulation_on_a_mesh_is_that_of_one_device(build, batches, meshes):
+    found = []
+    for shape in ((1, 1), (4, 2)):
+        trainer = build(meshes(*shape), accumulate=2)
+        batch = trainer.place(batches(0))
+        _, metrics = trainer.step(trainer.state, trainer.frozen, trainer.teacher, batch)
+        found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "axes, said",
     [

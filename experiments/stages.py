@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.config import to_dict
 from experiments.console import progress
 from experiments.inputs import Inputs, abstract_params
 from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
@@ -239,7 +240,8 @@ def packing(run: Inputs, resume: bool) -> dict:
     """Write the packed model, read it back, and score what was read."""
     packed = pack(run.student)
     folder = run.folder.path / "packed"
-    save_packed(folder, run.model_config, packed, run.text.tokenizer)
+    spec = {"spec": to_dict(run.config.init.spec)}
+    save_packed(folder, run.model_config, packed, run.text.tokenizer, extra=spec)
     _, read, _ = load_packed(folder)
     signs, written = snapshot(run.student), snapshot(read)
     described = describe(packed)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import signal
 
 import pytest
@@ -194,6 +195,24 @@ def test_a_changed_start_or_training_reaches_the_results(finished, place):
     assert len({s["qat"]["ppl"] for s in (before, after, faster)}) == 3
     assert faster["packed"]["ppl"] == pytest.approx(faster["qat"]["ppl"], rel=5e-3)
     assert faster["init"] == after["init"]
+
+
+def test_a_given_teacher_gives_the_run_of_the_trained_one(finished, place, tmp_path, capsys):
+    assert run(place) == 0
+    trained = json.loads((finished / "summary.json").read_text())
+    folder = tmp_path / "model"
+    shutil.copytree(finished / "teacher", folder)
+    given = ("name=given", f"teacher.path={folder}")
+    assert run(place, *given) == 0
+    found = json.loads((place / "runs" / "given" / "summary.json").read_text())
+    for name in ("teacher", "init", "qat", "packed"):
+        assert found[name]["ppl"] == trained[name]["ppl"]
+    assert found["tokens"]["teacher"] == 0
+    # Another model in that folder is noticed, whatever its date.
+    capsys.readouterr()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    assert run(place, *given) == 0
+    assert "skipped" not in capsys.readouterr().err
 
 
 def test_resume_with_a_changed_config_shows_the_difference(finished, place, capsys):

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from experiments.config import difference, dump_yaml, load_config
+from experiments.files import remove, write_text
 from experiments.settings import RunConfig
 from rabit_jax import BadInput
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 
 # What a stage leaves on disk and later ones read: it is complete only while these are whole.
 LEAVES = {
@@ -32,14 +19,6 @@ LEAVES = {
     "qat": ("checkpoints/student",),
     "pack": ("packed",),
 }
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder; nothing there is fine, anything that stays is an error."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class RunFolder:

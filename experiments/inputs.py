@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from experiments.console import progress, say
-from experiments.folder import RunFolder, remove
+from experiments.files import remove
+from experiments.folder import RunFolder
 from experiments.settings import RunConfig, Training
 from experiments.text import Text
 from rabit_jax import BadInput, Stats, convert

@@ -2,7 +2,6 @@
 elsewhere, so that it can be mailed, archived and read on a phone."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from experiments.console import number
 from experiments.figures import DIAGNOSTICS, by_layer, curve, over_tokens, weight_histogram
+from experiments.files import write_text
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -52,12 +52,7 @@ def write_report(
     )
     title = escape(Path(folder).resolve().name)
     text = _PAGE.format(title=title, style=_STYLE, body="\n".join(body))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, text)
     return path
 
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from experiments.folder import write_text
+from experiments.files import write_text
 from experiments.inputs import Inputs
 from experiments.machine import peak_memory
 from experiments.report import write_report

@@ -22,6 +22,7 @@ def chunk_sums(function: Callable, arrays: tuple[jax.Array, ...], chunk: int) ->
     The last piece is padded with zeros, so `function` must weigh positions by a mask among
     `arrays`. Each piece is rematerialised in the backward pass.
     """
+    arrays = tuple(jnp.asarray(a) for a in arrays)
     length = arrays[0].shape[1]
     chunk = min(chunk, length) if chunk else length
     pad = -length % chunk

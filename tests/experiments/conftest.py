@@ -1,0 +1,84 @@
+"""A run in small: its text, its config, and the finished run."""
+
+import random
+import signal
+
+import pytest
+import yaml
+
+from experiments import run as command
+
+NOUNS = "file list string module function object value error line number class method".split()
+VERBS = "returns raises reads writes calls takes holds opens closes finds".split()
+
+
+def story(seed, sentences):
+    rng = random.Random(seed)
+    return "\n\n".join(
+        f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} a {rng.choice(NOUNS)} {n} of "
+        f"{rng.choice(NOUNS)}s and the {rng.choice(NOUNS)} {rng.choice(VERBS)} it."
+        for n in range(sentences)
+    )
+
+
+def settings(folder):
+    training = {"batch_size": 8, "length": 32, "save_every": 4, "log_every": 1}
+    return {
+        "name": "tiny",
+        "output": str(folder / "runs"),
+        "data": {
+            "source": "files",
+            "files": [str(folder / "train.txt")],
+            "eval_files": [str(folder / "eval.txt")],
+            "vocab_size": 300,
+            "cache": str(folder / "cache"),
+        },
+        "model": {
+            "d_model": 256,
+            "n_layers": 2,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "head_dim": 64,
+            "d_hidden": 256,
+            "max_position": 64,
+        },
+        "teacher": {**training, "steps": 12, "optimizer": {"lr": 3e-3}},
+        "calibrate": {"sequences": 16, "batch_size": 8, "length": 32},
+        "init": {"spec": {"rounds": 10}},
+        "qat": {**training, "steps": 8, "watch_every": 4, "optimizer": {"lr": 1e-3}},
+        "evaluate": {"context": 32, "windows": 16, "diagnostic_windows": 8},
+        "generate": {"prompts": ["The file"], "max_new_tokens": 5},
+    }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "train.txt").write_text(story(0, 1500))
+    (folder / "eval.txt").write_text(story(1, 150))
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings(folder)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Runs the command in a folder: `run(place, *arguments) -> exit code`."""
+
+    def main(place, *arguments):
+        return command.main(["--config", str(place / "config.yaml"), *arguments])
+
+    return main
+
+
+@pytest.fixture(scope="module")
+def finished(place, run):
+    assert run(place) == 0
+    return place / "runs" / "tiny"

@@ -1,11 +1,15 @@
 """From raw YAML values to the typed fields of a dataclass; `config.py` is the way in.
 
 Fields may be int, float, bool, str, Literal, tuples, `dict[str, X]`, dataclasses, and any of
-these `| None`. The field's type decides what a value means, never its spelling.
+these `| None`. The field's type decides what a value means, never its spelling. Of dataclasses
+joined by `|` each has a field `type: Literal[...]`, and the key `type` tells which one is meant.
 """
 
 import dataclasses
+import difflib
+import functools
 import math
+import operator
 import types
 import typing
 from typing import Any, TypeVar
@@ -29,9 +33,42 @@ def unwrap(wanted: Any) -> tuple[Any, bool]:
     if typing.get_origin(wanted) not in (typing.Union, types.UnionType):
         return wanted, False
     members = [m for m in typing.get_args(wanted) if m is not type(None)]
-    if len(members) > 1:
-        raise TypeError(f"a config field is {wanted}; of unions only `X | None` can be read")
-    return members[0], True
+    optional = len(members) < len(typing.get_args(wanted))
+    if len(members) == 1:
+        return members[0], optional
+    if not all(dataclasses.is_dataclass(m) and "type" in hints(m) for m in members):
+        raise TypeError(
+            f"a config field is {wanted}; of unions only `X | None` and dataclasses with a field "
+            "`type` can be read"
+        )
+    return functools.reduce(operator.or_, members), optional
+
+
+def variants(wanted: Any) -> dict[str, type]:
+    """Return the dataclasses of a union by their `type`; {} for anything else."""
+    if typing.get_origin(wanted) not in (typing.Union, types.UnionType):
+        return {}
+    return {typing.get_args(hints(m)["type"])[0]: m for m in typing.get_args(wanted)}
+
+
+def variant(wanted: Any, tree: Any, base: Any, key: str) -> type:
+    """Return the dataclass of a union that a raw mapping means, by its `type` or that of `base`.
+
+    Raises:
+      BadInput: no mapping, or a `type` that none of them has.
+    """
+    found = variants(wanted)
+    if not isinstance(tree, dict):
+        raise wrong(key, tree, "a mapping")
+    kind = tree.get("type", getattr(base, "type", None))
+    if kind not in found:
+        near = difflib.get_close_matches(str(kind), found, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise BadInput(
+            f"the config key {f'{key}.type'!r} is {shown(kind)}, wanted one of "
+            f"{', '.join(map(repr, found))}{hint}"
+        )
+    return found[kind]
 
 
 def child(wanted: Any, name: str) -> Any:
@@ -39,6 +76,11 @@ def child(wanted: Any, name: str) -> Any:
     wanted = unwrap(wanted)[0]
     if typing.get_origin(wanted) is dict:
         return typing.get_args(wanted)[1]
+    for member in variants(wanted).values():
+        if name == "type":
+            return str
+        if name in hints(member):
+            return hints(member)[name]
     return hints(wanted).get(name) if dataclasses.is_dataclass(wanted) else None
 
 
@@ -84,6 +126,10 @@ def coerce(value: Any, wanted: Any, key: str, left_out: Any = None) -> Any:
     if value is None and optional:
         return None
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if variants(kind):
+        value = {} if value is None else value
+        base = left_out if isinstance(left_out, args) else None
+        kind = variant(kind, value, base, key)
     if dataclasses.is_dataclass(kind):
         base = left_out if isinstance(left_out, kind) else None
         return build(kind, {} if value is None else value, key, base)
@@ -124,7 +170,8 @@ def named(wanted: Any) -> str:
     elif origin is dict:
         name = f"a mapping of names to {named(args[1])}"
     else:
-        name = "a mapping" if dataclasses.is_dataclass(kind) else kind.__name__
+        plain = dataclasses.is_dataclass(kind) or variants(kind)
+        name = "a mapping" if plain else kind.__name__
     return f"{name} or null" if optional else name
 
 

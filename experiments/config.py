@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from experiments.coerce import build, child, default, hints, shown, unwrap, wrong
+from experiments.coerce import build, child, default, hints, shown, unwrap, variant, variants, wrong
 from rabit_jax.errors import BadInput
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def load_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] 
     tree = {} if file is None else _read_yaml(Path(file))
     for override in overrides:
         _apply(cls, tree, override)
-    for key in _unknown_keys(cls, tree, ""):
+    for key in _unknown_keys(cls, tree, "", None):
         raise _unknown(cls, key)
     return build(cls, tree)
 
@@ -161,37 +161,44 @@ def _parse_override(text: str, wanted: Any, override: str) -> Any:
     origin = typing.get_origin(kind)
     if origin is tuple and not text.startswith("["):
         return [item.strip() for item in text.split(",")] if text else []
-    if origin in (tuple, dict) or dataclasses.is_dataclass(kind):
+    if origin in (tuple, dict) or dataclasses.is_dataclass(kind) or variants(kind):
         return _parse_yaml(text, f"the value of the override {override!r}")
     return text
 
 
-def _unknown_keys(wanted: Any, tree: Any, key: str) -> Iterator[str]:
+def _unknown_keys(wanted: Any, tree: Any, key: str, base: Any) -> Iterator[str]:
     """Yield the dotted keys of the raw tree that the type has no field for."""
     wanted = unwrap(wanted)[0]
+    if variants(wanted) and isinstance(tree, dict):
+        wanted = variant(wanted, tree, base, key)
     if dataclasses.is_dataclass(wanted) and isinstance(tree, dict):
         known = hints(wanted)
         for name, value in tree.items():
             dotted = f"{key}.{name}" if key else str(name)
             if name in known:
-                yield from _unknown_keys(known[name], value, dotted)
+                yield from _unknown_keys(known[name], value, dotted, default(wanted, name, base))
             else:
                 yield dotted
     elif typing.get_origin(wanted) is tuple and isinstance(tree, list):
         for index, value in enumerate(tree):
-            yield from _unknown_keys(typing.get_args(wanted)[0], value, f"{key}[{index}]")
+            yield from _unknown_keys(typing.get_args(wanted)[0], value, f"{key}[{index}]", None)
 
 
-def _known_keys(wanted: Any, key: str) -> Iterator[str]:
-    """Yield every dotted key of a dataclass; the items of a tuple are `rules[].name`."""
+def _known_keys(wanted: Any, key: str, inside: tuple = ()) -> Iterator[str]:
+    """Yield every dotted key of a dataclass; the items of a tuple are `rules[].name`.
+
+    A dataclass that stands within itself (`inside`) is not opened again.
+    """
     wanted = unwrap(wanted)[0]
     if typing.get_origin(wanted) is tuple:
-        yield from _known_keys(typing.get_args(wanted)[0], f"{key}[]")
-    elif dataclasses.is_dataclass(wanted):
-        for name, kind in hints(wanted).items():
+        yield from _known_keys(typing.get_args(wanted)[0], f"{key}[]", inside)
+    for member in variants(wanted).values() or [wanted]:
+        if not dataclasses.is_dataclass(member) or member in inside:
+            continue
+        for name, kind in hints(member).items():
             dotted = f"{key}.{name}" if key else name
             yield dotted
-            yield from _known_keys(kind, dotted)
+            yield from _known_keys(kind, dotted, (*inside, member))
 
 
 def _unknown(cls: type, key: str) -> BadInput:

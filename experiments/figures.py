@@ -62,13 +62,13 @@ def over_tokens(title: str, unit: str, points: Curve, smooth: bool = True) -> st
         if window > 1:
             axes.plot(x, y, color=BLUE, lw=0.6, alpha=0.35)
         axes.plot(x, _running_mean(y, window) if window > 1 else y, color=BLUE, lw=1.6)
-        if _spans(y):
+        if spans(y):
             axes.set_yscale("log")
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
         axes.set(xlabel="tokens", ylabel=unit)
 
-    return _svg(title, draw)
+    return svg(title, draw)
 
 
 def by_layer(
@@ -108,7 +108,7 @@ def by_layer(
         axes.set(xlabel="projection (inside each: first to last layer)", ylabel=DIAGNOSTICS[key])
         axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
 
-    return _svg(title, draw)
+    return svg(title, draw)
 
 
 def weight_histogram(title: str, data: Mapping[str, Any]) -> str:
@@ -133,12 +133,13 @@ def weight_histogram(title: str, data: Mapping[str, Any]) -> str:
         axes.set(xlabel="weight / scale", ylabel="share of the weights, %")
         axes.set_xlim(edges[0], edges[-1])
 
-    return _svg(title, draw, (5.6, 3.0), pad=16)
+    return svg(title, draw, (5.6, 3.0), pad=16)
 
 
-def _svg(
+def svg(
     title: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.6, 2.9), pad: float = 8
 ) -> str:
+    """Return a figure that `draw` fills, as SVG; the same numbers give the same text."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -168,6 +169,7 @@ def _running_mean(y: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(y, ones, "same") / np.convolve(np.ones_like(y), ones, "same")
 
 
-def _spans(y: np.ndarray) -> bool:
+def spans(y: np.ndarray) -> bool:
+    """Whether positive values differ by more than a factor of 20."""
     finite = y[np.isfinite(y)]
     return bool(finite.size and finite.min() > 0 and finite.max() > 20 * finite.min())

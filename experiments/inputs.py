@@ -21,7 +21,7 @@ from experiments.folder import RunFolder
 from experiments.settings import RunConfig, Training
 from experiments.text import Text
 from rabit_jax import BadInput, Stats, convert
-from rabit_jax.data import batch
+from rabit_jax.data import TokenText, batch
 from rabit_jax.evaluate import Perplexity, perplexity
 from rabit_jax.models import Decoder, ModelConfig, load_hf, param_shapes, read_config
 from rabit_jax.train import Checkpoints, Loop, Watch, abstract, merge, partition, roles, train
@@ -227,9 +227,10 @@ class Inputs:
 
     # shared work
 
-    def perplexity(self, params: Any, label: str) -> Perplexity:
-        """Perplexity of any params on the evaluation windows, with a progress bar."""
-        rows = self.text.windows()
+    def perplexity(self, params: Any, label: str, text: TokenText | None = None) -> Perplexity:
+        """Perplexity of any params on the evaluation text or another, with a progress bar."""
+        text = text or self.text.held_out
+        rows = self.text.windows(text)
         with progress(f"perplexity, {label}", len(rows)) as bar:
             return perplexity(
                 self.model,
@@ -237,18 +238,30 @@ class Inputs:
                 rows,
                 batch_size=self.config.evaluate.batch_size,
                 chunk=self.config.compute.chunk,
-                text_bytes=self.text.held_out.bytes,
-                total_tokens=len(self.text.held_out.tokens),
+                text_bytes=text.bytes,
+                total_tokens=len(text.tokens),
                 progress=lambda done, _: bar.update(done),
                 batch_sharding=batch_sharding(self.mesh),
             )
 
-    def diagnostic_batches(self) -> Iterator[dict]:
-        """Evaluation windows for the diagnostics, in batches."""
+    def watched_nats(self, params: Any) -> float:
+        """Nats per token on the windows that are watched during training."""
         settings = self.config.evaluate
-        rows = self.text.windows()[: settings.diagnostic_windows]
+        return perplexity(
+            self.model,
+            params,
+            self.text.windows()[: settings.watch_windows],
+            batch_size=settings.batch_size,
+            chunk=self.config.compute.chunk,
+            batch_sharding=batch_sharding(self.mesh),
+        ).nats_per_token
+
+    def windows(self, count: int) -> Iterator[dict]:
+        """The first `count` evaluation windows in whole batches on the mesh."""
+        rows = self.text.windows()[:count]
         size = min(
-            settings.batch_size, len(rows) // self.mesh.shape["data"] * self.mesh.shape["data"]
+            self.config.evaluate.batch_size,
+            len(rows) // self.mesh.shape["data"] * self.mesh.shape["data"],
         )
         for start in range(0, len(rows) - size + 1, max(size, 1)):
             yield jax.device_put({"tokens": rows[start : start + size]}, batch_sharding(self.mesh))

@@ -51,7 +51,7 @@ def write_report(
         _footer(summary),
     )
     title = escape(Path(folder).resolve().name)
-    text = _PAGE.format(title=title, style=_STYLE, body="\n".join(body))
+    text = PAGE.format(title=title, style=STYLE, body="\n".join(body))
     write_text(path, text)
     return path
 
@@ -104,10 +104,11 @@ def _panels(lines: Lines, panels: Iterable[tuple[str, str, str]]) -> str:
         (title, unit, curve(timed if key == "tokens_per_second" else lines, key), key != "lr")
         for key, title, unit in panels
     )
-    return _grid(over_tokens(*panel) for panel in curves if panel[2][0])
+    return grid(over_tokens(*panel) for panel in curves if panel[2][0])
 
 
-def _grid(figures: Iterable[str]) -> str:
+def grid(figures: Iterable[str]) -> str:
+    """Figures side by side, "" for none."""
     body = "".join(f"<figure>{svg}</figure>" for svg in figures)
     return f'<div class="grid">{body}</div>' if body else ""
 
@@ -124,7 +125,7 @@ def _paths(summary: Mapping[str, Any]) -> str:
         for key, title in DIAGNOSTICS.items()
     ]
     figures = (by_layer(_upper(title), key, init, qat) for key, title in DIAGNOSTICS.items())
-    return _table(rows) + _PATHS_NOTE + _grid(figures if init or qat else ())
+    return _table(rows) + _PATHS_NOTE + grid(figures if init or qat else ())
 
 
 def _time(lines: Lines) -> str:
@@ -239,7 +240,7 @@ _PATHS_NOTE = (
     "the student itself.</p>"
 )
 
-_PAGE = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head>
@@ -249,7 +250,7 @@ _PAGE = """<!doctype html>
 </main></body></html>
 """
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; }
 body { margin: 0; background: #fff; color: #1f2933;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }

@@ -42,11 +42,13 @@ STAGES: dict[str, Callable] = {
     "pack": stages.packing,
     "generate": stages.samples,
 }
+LAST = "generate"
 
 
 def stage_key(run: Inputs, name: str, ids: dict[str, str]) -> str:
     """Hash of all that a stage's result depends on; `ids` are those of the stages before it."""
-    c, text, held_out = run.config, run.text.train.digest, run.text.held_out.digest
+    c, text = run.config, run.text.train.digest
+    held_out = [t.digest for t in (run.text.held_out, run.text.unseen) if t]
     parts = {
         "teacher": lambda: (
             given_files(c.teacher.path)
@@ -74,8 +76,8 @@ def given_files(teacher: str) -> list:
     return found
 
 
-def run_stages(run: Inputs, resume: bool, forced: set[str]) -> dict[str, dict]:
-    """Carry out or skip every stage in order; returns their records."""
+def run_stages(run: Inputs, resume: bool, forced: set[str], until: str) -> dict[str, dict]:
+    """Carry out or skip every stage in order up to `until`; returns their records."""
     records: dict[str, dict] = {}
     ids: dict[str, str] = {}
     for name, stage in STAGES.items():
@@ -105,6 +107,8 @@ def run_stages(run: Inputs, resume: bool, forced: set[str]) -> dict[str, dict]:
         records[name], ids[name] = record, record["id"]
         if run.stopped:
             raise KeyboardInterrupt
+        if name == until:
+            break
     return records
 
 
@@ -140,7 +144,10 @@ def execute(arguments: argparse.Namespace) -> int:
     folder.open(arguments.resume)
     run.watch_signals()
     try:
-        records = run_stages(run, arguments.resume, set(arguments.force))
+        records = run_stages(run, arguments.resume, set(arguments.force), arguments.until)
+        if arguments.until != LAST:
+            say(f"{arguments.until}: complete in {folder.path}, the stages after it are left out")
+            return 0
         command = " ".join(["python -m experiments.run", *arguments.command])
         summary = summarise(run, records, command)
         report = write_results(run, summary, records["generate"]["result"]["samples"])
@@ -197,6 +204,13 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--resume", action="store_true", help="continue an unfinished stage from its checkpoint"
+    )
+    found.add_argument(
+        "--until",
+        default=LAST,
+        choices=list(STAGES),
+        metavar="STAGE",
+        help="end after this stage, without summary and report",
     )
     found.add_argument(
         "--force",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from rabit_jax import LLAMA_LINEARS, BadInput, ResidualSignSpec
 from rabit_jax.data import DataConfig
+from rabit_jax.init import Spec
 from rabit_jax.train import OptimizerConfig
 
 
@@ -64,6 +65,8 @@ class Training:
       accumulate: pieces that a batch is cut into to save memory.
       log_every: steps between lines of metrics.jsonl.
       save_every: steps between checkpoints.
+      watch_every: steps between measurements on the evaluation text: perplexity, and for a
+        quantised student diagnostics and sign flips.
       optimizer: optimiser, learning rates, what is frozen.
     """
 
@@ -73,6 +76,7 @@ class Training:
     accumulate: int = 1
     log_every: int = 10
     save_every: int = 100
+    watch_every: int = 100
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self):
@@ -80,6 +84,7 @@ class Training:
         name = type(self).__name__.lower()
         _at_least(name, 1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
         _at_least(name, 1, log_every=self.log_every, save_every=self.save_every)
+        _at_least(name, 1, watch_every=self.watch_every)
         _at_least(name, 2, length=self.length)
         if self.batch_size % self.accumulate:
             raise BadInput(
@@ -139,12 +144,12 @@ class Init:
     Attributes:
       quantise: regular expressions on parameter paths such as "layers/attn/q/kernel".
       keep: paths that stay as they are although `quantise` names them.
-      spec: representation and initialisation.
+      spec: representation and initialisation; `spec.type` names it, the other keys are its own.
     """
 
     quantise: tuple[str, ...] = (LLAMA_LINEARS,)
     keep: tuple[str, ...] = ()
-    spec: ResidualSignSpec = field(default_factory=ResidualSignSpec)
+    spec: Spec = field(default_factory=ResidualSignSpec)
 
     def rules(self) -> list:
         """The rules of `convert`."""
@@ -160,7 +165,6 @@ class Qat(Training):
     Attributes:
       gamma: weight of the hidden-state error, per token, summed over layers; 0 leaves it out.
       project_scales: keep scales positive after every step.
-      watch_every: steps between diagnostics and sign-flip counts.
     """
 
     gamma: float = 1.0
@@ -173,7 +177,6 @@ class Qat(Training):
     def __post_init__(self):
         """Raises BadInput for values out of range."""
         super().__post_init__()
-        _at_least("qat", 1, watch_every=self.watch_every)
         if self.gamma < 0:
             raise BadInput(f"qat.gamma is {self.gamma}: it must not be negative")
 
@@ -186,13 +189,17 @@ class Evaluate:
       context: tokens per window; always stated with a perplexity.
       batch_size: windows per pass.
       windows: how many windows; 0 takes all.
+      watch_windows: how many windows the measurements during training read.
       diagnostic_windows: how many windows the diagnostics read.
+      baselines: score greedy SVID and round-to-nearest too.
     """
 
     context: int = 256
     batch_size: int = 8
     windows: int = 0
+    watch_windows: int = 64
     diagnostic_windows: int = 16
+    baselines: bool = True
 
     def __post_init__(self):
         """Raises BadInput for sizes that cannot be."""
@@ -200,6 +207,7 @@ class Evaluate:
         _at_least(
             "evaluate", 1, batch_size=self.batch_size, diagnostic_windows=self.diagnostic_windows
         )
+        _at_least("evaluate", 1, watch_windows=self.watch_windows)
         _at_least("evaluate", 0, windows=self.windows)
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from experiments.config import to_dict
 from experiments.console import progress
 from experiments.inputs import Inputs, abstract_params
+from experiments.measure import diagnostics, divergence, reconstruction_errors, scores
 from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
-from rabit_jax.evaluate import diagnose, disordered_share, mean_flip_rate, snapshot, unigram_entropy
+from rabit_jax.evaluate import disordered_share, mean_flip_rate, snapshot, unigram_entropy
 from rabit_jax.init import round_to_nearest
 from rabit_jax.models import generate, init_params, load_packed, packed_bytes, save_hf, save_packed
 from rabit_jax.train import (
@@ -26,6 +27,7 @@ from rabit_jax.train import (
 )
 from rabit_jax.train.sharding import batch_sharding, param_shardings
 from rabit_jax.weights.convert import map_leaves, match_rules, weights_of
+from rabit_jax.weights.describe import leaf_bytes
 
 
 def teacher(run: Inputs, resume: bool) -> dict:
@@ -50,11 +52,25 @@ def teacher(run: Inputs, resume: bool) -> dict:
         accumulate=section.accumulate,
         count=next_tokens,
     )
-    state = run.fit("teacher", section, trainer, resume)
+    tokens = section.batch_size * section.length
+
+    def after(step: int, trainable: Any, _: Any) -> None:
+        run.folder.log(
+            {
+                "stage": "validation",
+                "during": "teacher",
+                "step": step,
+                "tokens": step * tokens,
+                "nats_per_token": run.watched_nats(merge(trainable, trainer.frozen)),
+            }
+        )
+
+    watch = Watch(section.watch_every, lambda _: None, after)
+    state = run.fit("teacher", section, trainer, resume, watch)
     save_hf(run.teacher_folder, run.model, trainer.params(state), run.text.tokenizer)
     return {
         "path": run.teacher_folder,
-        "tokens": section.steps * section.batch_size * section.length,
+        "tokens": section.steps * tokens,
     }
 
 
@@ -110,43 +126,6 @@ def init(run: Inputs, resume: bool) -> dict:
     }
 
 
-def reconstruction_errors(teacher: Any, student: Any) -> dict[str, list[float]]:
-    """`|W - W_hat|^2 / |W|^2` of every quantised linear, one number per layer."""
-    kernels = weights_of(student)
-    errors = {}
-
-    @jax.jit
-    def error(w, node):
-        return ((w - node.dense()) ** 2).sum((-1, -2)) / (w**2).sum((-1, -2))
-
-    map_leaves(
-        lambda p, w: errors.update({p: error(w, kernels[p])}) if p in kernels else None, teacher
-    )
-    return {p: np.atleast_1d(np.asarray(e)).ravel().tolist() for p, e in errors.items()}
-
-
-def diagnostics(run: Inputs, student: Any, drive: str = "teacher") -> dict:
-    """Inter-path adaptation of a student on the evaluation windows."""
-    return diagnose(
-        _features(run),
-        run.teacher,
-        student,
-        run.diagnostic_batches(),
-        drive=drive,
-        batch_sharding=batch_sharding(run.mesh),
-    )
-
-
-def _features(run: Inputs) -> Any:
-    """The one function object that runs the decoder for the diagnostics, so that it compiles
-    once."""
-    if "features" not in run.__dict__:
-        run.features = lambda params, batch: run.model.apply(
-            {"params": params}, batch["tokens"], batch.get("mask"), method="features"
-        )[0]
-    return run.features
-
-
 def qat(run: Inputs, resume: bool) -> dict:
     """Distil the teacher into the quantised student."""
     section = run.config.qat
@@ -166,7 +145,7 @@ def qat(run: Inputs, resume: bool) -> dict:
         accumulate=section.accumulate,
         project=section.project_scales,
     )
-    tokens = section.batch_size * section.length
+    tokens, state_bytes = section.batch_size * section.length, leaf_bytes(trainer.state)
 
     def after(step: int, trainable: Any, before: Any) -> None:
         student = merge(trainable, trainer.frozen)
@@ -180,6 +159,7 @@ def qat(run: Inputs, resume: bool) -> dict:
                 **found["mean"],
                 **{f"student_{name}": value for name, value in own["mean"].items()},
                 "layers": found["layers"],
+                "nats_per_token": run.watched_nats(student),
                 "flip_rate": mean_flip_rate(before, snapshot(student)),
                 "disordered": disordered_share(student),
             }
@@ -189,30 +169,20 @@ def qat(run: Inputs, resume: bool) -> dict:
     state = run.fit("qat", section, trainer, resume, watch)
     run.save_student(state.trainable)
     moved = sum(line.get("projected", 0) for line in run.folder.metrics() if line["stage"] == "qat")
-    return {"tokens": section.steps * tokens, "projected_in_logged_steps": moved}
+    return {
+        "tokens": section.steps * tokens,
+        "projected_in_logged_steps": moved,
+        "state_bytes": state_bytes,
+    }
 
 
 def evaluate(run: Inputs, resume: bool) -> dict:
     """Perplexity of teacher, baselines, init and student; diagnostics of init and student."""
-    spec = run.config.init.spec
-    rules = [(pattern, None) for pattern in run.config.init.keep]
-    baselines = {}
-    if isinstance(spec, ResidualSignSpec):
-        plain = dataclasses.replace(spec, rounds=0, a_in=0.0, a_out=0.0)
-        greedy = convert(run.teacher, rules + [(p, plain) for p in run.config.init.quantise])
-        baselines["greedy"] = scores(run, greedy, "greedy init")
-    selected = match_rules(run.teacher, run.config.init.rules())
-    rounding = jax.jit(round_to_nearest)
-    nearest = map_leaves(lambda p, w: rounding(w) if p in selected else w, run.teacher)
-    baselines["round_to_nearest"] = {
-        **scores(run, nearest, "round to nearest"),
-        "bits_per_weight": 2.25,
-    }
     return {
         "teacher": scores(run, run.teacher, "teacher"),
-        **baselines,
+        **(baselines(run) if run.config.evaluate.baselines else {}),
         "init": scores(run, run.student_init, "init"),
-        "qat": scores(run, run.student, "student"),
+        "qat": {**scores(run, run.student, "student"), "kl": divergence(run, run.student)},
         "unigram_nats": unigram_entropy(run.text.windows(), run.model_config.vocab_size),
         "diagnostics": {
             "qat": diagnostics(run, run.student),
@@ -224,16 +194,22 @@ def evaluate(run: Inputs, resume: bool) -> dict:
     }
 
 
-def scores(run: Inputs, params: Any, label: str) -> dict:
-    """Perplexity as the summary holds it."""
-    found = run.perplexity(params, label)
-    return {
-        "ppl": found.ppl,
-        "bits_per_byte": found.bits_per_byte,
-        "nats_per_token": found.nats_per_token,
-        "context": found.context,
-        "scored_tokens": found.tokens,
+def baselines(run: Inputs) -> dict:
+    """Scores of what needs no calibration: greedy SVID and round-to-nearest."""
+    spec, found = run.config.init.spec, {}
+    rules = [(pattern, None) for pattern in run.config.init.keep]
+    if isinstance(spec, ResidualSignSpec):
+        plain = dataclasses.replace(spec, rounds=0, a_in=0.0, a_out=0.0)
+        greedy = convert(run.teacher, rules + [(p, plain) for p in run.config.init.quantise])
+        found["greedy"] = scores(run, greedy, "greedy init")
+    selected = match_rules(run.teacher, run.config.init.rules())
+    rounding = jax.jit(round_to_nearest)
+    nearest = map_leaves(lambda p, w: rounding(w) if p in selected else w, run.teacher)
+    found["round_to_nearest"] = {
+        **scores(run, nearest, "round to nearest"),
+        "bits_per_weight": 2.25,
     }
+    return found
 
 
 def packing(run: Inputs, resume: bool) -> dict:
@@ -244,11 +220,13 @@ def packing(run: Inputs, resume: bool) -> dict:
     save_packed(folder, run.model_config, packed, run.text.tokenizer, extra=spec)
     _, read, _ = load_packed(folder)
     signs, written = snapshot(run.student), snapshot(read)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), weights_of(packed), weights_of(read))
     described = describe(packed)
     sizes = packed_bytes(folder)
     return {
         **scores(run, read, "packed"),
-        "bits_identical": all(bool((signs[path] == written[path]).all()) for path in signs),
+        "bits_identical": all(bool((signs[path] == written[path]).all()) for path in signs)
+        and all(jax.tree.leaves(same)),
         "bits_per_weight": described.bits_per_weight,
         "stored_bits_per_weight": sizes["stored_bits_per_weight"],
         "linear_bytes": sizes["linear_bytes"],

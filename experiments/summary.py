@@ -11,6 +11,7 @@ from experiments.files import write_text
 from experiments.inputs import Inputs
 from experiments.machine import peak_memory
 from experiments.report import write_report
+from rabit_jax import ResidualSign, cost
 from rabit_jax.evaluate import weight_histogram
 from rabit_jax.weights.convert import weights_of
 
@@ -45,6 +46,8 @@ def summarise(run: Inputs, records: dict[str, dict], command: str) -> dict[str, 
             "qat": measured["relative_error"],
         },
         "disordered": measured["disordered"],
+        **training_figures(run, records["qat"]),
+        "cost": cost(run.abstract_student())._asdict(),
         "tokens": {name: r["tokens"] for name, r in results.items() if "tokens" in r},
         "seconds": {name: record["seconds"] for name, record in records.items()},
         "peak_memory_bytes": max(
@@ -54,6 +57,21 @@ def summarise(run: Inputs, records: dict[str, dict], command: str) -> dict[str, 
         "versions": records["qat"]["versions"],
         "device": records["qat"]["device"],
         "spec": str(run.config.init.spec),
+    }
+
+
+def training_figures(run: Inputs, record: dict[str, Any]) -> dict[str, Any]:
+    """What QAT cost and did: sign flips per step, seconds a step, bytes of process and state."""
+    lines = run.folder.metrics()
+    flips = [f for line in lines if (f := line.get("flip_rate")) is not None]
+    speeds = [line["tokens_per_second"] for line in lines if line["stage"] == "qat"]
+    section = run.config.qat
+    speed = speeds[-1] if speeds else 0
+    return {
+        "flip_rate": sum(flips) / len(flips) if flips else None,
+        "step_seconds": section.batch_size * section.length / speed if speed else None,
+        "training_memory_bytes": record["peak_memory_bytes"],
+        "state_bytes": record["result"]["state_bytes"],
     }
 
 
@@ -103,10 +121,10 @@ def write_results(run: Inputs, summary: dict[str, Any], samples: list[dict]) -> 
     """Write `summary.json` and `report.html`; returns the report's path."""
     folder = run.folder.path
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
-    path, node = next((p, w) for p, w in weights_of(run.student).items() if hasattr(w, "latent"))
-    histogram = weight_histogram(
-        run.student, path, layer=node.shape[0] // 2 if len(node.shape) > 2 else 0
-    )
+    nodes = weights_of(run.student).items()
+    path = next((p for p, w in nodes if isinstance(w, ResidualSign)), None)
+    layer = run.model_config.n_layers // 2
+    histogram = None if path is None else weight_histogram(run.student, path, layer)
     return write_report(
         folder, summary, run.folder.metrics(), histogram, samples, table_rows(summary)
     )

@@ -24,6 +24,7 @@ from rabit_jax.data import (
     save_tokenizer,
     tokenise,
     train_tokenizer,
+    unseen_documents,
     windows,
 )
 from rabit_jax.models import find_folder
@@ -75,9 +76,17 @@ class Text:
         """Tokens of the evaluation documents."""
         return tokenise(self.documents[1], self.tokenizer, self.config.data.cache)
 
-    def windows(self) -> np.ndarray:
-        """Evaluation windows `[n, t]`."""
-        found = windows(self.held_out.tokens, self.config.evaluate.context)
+    @cached_property
+    def unseen(self) -> TokenText | None:
+        """Tokens of the source that training never sees, if the config names one."""
+        train, held_out = self.documents
+        found = unseen_documents(self.config.data, [*train, *held_out])
+        return tokenise(found, self.tokenizer, self.config.data.cache) if found else None
+
+    def windows(self, text: TokenText | None = None) -> np.ndarray:
+        """Windows `[n, t]` of a text; by default of the evaluation text."""
+        text = text or self.held_out
+        found = windows(text.tokens, self.config.evaluate.context)
         return found[: self.config.evaluate.windows or None]
 
     def batches(self, section: Any, seed: int) -> Callable[[int], dict]:

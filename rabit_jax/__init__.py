@@ -8,7 +8,21 @@ everything here is a pure function over the tree.
 """
 
 from rabit_jax.errors import BadInput
-from rabit_jax.init import IndependentSignSpec, ResidualSignSpec, Stats, calibrate, svid
+from rabit_jax.init import (
+    CodebookSpec,
+    DualBinarySpec,
+    FrozenPathSpec,
+    GroupUniformSpec,
+    IndependentSignSpec,
+    LowRankSignSpec,
+    ResidualSignSpec,
+    Stats,
+    UniformResidualSpec,
+    calibrate,
+    residual,
+    scaled,
+    svid,
+)
 from rabit_jax.models import generate, load_hf, load_model, save_hf
 from rabit_jax.weights import (
     LLAMA_LINEARS,
@@ -17,6 +31,7 @@ from rabit_jax.weights import (
     ResidualSign,
     Weight,
     convert,
+    cost,
     dense,
     describe,
     effective_weight,
@@ -29,15 +44,22 @@ __version__ = "0.1.0"
 __all__ = [
     "LLAMA_LINEARS",
     "BadInput",
+    "CodebookSpec",
+    "DualBinarySpec",
+    "FrozenPathSpec",
+    "GroupUniformSpec",
     "IndependentSign",
     "IndependentSignSpec",
+    "LowRankSignSpec",
     "PackedSign",
     "ResidualSign",
     "ResidualSignSpec",
     "Stats",
+    "UniformResidualSpec",
     "Weight",
     "calibrate",
     "convert",
+    "cost",
     "dense",
     "describe",
     "effective_weight",
@@ -46,6 +68,8 @@ __all__ = [
     "load_hf",
     "load_model",
     "pack",
+    "residual",
     "save_hf",
+    "scaled",
     "svid",
 ]

@@ -1,7 +1,7 @@
 """Text -> tokens -> deterministic batches. Knows nothing of models."""
 
 from rabit_jax.data.embedded import embedded_documents
-from rabit_jax.data.sources import DataConfig, documents
+from rabit_jax.data.sources import DataConfig, documents, unseen_documents
 from rabit_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rabit_jax.data.tokens import TokenText, batch, tokenise, windows
 
@@ -15,5 +15,6 @@ __all__ = [
     "save_tokenizer",
     "tokenise",
     "train_tokenizer",
+    "unseen_documents",
     "windows",
 ]

@@ -23,6 +23,7 @@ class DataConfig:
       source: "embedded" (text every Python carries), "files" or "hub".
       files: Paths or globs of UTF-8 training text, for source "files".
       eval_files: Paths or globs of evaluation text; where given, all evaluation text is theirs.
+      unseen_files: Paths or globs of text from a source that training never sees, scored apart.
       hub: Dataset id, or a local dataset folder, for source "hub".
       hub_config: Name of the dataset's configuration, such as "en" for C4.
       hub_split: Split that is read for training.
@@ -39,6 +40,7 @@ class DataConfig:
     source: str = "embedded"
     files: tuple[str, ...] = ()
     eval_files: tuple[str, ...] = ()
+    unseen_files: tuple[str, ...] = ()
     hub: str = ""
     hub_config: str = ""
     hub_split: str = "train"
@@ -84,6 +86,21 @@ def documents(config: DataConfig) -> tuple[list[str], list[str]]:
             " text is taken out of training, wanted at least 1 of each; give more text"
         )
     return train, held
+
+
+def unseen_documents(config: DataConfig, seen: Iterable[str]) -> list[str]:
+    """The documents of `unseen_files`; none where the config names no such files.
+
+    Raises:
+      BadInput: A pattern without files, text that is not UTF-8, or a document that is in `seen`.
+    """
+    found = _unique(_first(_file_documents(config.unseen_files), config.max_documents))
+    if both := set(found) & set(seen):
+        raise BadInput(
+            f"{len(both)} of {len(found)} documents of data.unseen_files are in the training or"
+            " evaluation text too; name files of another source"
+        )
+    return found
 
 
 def _check(config: DataConfig) -> None:

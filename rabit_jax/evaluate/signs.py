@@ -19,7 +19,12 @@ Signs = Mapping[str, jax.Array]
 
 def snapshot(params: Any) -> dict[str, jax.Array]:
     """The signs of every weight that has them: `{path: bool [..., k, i, o]}`, True for +1."""
-    return _positive({path: w for path, w in weights_of(params).items() if hasattr(w, "positive")})
+    return _positive({path: w for path, w in weights_of(params).items() if _has_signs(w)})
+
+
+def _has_signs(node: Any) -> bool:
+    terms = getattr(node, "terms", None)
+    return any(map(_has_signs, terms)) if terms else hasattr(node, "positive")
 
 
 @jax.jit
@@ -61,12 +66,13 @@ def disordered_share(params: Any) -> float | None:
     """Share of weight elements whose scale products do not fall, `a_i <= a_{i+1}` or `a_i <= 0`.
 
     There a weight's levels are no longer a nearest rounding of its latent. For k = 2 this is the
-    share with a <= b. None where no weight has signs and scales `g: [..., k, o]`, `h: [..., k, i]`.
+    share with a <= b. None where no weight has signs `[..., k, i, o]` and scales `g: [..., k, o]`,
+    `h: [..., k, i]`.
     """
     nodes = {
         path: (w.g, w.h)
         for path, w in weights_of(params).items()
-        if all(hasattr(w, name) for name in ("positive", "g", "h", "k"))
+        if all(hasattr(w, name) for name in ("signs", "g", "h", "k"))
     }
     shapes = {path: weights_of(params)[path].shape for path in nodes}
     return _weighted([(np.mean(s), prod(shapes[p])) for p, s in _disordered(nodes).items()])

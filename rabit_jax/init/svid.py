@@ -60,7 +60,7 @@ def rank1(m: jax.Array, h: jax.Array, tolerance: float) -> tuple[jax.Array, jax.
     g = _fit(m.T, h)
     size_g, size_h = (jnp.sqrt(jnp.mean(jnp.square(s))) + TINY for s in (g, h))
     ratio = jnp.sqrt(size_h / size_g)
-    return _floor(g * ratio), _floor(h / ratio)
+    return floored(g * ratio), floored(h / ratio)
 
 
 def _fit(m: jax.Array, v: jax.Array) -> jax.Array:
@@ -68,7 +68,8 @@ def _fit(m: jax.Array, v: jax.Array) -> jax.Array:
     return m @ v / jnp.maximum(jnp.vdot(v, v), TINY)
 
 
-def _floor(scale: jax.Array) -> jax.Array:
+def floored(scale: jax.Array) -> jax.Array:
+    """Positive scales `[n]` kept at 1% of their mean and at 1e-4, as `rank1` needs them."""
     return jnp.maximum(scale, jnp.maximum(FLOOR * jnp.mean(jnp.abs(scale)), SMALLEST))
 
 

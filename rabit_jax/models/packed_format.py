@@ -1,7 +1,8 @@
 """What the file of a packed model holds: names, shapes, header and checksums.
 
 A packed model is a Hugging Face folder whose `model.safetensors` has the format `rb256`. A packed
-linear of k paths under the module name `model.layers.3.mlp.up_proj` is three tensors:
+linear is its module name and one tensor for each array of its node. With k sign paths
+`model.layers.3.mlp.up_proj` is three tensors:
 
     model.layers.3.mlp.up_proj.bits   uint8   [k, o, 32 ceil(i / 256)]   layout: `kernels.layout`
     model.layers.3.mlp.up_proj.g      float16 [k, o]
@@ -9,10 +10,12 @@ linear of k paths under the module name `model.layers.3.mlp.up_proj` is three te
 
     W_hat = sum_p diag(h_p) B_p diag(g_p),  W_hat: [i, o]
 
-Everything else has its usual name and torch's layout, in float16 or bfloat16. The metadata of the
-safetensors header are strings, JSON where they are more than a word: `format` and `version`;
-`config`, the model's config.json; `modules`, `{"in", "out", "k"}` of each packed linear; and
-`sha256`, a checksum of each tensor, for a flipped bit is a valid sign and nothing else would tell.
+Other packed weights (`weights.packed_types`) name their arrays in the same way; in a sum the first
+term's are `....up_proj.terms.0.bits` and so on. Everything else has its usual name and torch's
+layout, in float16 or bfloat16. The metadata of the safetensors header are strings, JSON where they
+are more than a word: `format` and `version`; `config`, the model's config.json; `modules`, the
+`header()` of each packed linear, such as `{"type": "sign", "in", "out", "k"}`; and `sha256`, a
+checksum of each tensor, for a flipped bit is a valid sign and nothing else would tell.
 """
 
 from __future__ import annotations
@@ -26,15 +29,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rabit_jax.errors import BadInput
 from rabit_jax.models.names import hf_name, tensor_names
+from rabit_jax.weights.packed_types import abstract_packed
 
-METHOD, FORMAT, VERSION = "rabit", "rb256", 1
-PARTS = {"bits": ("U8",), "g": ("F16",), "h": ("F16",)}
+METHOD, FORMAT, VERSION = "rabit", "rb256", 2
+_DTYPES = {"uint8": "U8", "float16": "F16"}
 OTHERS = ("F16", "BF16")
 _BYTES = {"U8": 1, "F16": 2, "BF16": 2}
 
@@ -48,14 +53,14 @@ class PackedFile:
     Attributes:
       path: where it lies.
       config: the model's config.json as the header repeats it.
-      modules: `{"in", "out", "k"}` of each packed linear, by Hugging Face module name.
+      modules: `header()` of each packed linear, by Hugging Face module name.
       sha256: checksum of each tensor, by name.
       tensors: the open safetensors handle.
     """
 
     path: Path
     config: dict[str, Any]
-    modules: dict[str, dict[str, int]]
+    modules: dict[str, dict[str, Any]]
     sha256: dict[str, str]
     tensors: Any
 
@@ -127,12 +132,11 @@ def checksum(value: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def part_shapes(shape: tuple[int, ...], k: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of `bits`, `g` and `h` of one packed matrix `[..., i, o]`, leading axes left out."""
-    from kernels.layout import packed_bytes
-
-    i, o = shape[-2:]
-    return {"bits": (k, o, packed_bytes(i)), "g": (k, o), "h": (k, i)}
+def part_names(node: Any) -> Any:
+    """The tree of a packed node with each array replaced by its name within the module."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), node
+    )
 
 
 def module_names(path: str, shape: tuple[int, ...]) -> list[str]:
@@ -141,37 +145,44 @@ def module_names(path: str, shape: tuple[int, ...]) -> list[str]:
     return [hf_name(path.removesuffix("/kernel"), layer) for layer in layers]
 
 
-def module_table(shapes: Shapes, ks: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """`modules` of the header: `ks` holds k of each packed kernel, by path."""
+def module_table(shapes: Shapes, headers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`modules` of the header: `headers` holds that of each packed kernel, by path."""
     return {
-        module: {"in": shapes[path][-2], "out": shapes[path][-1], "k": k}
-        for path, k in ks.items() for module in module_names(path, shapes[path])
+        module: header
+        for path, header in headers.items() for module in module_names(path, shapes[path])
     }
 
 
-def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, int]:
-    """k of each packed kernel, by path: the inverse of `module_table`.
+def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, Any]:
+    """Each packed kernel by path, one matrix of it as shapes and dtypes.
 
     Raises:
       BadInput: the header's modules are not those of a model of these shapes.
     """
     kernels = {path: module_names(path, shape)[0] for path, shape in shapes.items()
                if path.endswith("/kernel")}
-    try:
-        ks = {p: file.modules[m]["k"] for p, m in kernels.items() if m in file.modules}
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"the header of {file.path} is damaged (modules): fetch it again") from error
-    wanted = module_table(shapes, ks)
+    headers = {p: file.modules[m] for p, m in kernels.items() if m in file.modules}
+    nodes = {}
+    for path, header in headers.items():
+        try:
+            nodes[path] = abstract_packed(header)
+        except BadInput as error:
+            raise BadInput(f"module {kernels[path]} in {file.path}: {error}; pack the model again "
+                           "or update the program") from None
+        if nodes[path].shape != shapes[path][-2:]:
+            raise BadInput(f"module {kernels[path]} in {file.path} is {list(nodes[path].shape)}, "
+                           f"the config asks for {list(shapes[path][-2:])}: pack it again")
+    wanted = module_table(shapes, headers)
     for name in [*wanted, *file.modules]:
         if file.modules.get(name) != wanted.get(name):
             raise BadInput(f"module {name} in {file.path} is {file.modules.get(name)}, the config "
                            f"and the other layers ask for {wanted.get(name)}: pack it again")
-    return ks
+    return nodes
 
 
-def check_tensors(file: PackedFile, shapes: Shapes, ks: Mapping[str, int]) -> None:
+def check_tensors(file: PackedFile, shapes: Shapes, nodes: Mapping[str, Any]) -> None:
     """Raises BadInput, with its name, for a tensor that is missing, misshapen or not asked for."""
-    wanted = dict(_wanted(shapes, ks))
+    wanted = dict(_wanted(shapes, nodes))
     found = set(file.tensors.keys())
     for name, (shape, dtypes) in wanted.items():
         if name not in found:
@@ -185,15 +196,17 @@ def check_tensors(file: PackedFile, shapes: Shapes, ks: Mapping[str, int]) -> No
                        "name")
 
 
-def _wanted(shapes: Shapes, ks: Mapping[str, int]) -> Iterator[tuple[str, tuple]]:
+def _wanted(shapes: Shapes, nodes: Mapping[str, Any]) -> Iterator[tuple[str, tuple]]:
     """Name and `(shape, dtypes)` of every tensor of the file."""
     for path, shape in shapes.items():
-        if path not in ks:
+        if path not in nodes:
             yield from ((name, (inner, OTHERS)) for name, inner in tensor_names(path, shape))
             continue
-        parts = part_shapes(shape, ks[path])
+        parts = jax.tree.leaves(part_names(nodes[path]))
+        leaves = jax.tree.leaves(nodes[path])
         for module in module_names(path, shape):
-            yield from ((f"{module}.{part}", (parts[part], PARTS[part])) for part in PARTS)
+            for part, leaf in zip(parts, leaves, strict=True):
+                yield f"{module}.{part}", (leaf.shape, (_DTYPES[str(leaf.dtype)],))
 
 
 def nearest_16bit(value: Any, name: str) -> np.ndarray:

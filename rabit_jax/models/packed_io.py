@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -28,7 +29,6 @@ from rabit_jax.models.names import param_shapes, tensor_names
 from rabit_jax.models.packed_format import (
     FORMAT,
     METHOD,
-    PARTS,
     VERSION,
     PackedFile,
     check_tensors,
@@ -39,10 +39,10 @@ from rabit_jax.models.packed_format import (
     nearest_16bit,
     open_packed,
     packed_kernels,
-    part_shapes,
+    part_names,
 )
 from rabit_jax.weights.linear import is_weight
-from rabit_jax.weights.packed import PackedSign
+from rabit_jax.weights.packed_types import abstract_packed, is_packed_node
 
 
 def save_packed(
@@ -58,7 +58,7 @@ def save_packed(
     Args:
       folder: where to write.
       config: of the decoder.
-      params: its params, some or all kernels as `PackedSign`; see `rabit_jax.pack`.
+      params: its params, some or all kernels as packed weight nodes; see `rabit_jax.pack`.
       tokenizer: of transformers, or a plain `tokenizers.Tokenizer`.
       extra: JSON fields to keep beside the format in `quantization_config` of config.json, such
         as the spec that the weights were trained with.
@@ -76,13 +76,13 @@ def save_packed(
     """
     leaves, shapes = flatten_dict(params, sep="/"), param_shapes(config)
     check_params(leaves, shapes)
-    ks = _paths_packed(leaves)
+    headers = _headers(leaves)
     tensors = _tensors(leaves)
     raw = to_hf(config)
-    header = metadata(raw, module_table(shapes, ks), tensors)
-    counts = sorted(set(ks.values()))
+    header = metadata(raw, module_table(shapes, headers), tensors)
+    types = sorted({one["type"] for one in headers.values()})
     quantization = {**(extra or {}), "quant_method": METHOD, "format": FORMAT, "version": VERSION,
-                    "k": counts[0] if len(counts) == 1 else counts}
+                    "types": types}
     files = json_files(raw)
     files["config.json"]["quantization_config"] = quantization
     return write_folder(folder, tensors, header, files, tokenizer)
@@ -95,7 +95,7 @@ def load_packed(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
       folder: written by `save_packed`, or the id of such a model on the hub.
 
     Returns:
-      `(Decoder, params, tokenizer)` as `load_hf` gives them, but packed kernels are `PackedSign`
+      `(Decoder, params, tokenizer)` as `load_hf` gives them, but packed kernels are packed weight
       nodes stacked over layers, and the rest stays in the 16-bit dtype of the file.
 
     Raises:
@@ -112,9 +112,9 @@ def load_packed(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
     with open_packed(folder / FILE) as file:
         _check_config(file, raw, folder)
         shapes = param_shapes(config)
-        ks = packed_kernels(file, shapes)
-        check_tensors(file, shapes, ks)
-        params = {path: _read(file, path, shape, path in ks) for path, shape in shapes.items()}
+        nodes = packed_kernels(file, shapes)
+        check_tensors(file, shapes, nodes)
+        params = {path: _read(file, path, s, nodes.get(path)) for path, s in shapes.items()}
     model = Decoder(dataclasses.replace(config, eos_ids=_eos_ids(folder, config)))
     return model, unflatten_dict(params, sep="/"), load_tokenizer(folder)
 
@@ -146,9 +146,10 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
     """Sizes of a packed model, counted from its file.
 
     Returns:
-      `linear_bytes`: bits and scales of the packed linears, padding included; `other_bytes`: all
-      other tensors; `file_bytes`: of model.safetensors; `weights`: how many weights the packed
-      linears have; `stored_bits_per_weight = 8 linear_bytes / weights`, which is
+      `linear_bytes`: bits, codes and scales of the packed linears, padding included;
+      `other_bytes`: all other tensors; `file_bytes`: of model.safetensors; `weights`: how many
+      weights the packed linears have; `stored_bits_per_weight = 8 linear_bytes / weights`, for k
+      sign paths
       `k + 16 k (i + o) / (i o)` where i is a multiple of 256 and more where it is padded to one.
 
     Raises:
@@ -158,7 +159,8 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
     with open_packed(path) as file:
         sizes, modules = file.sizes(), file.modules
     try:
-        linear = sum(sizes[f"{module}.{part}"] for module in modules for part in PARTS)
+        parts = ((m, jax.tree.leaves(part_names(abstract_packed(h)))) for m, h in modules.items())
+        linear = sum(sizes[f"{module}.{part}"] for module, names in parts for part in names)
         weights = sum(m["in"] * m["out"] for m in modules.values())
     except (KeyError, TypeError) as error:
         raise BadInput(f"the header of {path} names {error}, which the file lacks: fetch it "
@@ -170,24 +172,28 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
     }
 
 
-def _paths_packed(leaves: Mapping[str, Any]) -> dict[str, int]:
-    """k of each packed kernel, by path; refuses weight nodes that this file cannot hold."""
-    for path, leaf in leaves.items():
-        if not is_weight(leaf):
-            continue
-        if not isinstance(leaf, PackedSign):
-            raise BadInput(f"{path} is a {type(leaf).__name__}, wanted PackedSign: pack the params "
-                           "first")
-        lead = leaf.shape[:-2]
-        for part, shape in part_shapes(leaf.shape, leaf.k).items():
-            value, dtype = getattr(leaf, part), "uint8" if part == "bits" else "float16"
-            if value.shape != (*lead, *shape) or value.dtype != dtype:
-                raise BadInput(f"{path} has {part} {value.dtype}{list(value.shape)}, wanted {dtype}"
-                               f"{[*lead, *shape]}")
-    ks = {path: leaf.k for path, leaf in leaves.items() if is_weight(leaf)}
-    if not ks:
-        raise BadInput("the params hold no PackedSign: pack them, or save a dense model by save_hf")
-    return ks
+def _headers(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Header of each packed kernel, by path; refuses weight nodes that this file cannot hold."""
+    nodes = {path: leaf for path, leaf in leaves.items() if is_weight(leaf)}
+    if not nodes:
+        raise BadInput("the params hold no packed weight: pack them, or save a dense model by "
+                       "save_hf")
+    for path, node in nodes.items():
+        if not is_packed_node(node):
+            raise BadInput(f"{path} is a {type(node).__name__}, wanted a packed weight: pack the "
+                           "params first")
+        _check_parts(path, node)
+    return {path: node.header() for path, node in nodes.items()}
+
+
+def _check_parts(path: str, node: Any) -> None:
+    """Raises BadInput for an array that is not what the node's own header announces."""
+    one, lead = abstract_packed(node.header()), node.shape[:-2]
+    names = jax.tree.leaves(part_names(one))
+    for name, wanted, found in zip(names, *map(jax.tree.leaves, (one, node)), strict=True):
+        if found.shape != (*lead, *wanted.shape) or found.dtype != wanted.dtype:
+            raise BadInput(f"{path} has {name} {found.dtype}{list(found.shape)}, wanted "
+                           f"{wanted.dtype}{[*lead, *wanted.shape]}")
 
 
 def _tensors(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -196,7 +202,8 @@ def _tensors(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for path, leaf in leaves.items():
         stacked = path.startswith("layers/")
         if is_weight(leaf):
-            parts = {part: np.asarray(getattr(leaf, part)) for part in PARTS}
+            names, arrays = (jax.tree.leaves(tree) for tree in (part_names(leaf), leaf))
+            parts = {name: np.asarray(a) for name, a in zip(names, arrays, strict=True)}
             for n, module in enumerate(module_names(path, leaf.shape)):
                 out |= {f"{module}.{p}": v[n] if stacked else v for p, v in parts.items()}
             continue
@@ -216,14 +223,14 @@ def _check_config(file: PackedFile, raw: Mapping[str, Any], folder: Path) -> Non
                            f"header of {FILE}: restore config.json")
 
 
-def _read(file: PackedFile, path: str, shape: tuple[int, ...], packed: bool) -> Any:
-    """One parameter: an array, or a `PackedSign`, stacked over layers."""
-    if packed:
+def _read(file: PackedFile, path: str, shape: tuple[int, ...], node: Any) -> Any:
+    """One parameter: an array, or the packed weight that `node` outlines, stacked over layers."""
+    if node is not None:
         modules = module_names(path, shape)
-        return PackedSign(**{
-            part: _stack([file.read(f"{module}.{part}") for module in modules], path)
-            for part in PARTS
-        })
+        return jax.tree.map(
+            lambda part: _stack([file.read(f"{module}.{part}") for module in modules], path),
+            part_names(node),
+        )
     rows = [file.read(name) for name, _ in tensor_names(path, shape)]
     return _stack([row.T for row in rows] if path.endswith("/kernel") else rows, path)
 

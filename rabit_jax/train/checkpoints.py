@@ -26,6 +26,7 @@ def checksum(tree: Any) -> jax.Array:
     """
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
+        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
         words = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize]).astype(
             jnp.uint32
         )

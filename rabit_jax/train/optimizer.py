@@ -14,7 +14,8 @@ from rabit_jax.errors import BadInput
 from rabit_jax.weights.convert import map_leaves
 from rabit_jax.weights.linear import is_weight
 
-ROLES = ("latent", "scale", "matrix", "embedding", "head", "norm", "bias")
+ROLES = ("latent", "scale", "level", "matrix", "embedding", "head", "norm", "bias")
+FIXED = ("sign", "code")  # bits and integers: no gradient reaches them
 MUON_ROLES = ("latent", "matrix")
 
 
@@ -33,7 +34,8 @@ class OptimizerConfig:
       weight_decay: decoupled weight decay on latents and matrices.
       beta1: momentum of AdamW (Muon's is 0.95).
       beta2: second-moment decay of AdamW.
-      freeze: roles that do not train, out of latent, scale, matrix, embedding, head, norm, bias.
+      freeze: roles that do not train, out of latent, scale, level, matrix, embedding, head, norm,
+        bias.
     """
 
     name: Literal["muon", "adamw"] = "muon"
@@ -63,7 +65,8 @@ class OptimizerConfig:
 def roles(params: Any) -> Any:
     """The tree of role names with the structure of `params`.
 
-    A weight node names its own leaves ("latent", "scale"); an array is named by its path:
+    A weight node names its own leaves ("latent"; "scale", kept positive; "level", of either sign;
+    "sign" and "code", which never train); an array is named by its path:
     "embedding", "head", "norm" (a vector), "bias", otherwise "matrix".
     """
 
@@ -85,11 +88,12 @@ def roles(params: Any) -> Any:
 def partition(params: Any, names: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
     """Split a tree into `(trainable, frozen)`; each holds None where the other holds an array.
 
-    Frozen arrays are then no arguments of the gradient, so they cost no gradient, no optimiser
-    state and no update.
+    Signs and codes are frozen always. Frozen arrays are then no arguments of the gradient, so they
+    cost no gradient, no optimiser state and no update.
     """
-    trainable = jax.tree.map(lambda x, n: None if n in freeze else x, params, names)
-    frozen = jax.tree.map(lambda x, n: x if n in freeze else None, params, names)
+    kept = (*freeze, *FIXED)
+    trainable = jax.tree.map(lambda x, n: None if n in kept else x, params, names)
+    frozen = jax.tree.map(lambda x, n: x if n in kept else None, params, names)
     return trainable, frozen
 
 

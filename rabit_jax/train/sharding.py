@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +23,9 @@ KERNEL_AXES = (
     (r".*(o|down)/kernel", ("tensor", None)),
     (r".*embedding", ("tensor", None)),
 )
+
+# Fields of weight nodes with the role "scale", by the side of the matrix they scale.
+INPUT_SCALES, OUTPUT_SCALES = ("h", "d_in"), ("g", "d_out", "s")
 
 
 def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
@@ -67,8 +69,10 @@ def _fit(spec: tuple, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """Shardings for a params tree, leaf by leaf from the kernel's path and each leaf's role.
 
-    A latent is split like the kernel it stands for; of its scales, `g [..., k, o]` like the outputs
-    and `h [..., k, i]` like the inputs; packed bits `[..., k, o, i/8]` along the outputs.
+    A latent `[..., i, o]`, or one that has one of the two axes, is split like the kernel it stands
+    for; of its scales, `g [..., k, o]` like the outputs and `h [..., k, i]` like the inputs; packed
+    bits `[..., k, o, i/8]` along the outputs; levels and codes by the same rule where they have
+    outputs.
     """
 
     def place(path: str, leaf: Any) -> Any:
@@ -77,18 +81,18 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
             spec = (axis_in, axis_out) if len(leaf.shape) > 1 else (None,) * len(leaf.shape)
             return _fit(spec, leaf.shape, mesh)
         i, o = leaf.shape[-2:]
-        by_role = {"latent": (axis_in, axis_out), "sign": (axis_out, None)}
+        scale_axes = dict.fromkeys(INPUT_SCALES, axis_in) | dict.fromkeys(OUTPUT_SCALES, axis_out)
 
-        def leaf_sharding(name: str, field: str, x: Any) -> NamedSharding:
-            scale = (axis_out,) if field == "g" else (axis_in,)
-            return _fit(by_role.get(name, scale), x.shape, mesh)
+        def leaf_sharding(path: tuple, x: Any, role: str) -> NamedSharding:
+            if role == "scale":
+                return _fit((scale_axes.get(path[-1].name),), x.shape, mesh)
+            rows, columns = x.shape[-2:]
+            if role == "sign" and x.dtype == np.uint8:
+                return _fit((axis_out if rows == o else None, None), x.shape, mesh)
+            axes = (axis_in if rows == i else None, axis_out if columns == o else None)
+            return _fit(axes, x.shape, mesh)
 
-        names = leaf.roles()
-        arrays = [f.name for f in dataclasses.fields(leaf) if f.metadata.get("pytree_node", True)]
-        fields = {name: getattr(leaf, name) for name in arrays}
-        return leaf.replace(
-            **{f: leaf_sharding(getattr(names, f), f, x) for f, x in fields.items()}
-        )
+        return jax.tree_util.tree_map_with_path(leaf_sharding, leaf, leaf.roles())
 
     return map_leaves(place, params)
 

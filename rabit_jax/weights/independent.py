@@ -6,14 +6,19 @@ from collections.abc import Iterator
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
-from rabit_jax.weights.convert import per_layer
-from rabit_jax.weights.packed import PackedSign, nominal_bits, packed_size, plus_minus, round_scales
-from rabit_jax.weights.ste import F32, outer, scale_gradients, with_sign
-
-STE = ("identity", "scaled")
+from rabit_jax.weights.cost import Cost
+from rabit_jax.weights.packed import (
+    PackedSign,
+    nominal_bits,
+    pack_positive,
+    packed_size,
+    plus_minus,
+    round_scales,
+    sign_cost,
+)
+from rabit_jax.weights.ste import F32, outer, path_slope, scale_gradients, with_sign
 
 
 @struct.dataclass
@@ -26,7 +31,7 @@ class IndependentSign:
       latents: `V`, float32 or bfloat16 `[..., k, i, o]`.
       g: float32 `[..., k, o]` output scales ("row scale").
       h: float32 `[..., k, i]` input scales ("column scale").
-      ste: the straight-through rule, "identity" or "scaled", see `independent_weight`.
+      ste: straight-through rule of the latents, see `ste.path_slope`.
 
     Example:
       >>> node = IndependentSign(jnp.ones((2, 32, 64)), g=jnp.ones((2, 64)), h=jnp.ones((2, 32)))
@@ -78,7 +83,7 @@ class IndependentSign:
         Raises:
           BadInput: a scale leaves the float16 range; the message begins with `name`.
         """
-        return PackedSign(_pack_signs(self.latents), *round_scales(self.g, self.h, name))
+        return PackedSign(pack_positive(self.latents >= 0), *round_scales(name, g=self.g, h=self.h))
 
     def bits_per_weight(self) -> float:
         """Nominal bits per weight once packed: `k + 16 k (i + o) / (i o)`."""
@@ -88,12 +93,17 @@ class IndependentSign:
         """Bytes once packed, padding of the inputs to 256 included."""
         return packed_size(self.shape, self.k)
 
+    def cost(self) -> Cost:
+        """Cost per token once packed, see `packed.sign_cost`."""
+        return sign_cost(self.shape, self.k)
 
-@jax.jit
-def _pack_signs(latents: jax.Array) -> jax.Array:
-    from kernels.layout import pack_bits
-
-    return per_layer(lambda latent: pack_bits((latent >= 0).T), latents)
+    def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> IndependentSign:
+        """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
+        return self.replace(
+            latents=self.latents * outer(d_in, d_out)[..., None, :, :],
+            g=self.g * d_out[..., None, :],
+            h=self.h * d_in[..., None, :],
+        )
 
 
 def _positive(latents: jax.Array) -> Iterator[jax.Array]:
@@ -114,17 +124,17 @@ def independent_weight(
     Backward, with `G = dL/dW_hat`, and `B_i = sign(V_i)` constant for the scales:
 
         dL/dg_i[o] = sum_in G B_i h_i;   dL/dh_i[in] = sum_out G B_i g_i
-        dL/dV_i = G                      for "identity", as if W_hat were sum_i V_i
-        dL/dV_i = (h_i g_i^T) * G        for "scaled", as if sign(V_i) were V_i
+        dL/dV_i = s_i * G                s_i by `ste.path_slope` at V_i and h_i g_i^T
 
-    Both rules are in use, and the choice confounds a comparison of methods. The signs are derived
-    again in the backward, so the residuals are the inputs and nothing else.
+    "identity" (s = 1) and "scaled" (s = h_i g_i^T) are both in use, and the choice confounds a
+    comparison of methods. The signs are derived again in the backward, so the residuals are the
+    inputs and nothing else.
 
     Args:
       latents: `[..., k, i, o]` float32 or bfloat16.
       g: `[..., k, o]` float32.
       h: `[..., k, i]` float32.
-      ste: "identity" or "scaled".
+      ste: one of `ste.STE`.
       dtype: dtype of the result; sums are taken in float32 and rounded once.
 
     Returns:
@@ -141,8 +151,7 @@ def _backward(ste, dtype, residuals, cotangent):
     latents, g, h = residuals
     cotangent = cotangent.astype(F32)
     dg, dh = scale_gradients(cotangent, _positive(latents), g, h)
-    step = cotangent[..., None, :, :]
-    step = step * outer(h, g) if ste == "scaled" else jnp.broadcast_to(step, latents.shape)
+    step = cotangent[..., None, :, :] * path_slope(latents, outer(h, g), ste)
     return step.astype(latents.dtype), dg, dh
 
 

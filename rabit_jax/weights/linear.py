@@ -31,7 +31,23 @@ class Weight(Protocol):
         """The terms `W_hat_1, ..., W_hat_k` of `W_hat`, each `[..., i, o]`, one at a time."""
 
     def roles(self) -> Any:
-        """The same node with each leaf named "latent", "scale" or "sign"."""
+        """The same node with each leaf named for the optimiser and the mesh.
+
+        "latent": a large trainable array; "scale": a small one, kept positive; "level": a small one
+        of either sign; "sign" and "code": bits and integers, which no training changes.
+        """
+
+    def pack(self, name: str) -> Any:
+        """The deployed form, itself a weight; `name` opens the message of what cannot be packed."""
+
+    def bits_per_weight(self) -> float:
+        """Bits per weight once packed, all scales, levels and tables counted, padding not."""
+
+    def deployed_bytes(self) -> int:
+        """Bytes of all arrays once packed, padding included; from the shapes alone."""
+
+    def cost(self) -> Any:
+        """Operations and bytes per token once packed, a `weights.cost.Cost`; from the shapes."""
 
 
 def is_weight(x: Any) -> bool:
@@ -50,3 +66,8 @@ def linear(x: jax.Array, w: jax.Array | Weight) -> jax.Array:
       `[..., o]` in `x.dtype`.
     """
     return w.matmul(x) if is_weight(w) else x @ jnp.asarray(w, x.dtype)
+
+
+def times(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x * scale` along the last axis: `[..., n]` by `[n]`."""
+    return x * scale.reshape(*(1,) * (x.ndim - 1), -1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import numpy as np
 from flax import struct
 
 from rabit_jax.errors import BadInput
+from rabit_jax.weights.convert import per_layer
+from rabit_jax.weights.cost import Cost
 from rabit_jax.weights.ste import F32, outer
 
 SCALE_DTYPE = jnp.float16
@@ -82,9 +85,33 @@ class PackedSign:
 
     def deployed_bytes(self) -> int:
         """Bytes of all leaves: what the packed file stores."""
-        return sum(
-            leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in (self.bits, self.g, self.h)
-        )
+        return packed_size(self.shape, self.k)
+
+    def cost(self) -> Cost:
+        """Cost per token, see `sign_cost`."""
+        return sign_cost(self.shape, self.k)
+
+    def header(self) -> dict[str, Any]:
+        """What the packed file says of one matrix: `{"type": "sign", "in", "out", "k"}`."""
+        i, o = self.shape[-2:]
+        return {"type": "sign", "in": i, "out": o, "k": self.k}
+
+    @classmethod
+    def abstract(cls, header: Mapping[str, Any]) -> PackedSign:
+        """The node of one matrix as shapes and dtypes, from its `header`."""
+        from kernels.layout import packed_bytes
+
+        i, o, k = header["in"], header["out"], header["k"]
+        shapes = {"bits": (k, o, packed_bytes(i)), "g": (k, o), "h": (k, i)}
+        dtypes = {"bits": jnp.uint8, "g": SCALE_DTYPE, "h": SCALE_DTYPE}
+        return cls(**{n: jax.ShapeDtypeStruct(s, dtypes[n]) for n, s in shapes.items()})
+
+
+def pack_positive(positive: jax.Array) -> jax.Array:
+    """Bool `[..., k, i, o]`, True for +1 -> `rb256` bits `[..., k, o, 32 ceil(i / 256)]` uint8."""
+    from kernels.layout import pack_bits
+
+    return per_layer(lambda one: pack_bits(one.T), positive)
 
 
 def plus_minus(positive: jax.Array) -> jax.Array:
@@ -98,6 +125,16 @@ def nominal_bits(shape: tuple[int, ...], k: int) -> float:
     return k + 16 * k * (i + o) / (i * o)
 
 
+def sign_cost(shape: tuple[int, ...], k: int) -> Cost:
+    """Cost per token of k sign paths: `k (i + o)` multiplications, `k i o` additions a layer.
+
+    The additions within a path are `i - 1` for each output, and one more joins it to the others.
+    """
+    *lead, i, o = shape
+    layers = prod(lead)
+    return Cost(layers * k * (i + o), layers * k * i * o, 0, packed_size(shape, k))
+
+
 def packed_size(shape: tuple[int, ...], k: int) -> int:
     """Bytes of k packed paths of `[..., i, o]`, padding of the inputs to 256 included."""
     from kernels.layout import packed_bytes
@@ -106,31 +143,34 @@ def packed_size(shape: tuple[int, ...], k: int) -> int:
     return prod(lead) * k * (o * packed_bytes(i) + 2 * (i + o))
 
 
-def balance(g: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Give each pair equal geometric means, `g_i / c` and `h_i c`; `h_i g_i^T` is unchanged.
+@jax.jit
+def balance(*scales: jax.Array) -> tuple[jax.Array, ...]:
+    """Give the scales of each path equal geometric means; their product is unchanged.
 
-    The 16-bit range then serves both factors equally. `g: [..., k, o]`, `h: [..., k, i]` float32.
+    The 16-bit range then serves all of them equally. float32, such as `g: [..., k, o]`,
+    `h: [..., k, i]`.
     """
-    log_mean = [jnp.mean(jnp.log(jnp.abs(s)), axis=-1, keepdims=True) for s in (g, h)]
-    c = jnp.exp((log_mean[0] - log_mean[1]) / 2)
-    return g / c, h * c
+    log_means = [jnp.mean(jnp.log(jnp.abs(s)), axis=-1, keepdims=True) for s in scales]
+    wanted = sum(log_means) / len(scales)
+    return tuple(s * jnp.exp(wanted - m) for s, m in zip(scales, log_means, strict=True))
 
 
-def round_scales(g: jax.Array, h: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
-    """Balance the scales and round them to float16.
+def round_scales(name: str, **scales: jax.Array) -> tuple[jax.Array, ...]:
+    """Balance the scales of a weight, `g=..., h=...`, and round them to float16.
 
     Raises:
       BadInput: a scale is or would become 0, subnormal, infinite or NaN; the message names the
         layer and the scale.
     """
-    _check_scales(g, h, name, float(np.finfo(np.float32).tiny))
-    g, h = (s.astype(SCALE_DTYPE) for s in balance(g, h))
-    _check_scales(g, h, name, float(np.finfo(np.float16).tiny))
-    return g, h
+    _check_scales(scales, name, float(np.finfo(np.float32).tiny))
+    rounded = tuple(s.astype(SCALE_DTYPE) for s in balance(*scales.values()))
+    labelled = dict(zip(scales, rounded, strict=True))
+    _check_scales(labelled, name, float(np.finfo(np.float16).tiny))
+    return rounded
 
 
-def _check_scales(g: jax.Array, h: jax.Array, name: str, smallest: float) -> None:
-    for label, scale in (("g", g), ("h", h)):
+def _check_scales(scales: Mapping[str, jax.Array], name: str, smallest: float) -> None:
+    for label, scale in scales.items():
         values = np.asarray(scale, np.float32)
         bad = np.argwhere(~((np.abs(values) >= smallest) & np.isfinite(values)))
         if len(bad):

@@ -9,8 +9,16 @@ import jax.numpy as jnp
 from flax import struct
 
 from rabit_jax.weights.convert import per_layer
-from rabit_jax.weights.packed import PackedSign, nominal_bits, packed_size, plus_minus, round_scales
-from rabit_jax.weights.ste import coupled, coupled_signs, effective_weight
+from rabit_jax.weights.cost import Cost
+from rabit_jax.weights.packed import (
+    PackedSign,
+    nominal_bits,
+    packed_size,
+    plus_minus,
+    round_scales,
+    sign_cost,
+)
+from rabit_jax.weights.ste import F32, coupled, coupled_signs, effective_weight, outer
 
 
 @struct.dataclass
@@ -21,6 +29,7 @@ class ResidualSign:
       latent: `W`, float32 or bfloat16 `[..., i, o]`, the only large trainable array.
       g: float32 `[..., k, o]` output scales ("row scale").
       h: float32 `[..., k, i]` input scales ("column scale").
+      ste: straight-through rule of the latent, see `ste.path_slope`.
 
     Example:
       >>> node = ResidualSign(latent=w, g=jnp.ones((2, 64)), h=jnp.full((2, 32), 0.1))
@@ -30,6 +39,7 @@ class ResidualSign:
     latent: jax.Array
     g: jax.Array
     h: jax.Array
+    ste: str = struct.field(pytree_node=False, default="identity")
 
     @property
     def k(self) -> int:
@@ -43,11 +53,11 @@ class ResidualSign:
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
-        return x @ effective_weight(self.latent, self.g, self.h, x.dtype)
+        return x @ effective_weight(self.latent, self.g, self.h, x.dtype, self.ste)
 
     def dense(self) -> jax.Array:
         """`W_hat`, float32 `[..., i, o]`."""
-        return effective_weight(self.latent, self.g, self.h)
+        return effective_weight(self.latent, self.g, self.h, ste=self.ste)
 
     def positive(self) -> jax.Array:
         """Signs as bool `[..., k, i, o]`, True for +1."""
@@ -63,7 +73,7 @@ class ResidualSign:
 
     def roles(self) -> ResidualSign:
         """Leaf names for the optimiser and the mesh."""
-        return ResidualSign(latent="latent", g="scale", h="scale")
+        return self.replace(latent="latent", g="scale", h="scale")
 
     def pack(self, name: str) -> PackedSign:
         """Derive the bits from the float32 scales, then round the balanced scales to 16 bits.
@@ -72,7 +82,7 @@ class ResidualSign:
           BadInput: a scale leaves the float16 range; the message begins with `name`.
         """
         return PackedSign(
-            _derive_bits(self.latent, self.g, self.h), *round_scales(self.g, self.h, name)
+            _derive_bits(self.latent, self.g, self.h), *round_scales(name, g=self.g, h=self.h)
         )
 
     def bits_per_weight(self) -> float:
@@ -82,6 +92,17 @@ class ResidualSign:
     def deployed_bytes(self) -> int:
         """Bytes once packed, padding of the inputs to 256 included."""
         return packed_size(self.shape, self.k)
+
+    def cost(self) -> Cost:
+        """Cost per token once packed, see `packed.sign_cost`."""
+        return sign_cost(self.shape, self.k)
+
+    def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> ResidualSign:
+        """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
+        latent = (self.latent.astype(F32) * outer(d_in, d_out)).astype(self.latent.dtype)
+        return self.replace(
+            latent=latent, g=self.g * d_out[..., None, :], h=self.h * d_in[..., None, :]
+        )
 
 
 @jax.jit

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 F32 = jnp.float32
 SIGN_BIT = 0x80000000
+
+# What the backward takes sign(V) for, see `path_slope`.
+Ste = Literal["identity", "scaled", "clipped", "smooth"]
+STE = get_args(Ste)
 
 
 def outer(h: jax.Array, g: jax.Array) -> jax.Array:
@@ -59,13 +64,50 @@ def coupled_signs(latent: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
     return jnp.stack([positive for positive, _ in coupled(latent, g, h)], axis=-3)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def effective_weight(latent: jax.Array, g: jax.Array, h: jax.Array, dtype=F32) -> jax.Array:
+def path_slope(v: jax.Array, a: jax.Array, ste: str) -> jax.Array:
+    """`d(a sign(v)) / dv` as a straight-through rule takes it, float32, shape of `v`.
+
+        identity   1                    as if a sign(v) were v (the published rule of RaBiT)
+        scaled     a                    as if sign(v) were v
+        clipped    1 where |v| <= |a|   as if a sign(v) were v cut at -a and a
+        smooth     1 / cosh(v / a)^2    as if a sign(v) were a tanh(v / a)
+
+    `v: [..., i, o]` is what the sign is taken of, `a: [..., i, o]` the path's scale `h g^T`.
+    """
+    v = v.astype(F32)
+    if ste == "scaled":
+        return a
+    if ste == "clipped":
+        return (jnp.abs(v) <= jnp.abs(a)).astype(F32)
+    if ste == "smooth":
+        return 1 / jnp.square(jnp.cosh(v / a))
+    return jnp.ones_like(v)
+
+
+def _coupled_slope(latent: jax.Array, g: jax.Array, h: jax.Array, ste: str) -> jax.Array:
+    """`dW_hat / dW = 1 - prod_i (1 - s_i)` by the chain rule through the residuals.
+
+    With `s_i` the slope of path i at `R_{i-1}`: `dW_hat_i = s_i dR_{i-1}`, `dR_i = (1 - s_i)
+    dR_{i-1}`. Slopes of 1 give 1; clipped ones give 1 where `|W| <= a_1 + ... + a_k`.
+    """
+    left, residual = jnp.ones(latent.shape, F32), latent.astype(F32)
+    for i, (_, term) in enumerate(coupled(latent, g, h)):
+        left = left * (1 - path_slope(residual, outer(h[..., i, :], g[..., i, :]), ste))
+        residual = residual - term
+    return 1 - left
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def effective_weight(
+    latent: jax.Array, g: jax.Array, h: jax.Array, dtype=F32, ste: str = "identity"
+) -> jax.Array:
     """`W_hat = sum_i diag(h_i) B_i diag(g_i)` with the signs `B_i` of the coupled forward.
 
-    Backward, with `G = dL/dW_hat` (the published one):
+    Backward, with `G = dL/dW_hat` (the published one, `ste="identity"`):
 
         dL/dW = G;   dL/dg_i[o] = sum_in G B_i h_i;   dL/dh_i[in] = sum_out G B_i g_i
+
+    Other rules change the first alone: `dL/dW = (1 - prod_i (1 - s_i)) G`, `s_i` by `path_slope`.
 
     The signs are constants of the backward and are derived again in it, so the residuals are the
     inputs and nothing else.
@@ -75,6 +117,7 @@ def effective_weight(latent: jax.Array, g: jax.Array, h: jax.Array, dtype=F32) -
       g: `[..., k, o]` float32.
       h: `[..., k, i]` float32.
       dtype: dtype of the result; sums are taken in float32 and rounded once.
+      ste: straight-through rule, one of `STE`.
 
     Returns:
       `[..., i, o]` in `dtype`.
@@ -87,15 +130,16 @@ def effective_weight(latent: jax.Array, g: jax.Array, h: jax.Array, dtype=F32) -
     return sum(term for _, term in coupled(latent, g, h)).astype(dtype)
 
 
-def _forward(latent, g, h, dtype):
-    return effective_weight(latent, g, h, dtype), (latent, g, h)
+def _forward(latent, g, h, dtype, ste):
+    return effective_weight(latent, g, h, dtype, ste), (latent, g, h)
 
 
-def _backward(dtype, residuals, cotangent):
+def _backward(dtype, ste, residuals, cotangent):
     latent, g, h = residuals
     cotangent = cotangent.astype(F32)
     signs = (positive for positive, _ in coupled(latent, g, h))
-    return cotangent.astype(latent.dtype), *scale_gradients(cotangent, signs, g, h)
+    through = cotangent if ste == "identity" else cotangent * _coupled_slope(latent, g, h, ste)
+    return through.astype(latent.dtype), *scale_gradients(cotangent, signs, g, h)
 
 
 def scale_gradients(

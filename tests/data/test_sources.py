@@ -1,10 +1,11 @@
 """Reading files and datasets, and the split into training and evaluation documents."""
 
+import dataclasses
 import json
 
 import pytest
 
-from rabit_jax.data import DataConfig, documents, sources
+from rabit_jax.data import DataConfig, documents, sources, unseen_documents
 from rabit_jax.errors import BadInput
 
 
@@ -165,3 +166,22 @@ def test_a_network_that_breaks_off_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", broken)
     bad(r"ConnectionResetError: reset by peer\); check", source="hub", hub="some/dataset")
+
+
+def test_unseen_files_are_read_apart(tmp_path):
+    config = write(tmp_path, 20)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "news.txt").write_text("News.\n")
+    train, held = documents(config)
+    assert unseen_documents(config, train) == []
+    config = dataclasses.replace(config, unseen_files=(str(tmp_path / "other" / "*"),))
+    assert documents(config) == (train, held)
+    assert unseen_documents(config, [*train, *held]) == ["News.\n"]
+
+
+def test_unseen_files_must_be_unseen(tmp_path):
+    config = write(tmp_path, 20)
+    config = dataclasses.replace(config, unseen_files=(str(tmp_path / "text00*.txt"),))
+    train, held = documents(config)
+    with pytest.raises(BadInput, match="10 of 10 documents of data.unseen_files are in"):
+        unseen_documents(config, [*train, *held])

@@ -30,6 +30,7 @@ def settings(folder):
             "source": "files",
             "files": [str(folder / "train.txt")],
             "eval_files": [str(folder / "eval.txt")],
+            "unseen_files": [str(folder / "unseen.txt")],
             "vocab_size": 300,
             "cache": str(folder / "cache"),
         },
@@ -42,7 +43,7 @@ def settings(folder):
             "d_hidden": 256,
             "max_position": 64,
         },
-        "teacher": {**training, "steps": 12, "optimizer": {"lr": 3e-3}},
+        "teacher": {**training, "steps": 12, "watch_every": 6, "optimizer": {"lr": 3e-3}},
         "calibrate": {"sequences": 16, "batch_size": 8, "length": 32},
         "init": {"spec": {"rounds": 10}},
         "qat": {**training, "steps": 8, "watch_every": 4, "optimizer": {"lr": 1e-3}},
@@ -56,6 +57,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "train.txt").write_text(story(0, 1500))
     (folder / "eval.txt").write_text(story(1, 150))
+    (folder / "unseen.txt").write_text(story(2, 150).upper())
     (folder / "config.yaml").write_text(yaml.safe_dump(settings(folder)))
     return folder
 
@@ -80,5 +82,9 @@ def run():
 
 @pytest.fixture(scope="module")
 def finished(place, run):
+    assert run(place, "--until", "teacher") == 0
+    folder = place / "runs" / "tiny"
+    assert sorted(p.stem for p in (folder / "stages").iterdir()) == ["teacher"]
+    assert (folder / "teacher").is_dir() and not (folder / "summary.json").exists()
     assert run(place) == 0
-    return place / "runs" / "tiny"
+    return folder

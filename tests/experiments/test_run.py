@@ -43,6 +43,31 @@ def test_the_teacher_learns_and_the_packed_model_is_the_student(finished):
     assert summary["packed"]["ppl"] == pytest.approx(summary["qat"]["ppl"], rel=5e-3)
 
 
+def test_text_of_an_unseen_source_is_scored_apart(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    for name in ("teacher", "greedy", "init", "qat", "packed"):
+        unseen = summary[name]["unseen"]
+        assert math.isfinite(unseen["ppl"]) and unseen["context"] == 32
+        assert unseen["ppl"] > summary[name]["ppl"]  # capitals were never seen
+
+
+def test_what_training_cost_and_did_is_in_the_summary(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert 0 < summary["qat"]["kl"] < 10 and 0 <= summary["flip_rate"] < 1
+    assert summary["step_seconds"] > 0 and summary["training_memory_bytes"] > 1e8
+    sizes = {"q": (256, 256), "kv": (256, 128), "other": (256, 256)}
+    count = {"q": 2, "kv": 2, "other": 3}  # q and o; k and v; gate, up and down
+    inner = sum(n * (sum(sizes[name])) for name, n in count.items())
+    products = sum(n * math.prod(sizes[name]) for name, n in count.items())
+    # Two layers, two paths: inputs and outputs are scaled, every weight adds or subtracts.
+    assert summary["cost"]["multiplications"] == 2 * 2 * inner
+    assert summary["cost"]["additions"] == 2 * 2 * products
+    assert summary["cost"]["lookups"] == 0
+    assert summary["cost"]["bytes"] == summary["packed"]["linear_bytes"]
+    # Muon keeps one moment for latents; norms and scales are small beside them.
+    assert 8 * 2 * products < summary["state_bytes"] < 1.1 * 8 * 2 * products
+
+
 def test_bits_per_weight_are_counted_from_the_file(finished):
     packed = json.loads((finished / "summary.json").read_text())["packed"]
     sizes = {
@@ -76,6 +101,9 @@ def test_metrics_have_the_agreed_keys(finished):
         "grad_norm",
         "tokens_per_second",
     }
+    held_out = [line for line in lines if line["stage"] == "validation"]
+    assert [line["step"] for line in held_out] == [1, 7, 12]
+    assert held_out[-1]["nats_per_token"] < held_out[0]["nats_per_token"]
     watched = [line for line in lines if line["stage"] == "diagnostics"]
     assert [line["step"] for line in watched] == [1, 5, 8]
     assert all(0 <= line["flip_rate"] < 0.5 for line in watched)
@@ -145,3 +173,20 @@ def test_bad_input_is_one_sentence_exit_2_and_nothing_written(place, capsys, ove
 def test_a_missing_config_is_one_sentence(tmp_path, capsys):
     assert command.main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml" in capsys.readouterr().err
+
+
+def test_a_composed_weight_is_run_like_any_other(finished, place, run):
+    spec = "{type: sum, parts: [{type: low_rank, rank: 16}, {type: residual, k: 1, rounds: 0}]}"
+    done = run(
+        place, f"init.spec={spec}", f"teacher.path={finished / 'teacher'}", "name=sum",
+        "qat.steps=4", "evaluate.baselines=false", "generate.prompts=[]",
+    )
+    assert done == 0
+    folder = place / "runs" / "sum"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["packed"]["bits_identical"] and "greedy" not in summary
+    assert summary["packed"]["ppl"] == pytest.approx(summary["qat"]["ppl"], rel=5e-3)
+    assert summary["packed"]["stored_bits_per_weight"] == summary["packed"]["bits_per_weight"]
+    _, params, _ = load_packed(folder / "packed")
+    terms = params["layers"]["attn"]["q"]["kernel"].terms
+    assert [type(term).__name__ for term in terms] == ["PackedLowRank", "PackedSign"]

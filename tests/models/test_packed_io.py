@@ -112,7 +112,8 @@ def test_round_trip(params, tmp_path):
     np.testing.assert_array_equal(run(found), run(params))
     raw = json.loads((target / "config.json").read_text())
     assert raw["quantization_config"] == {
-        "spec": {"k": 2}, "quant_method": "rabit", "format": "rb256", "version": 1, "k": 2}
+        "spec": {"k": 2}, "quant_method": "rabit", "format": "rb256", "version": 2,
+        "types": ["sign"]}
     with pytest.raises(BadInput, match="unsupported quantization_config"):
         io.load_hf(target)
 
@@ -134,8 +135,9 @@ def test_the_file_read_by_hand(params, folder):  # bit p of byte j is input 256 
         stored = np.frombuffer(data[begin:end], np.float16)
         np.testing.assert_array_equal(stored, np.asarray(array)[1].ravel())
     meta = header["__metadata__"]
-    assert (meta["format"], meta["version"]) == ("rb256", "1")
-    assert json.loads(meta["modules"])[name] == {"in": 300, "out": 40, "k": 2}
+    assert (meta["format"], meta["version"]) == ("rb256", "2")
+    assert json.loads(meta["modules"])[name] == {
+        "type": "sign", "in": 300, "out": 40, "k": 2}
     assert json.loads(meta["config"])["hidden_size"] == 40
 
 
@@ -190,7 +192,7 @@ def test_altered_tensors_are_named(folder, name, change, message):
 
 
 @pytest.mark.parametrize("field, value, message", [
-    ("version", "2", "has format 'rb256' version 2, this program reads 'rb256' version 1"),
+    ("version", "3", "has format 'rb256' version 3, this program reads 'rb256' version 2"),
     ("format", None, "safetensors has format None"),
     ("sha256", "{}", "tensor model.embed_tokens.weight in .*safetensors is altered"),
     ("sha256", None, "header of .*safetensors is damaged"),
@@ -205,7 +207,8 @@ def test_altered_headers_are_refused(folder, field, value, message):
 
 
 @pytest.mark.parametrize("entry", [
-    {"in": 40, "out": 300, "k": 1}, {"in": 41, "out": 300, "k": 2}, {"in": 40}, 7])
+    {"type": "sign", "in": 40, "out": 300, "k": 1}, {"type": "sign", "in": 41, "out": 300, "k": 2},
+    {"type": "sign", "in": 40}, {"type": "ternary"}, {"in": 40, "out": 300, "k": 2}, 7])
 def test_a_module_that_disagrees_is_refused(folder, entry):
     rewrite(folder, "modules", lambda text: json.dumps(json.loads(text) | {GATE: entry}))
     assert re.search(r"^module model.layers.[01].mlp.gate_proj |^the header ", refused(folder))
@@ -270,8 +273,8 @@ def test_save_refuses_what_it_cannot_hold(params, tmp_path):
     up, node = "layers/mlp/up/kernel", params["layers"]["mlp"]["up"]["kernel"]
     latent = ResidualSign(jnp.ones(node.shape), jnp.ones((2, 2, 300)), jnp.ones((2, 2, 40)))
     for bad, message in [
-        (changed(up, latent), "layers/mlp/up/kernel is a ResidualSign, wanted PackedSign"),
-        (unflatten_dict(random(SMALL), sep="/"), "hold no PackedSign"),
+        (changed(up, latent), "layers/mlp/up/kernel is a ResidualSign, wanted a packed weight"),
+        (unflatten_dict(random(SMALL), sep="/"), "hold no packed weight"),
         (changed(up, node.replace(bits=node.bits[..., :-1])), r"bits uint8\[2, 2, 300, 31\]"),
         (changed(up, node.replace(g=node.g.astype(jnp.float32))), "has g float32"),
         (changed("layers/mlp/up/extra", jnp.ones(3)), "extra parameter layers/mlp/up/extra"),

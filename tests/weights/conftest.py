@@ -31,6 +31,22 @@ def coupled64():
     return _coupled64
 
 
+def _slope64(ste, v, a):
+    """The slope that each straight-through rule takes `a sign(v)` to have at `v`."""
+    v = np.asarray(v).astype(np.float64)
+    return {
+        "identity": np.ones_like(v),
+        "scaled": a + 0 * v,
+        "clipped": np.where(np.abs(v) > np.abs(a), 0.0, 1.0),
+        "smooth": 1 / np.cosh(v / a) ** 2,
+    }[ste]
+
+
+@pytest.fixture
+def slope64():
+    return _slope64
+
+
 @pytest.fixture(scope="session")
 def make_node():
     """`make(k, i, o, lead, dtype, seed)` -> a ResidualSign with a_1 > a_2 > ... > 0 at random."""

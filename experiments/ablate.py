@@ -1,0 +1,154 @@
+"""A grid of overrides x seeds, every cell an ordinary run with the same teacher.
+
+    python -m experiments.ablate --config experiments/configs/ablation_small.yaml
+    python -m experiments.ablate --config my.yaml seeds=0,1 run.qat.steps=400 --jobs 2
+    python -m experiments.ablate --config my.yaml --dry-run   the cells, and whether they can work
+    python -m experiments.ablate --config my.yaml --table     the tables of what is there
+
+The same command goes on where it was stopped; complete cells are not run again. To do one anew,
+remove its folder. ablation.csv, .md and .html are written after every cell.
+Exit codes: 0 done, 1 a cell crashed, 2 bad input (one sentence on stderr), 75 stopped but
+resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.ablation_cells import Plan, differing, make_plan
+from experiments.ablation_figures import figures
+from experiments.ablation_html import page
+from experiments.ablation_results import Results, collect
+from experiments.ablation_runner import RUN, Runner, claimed, complete
+from experiments.ablation_table import sections
+from experiments.ablation_text import comma_separated, markdown
+from experiments.config import dump_yaml
+from experiments.console import main_guard, number, say, table
+from experiments.files import write_text
+from experiments.folder import RunFolder
+from experiments.inputs import Inputs
+from rabit_jax import BadInput
+
+
+def execute(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    """The ablation itself."""
+    plan = make_plan(arguments.config, arguments.overrides)
+    made_by = shlex.join(
+        ["python", "-m", "experiments.ablate", "--config", arguments.config, *arguments.overrides]
+    )
+    if arguments.dry_run:
+        dry_run(plan)
+        return 0
+    if arguments.table:
+        if not plan.folder.is_dir():
+            raise BadInput(f"there is no folder {plan.folder}: run the ablation without --table")
+        show(write_tables(plan, made_by), plan.folder)
+        return 0
+    runner = Runner(command, arguments.jobs)
+    with claimed(plan.folder) as runner.lock:
+        write_text(plan.folder / "config.yaml", dump_yaml(plan.ablation))
+        with runner.signals():
+            run_all(plan, runner, made_by)
+            results = write_tables(plan, made_by)
+    show(results, plan.folder)
+    missing = sum(found is None for _, found in (*results.trials, *results.cells))
+    if not missing:
+        return 0
+    if runner.stopped:
+        say(f"stopped with {missing} cells missing; the same command goes on from there")
+    return runner.code or 1
+
+
+def run_all(plan: Plan, runner: Runner, made_by: str) -> None:
+    """The teacher, then the searches, then the cells seed by seed."""
+    if plan.teacher:
+        if not complete(plan.teacher):
+            say(f"teacher: its progress is in {plan.teacher.folder}")
+        runner.run("teacher", [plan.teacher])
+        if not complete(plan.teacher):
+            return
+    for title in ("search", "cells"):
+        cells = plan.trials() if title == "search" else plan.cells(collect(plan).chosen)
+        runner.run(title, cells, lambda: write_tables(plan, made_by))
+
+
+def write_tables(plan: Plan, made_by: str) -> Results:
+    """Write ablation.csv, .md, .html and figures/ from the cells that are complete."""
+    results = collect(plan)
+    parts, drawn = sections(results, made_by), figures(results)
+    for name, figure in drawn.items():
+        write_text(plan.folder / "figures" / f"{name}.svg", figure)
+    links = [f"figures/{name}.svg" for name in drawn]
+    title = plan.ablation.name
+    write_text(plan.folder / "ablation.csv", comma_separated(results))
+    write_text(plan.folder / "ablation.md", markdown(title, parts, links))
+    write_text(plan.folder / "ablation.html", page(title, parts, drawn))
+    return results
+
+
+def show(results: Results, folder: Path) -> None:
+    """The results table and where to read more."""
+    first = sections(results, "")[0]
+    table(f"{results.plan.ablation.name}: {first.title}", first.columns, first.rows, stdout=True)
+    print(f"report: {folder / 'ablation.html'}\ntables: {folder / 'ablation.md'}, ablation.csv")
+
+
+def dry_run(plan: Plan) -> None:
+    """Print the cells, and refuse what a run would refuse; nothing of the ablation is written."""
+    search, chosen = plan.ablation.search, {}
+    if search:  # Whatever the search will choose, steps and tokens are the same.
+        chosen = {row.label: search.values[0] for row in plan.rows}
+    changes = {row.label: "; ".join(differing(plan, row)) for row in plan.rows}
+    rows, total = [], 0
+    for cell in (*plan.trials(), *plan.cells(chosen)):
+        qat = cell.config.qat
+        tokens = qat.steps * qat.batch_size * qat.length
+        total += tokens
+        value = f"{search.key}={cell.value:g}" if cell.kind == "search" else changes[cell.row]
+        rows.append((cell.row, str(cell.seed), cell.kind, qat.steps, tokens, value or "-"))
+    columns = ("row", "seed", "kind", "steps", "tokens", "against run")
+    table(f"{plan.ablation.name}: {len(rows)} cells", columns, rows, stdout=True)
+    print(f"QAT tokens of all cells: {number(total)}")
+    for row in plan.rows:
+        try:
+            # With the config of the row, not of a cell: the shared teacher may not be there yet.
+            Inputs(row.config, RunFolder(row.config)).check()
+        except BadInput as error:
+            raise BadInput(f"row {row.label!r}: {error}") from None
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(
+        prog="python -m experiments.ablate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("--config", required=True, help="YAML file; see experiments/configs")
+    found.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file"
+    )
+    found.add_argument(
+        "--jobs", type=int, default=1, help="cells at once, each on its share of the cores"
+    )
+    found.add_argument(
+        "--dry-run", action="store_true", help="print the cells and check their settings"
+    )
+    found.add_argument(
+        "--table", action="store_true", help="only write the tables of the cells that are complete"
+    )
+    return found
+
+
+def main(argv: list[str] | None = None, command: Sequence[str] = RUN) -> int:
+    """Entry point; returns the exit code. `command` runs a cell."""
+    arguments = parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
+    return main_guard(lambda: execute(arguments, command))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

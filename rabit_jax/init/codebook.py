@@ -1,0 +1,185 @@
+"""`CodebookSpec`: residual vector quantisation fitted by weighted k-means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rabit_jax.errors import BadInput
+from rabit_jax.init.importance import Stats, importance
+from rabit_jax.init.svid import SMALLEST
+from rabit_jax.weights.codebook import Codebook
+from rabit_jax.weights.convert import per_layer
+from rabit_jax.weights.ste import F32
+
+SCORES = 2**22  # distances held at a time: 16 MB
+
+
+@dataclass(frozen=True)
+class CodebookSpec:
+    """Additive codebooks, one k-means after another on what the stages before leave.
+
+    `g` is the root mean square of each output's column. Each stage minimises
+    `sum (d_in d_out g)^2 (x - c)^2` over the vectors x of d inputs of `W / g`, which is the error
+    of W in the metric of `diag(d_in) W diag(d_out)`, `d = importance(stats, a)`. Codes take
+    `stages bits / dim` bits per weight: 2 with the defaults.
+
+    Attributes:
+      stages: codebooks that are added, 1 to 8.
+      dim: inputs that share a code.
+      bits: bits of a code, 1 to 8; a codebook has `2^bits` entries.
+      a_in: exponent of the input importance; 0 ignores it.
+      a_out: exponent of the output importance; 0 ignores it.
+      iterations: Lloyd iterations of each stage.
+
+    Example:
+      >>> node = CodebookSpec().init(w, stats)      # w: [..., i, o]
+      >>> node.codebooks.shape                      # [..., 2, 16, 4]
+    """
+
+    stages: int = 2
+    dim: int = 4
+    bits: int = 4
+    a_in: float = 0.5
+    a_out: float = 0.5
+    iterations: int = 25
+    type: Literal["codebook"] = field(default="codebook", kw_only=True)
+
+    def __post_init__(self):
+        """Raises BadInput for a setting out of its range."""
+        if not (1 <= self.stages <= 8 and 1 <= self.bits <= 8):
+            raise BadInput(
+                f"stages {self.stages}, bits {self.bits}: each must lie in 1..8, a code is a byte "
+                "at most"
+            )
+        if self.dim < 1 or self.iterations < 0:
+            raise BadInput(
+                f"dim {self.dim}, iterations {self.iterations}: a vector must hold at least 1 "
+                "input, and iterations must not be negative"
+            )
+
+    def init(
+        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+    ) -> Codebook:
+        """Kernel `[..., i, o]` -> `Codebook`, fitted layer by layer.
+
+        Args:
+          w: float `[..., i, o]`.
+          stats: calibration statistics `[..., i]`, `[..., o]`; None fits the plain squared error.
+          key: draws the entries that k-means starts from; None for `jax.random.key(0)`.
+
+        Returns:
+          A node without latent: its codes are fixed from here on.
+        """
+        key = jax.random.key(0) if key is None else key
+        return Codebook(*_fit(self, w, stats, key), w.shape[-2])
+
+    def dense(self, node: Codebook) -> jax.Array:
+        """`W_hat: [..., i, o]` float32."""
+        return node.dense()
+
+
+@partial(jax.jit, static_argnums=0)
+def _fit(spec: CodebookSpec, w: jax.Array, stats: Stats | None, key: jax.Array) -> tuple:
+    *lead, i, o = w.shape
+    if stats is None:
+        stats = Stats(jnp.ones((*lead, i)), jnp.ones((*lead, o)))
+    d_in, d_out = importance(stats.s_in, spec.a_in), importance(stats.s_out, spec.a_out)
+    keys = jax.random.split(key, tuple(lead))
+    return per_layer(partial(_fit_layer, spec), w, d_in, d_out, keys)
+
+
+def _fit_layer(
+    spec: CodebookSpec, w: jax.Array, d_in: jax.Array, d_out: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Codes uint8 `[stages, m, o]`, codebooks `[stages, entries, d]` and `g: [o]` of one matrix."""
+    w = w.astype(F32)
+    g = jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(w), axis=0)), SMALLEST)
+    pad = -w.shape[0] % spec.dim
+    x = jnp.pad(w / g[None], [(0, pad), (0, 0)]).reshape(-1, spec.dim, w.shape[1]).swapaxes(1, 2)
+    weight_in = jnp.pad(jnp.square(d_in), (0, pad)).reshape(-1, spec.dim)
+    weight_out = jnp.square(d_out * g)
+    codes, books = [], []
+    for stage in jax.random.split(key, spec.stages):
+        start = draw(x, 2**spec.bits, stage)
+        code, book = kmeans(x, weight_in, weight_out, start, spec.iterations)
+        codes.append(code)
+        books.append(book)
+        x = x - book[code]
+    return jnp.stack(codes).astype(jnp.uint8), jnp.stack(books), g
+
+
+def draw(x: jax.Array, count: int, key: jax.Array) -> jax.Array:
+    """`count` of the vectors `x: [m, o, d]`, one from each of as many equal stretches of them."""
+    m, o, d = x.shape
+    first = np.arange(count, dtype=np.int64) * (m * o) // count
+    offset = jax.random.randint(key, (count,), 0, max(m * o // count, 1))
+    return x.reshape(-1, d)[jnp.asarray(first, jnp.int32) + offset]
+
+
+def kmeans(
+    x: jax.Array, weight_in: jax.Array, weight_out: jax.Array, start: jax.Array, iterations: int
+) -> tuple[jax.Array, jax.Array]:
+    """Lloyd's iteration on `sum_{m,o,j} weight_in[m,j] weight_out[o] (x[m,o,j] - c[j])^2`.
+
+    Every vector goes to the entry with the least error, every entry to the weighted mean of its
+    vectors. An entry (or one element of it) that has no weight stays as it is. The vectors are
+    taken in pieces, so that only `SCORES` distances exist at a time.
+
+    Args:
+      x: float32 `[m, o, d]`.
+      weight_in: float32 `[m, d]`, not negative.
+      weight_out: float32 `[o]`, not negative.
+      start: float32 `[entries, d]`.
+      iterations: how often the entries are moved.
+
+    Returns:
+      `(codes, entries)`: int32 `[m, o]`, the nearest of the entries returned, and `[entries, d]`.
+    """
+    m, o, _ = x.shape
+    rows = min(m, max(1, SCORES // (o * len(start))))
+    pieces = _pieces(x, rows), _pieces(weight_in, rows)
+
+    def add(sums, piece, entries):
+        x, w = piece
+        chosen = jax.nn.one_hot(_nearest(x, w, entries), len(entries), dtype=F32)
+        weights = w[:, None, :] * weight_out[None, :, None]
+        new = [_einsum("roe,rod->ed", chosen, v) for v in (weights * x, weights)]
+        return (sums[0] + new[0], sums[1] + new[1]), None
+
+    def move(_, entries):
+        zero = jnp.zeros_like(entries)
+        (total, weight), _ = jax.lax.scan(partial(add, entries=entries), (zero, zero), pieces)
+        return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), entries)
+
+    entries = jax.lax.fori_loop(0, iterations, move, start)
+    codes = jax.lax.map(lambda piece: _nearest(*piece, entries), pieces)
+    return codes.reshape(-1, o)[:m], entries
+
+
+def _pieces(a: jax.Array, rows: int) -> jax.Array:
+    """`[m, ...]` -> `[pieces, rows, ...]`, padded with 0."""
+    padded = jnp.pad(a, [(0, -len(a) % rows)] + [(0, 0)] * (a.ndim - 1))
+    return padded.reshape(-1, rows, *a.shape[1:])
+
+
+def _nearest(x: jax.Array, weight_in: jax.Array, entries: jax.Array) -> jax.Array:
+    """Index of the entry with the least `sum_j w_j (x_j - c_j)^2`, int32 `[r, o]`.
+
+    The square is expanded into two matrix products, and the term of `x` alone left out.
+    `x: [r, o, d]`, `weight_in: [r, d]`.
+    """
+    cross = _einsum("rod,ed->roe", x * weight_in[:, None, :], entries)
+    square = _einsum("rd,ed->re", weight_in, jnp.square(entries))
+    return jnp.argmin(square[:, None, :] - 2 * cross, axis=-1)
+
+
+def _einsum(equation: str, *arrays: jax.Array) -> jax.Array:
+    # Accelerators multiply float32 in fewer bits by default, which would move vectors that lie
+    # between two entries.
+    return jnp.einsum(equation, *arrays, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,50 @@
+"""The packed weights by the name that their headers carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rabit_jax.errors import BadInput
+from rabit_jax.weights.packed import PackedSign
+from rabit_jax.weights.packed_codebook import PackedCodebook
+from rabit_jax.weights.packed_groups import PackedDualBinary, PackedGroupUniform
+from rabit_jax.weights.packed_low_rank import PackedLowRank
+from rabit_jax.weights.scaled import ScaledWeight
+from rabit_jax.weights.sum import SumWeight
+
+PACKED_TYPES = {
+    "sign": PackedSign,
+    "low_rank": PackedLowRank,
+    "group_uniform": PackedGroupUniform,
+    "dual_binary": PackedDualBinary,
+    "codebook": PackedCodebook,
+    "sum": SumWeight,
+    "scaled": ScaledWeight,
+}
+
+
+def abstract_packed(header: Mapping[str, Any]) -> Any:
+    """The packed node of one matrix as shapes and dtypes, from what its `header()` returned.
+
+    Raises:
+      BadInput: a type that this version does not know, or fields that are missing or of no sense.
+    """
+    kind = header.get("type") if isinstance(header, Mapping) else None
+    if kind not in PACKED_TYPES:
+        raise BadInput(
+            f"a packed weight has the type {kind!r}: the types are {', '.join(PACKED_TYPES)}"
+        )
+    try:
+        return PACKED_TYPES[kind].abstract(header)
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"the header of a packed {kind} weight is damaged ({error})") from error
+
+
+def is_packed_node(node: Any) -> bool:
+    """Whether a weight node is in its deployed form, all terms of a sum included."""
+    if isinstance(node, SumWeight):
+        return all(map(is_packed_node, node.terms))
+    if isinstance(node, ScaledWeight):
+        return is_packed_node(node.inner)
+    return isinstance(node, tuple(PACKED_TYPES.values()))

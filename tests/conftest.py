@@ -10,6 +10,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Singular values of small matrices: threads that wait for each other take a hundred times as long
+# when two test processes share two cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402

@@ -64,18 +64,19 @@ class Description:
 
     def __str__(self) -> str:
         """The table as text."""
+        wide = max([14, *(len(r.representation) for r in self.rows)])
         head = (
-            f"{'path':32} {'representation':14} {'shape':18} {'k':>2} {'bits/w':>7} "
+            f"{'path':32} {'representation':{wide}} {'shape':18} {'k':>2} {'bits/w':>7} "
             f"{'trained':>9} {'deployed':>9}"
         )
         body = [
-            f"{r.path:32} {r.representation:14} {str(list(r.shape)):18} {r.k or '-':>2} "
+            f"{r.path:32} {r.representation:{wide}} {str(list(r.shape)):18} {r.k or '-':>2} "
             f"{r.bits_per_weight:7.3f} {_size(r.trained_bytes):>9} {_size(r.deployed_bytes):>9}"
             for r in self.rows
         ]
         average = f"{self.bits_per_weight:.3f}" if self.quantised else ""
         total = (
-            f"{'total':32} {'':14} {'':18} {'':>2} {average:>7} "
+            f"{'total':32} {'':{wide}} {'':18} {'':>2} {average:>7} "
             f"{_size(self.trained_bytes):>9} {_size(self.deployed_bytes):>9}"
         )
         return "\n".join([head, *body, total])

@@ -8,21 +8,13 @@ from functools import partial
 import jax
 from flax import struct
 
-from rabit_jax.weights.cost import Cost
-from rabit_jax.weights.packed import (
-    PackedSign,
-    nominal_bits,
-    pack_positive,
-    packed_size,
-    plus_minus,
-    round_scales,
-    sign_cost,
-)
+from rabit_jax.weights.packed import PackedSign, pack_positive, round_scales
+from rabit_jax.weights.paths import SignPaths
 from rabit_jax.weights.ste import F32, outer, path_slope, scale_gradients, with_sign
 
 
 @struct.dataclass
-class IndependentSign:
+class IndependentSign(SignPaths):
     """`W_hat = sum_i diag(h_i) sign(V_i) diag(g_i)`: what `ResidualSign` is compared with.
 
     Nothing couples the paths, so they cost k latents, k gradients and k optimiser states.
@@ -44,11 +36,6 @@ class IndependentSign:
     ste: str = struct.field(pytree_node=False, default="identity")
 
     @property
-    def k(self) -> int:
-        """Number of sign paths."""
-        return self.g.shape[-2]
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Shape `[..., i, o]` of the matrix."""
         return (*self.latents.shape[:-3], *self.latents.shape[-2:])
@@ -65,10 +52,6 @@ class IndependentSign:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return self.latents >= 0
 
-    def signs(self) -> jax.Array:
-        """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
-        return plus_minus(self.positive())
-
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return _terms(self.latents, self.g, self.h)
@@ -84,18 +67,6 @@ class IndependentSign:
           BadInput: a scale leaves the float16 range; the message begins with `name`.
         """
         return PackedSign(pack_positive(self.latents >= 0), *round_scales(name, g=self.g, h=self.h))
-
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight once packed: `k + 16 k (i + o) / (i o)`."""
-        return nominal_bits(self.shape, self.k)
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed, padding of the inputs to 256 included."""
-        return packed_size(self.shape, self.k)
-
-    def cost(self) -> Cost:
-        """Cost per token once packed, see `packed.sign_cost`."""
-        return sign_cost(self.shape, self.k)
 
     def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> IndependentSign:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""

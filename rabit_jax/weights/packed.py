@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import prod
 from typing import Any
 
 import jax
@@ -13,14 +12,14 @@ from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.weights.convert import per_layer
-from rabit_jax.weights.cost import Cost
+from rabit_jax.weights.paths import SignPaths
 from rabit_jax.weights.ste import F32, outer
 
 SCALE_DTYPE = jnp.float16
 
 
 @struct.dataclass
-class PackedSign:
+class PackedSign(SignPaths):
     """`W_hat = sum_i diag(h_i) B_i diag(g_i)` with `B_i` packed in the `rb256` layout.
 
     Attributes:
@@ -32,11 +31,6 @@ class PackedSign:
     bits: jax.Array
     g: jax.Array
     h: jax.Array
-
-    @property
-    def k(self) -> int:
-        """Number of sign paths."""
-        return self.g.shape[-2]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,10 +48,6 @@ class PackedSign:
         from kernels.layout import unpack_bits
 
         return jnp.swapaxes(unpack_bits(self.bits, self.shape[-2]), -1, -2).astype(bool)
-
-    def signs(self) -> jax.Array:
-        """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
-        return plus_minus(self.positive())
 
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
@@ -77,19 +67,6 @@ class PackedSign:
     def pack(self, name: str) -> PackedSign:
         """Itself: already packed."""
         return self
-
-    def bits_per_weight(self) -> float:
-        """Nominal `k + 16 k (i + o) / (i o)`; padding on disk comes on top where 256 does not
-        divide i."""
-        return nominal_bits(self.shape, self.k)
-
-    def deployed_bytes(self) -> int:
-        """Bytes of all leaves: what the packed file stores."""
-        return packed_size(self.shape, self.k)
-
-    def cost(self) -> Cost:
-        """Cost per token, see `sign_cost`."""
-        return sign_cost(self.shape, self.k)
 
     def header(self) -> dict[str, Any]:
         """What the packed file says of one matrix: `{"type": "sign", "in", "out", "k"}`."""
@@ -112,35 +89,6 @@ def pack_positive(positive: jax.Array) -> jax.Array:
     from kernels.layout import pack_bits
 
     return per_layer(lambda one: pack_bits(one.T), positive)
-
-
-def plus_minus(positive: jax.Array) -> jax.Array:
-    """Bool, True for +1 -> int8, each -1 or +1."""
-    return positive.astype(jnp.int8) * 2 - 1
-
-
-def nominal_bits(shape: tuple[int, ...], k: int) -> float:
-    """Bits per weight of k packed paths of `[..., i, o]`: `k + 16 k (i + o) / (i o)`."""
-    i, o = shape[-2:]
-    return k + 16 * k * (i + o) / (i * o)
-
-
-def sign_cost(shape: tuple[int, ...], k: int) -> Cost:
-    """Cost per token of k sign paths: `k (i + o)` multiplications, `k i o` additions a layer.
-
-    The additions within a path are `i - 1` for each output, and one more joins it to the others.
-    """
-    *lead, i, o = shape
-    layers = prod(lead)
-    return Cost(layers * k * (i + o), layers * k * i * o, 0, packed_size(shape, k))
-
-
-def packed_size(shape: tuple[int, ...], k: int) -> int:
-    """Bytes of k packed paths of `[..., i, o]`, padding of the inputs to 256 included."""
-    from kernels.layout import packed_bytes
-
-    *lead, i, o = shape
-    return prod(lead) * k * (o * packed_bytes(i) + 2 * (i + o))
 
 
 @jax.jit

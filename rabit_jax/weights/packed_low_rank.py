@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from rabit_jax.weights.cost import Cost
-from rabit_jax.weights.packed import SCALE_DTYPE, plus_minus
+from rabit_jax.weights.packed import SCALE_DTYPE
+from rabit_jax.weights.paths import plus_minus
 from rabit_jax.weights.ste import F32, outer
 
 

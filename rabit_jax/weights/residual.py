@@ -9,20 +9,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from rabit_jax.weights.convert import per_layer
-from rabit_jax.weights.cost import Cost
-from rabit_jax.weights.packed import (
-    PackedSign,
-    nominal_bits,
-    packed_size,
-    plus_minus,
-    round_scales,
-    sign_cost,
-)
+from rabit_jax.weights.packed import PackedSign, round_scales
+from rabit_jax.weights.paths import SignPaths
 from rabit_jax.weights.ste import F32, coupled, coupled_signs, effective_weight, outer
 
 
 @struct.dataclass
-class ResidualSign:
+class ResidualSign(SignPaths):
     """`W_hat = sum_i diag(h_i) B_i diag(g_i)`, `B_i = sign(W - W_hat_1 - ... - W_hat_{i-1})`.
 
     Attributes:
@@ -42,11 +35,6 @@ class ResidualSign:
     ste: str = struct.field(pytree_node=False, default="identity")
 
     @property
-    def k(self) -> int:
-        """Number of sign paths."""
-        return self.g.shape[-2]
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Shape `[..., i, o]` of the matrix."""
         return self.latent.shape
@@ -62,10 +50,6 @@ class ResidualSign:
     def positive(self) -> jax.Array:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return coupled_signs(self.latent, self.g, self.h)
-
-    def signs(self) -> jax.Array:
-        """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
-        return plus_minus(self.positive())
 
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
@@ -84,18 +68,6 @@ class ResidualSign:
         return PackedSign(
             _derive_bits(self.latent, self.g, self.h), *round_scales(name, g=self.g, h=self.h)
         )
-
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight once packed: `k + 16 k (i + o) / (i o)`."""
-        return nominal_bits(self.shape, self.k)
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed, padding of the inputs to 256 included."""
-        return packed_size(self.shape, self.k)
-
-    def cost(self) -> Cost:
-        """Cost per token once packed, see `packed.sign_cost`."""
-        return sign_cost(self.shape, self.k)
 
     def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> ResidualSign:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""

@@ -1,4 +1,4 @@
-"""`UniformResidual` against rounding to evenly spaced levels, and its fit against the known best."""
+"""`UniformResidual` against rounding to even levels, and its fit against the known best."""
 
 import jax
 import jax.numpy as jnp

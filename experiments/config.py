@@ -206,6 +206,12 @@ def _unknown(cls: type, key: str) -> BadInput:
     nearest = max(
         _known_keys(cls, ""), key=lambda known: difflib.SequenceMatcher(None, key, known).ratio()
     )
+    if nearest == key:
+        section, _, name = key.rpartition(".")
+        return BadInput(
+            f"the config key {key!r} does not go with the chosen {section}.type: leave it out, or "
+            f"choose a type that has {name}"
+        )
     return BadInput(f"unknown config key {key!r}: the nearest key is {nearest!r}")
 
 

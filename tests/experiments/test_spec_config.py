@@ -65,8 +65,9 @@ def test_overrides_fill_what_the_file_leaves(tmp_path):
 @pytest.mark.parametrize(("overrides", "said"), [
     (["init.spec.type=low_rnk"], "'init.spec.type' is 'low_rnk', wanted one of 'residual'"),
     (["init.spec.type=low_rnk"], "did you mean 'low_rank'?"),
-    (["init.spec.type=low_rank", "init.spec.rounds=3"], "unknown config key 'init.spec.rounds'"),
-    (["init.spec.bits=2"], "unknown config key 'init.spec.bits'"),
+    (["init.spec.type=low_rank", "init.spec.rounds=3"],
+     "'init.spec.rounds' does not go with the chosen init.spec.type: leave it out, or choose a"),
+    (["init.spec.bits=2"], "'init.spec.bits' does not go with the chosen init.spec.type"),
     (["init.spec.rouds=2"], "the nearest key is 'init.spec.rounds'"),
     (["init.spec.ste=hard"], "'init.spec.ste' is 'hard', wanted one of 'identity'"),
     (["init.spec=3"], "'init.spec' is 3, wanted a mapping"),

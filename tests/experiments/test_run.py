@@ -179,20 +179,21 @@ def test_a_composed_weight_is_run_like_any_other(finished, place, run):
     spec = "{type: sum, parts: [{type: low_rank, rank: 16}, {type: residual, k: 1, rounds: 0}]}"
     done = run(
         place, f"init.spec={spec}", f"teacher.path={finished / 'teacher'}", "name=sum",
-        "qat.steps=4", "evaluate.baselines=false", "generate.prompts=[]",
+        "init.quantise=layers/attn/[qk]/kernel", "qat.steps=4", "evaluate.baselines=false",
+        "generate.prompts=[]",
     )
     assert done == 0
     folder = place / "runs" / "sum"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["packed"]["bits_identical"] and "greedy" not in summary
     assert summary["packed"]["ppl"] == pytest.approx(summary["qat"]["ppl"], rel=5e-3)
-    # Rank 16 and its twin, then one sign path; five matrices of 256 x 256 and two of 256 x 128,
-    # whose 128 outputs are padded to 256 in the factor that is stored along them.
-    products = 2 * (16 * (512 * 5 + 384 * 2) + 16 * (528 * 5 + 400 * 2))
-    paths = 256 * 256 * 5 + 256 * 128 * 2 + 16 * (512 * 5 + 384 * 2)
-    weights = 256 * 256 * 5 + 256 * 128 * 2
+    # Rank 16 and its twin, then one sign path; q is 256 x 256, and k 256 x 128, whose 128 outputs
+    # are padded to 256 in the factor that is stored along them.
+    products = 2 * (16 * (512 + 384) + 16 * (528 + 400))
+    paths = 256 * 256 + 256 * 128 + 16 * (512 + 384)
+    weights = 256 * 256 + 256 * 128
     assert summary["packed"]["bits_per_weight"] == pytest.approx((products + paths) / weights)
-    padding = 2 * 2 * 16 * 128 / weights
+    padding = 2 * 16 * 128 / weights
     assert summary["packed"]["stored_bits_per_weight"] == pytest.approx(
         (products + paths) / weights + padding
     )

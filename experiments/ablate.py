@@ -26,7 +26,7 @@ from experiments.ablation_results import Results, collect
 from experiments.ablation_runner import RUN, Runner, claimed, complete
 from experiments.ablation_table import sections
 from experiments.ablation_text import comma_separated, markdown
-from experiments.config import dump_yaml
+from experiments.config import config_parser, dump_yaml
 from experiments.console import main_guard, number, say, table
 from experiments.files import write_text
 from experiments.folder import RunFolder
@@ -123,15 +123,7 @@ def dry_run(plan: Plan) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = argparse.ArgumentParser(
-        prog="python -m experiments.ablate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    found.add_argument("--config", required=True, help="YAML file; see experiments/configs")
-    found.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file"
-    )
+    found = config_parser("python -m experiments.ablate", __doc__)
     found.add_argument(
         "--jobs", type=int, default=1, help="cells at once, each on its share of the cores"
     )

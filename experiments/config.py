@@ -12,6 +12,7 @@ The classes are the schema. An unknown key, a value of the wrong type or a missi
 Train(steps=1000, mesh={'data': 2})
 """
 
+import argparse
 import dataclasses
 import difflib
 import hashlib
@@ -47,6 +48,18 @@ def load_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] 
     for key in _unknown_keys(cls, tree, "", None):
         raise _unknown(cls, key)
     return build(cls, tree)
+
+
+def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of a command that takes `--config FILE` and overrides."""
+    found = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--config", required=True, help="YAML file; see experiments/configs")
+    found.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file"
+    )
+    return found
 
 
 def to_dict(config: Any) -> Any:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import signal
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -21,11 +20,10 @@ from experiments.folder import RunFolder
 from experiments.settings import RunConfig, Training
 from experiments.text import Text
 from rabit_jax import BadInput, Stats, convert
-from rabit_jax.data import TokenText, batch
-from rabit_jax.evaluate import Perplexity, perplexity
+from rabit_jax.data import batch
 from rabit_jax.models import Decoder, ModelConfig, load_hf, param_shapes, read_config
 from rabit_jax.train import Checkpoints, Loop, Watch, abstract, merge, partition, roles, train
-from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
+from rabit_jax.train.sharding import make_mesh, param_shardings
 from rabit_jax.weights.convert import map_leaves, weights_of
 
 
@@ -226,45 +224,6 @@ class Inputs:
             self.__dict__.pop(name, None)
 
     # shared work
-
-    def perplexity(self, params: Any, label: str, text: TokenText | None = None) -> Perplexity:
-        """Perplexity of any params on the evaluation text or another, with a progress bar."""
-        text = text or self.text.held_out
-        rows = self.text.windows(text)
-        with progress(f"perplexity, {label}", len(rows)) as bar:
-            return perplexity(
-                self.model,
-                params,
-                rows,
-                batch_size=self.config.evaluate.batch_size,
-                chunk=self.config.compute.chunk,
-                text_bytes=text.bytes,
-                total_tokens=len(text.tokens),
-                progress=lambda done, _: bar.update(done),
-                batch_sharding=batch_sharding(self.mesh),
-            )
-
-    def watched_nats(self, params: Any) -> float:
-        """Nats per token on the windows that are watched during training."""
-        settings = self.config.evaluate
-        return perplexity(
-            self.model,
-            params,
-            self.text.windows()[: settings.watch_windows],
-            batch_size=settings.batch_size,
-            chunk=self.config.compute.chunk,
-            batch_sharding=batch_sharding(self.mesh),
-        ).nats_per_token
-
-    def windows(self, count: int) -> Iterator[dict]:
-        """The first `count` evaluation windows in whole batches on the mesh."""
-        rows = self.text.windows()[:count]
-        size = min(
-            self.config.evaluate.batch_size,
-            len(rows) // self.mesh.shape["data"] * self.mesh.shape["data"],
-        )
-        for start in range(0, len(rows) - size + 1, max(size, 1)):
-            yield jax.device_put({"tokens": rows[start : start + size]}, batch_sharding(self.mesh))
 
     def fit(
         self, stage: str, section: Training, trainer: Any, resume: bool, watch: Watch | None = None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.console import progress
 from experiments.inputs import Inputs
-from rabit_jax.evaluate import Perplexity, diagnose
+from rabit_jax.data import TokenText
+from rabit_jax.evaluate import Perplexity, diagnose, perplexity
 from rabit_jax.train import distillation_loss
 from rabit_jax.train.sharding import batch_sharding
 from rabit_jax.weights.convert import map_leaves, weights_of
@@ -26,10 +29,49 @@ def scores(run: Inputs, params: Any, label: str) -> dict:
             "scored_tokens": found.tokens,
         }
 
-    result = figures(run.perplexity(params, label))
+    result = figures(_perplexity(run, params, label, run.text.held_out))
     if run.text.unseen:
-        result["unseen"] = figures(run.perplexity(params, f"{label}, unseen", run.text.unseen))
+        found = _perplexity(run, params, f"{label}, unseen", run.text.unseen)
+        result["unseen"] = figures(found)
     return result
+
+
+def _perplexity(run: Inputs, params: Any, label: str, text: TokenText) -> Perplexity:
+    """Perplexity on all windows of a text, with a progress bar."""
+    rows = run.text.windows(text)
+    with progress(f"perplexity, {label}", len(rows)) as bar:
+        return perplexity(
+            run.model,
+            params,
+            rows,
+            batch_size=run.config.evaluate.batch_size,
+            chunk=run.config.compute.chunk,
+            text_bytes=text.bytes,
+            total_tokens=len(text.tokens),
+            progress=lambda done, _: bar.update(done),
+            batch_sharding=batch_sharding(run.mesh),
+        )
+
+
+def watched_nats(run: Inputs, params: Any) -> float:
+    """Nats per token on the evaluation windows that are watched during training."""
+    settings = run.config.evaluate
+    return perplexity(
+        run.model,
+        params,
+        run.text.windows()[: settings.watch_windows],
+        batch_size=settings.batch_size,
+        chunk=run.config.compute.chunk,
+        batch_sharding=batch_sharding(run.mesh),
+    ).nats_per_token
+
+
+def _windows(run: Inputs, count: int) -> Iterator[dict]:
+    """The first `count` evaluation windows in whole batches on the mesh."""
+    rows, devices = run.text.windows()[:count], run.mesh.shape["data"]
+    size = min(run.config.evaluate.batch_size, len(rows) // devices * devices)
+    for start in range(0, len(rows) - size + 1, max(size, 1)):
+        yield jax.device_put({"tokens": rows[start : start + size]}, batch_sharding(run.mesh))
 
 
 def divergence(run: Inputs, params: Any) -> float:
@@ -41,7 +83,7 @@ def divergence(run: Inputs, params: Any) -> float:
         return found["kl"]
 
     total, tokens = 0.0, 0
-    for batch in run.windows(run.config.evaluate.watch_windows):
+    for batch in _windows(run, run.config.evaluate.watch_windows):
         total += float(summed(params, run.teacher, batch))
         tokens += batch["tokens"].size
     return total / tokens
@@ -68,7 +110,7 @@ def diagnostics(run: Inputs, student: Any, drive: str = "teacher") -> dict:
         _features(run),
         run.teacher,
         student,
-        run.windows(run.config.evaluate.diagnostic_windows),
+        _windows(run, run.config.evaluate.diagnostic_windows),
         drive=drive,
         batch_sharding=batch_sharding(run.mesh),
     )

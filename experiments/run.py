@@ -23,7 +23,7 @@ from collections.abc import Callable
 import jax
 
 from experiments import stages
-from experiments.config import dump_yaml, load_config, section_hash
+from experiments.config import config_parser, dump_yaml, load_config, section_hash
 from experiments.console import main_guard, number, say, table
 from experiments.folder import RunFolder
 from experiments.inputs import Inputs, abstract_params
@@ -190,15 +190,7 @@ def show(summary: dict) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = argparse.ArgumentParser(
-        prog="python -m experiments.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    found.add_argument("--config", required=True, help="YAML file; see experiments/configs")
-    found.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file"
-    )
+    found = config_parser("python -m experiments.run", __doc__)
     found.add_argument(
         "--dry-run", action="store_true", help="print the resolved config and the param table"
     )

@@ -12,7 +12,13 @@ import numpy as np
 from experiments.config import to_dict
 from experiments.console import progress
 from experiments.inputs import Inputs, abstract_params
-from experiments.measure import diagnostics, divergence, reconstruction_errors, scores
+from experiments.measure import (
+    diagnostics,
+    divergence,
+    reconstruction_errors,
+    scores,
+    watched_nats,
+)
 from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
 from rabit_jax.evaluate import disordered_share, mean_flip_rate, snapshot, unigram_entropy
 from rabit_jax.init import round_to_nearest
@@ -61,7 +67,7 @@ def teacher(run: Inputs, resume: bool) -> dict:
                 "during": "teacher",
                 "step": step,
                 "tokens": step * tokens,
-                "nats_per_token": run.watched_nats(merge(trainable, trainer.frozen)),
+                "nats_per_token": watched_nats(run, merge(trainable, trainer.frozen)),
             }
         )
 
@@ -159,7 +165,7 @@ def qat(run: Inputs, resume: bool) -> dict:
                 **found["mean"],
                 **{f"student_{name}": value for name, value in own["mean"].items()},
                 "layers": found["layers"],
-                "nats_per_token": run.watched_nats(student),
+                "nats_per_token": watched_nats(run, student),
                 "flip_rate": mean_flip_rate(before, snapshot(student)),
                 "disordered": disordered_share(student),
             }

@@ -16,6 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -27,3 +28,33 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="RABIT_GPU_TESTS=1 runs it on a GPU"))
+
+
+def _llama(layers, width, hidden, vocabulary=32000):
+    """Abstract float32 parameters of a Llama in the framework's tree."""
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    l, d, f, v = layers, width, hidden, vocabulary
+    return {
+        "embed": {"embedding": array(v, d)},
+        "layers": {
+            "attn": {name: {"kernel": array(l, d, d)} for name in "qkvo"},
+            "mlp": {
+                "gate": {"kernel": array(l, d, f)},
+                "up": {"kernel": array(l, d, f)},
+                "down": {"kernel": array(l, f, d)},
+            },
+            "attn_norm": {"scale": array(l, d)},
+            "mlp_norm": {"scale": array(l, d)},
+        },
+        "final_norm": {"scale": array(d)},
+        "head": {"kernel": array(d, v)},
+    }
+
+
+@pytest.fixture(scope="session")
+def llama_shapes():
+    """`llama_shapes(layers, width, hidden)` -> abstract float32 parameters of a Llama."""
+    return _llama

@@ -14,7 +14,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.init.importance import Stats
 from rabit_jax.init.svid import SMALLEST, rank1
 from rabit_jax.weights.convert import per_layer
-from rabit_jax.weights.low_rank import FACTOR_STE, FactorSte, LowRankSign
+from rabit_jax.weights.low_rank import FACTOR_STE, FactorSte, LowRankSign, factor_sign
 from rabit_jax.weights.packed_low_rank import low_rank_terms
 from rabit_jax.weights.ste import F32
 
@@ -113,7 +113,7 @@ def fit_factors(w: jax.Array, rank: int, copies: int) -> tuple[jax.Array, ...]:
         for _ in range(copies):
             found.append(dual_svid(rest, rank))
             u, v, h, l, g = (a[None] for a in found[-1])
-            (term,) = low_rank_terms(_plus_minus(u), _plus_minus(v), h, l, g)
+            (term,) = low_rank_terms(factor_sign(u), factor_sign(v), h, l, g)
             rest = rest - term
         return tuple(jnp.stack(parts) for parts in zip(*found, strict=True))
 
@@ -147,7 +147,3 @@ def _floor(l: jax.Array) -> jax.Array:
     """Keep the scale of a singular value that is 0, or of a zero matrix, within float16."""
     top = jnp.max(l)
     return jnp.maximum(l, jnp.where(top > SMALLEST, FLOOR_RANK * top, SMALLEST))
-
-
-def _plus_minus(latent: jax.Array) -> jax.Array:
-    return jnp.where(latent >= 0, 1.0, -1.0)

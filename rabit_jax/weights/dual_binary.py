@@ -10,21 +10,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from rabit_jax.weights.convert import per_layer
-from rabit_jax.weights.cost import Cost
 from rabit_jax.weights.groups import group_sum, spread
-from rabit_jax.weights.packed_groups import (
-    PackedDualBinary,
-    group_bits,
-    group_cost,
-    group_size,
-    pack_planes,
-    to_half,
-)
+from rabit_jax.weights.packed import pack_positive
+from rabit_jax.weights.packed_groups import GroupedPlanes, PackedDualBinary, to_half
 from rabit_jax.weights.ste import F32
 
 
 @struct.dataclass
-class DualBinary:
+class DualBinary(GroupedPlanes):
     """`W_hat = a_1 b_1 + a_2 b_2` with `b` in {0, 1} and `a` per group of inputs and output.
 
         b_1 = H(w - (a_1 + a_2) / 2),   b_2 = H(-(w - a_1 b_1 - a_2 / 2)),   H(0) = 1
@@ -47,8 +40,10 @@ class DualBinary:
 
     @property
     def k(self) -> int:
-        """Number of binary paths."""
+        """Number of binary paths, each a plane of bits."""
         return 2
+
+    planes = k
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,23 +76,11 @@ class DualBinary:
         planes = _derive_planes(self.group, self.latent, self.a)
         return PackedDualBinary(planes, a, self.group, self.shape[-2])
 
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight once packed: `2 + 32 n / i`."""
-        return group_bits(self.shape, 2, self.group)
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed, padding of the inputs to 256 included."""
-        return group_size(self.shape, 2, self.group)
-
-    def cost(self) -> Cost:
-        """Cost per token once packed, see `packed_groups.group_cost`."""
-        return group_cost(self.shape, 2, self.group)
-
 
 @partial(jax.jit, static_argnums=0)
 def _derive_planes(group: int, *leaves: jax.Array) -> jax.Array:
     def layer(latent, a):
-        return pack_planes(jnp.stack([on for on, _ in _terms(latent, a, group)]))
+        return pack_positive(jnp.stack([on for on, _ in _terms(latent, a, group)]))
 
     return per_layer(layer, *leaves)
 

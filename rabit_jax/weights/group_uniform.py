@@ -10,13 +10,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from rabit_jax.weights.convert import per_layer
-from rabit_jax.weights.cost import Cost
 from rabit_jax.weights.groups import group_sum, spread
 from rabit_jax.weights.packed_groups import (
+    GroupedPlanes,
     PackedGroupUniform,
-    group_bits,
-    group_cost,
-    group_size,
     pack_codes,
     to_half,
 )
@@ -24,7 +21,7 @@ from rabit_jax.weights.ste import F32, with_sign
 
 
 @struct.dataclass
-class GroupUniform:
+class GroupUniform(GroupedPlanes):
     """`W_hat = s q + c`, `q = clip(round((W - c) / s), 0, 2^bits - 1)`, s and c per group.
 
     Attributes:
@@ -44,6 +41,11 @@ class GroupUniform:
     c: jax.Array
     group: int = struct.field(pytree_node=False, default=128)
     bits: int = struct.field(pytree_node=False, default=2)
+
+    @property
+    def planes(self) -> int:
+        """Bit planes that are stored."""
+        return self.bits
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,18 +82,6 @@ class GroupUniform:
         c = to_half(self.c, "c", name)
         planes = _derive_planes(self.group, self.bits, self.latent, self.s, self.c)
         return PackedGroupUniform(planes, s, c, self.group, self.shape[-2])
-
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight once packed: `bits + 32 n / i`."""
-        return group_bits(self.shape, self.bits, self.group)
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed, padding of the inputs to 256 included."""
-        return group_size(self.shape, self.bits, self.group)
-
-    def cost(self) -> Cost:
-        """Cost per token once packed, see `packed_groups.group_cost`."""
-        return group_cost(self.shape, self.bits, self.group)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

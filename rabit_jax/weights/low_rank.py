@@ -10,16 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rabit_jax.weights.cost import Cost
 from rabit_jax.weights.linear import times
 from rabit_jax.weights.packed import pack_positive, round_scales
-from rabit_jax.weights.packed_low_rank import (
-    PackedLowRank,
-    low_rank_bits,
-    low_rank_cost,
-    low_rank_size,
-    low_rank_terms,
-)
+from rabit_jax.weights.packed_low_rank import LowRankProduct, PackedLowRank, low_rank_terms
 from rabit_jax.weights.ste import F32
 
 # What the backward takes sign(U) and sign(V) for, see `factor_sign`.
@@ -29,7 +22,7 @@ STEEPNESS = 100.0
 
 
 @struct.dataclass
-class LowRankSign:
+class LowRankSign(LowRankProduct):
     """`W_hat = sum_c diag(h_c) sign(U_c) diag(l_c) sign(V_c) diag(g_c)` (arXiv 2506.13771).
 
     The rank r of the factors sets the bits, down to 0.1 per weight. With c = 2 copies the second is
@@ -56,21 +49,6 @@ class LowRankSign:
     g: jax.Array
     ste: str = struct.field(pytree_node=False, default="smooth")
 
-    @property
-    def k(self) -> int:
-        """Number of copies: 2 with the residual twin, else 1."""
-        return self.l.shape[-2]
-
-    @property
-    def rank(self) -> int:
-        """Columns of `U`."""
-        return self.l.shape[-1]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return (*self.l.shape[:-2], self.h.shape[-1], self.g.shape[-1])
-
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat` as `sum_c ((((x * h_c) sign(U_c)) * l_c) sign(V_c)) * g_c`, no `W_hat` built.
 
@@ -82,10 +60,6 @@ class LowRankSign:
             inner = times(x, self.h[n]).astype(x.dtype) @ u[n]
             total += times(times(inner, self.l[n]).astype(x.dtype) @ v[n], self.g[n])
         return total.astype(x.dtype)
-
-    def dense(self) -> jax.Array:
-        """`W_hat`, float32 `[..., i, o]`, summed path by path."""
-        return sum(self.paths())
 
     def paths(self) -> Iterator[jax.Array]:
         """The term of each copy, float32 `[..., i, o]`."""
@@ -115,18 +89,6 @@ class LowRankSign:
             pack_positive(jnp.swapaxes(self.v >= 0, -1, -2)),
             *round_scales(name, h=self.h, l=self.l, g=self.g),
         )
-
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight once packed, see `low_rank_bits`."""
-        return low_rank_bits(self.shape, self.rank, self.k)
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed, padding of inputs and outputs to 256 included."""
-        return low_rank_size(self.shape, self.rank, self.k)
-
-    def cost(self) -> Cost:
-        """Operations and bytes per token once packed, see `low_rank_cost`."""
-        return low_rank_cost(self.shape, self.rank, self.k)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -85,7 +85,7 @@ class PackedSign(SignPaths):
 
 
 def pack_positive(positive: jax.Array) -> jax.Array:
-    """Bool `[..., k, i, o]`, True for +1 -> `rb256` bits `[..., k, o, 32 ceil(i / 256)]` uint8."""
+    """Bool `[..., i, o]`, True for +1 -> `rb256` bits, uint8 `[..., o, 32 ceil(i / 256)]`."""
     from kernels.layout import pack_bits
 
     return per_layer(lambda one: pack_bits(one.T), positive)

@@ -16,22 +16,11 @@ from rabit_jax.weights.packed_groups import abstract_planes, unpack_codes
 from rabit_jax.weights.ste import F32
 
 
-@struct.dataclass
-class PackedCodebook:
-    """`W_hat[i, o] = g[o] sum_s C_s[code_s[i // d, o], i mod d]` with the codes as bit planes.
+class CodebookSum:
+    """Mixin of weights with `codebooks: [..., stages, entries, d]`, `g: [..., o]` and `inputs`.
 
-    Attributes:
-      bits: uint8 `[..., stages, bits, o, 32 ceil(m / 256)]`, `m = ceil(i / d)`; plane p holds bit p
-        of the codes.
-      codebooks: float16 `[..., stages, entries, d]`, `entries = 2^bits`.
-      g: float16 `[..., o]` output scales ("row scale").
-      inputs: `i`; where d does not divide it the last vectors are cut.
+    Trained or packed, sizes and costs are those of the packed form.
     """
-
-    bits: jax.Array
-    codebooks: jax.Array
-    g: jax.Array
-    inputs: int = struct.field(pytree_node=False)
 
     @property
     def k(self) -> int:
@@ -47,17 +36,64 @@ class PackedCodebook:
         """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
         return x @ self.dense().astype(x.dtype)
 
-    def codes(self) -> jax.Array:
-        """uint8 `[..., stages, m, o]`."""
-        return unpack_codes(self.bits, vectors(self.inputs, self.codebooks.shape[-1]))
-
     def dense(self) -> jax.Array:
-        """`W_hat`, float32 `[..., i, o]`."""
-        return self._scales() * sum(self._terms())
+        """`W_hat`, float32 `[..., i, o]`; differentiable in `codebooks` and `g`."""
+        return self.g[..., None, :].astype(F32) * sum(self._terms())
 
     def paths(self) -> Iterator[jax.Array]:
         """What each stage adds, `g C_s`, float32 `[..., i, o]`."""
-        return (self._scales() * term for term in self._terms())
+        return (self.g[..., None, :].astype(F32) * term for term in self._terms())
+
+    def bits_per_weight(self) -> float:
+        """Nominal `(stages bits m o + 16 stages entries d + 16 o) / (i o)` once packed; padding on
+        disk comes on top where 256 does not divide m."""
+        i, o = self.shape[-2:]
+        stages, entries, d = self.codebooks.shape[-3:]
+        codes = stages * code_bits(entries) * vectors(i, d) * o
+        return (codes + 16 * stages * entries * d + 16 * o) / (i * o)
+
+    def deployed_bytes(self) -> int:
+        """Bytes once packed, padding of the codes to 256 included."""
+        from kernels.layout import packed_bytes
+
+        *lead, i, o = self.shape
+        stages, entries, d = self.codebooks.shape[-3:]
+        codes = stages * code_bits(entries) * o * packed_bytes(vectors(i, d))
+        return prod(lead) * (codes + 2 * stages * entries * d + 2 * o)
+
+    def cost(self) -> Cost:
+        """Cost per token of decoding to weights and multiplying.
+
+        Lookups: `stages m o` vectors. Additions: `(stages - 1) i o` join the stages, `i o` are
+        those of the product. Multiplications: `i o` of the product and `o` by `g`.
+        """
+        *lead, i, o = self.shape
+        stages, _, d = self.codebooks.shape[-3:]
+        layers = prod(lead)
+        lookups = layers * stages * vectors(i, d) * o
+        return Cost(layers * (i + 1) * o, layers * stages * i * o, lookups, self.deployed_bytes())
+
+
+@struct.dataclass
+class PackedCodebook(CodebookSum):
+    """`W_hat[i, o] = g[o] sum_s C_s[code_s[i // d, o], i mod d]` with the codes as bit planes.
+
+    Attributes:
+      bits: uint8 `[..., stages, bits, o, 32 ceil(m / 256)]`, `m = ceil(i / d)`; plane p holds bit p
+        of the codes.
+      codebooks: float16 `[..., stages, entries, d]`, `entries = 2^bits`.
+      g: float16 `[..., o]` output scales ("row scale").
+      inputs: `i`; where d does not divide it the last vectors are cut.
+    """
+
+    bits: jax.Array
+    codebooks: jax.Array
+    g: jax.Array
+    inputs: int = struct.field(pytree_node=False)
+
+    def codes(self) -> jax.Array:
+        """uint8 `[..., stages, m, o]`."""
+        return unpack_codes(self.bits, vectors(self.inputs, self.codebooks.shape[-1]))
 
     def roles(self) -> PackedCodebook:
         """Leaf names for the mesh."""
@@ -66,19 +102,6 @@ class PackedCodebook:
     def pack(self, name: str) -> PackedCodebook:
         """Itself: already packed."""
         return self
-
-    def bits_per_weight(self) -> float:
-        """Nominal `(stages bits m o + 16 stages entries d + 16 o) / (i o)`; padding on disk comes
-        on top where 256 does not divide m."""
-        return codebook_bits(self.shape, self.codebooks.shape[-3:])
-
-    def deployed_bytes(self) -> int:
-        """Bytes of all leaves: what the packed file stores."""
-        return codebook_size(self.shape, self.codebooks.shape[-3:])
-
-    def cost(self) -> Cost:
-        """Cost per token, see `codebook_cost`."""
-        return codebook_cost(self.shape, self.codebooks.shape[-3:])
 
     def header(self) -> dict[str, Any]:
         """What the packed file says of one matrix: `{"type": "codebook", "in", "out", "stages",
@@ -96,9 +119,6 @@ class PackedCodebook:
         books = jax.ShapeDtypeStruct((stages, 2**bits, d), SCALE_DTYPE)
         planes = abstract_planes((stages, bits), vectors(i, d), o)
         return cls(planes, books, jax.ShapeDtypeStruct((o,), SCALE_DTYPE), i)
-
-    def _scales(self) -> jax.Array:
-        return self.g[..., None, :].astype(F32)
 
     def _terms(self) -> Iterator[jax.Array]:
         return codebook_terms(self.codes(), self.codebooks.astype(F32), self.inputs)
@@ -124,38 +144,3 @@ def codebook_terms(codes: jax.Array, codebooks: jax.Array, inputs: int) -> Itera
         found = read(codebooks[..., s, :, :], codes[..., s, :, :].astype(jnp.int32))
         *lead, m, o, d = found.shape
         yield jnp.swapaxes(found, -1, -2).reshape(*lead, m * d, o)[..., :inputs, :]
-
-
-def codebook_bits(shape: tuple[int, ...], books: tuple[int, ...]) -> float:
-    """Nominal bits per weight, `(stages bits m o + 16 stages entries d + 16 o) / (i o)`.
-
-    `shape: [..., i, o]`, `books = (stages, entries, d)`.
-    """
-    i, o = shape[-2:]
-    stages, entries, d = books
-    codes = stages * code_bits(entries) * vectors(i, d) * o
-    return (codes + 16 * stages * entries * d + 16 * o) / (i * o)
-
-
-def codebook_size(shape: tuple[int, ...], books: tuple[int, ...]) -> int:
-    """Bytes of the packed form, padding of the codes included; arguments of `codebook_bits`."""
-    from kernels.layout import packed_bytes
-
-    *lead, i, o = shape
-    stages, entries, d = books
-    codes = stages * code_bits(entries) * o * packed_bytes(vectors(i, d))
-    return prod(lead) * (codes + 2 * stages * entries * d + 2 * o)
-
-
-def codebook_cost(shape: tuple[int, ...], books: tuple[int, ...]) -> Cost:
-    """Cost per token of decoding to weights and multiplying; arguments of `codebook_bits`.
-
-    Lookups: `stages m o` vectors. Additions: `(stages - 1) i o` join the stages, `i o` are those of
-    the product. Multiplications: `i o` of the product and `o` by `g`.
-    """
-    *lead, i, o = shape
-    stages, _, d = books
-    layers = prod(lead)
-    lookups = stages * vectors(i, d) * o
-    size = codebook_size(shape, books)
-    return Cost(layers * (i + 1) * o, layers * stages * i * o, layers * lookups, size)

@@ -14,12 +14,45 @@ from flax import struct
 from rabit_jax.errors import BadInput
 from rabit_jax.weights.cost import Cost
 from rabit_jax.weights.groups import group_count, spread
-from rabit_jax.weights.packed import SCALE_DTYPE
+from rabit_jax.weights.packed import SCALE_DTYPE, pack_positive
 from rabit_jax.weights.ste import F32
 
 
+class GroupedPlanes:
+    """Mixin of weights with two levels per group of `group` inputs and `planes` planes of bits.
+
+    Trained or packed, sizes and costs are those of the packed form.
+    """
+
+    def bits_per_weight(self) -> float:
+        """Nominal bits per weight once packed, `planes + 32 n / i`; padding on disk comes on top
+        where 256 does not divide i."""
+        i = self.shape[-2]
+        return self.planes + 32 * group_count(i, self.group) / i
+
+    def deployed_bytes(self) -> int:
+        """Bytes once packed, padding of the inputs to 256 included."""
+        from kernels.layout import packed_bytes
+
+        *lead, i, o = self.shape
+        return prod(lead) * o * (self.planes * packed_bytes(i) + 4 * group_count(i, self.group))
+
+    def cost(self) -> Cost:
+        """Cost per token, computed on the planes of {0, 1}.
+
+        Additions: the inputs that a plane selects, `planes i o`, and one for each plane, group and
+        output that joins the groups' sums, `planes n o`. Multiplications: the two levels of a group
+        times its sums, `2 n o`. What is shared by all outputs, the sum of the inputs of a group, is
+        left out; so are shifts.
+        """
+        *lead, i, o = self.shape
+        layers, n = prod(lead), group_count(i, self.group)
+        additions = layers * self.planes * (i + n) * o
+        return Cost(layers * 2 * n * o, additions, 0, self.deployed_bytes())
+
+
 @struct.dataclass
-class PackedGroupUniform:
+class PackedGroupUniform(GroupedPlanes):
     """`W_hat = s q + c` with the codes `q` as bit planes in the `rb256` layout.
 
     Attributes:
@@ -35,6 +68,11 @@ class PackedGroupUniform:
     c: jax.Array
     group: int = struct.field(pytree_node=False)
     inputs: int = struct.field(pytree_node=False)
+
+    @property
+    def planes(self) -> int:
+        """Bit planes that are stored."""
+        return self.bits.shape[-3]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,24 +104,17 @@ class PackedGroupUniform:
         """Itself: already packed."""
         return self
 
-    def bits_per_weight(self) -> float:
-        """Nominal `bits + 32 n / i`; padding on disk comes on top where 256 does not divide i."""
-        return group_bits(self.shape, self.bits.shape[-3], self.group)
-
-    def deployed_bytes(self) -> int:
-        """Bytes of all leaves: what the packed file stores."""
-        return group_size(self.shape, self.bits.shape[-3], self.group)
-
-    def cost(self) -> Cost:
-        """Cost per token, see `group_cost`."""
-        return group_cost(self.shape, self.bits.shape[-3], self.group)
-
     def header(self) -> dict[str, Any]:
         """What the packed file says of one matrix: `{"type": "group_uniform", "in", "out", "bits",
         "group"}`."""
         i, o = self.shape[-2:]
-        bits = self.bits.shape[-3]
-        return {"type": "group_uniform", "in": i, "out": o, "bits": bits, "group": self.group}
+        return {
+            "type": "group_uniform",
+            "in": i,
+            "out": o,
+            "bits": self.planes,
+            "group": self.group,
+        }
 
     @classmethod
     def abstract(cls, header: Mapping[str, Any]) -> PackedGroupUniform:
@@ -94,7 +125,7 @@ class PackedGroupUniform:
 
 
 @struct.dataclass
-class PackedDualBinary:
+class PackedDualBinary(GroupedPlanes):
     """`W_hat = a_1 b_1 + a_2 b_2` with `b` in {0, 1} as bit planes in the `rb256` layout.
 
     Attributes:
@@ -111,8 +142,10 @@ class PackedDualBinary:
 
     @property
     def k(self) -> int:
-        """Number of binary paths."""
+        """Number of binary paths, each a plane of bits."""
         return 2
+
+    planes = k
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,18 +174,6 @@ class PackedDualBinary:
         """Itself: already packed."""
         return self
 
-    def bits_per_weight(self) -> float:
-        """Nominal `2 + 32 n / i`; padding on disk comes on top where 256 does not divide i."""
-        return group_bits(self.shape, 2, self.group)
-
-    def deployed_bytes(self) -> int:
-        """Bytes of all leaves: what the packed file stores."""
-        return group_size(self.shape, 2, self.group)
-
-    def cost(self) -> Cost:
-        """Cost per token, see `group_cost`."""
-        return group_cost(self.shape, 2, self.group)
-
     def header(self) -> dict[str, Any]:
         """What the packed file says of one matrix: `{"type": "dual_binary", "in", "out",
         "group"}`."""
@@ -167,16 +188,9 @@ class PackedDualBinary:
         return cls(abstract_planes((2,), i, o), level, group, i)
 
 
-def pack_planes(planes: jax.Array) -> jax.Array:
-    """Bool `[..., i, o]` -> `rb256` bits, uint8 `[..., o, 32 ceil(i / 256)]`."""
-    from kernels.layout import pack_bits
-
-    return pack_bits(jnp.swapaxes(planes, -1, -2))
-
-
 def pack_codes(codes: jax.Array, bits: int) -> jax.Array:
     """Codes below `2^bits`, uint8 `[..., i, o]` -> planes `[..., bits, o, 32 ceil(i / 256)]`."""
-    return jnp.stack([pack_planes((codes >> p & 1).astype(bool)) for p in range(bits)], axis=-3)
+    return jnp.stack([pack_positive((codes >> p & 1).astype(bool)) for p in range(bits)], axis=-3)
 
 
 def unpack_codes(bits: jax.Array, inputs: int) -> jax.Array:
@@ -213,30 +227,3 @@ def to_half(values: jax.Array, label: str, name: str, scale: bool = False) -> ja
             "initialise this layer again"
         )
     return half
-
-
-def group_bits(shape: tuple[int, ...], bits: int, group: int) -> float:
-    """Bits per weight of `bits` planes and two 16-bit levels a group: `bits + 32 n / i`."""
-    return bits + 32 * group_count(shape[-2], group) / shape[-2]
-
-
-def group_size(shape: tuple[int, ...], bits: int, group: int) -> int:
-    """Bytes of `bits` planes and two 16-bit levels a group, padding of the inputs included."""
-    from kernels.layout import packed_bytes
-
-    *lead, i, o = shape
-    return prod(lead) * o * (bits * packed_bytes(i) + 4 * group_count(i, group))
-
-
-def group_cost(shape: tuple[int, ...], bits: int, group: int) -> Cost:
-    """Cost per token of `bits` planes of {0, 1} and two levels a group, computed on the planes.
-
-    Additions: the inputs that a plane selects, `bits i o`, and one for each plane, group and output
-    that joins the groups' sums, `bits n o`. Multiplications: the two levels of a group times its
-    sums, `2 n o`. What is shared by all outputs, the sum of the inputs of a group, is left out; so
-    are shifts.
-    """
-    *lead, i, o = shape
-    layers, n = prod(lead), group_count(i, group)
-    size = group_size(shape, bits, group)
-    return Cost(layers * 2 * n * o, layers * bits * (i + n) * o, 0, size)

@@ -16,8 +16,54 @@ from rabit_jax.weights.paths import plus_minus
 from rabit_jax.weights.ste import F32, outer
 
 
+class LowRankProduct:
+    """Mixin of weights with scales `h: [..., c, i]`, `l: [..., c, r]`, `g: [..., c, o]`.
+
+    Trained or packed, shapes, sizes and costs are those of the packed form.
+    """
+
+    @property
+    def k(self) -> int:
+        """Number of copies: 2 with the residual twin, else 1."""
+        return self.l.shape[-2]
+
+    @property
+    def rank(self) -> int:
+        """Columns of `U`."""
+        return self.l.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape `[..., i, o]` of the matrix."""
+        return (*self.l.shape[:-2], self.h.shape[-1], self.g.shape[-1])
+
+    def dense(self) -> jax.Array:
+        """`W_hat`, float32 `[..., i, o]`, summed path by path."""
+        return sum(self.paths())
+
+    def bits_per_weight(self) -> float:
+        """Nominal bits per weight once packed, see `low_rank_bits`."""
+        return low_rank_bits(self.shape, self.rank, self.k)
+
+    def deployed_bytes(self) -> int:
+        """Bytes once packed, padding of inputs and outputs to 256 included."""
+        from kernels.layout import packed_bytes
+
+        *lead, i, o = self.shape
+        signs = self.rank * (packed_bytes(i) + packed_bytes(o))
+        return prod(lead) * self.k * (signs + 2 * (i + o + self.rank))
+
+    def cost(self) -> Cost:
+        """Cost per token: `c (i + r + o)` multiplications and `c r (i + o)` additions a layer."""
+        *lead, i, o = self.shape
+        terms = prod(lead) * self.k
+        return Cost(
+            terms * (i + self.rank + o), terms * self.rank * (i + o), 0, self.deployed_bytes()
+        )
+
+
 @struct.dataclass
-class PackedLowRank:
+class PackedLowRank(LowRankProduct):
     """`W_hat = sum_c diag(h_c) sign(U_c) diag(l_c) sign(V_c) diag(g_c)`, signs packed as `rb256`.
 
     Both factors are packed along their long axis, so that no padding is paid for the rank r; c is
@@ -37,30 +83,11 @@ class PackedLowRank:
     l: jax.Array
     g: jax.Array
 
-    @property
-    def k(self) -> int:
-        """Number of copies: 2 with the residual twin, else 1."""
-        return self.l.shape[-2]
-
-    @property
-    def rank(self) -> int:
-        """Columns of `U`."""
-        return self.l.shape[-1]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return (*self.l.shape[:-2], self.h.shape[-1], self.g.shape[-1])
-
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat`."""
         from kernels.reference import packed_low_rank_matmul
 
         return packed_low_rank_matmul(x, self.u_bits, self.v_bits, self.h, self.l, self.g)
-
-    def dense(self) -> jax.Array:
-        """`W_hat`, float32 `[..., i, o]`."""
-        return sum(self.paths())
 
     def paths(self) -> Iterator[jax.Array]:
         """The term of each copy, float32 `[..., i, o]`."""
@@ -84,18 +111,6 @@ class PackedLowRank:
     def pack(self, name: str) -> PackedLowRank:
         """Itself: already packed."""
         return self
-
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight, see `low_rank_bits`."""
-        return low_rank_bits(self.shape, self.rank, self.k)
-
-    def deployed_bytes(self) -> int:
-        """Bytes of all leaves: what the packed file stores."""
-        return low_rank_size(self.shape, self.rank, self.k)
-
-    def cost(self) -> Cost:
-        """Operations and bytes per token, see `low_rank_cost`."""
-        return low_rank_cost(self.shape, self.rank, self.k)
 
     def header(self) -> dict[str, Any]:
         """What the packed file says of one matrix: `{"type": "low_rank", "in", "out", ...}`."""
@@ -130,20 +145,3 @@ def low_rank_bits(shape: tuple[int, ...], rank: int, copies: int) -> float:
     """Bits per weight of `[..., i, o]`: `c (r (i + o) + 16 (i + o + r)) / (i o)`."""
     i, o = shape[-2:]
     return copies * (rank * (i + o) + 16 * (i + o + rank)) / (i * o)
-
-
-def low_rank_size(shape: tuple[int, ...], rank: int, copies: int) -> int:
-    """Bytes of `[..., i, o]` once packed, padding of i and o to 256 included."""
-    from kernels.layout import packed_bytes
-
-    *lead, i, o = shape
-    signs = rank * (packed_bytes(i) + packed_bytes(o))
-    return prod(lead) * copies * (signs + 2 * (i + o + rank))
-
-
-def low_rank_cost(shape: tuple[int, ...], rank: int, copies: int) -> Cost:
-    """Cost of one token: `c (i + r + o)` multiplications and `c r (i + o)` additions a layer."""
-    *lead, i, o = shape
-    terms = prod(lead) * copies
-    size = low_rank_size(shape, rank, copies)
-    return Cost(terms * (i + rank + o), terms * rank * (i + o), 0, size)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rabit_jax.weights.cost import Cost
+from rabit_jax.weights.scaled import rescaled
 
 
 @struct.dataclass
@@ -73,8 +74,6 @@ class SumWeight:
 
     def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> SumWeight:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
-        from rabit_jax.weights.scaled import rescaled
-
         return SumWeight(tuple(rescaled(term, d_in, d_out) for term in self.terms))
 
     def header(self) -> dict[str, Any]:

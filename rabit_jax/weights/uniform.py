@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rabit_jax.weights.cost import Cost
 from rabit_jax.weights.packed import PackedSign
+from rabit_jax.weights.paths import SignPaths
 from rabit_jax.weights.residual import ResidualSign
 from rabit_jax.weights.ste import F32
 
 
 @struct.dataclass
-class UniformResidual:
+class UniformResidual(SignPaths):
     """`ResidualSign` with every path's scale half of that before: `a_i = a / 2^(i-1)`.
 
         W_hat = sum_i 2^(1-i) diag(h) B_i diag(g),  B_i = sign(W - W_hat_1 - ... - W_hat_{i-1})
@@ -62,10 +62,6 @@ class UniformResidual:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return self.free().positive()
 
-    def signs(self) -> jax.Array:
-        """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
-        return self.free().signs()
-
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return self.free().paths()
@@ -82,22 +78,7 @@ class UniformResidual:
         """
         return self.free().pack(name)
 
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight as packed, `k + 16 k (i + o) / (i o)`; one pair would do."""
-        return self._shapes().bits_per_weight()
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed, padding of the inputs to 256 included."""
-        return self._shapes().deployed_bytes()
-
-    def cost(self) -> Cost:
-        """Cost per token once packed, see `packed.sign_cost`."""
-        return self._shapes().cost()
-
     def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> UniformResidual:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
         node = ResidualSign(self.latent, self.g, self.h).rescaled(d_in, d_out)
         return self.replace(latent=node.latent, g=node.g, h=node.h)
-
-    def _shapes(self) -> ResidualSign:
-        return jax.eval_shape(UniformResidual.free, self)

@@ -132,26 +132,9 @@ def test_the_bits_of_a_rank_give_back_the_rank(copies):
         assert rank_for_bits(*shape, low_rank_bits(shape, rank, copies), copies) == rank
 
 
-def test_llama2_13b_at_a_tenth_of_a_bit_is_0_8_gb():
-    def array(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    l, d, f, v = 40, 5120, 13824, 32000
-    params = {
-        "embed": {"embedding": array(v, d)},
-        "layers": {
-            "attn": {name: {"kernel": array(l, d, d)} for name in "qkvo"},
-            "mlp": {
-                "gate": {"kernel": array(l, d, f)},
-                "up": {"kernel": array(l, d, f)},
-                "down": {"kernel": array(l, f, d)},
-            },
-            "attn_norm": {"scale": array(l, d)},
-            "mlp_norm": {"scale": array(l, d)},
-        },
-        "final_norm": {"scale": array(d)},
-        "head": {"kernel": array(d, v)},
-    }
+def test_llama2_13b_at_a_tenth_of_a_bit_is_0_8_gb(llama_shapes):
+    d, f = 5120, 13824
+    params = llama_shapes(40, d, f)
     rules = [(LLAMA_LINEARS, LowRankSignSpec(bits=0.1))]
     found = describe(jax.eval_shape(lambda p: convert(p, rules), params))
     assert 0.80e9 < found.deployed_bytes < 0.84e9

@@ -8,30 +8,8 @@ from rabit_jax import ResidualSign, ResidualSignSpec, convert, describe, pack
 from rabit_jax.weights import LLAMA_LINEARS
 
 
-def llama2_7b():
-    def array(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    l, d, f, v = 32, 4096, 11008, 32000
-    return {
-        "embed": {"embedding": array(v, d)},
-        "layers": {
-            "attn": {name: {"kernel": array(l, d, d)} for name in "qkvo"},
-            "mlp": {
-                "gate": {"kernel": array(l, d, f)},
-                "up": {"kernel": array(l, d, f)},
-                "down": {"kernel": array(l, f, d)},
-            },
-            "attn_norm": {"scale": array(l, d)},
-            "mlp_norm": {"scale": array(l, d)},
-        },
-        "final_norm": {"scale": array(d)},
-        "head": {"kernel": array(d, v)},
-    }
-
-
-def test_llama2_7b_at_two_bits_is_2_15_gb():
-    abstract = llama2_7b()
+def test_llama2_7b_at_two_bits_is_2_15_gb(llama_shapes):
+    abstract = llama_shapes(32, 4096, 11008)
     rules = [(LLAMA_LINEARS, ResidualSignSpec(k=2))]
     found = describe(jax.eval_shape(lambda p: convert(p, rules), abstract))
     assert found.deployed_bytes == pytest.approx(2.15e9, rel=5e-3)

@@ -7,6 +7,9 @@ Row-major over outputs; each row is a sequence of 32-byte blocks and each block 
 
 The last block is padded with 0. A byte's eight bits belong to inputs that lie 32 apart, so eight
 masks of one 32-byte block give the inputs in their natural order, without any permutation.
+
+Read as little-endian uint32 words, bit 8 b + p of word m of block c is input 256 c + 32 p + 4 m + b.
+Bits of activations that are packed by `pack_bits` too are in the same order, whatever it is.
 """
 
 from __future__ import annotations
@@ -38,3 +41,21 @@ def unpack_bits(bits: jax.Array, inputs: int) -> jax.Array:
     shifts = jnp.arange(8, dtype=jnp.uint8).reshape((1,) * (blocks.ndim - 2) + (8, 1))
     planes = (blocks >> shifts) & jnp.uint8(1)
     return planes.reshape(*bits.shape[:-1], -1)[..., :inputs]
+
+
+def to_words(bits: jax.Array) -> jax.Array:
+    """uint8 `[..., o, n]` -> uint32 `[..., n / 4, o]`: words of each row, outputs last.
+
+    The form in which a CPU multiplies: its vector unit runs along the outputs.
+    """
+    return jnp.swapaxes(_as_words(bits), -1, -2)
+
+
+def _as_words(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits.reshape(*bits.shape[:-1], -1, 4), jnp.uint32)
+
+
+def from_words(words: jax.Array) -> jax.Array:
+    """uint32 `[..., w, o]` -> uint8 `[..., o, 4 w]`; inverse of `to_words`."""
+    rows = jax.lax.bitcast_convert_type(jnp.swapaxes(words, -1, -2), jnp.uint8)
+    return rows.reshape(*rows.shape[:-2], -1)

@@ -6,39 +6,39 @@ import jax
 import jax.numpy as jnp
 
 from .layout import unpack_bits
+from .unpacked import as_rows
 
 
-def packed_matmul(x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
-    """`y = sum_i g_i * ((h_i * x) B_i)` from packed signs.
+def signs_matmul(
+    u: jax.Array, bits: jax.Array, g: jax.Array, layer: jax.Array, rows: tuple[int, ...]
+) -> jax.Array:
+    """`y[b, o] = sum_k g[k, o] sum_i B[layer, k, o, i] u[b, k, m(o), i]`, see `matmul`.
 
-    A scan over the paths, so that no more than one path's signs are ever unpacked.
-
-    Args:
-      x: `[..., i]` float.
-      bits: `[k, o, 32 ceil(i / 256)]` uint8 in the `rb256` layout.
-      g: `[k, o]` float.
-      h: `[k, i]` float.
-
-    Returns:
-      `[..., o]` in `x.dtype`; products in `x.dtype`, sums in float32.
+    A scan over the paths, so that no more than one path's signs are ever unpacked. Products in
+    `u.dtype`, sums in float32.
     """
-    lead = (1,) * (x.ndim - 1)
+    bits, g = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (bits, g))
+    starts = [sum(rows[:m]) for m in range(len(rows))]
 
     def add_path(total, path):
-        path_bits, path_g, path_h = path
-        signs = unpack_bits(path_bits, x.shape[-1]).astype(x.dtype) * 2 - 1
-        scaled = (x * path_h.reshape(*lead, -1)).astype(x.dtype)
-        y = jnp.einsum("...i,oi->...o", scaled, signs, preferred_element_type=jnp.float32)
-        return total + y * path_g.astype(jnp.float32).reshape(*lead, -1), None
+        path_bits, path_g, path_u = path
+        signs = unpack_bits(as_rows(path_bits), u.shape[-1]).astype(u.dtype) * 2 - 1
+        parts = [
+            jnp.einsum("bi,oi->bo", path_u[:, m], signs[start : start + n],
+                       preferred_element_type=jnp.float32)
+            for m, (start, n) in enumerate(zip(starts, rows, strict=True))
+        ]
+        y = jnp.concatenate(parts, axis=-1)
+        return total + y * path_g.astype(jnp.float32)[None], None
 
-    zero = jnp.zeros((*x.shape[:-1], g.shape[-1]), jnp.float32)
-    return jax.lax.scan(add_path, zero, (bits, g, h))[0].astype(x.dtype)
+    zero = jnp.zeros((u.shape[0], g.shape[-1]), jnp.float32)
+    return jax.lax.scan(add_path, zero, (bits, g, jnp.swapaxes(u, 0, 1)))[0]
 
 
 def packed_low_rank_matmul(
     x: jax.Array, u_bits: jax.Array, v_bits: jax.Array, h: jax.Array, l: jax.Array, g: jax.Array
 ) -> jax.Array:
-    """`y = sum_c ((((x * h_c) U_c) * l_c) V_c) * g_c` from packed signs of rank-r factors.
+    """`y = sum_c ((((x * h_c) U_c) * l_c) V_c) * g_c` from factors as they are stored.
 
     A scan over the copies, so that no more than one copy's signs are ever unpacked.
 

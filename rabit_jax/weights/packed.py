@@ -39,7 +39,7 @@ class PackedSign(SignPaths):
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat`."""
-        from kernels.reference import packed_matmul
+        from kernels.matmul import packed_matmul
 
         return packed_matmul(x, self.bits, self.g, self.h)
 

@@ -1,0 +1,82 @@
+"""Activations as integers: int8 limbs and bit planes, what sign matrices are multiplied with.
+
+A row `u` of activations becomes fixed point, `u ~ scale * v` with integers `|v| < 2^(8 n - 1)`, and
+sums of signed integers are exact. With n = 2 the error of a product of 4,096 inputs whose largest
+is 60 times their root mean square is below 1e-3, with n = 3 below 1e-5.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .layout import pack_bits
+
+RADIX = 256
+
+
+class Limbs(NamedTuple):
+    """`u = scale * v`, `v = sum_l q[l] 256^(n - 1 - l)`.
+
+    Attributes:
+      q: int8 `[..., n, i]`, the most significant limb first; low limbs are balanced.
+      scale: float32 `[...]`.
+      total: float32 `[...]`, `sum_i v_i`.
+    """
+
+    q: jax.Array
+    scale: jax.Array
+    total: jax.Array
+
+
+class Planes(NamedTuple):
+    """`u = scale * v`, the two's complement of `v` by bit: plane p has weight `2^p`, the last `-2^p`.
+
+    Attributes:
+      words: uint32 `[..., p, w]`, packed in the order of `layout.pack_bits`; padding is 0.
+      scale: float32 `[...]`.
+      totals: int32 `[..., ceil(p / 16)]`, sums over i of the value of 16 planes each, the lowest
+        first and each as if it began at weight 1.
+    """
+
+    words: jax.Array
+    scale: jax.Array
+    totals: jax.Array
+
+
+def limbs(u: jax.Array, n: int) -> Limbs:
+    """Float32 `u: [..., i]` -> n int8 limbs, n in 1..3; a NaN in a row makes its scale NaN."""
+    # The largest value that balanced low limbs and a top limb of at most 127 can hold.
+    largest = 127 * RADIX ** (n - 1) - (RADIX // 2 if n > 1 else 0)
+    v, scale = _fixed_point(u, largest)
+    rest, low = v, []
+    for _ in range(n - 1):
+        limb = ((rest + RADIX // 2) & (RADIX - 1)) - RADIX // 2
+        low.append(limb)
+        rest = (rest - limb) >> 8
+    q = jnp.stack([rest, *reversed(low)], axis=-2)
+    weights = [float(RADIX) ** (n - 1 - l) for l in range(n)]
+    sums = jnp.sum(q, axis=-1)
+    total = sum(sums[..., l].astype(jnp.float32) * w for l, w in enumerate(weights))
+    return Limbs(q.astype(jnp.int8), scale, total)
+
+
+def bit_planes(u: jax.Array, n: int) -> Planes:
+    """Float32 `u: [..., i]` -> n bit planes, n = 16 or 24; a NaN in a row makes its scale NaN."""
+    v, scale = _fixed_point(u, 2 ** (n - 1) - 1)
+    bits = jnp.stack([(v >> p) & 1 for p in range(n)], axis=-2)
+    rows = pack_bits(bits.astype(bool))
+    words = jax.lax.bitcast_convert_type(rows.reshape(*rows.shape[:-1], -1, 4), jnp.uint32)
+    groups = [v] if n == 16 else [v & 0xFFFF, v >> 16]
+    return Planes(words, scale, jnp.stack([jnp.sum(part, axis=-1) for part in groups], axis=-1))
+
+
+def _fixed_point(u: jax.Array, largest: int) -> tuple[jax.Array, jax.Array]:
+    """Integers `v: [..., i]` with `|v| <= largest`, and the scale `[...]` that makes them `u`."""
+    top = jnp.max(jnp.abs(u), axis=-1)
+    # A row of zeros, or one so small that the scale would be subnormal, has any scale.
+    scale = jnp.where(top < 1e-30, 1.0, top / largest)
+    v = jnp.clip(jnp.round(u / scale[..., None]), -largest, largest)
+    return v.astype(jnp.int32), scale

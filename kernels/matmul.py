@@ -1,0 +1,204 @@
+"""The packed products and the choice of their implementation by device, batch and shape.
+
+An implementation is a module with
+
+    signs_matmul(u, bits, g, layer, rows, limbs) -> y
+
+    y[b, o] = sum_k g[k, o] sum_i B[layer, k, o, i] u[b, k, m(o), i]
+
+for `u: [b, k, m, i]` float32 activations, scaled by each path; `bits: [l, k, o, bytes]` uint8
+(`rb256`) or `[l, k, w, o]` uint32 (`layout.to_words`); `g: [l, k, o]` float; `layer` an int32
+scalar; `rows` how many of the o outputs belong to each of the m members, which are matrices that
+were joined along their outputs; `limbs` 2 or 3, the bytes of fixed point per activation. The result
+is float32 `[b, o]`. The bits are indexed where they lie: no layer of them is ever copied.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rabit_jax.errors import BadInput
+
+from .layout import packed_bytes, to_words
+
+IMPLS = ("reference", "unpacked", "cpu", "pallas_int8", "pallas_b1", "triton_int8", "triton_b1")
+# Batches above this are unpacked to one dense tile, which the device's own product then reads.
+CPU_BATCH, B1_BATCH, INT8_BATCH = 8, 3, 32
+
+
+def choose(platform: str, capability: int, batch: int, b1_works: bool = True) -> str:
+    """The implementation for a batch of rows on a device.
+
+    Args:
+      platform: "cpu", "gpu" or whatever JAX calls it.
+      capability: NVIDIA compute capability, such as 90; 0 on other devices.
+      batch: rows of x, batch and time together.
+      b1_works: whether the one-bit tensor instruction has passed its self-test on this device.
+
+    Returns:
+      a name of `IMPLS`.
+    """
+    if platform == "cpu":
+        return "cpu" if batch <= CPU_BATCH else "unpacked"
+    if platform in ("gpu", "cuda") and capability >= 80:
+        if batch <= B1_BATCH and b1_works:
+            return "pallas_b1"
+        return "pallas_int8" if batch <= INT8_BATCH else "unpacked"
+    return "reference"
+
+
+def packed_matmul(
+    x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array, *, layer: jax.Array | None = None,
+    rows: tuple[int, ...] | None = None, limbs: int = 2, impl: str | None = None,
+) -> jax.Array:
+    """`y = sum_k g_k * ((h_k * x) B_k)` from packed signs.
+
+    Args:
+      x: `[..., i]` float16, bfloat16 or float32.
+      bits: `[k, o, bytes]` uint8 in the `rb256` layout, or `[k, w, o]` uint32 from
+        `layout.to_words`, which the CPU multiplies without turning them first.
+      g: `[k, o]` float.
+      h: `[k, i]` float; `[k, m, i]` for m matrices joined along o, each with its own scales.
+      layer: where bits, g and h have a leading axis of layers, which one; an int32 scalar.
+      rows: outputs of each of the m matrices; None means one matrix.
+      limbs: bytes of fixed point per activation on integer kernels, 2 or 3; see `activations`.
+      impl: a name of `IMPLS`; None takes `choose`.
+
+    Returns:
+      `[..., o]` in `x.dtype`; sums are float32 or exact integers.
+
+    Raises:
+      BadInput: shapes that do not fit, an implementation that this device or batch does not have,
+        or a derivative through the product.
+
+    Example:
+      >>> signs = jnp.ones((2, 8, 300), bool)
+      >>> y = packed_matmul(jnp.ones(300), pack_bits(signs), jnp.ones((2, 8)), jnp.ones((2, 300)))
+      >>> float(y[0])
+      600.0
+    """
+    if layer is None:
+        bits, g, h, layer = bits[None], g[None], h[None], 0
+    if h.ndim == 3:
+        h = h[:, :, None]
+    rows = rows or (g.shape[-1],)
+    _check(x, bits, g, h, rows, limbs)
+    flat = _no_derivative(x).reshape(-1, x.shape[-1])
+    impl = impl or _chosen(flat.shape[0])
+    layer = jnp.asarray(layer, jnp.int32)
+    if impl == "unpacked":
+        from .unpacked import packed_matmul as unpacked
+
+        y = unpacked(flat, bits, g, h, layer, rows)
+    else:
+        one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
+        u = flat[:, None, None] * one[None]
+        u = u.astype(x.dtype) if impl == "reference" else u
+        y = signs_matmul(u, bits, g, layer, rows, limbs, impl)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def packed_low_rank_matmul(
+    x: jax.Array, u_bits: jax.Array, v_bits: jax.Array, h: jax.Array, l: jax.Array, g: jax.Array,
+    *, layer: jax.Array | None = None, limbs: int = 2, impl: str | None = None,
+) -> jax.Array:
+    """`y = sum_c ((((x * h_c) U_c) * l_c) V_c) * g_c` from packed signs of rank-r factors.
+
+    The copies c share the first product as joined matrices, and the second as paths.
+
+    Args:
+      x: `[..., i]` float.
+      u_bits: `[1, c r, bytes of i]` uint8, rows of `U^T` of one copy after another; or their words.
+      v_bits: `[c, o, bytes of r]` uint8, rows of `V^T`; or their words.
+      h: `[c, i]` float.
+      l: `[c, r]` float.
+      g: `[c, o]` float.
+      layer, limbs, impl: as for `packed_matmul`; with a layer all arrays have a leading axis of
+        layers.
+
+    Returns:
+      `[..., o]` in `x.dtype`.
+
+    Raises:
+      BadInput: as `packed_matmul`.
+    """
+    if layer is None:
+        u_bits, v_bits, h, l, g = (a[None] for a in (u_bits, v_bits, h, l, g))
+        layer = 0
+    copies, r = l.shape[1:]
+    joined, rows = l.reshape(l.shape[0], 1, copies * r), (r,) * copies
+    _check(x, u_bits, joined, h[:, None], rows, limbs)
+    flat = _no_derivative(x).reshape(-1, x.shape[-1])
+    impl = impl or _chosen(flat.shape[0])
+    # Each copy multiplies other activations, so one dense tile cannot hold both.
+    impl = "reference" if impl == "unpacked" else impl
+    layer = jnp.asarray(layer, jnp.int32)
+    one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
+    u = flat[:, None, None] * one[None, None]
+    u = u.astype(x.dtype) if impl == "reference" else u
+    inner = signs_matmul(u, u_bits, joined, layer, rows, limbs, impl)
+    inner = inner.reshape(-1, copies, 1, r).astype(u.dtype)
+    y = signs_matmul(inner, v_bits, g, layer, (g.shape[-1],), limbs, impl)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def signs_matmul(
+    u: jax.Array, bits: jax.Array, g: jax.Array, layer: jax.Array, rows: tuple[int, ...],
+    limbs: int, impl: str,
+) -> jax.Array:
+    """The product of the module's docstring by a named implementation; float32 `[b, o]`.
+
+    `u` may be of any float dtype, in which "reference" multiplies.
+    """
+    if impl == "reference":
+        from .reference import signs_matmul as run
+
+        return run(u, bits, g, layer, rows)
+    module = import_module(f".{impl}", __package__)
+    if impl == "cpu":
+        bits = bits if bits.dtype == jnp.uint32 else to_words(bits)
+    elif bits.dtype == jnp.uint32:
+        raise BadInput(f"bits lie as the CPU's words, {impl} wants uint8 rows: lay them for a GPU")
+    return module.signs_matmul(u.astype(jnp.float32), bits, g, layer, rows, limbs)
+
+
+def _chosen(batch: int) -> str:
+    device = jax.devices()[0]
+    capability = int(float(getattr(device, "compute_capability", 0)) * 10)
+    works = False
+    if choose(device.platform, capability, batch) == "pallas_b1":
+        from .pallas_b1 import works as self_test
+
+        works = self_test()
+    return choose(device.platform, capability, batch, works)
+
+
+def _check(x: Any, bits: Any, g: Any, h: Any, rows: tuple[int, ...], limbs: int) -> None:
+    """`bits [l, k, o, bytes]` or `[l, k, w, o]`, `g [l, k, o]`, `h [l, k, m, i]`."""
+    i, (layers, k, o) = x.shape[-1], g.shape
+    held = (packed_bytes(i) // 4, o) if bits.dtype == jnp.uint32 else (o, packed_bytes(i))
+    wanted = {"bits": (layers, k, *held), "h": (layers, k, len(rows), i)}
+    for name, array in (("bits", bits), ("h", h)):
+        if array.shape != wanted[name]:
+            raise BadInput(f"{name} has shape {array.shape}, wanted {wanted[name]} for x "
+                           f"{x.shape} and g {g.shape}")
+    if bits.dtype not in (jnp.uint8, jnp.uint32) or sum(rows) != o or limbs not in (2, 3):
+        raise BadInput(f"bits are {bits.dtype}, rows {rows} of {o} outputs, limbs {limbs}: wanted "
+                       "uint8 or uint32, rows that add up, and 2 or 3 limbs")
+    if x.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+        raise BadInput(f"x is {x.dtype}, wanted float16, bfloat16 or float32")
+
+
+@jax.custom_jvp
+def _no_derivative(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_no_derivative.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise BadInput("packed signs cannot be differentiated: train a ResidualSign or another "
+                   "trainable weight, and pack it afterwards")

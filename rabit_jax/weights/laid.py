@@ -1,0 +1,106 @@
+"""Packed weights laid out for the device that multiplies them; what the decoding loop holds.
+
+Bits of several matrices that read the same input are joined along the outputs, and on a CPU turned
+so that its vector unit runs along them. Made from packed weights by `lay`, never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rabit_jax.weights.convert import per_layer
+from rabit_jax.weights.packed import PackedSign, pack_positive
+from rabit_jax.weights.packed_low_rank import PackedLowRank
+
+
+@struct.dataclass
+class LaidSign:
+    """Sign matrices of stacked layers, joined along their outputs.
+
+    Attributes:
+      bits: uint8 `[l, k, o, bytes]` or, on a CPU, uint32 `[l, k, w, o]`, `o = sum(rows)`.
+      g: float16 `[l, k, o]`.
+      h: float16 `[l, k, m, i]`, the input scales of each of the m matrices.
+      rows: outputs of each matrix.
+      limbs: bytes of fixed point per activation, see `kernels.activations`.
+    """
+
+    bits: jax.Array
+    g: jax.Array
+    h: jax.Array
+    rows: tuple[int, ...] = struct.field(pytree_node=False)
+    limbs: int = struct.field(pytree_node=False, default=2)
+
+    def matmul_at(self, x: jax.Array, layer: jax.Array, impl: str | None = None) -> jax.Array:
+        """`x @ [W_1 ... W_m]` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
+        from kernels.matmul import packed_matmul
+
+        return packed_matmul(x, self.bits, self.g, self.h, layer=layer, rows=self.rows,
+                             limbs=self.limbs, impl=impl)
+
+
+@struct.dataclass
+class LaidLowRank:
+    """The factors of a `PackedLowRank`, both packed along the axis that is summed over.
+
+    Attributes:
+      u_bits: uint8 `[l, 1, c r, bytes of i]`, rows of `U^T`, or words.
+      v_bits: uint8 `[l, c, o, bytes of r]`, rows of `V^T`, or words.
+      h, l, g: float16 `[l, c, i]`, `[l, c, r]`, `[l, c, o]`.
+      limbs: bytes of fixed point per activation.
+    """
+
+    u_bits: jax.Array
+    v_bits: jax.Array
+    h: jax.Array
+    l: jax.Array
+    g: jax.Array
+    limbs: int = struct.field(pytree_node=False, default=2)
+
+    def matmul_at(self, x: jax.Array, layer: jax.Array, impl: str | None = None) -> jax.Array:
+        """`x @ W_hat` of one layer: `[..., i]` -> `[..., o]`."""
+        from kernels.matmul import packed_low_rank_matmul
+
+        return packed_low_rank_matmul(x, self.u_bits, self.v_bits, self.h, self.l, self.g,
+                                      layer=layer, limbs=self.limbs, impl=impl)
+
+
+def lay(nodes: Sequence[Any], platform: str, limbs: int = 2) -> LaidSign | LaidLowRank | None:
+    """The packed weights that read one input, `[l, i, o]` each, as one laid weight.
+
+    Args:
+      nodes: one node, or several to be joined.
+      platform: "cpu" turns the bits to words, any other leaves them in rows.
+      limbs: bytes of fixed point per activation.
+
+    Returns:
+      None where they cannot be joined or have no kernel: several that are not all `PackedSign` of
+      the same k, or a node of another type.
+    """
+    from kernels.layout import to_words
+
+    turn = to_words if platform == "cpu" else lambda bits: bits
+    first = nodes[0]
+    if all(isinstance(n, PackedSign) and n.k == first.k for n in nodes):
+        bits = jnp.concatenate([n.bits for n in nodes], axis=-2)
+        g = jnp.concatenate([n.g for n in nodes], axis=-1)
+        h = jnp.stack([n.h for n in nodes], axis=-2)
+        return LaidSign(turn(bits), g, h, tuple(n.shape[-1] for n in nodes), limbs)
+    if len(nodes) == 1 and isinstance(first, PackedLowRank):
+        lead, width = first.u_bits.shape[:-3], first.u_bits.shape[-1]
+        u_bits = first.u_bits.reshape(*lead, 1, first.k * first.rank, width)
+        v_bits = _turned(first.v_bits, first.shape[-1])
+        return LaidLowRank(turn(u_bits), turn(v_bits), first.h, first.l, first.g, limbs)
+    return None
+
+
+def _turned(v_bits: jax.Array, outputs: int) -> jax.Array:
+    """Rows of `V`, `[l, c, r, bytes of o]` -> rows of `V^T`, `[l, c, o, bytes of r]`."""
+    from kernels.layout import unpack_bits
+
+    return pack_positive(per_layer(lambda b: unpack_bits(b, outputs), v_bits).astype(bool))

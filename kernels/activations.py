@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .layout import pack_bits
+from .layout import BLOCK, BLOCK_BYTES
 
 RADIX = 256
 
@@ -32,7 +32,7 @@ class Limbs(NamedTuple):
 
 
 class Planes(NamedTuple):
-    """`u = scale * v`, the two's complement of `v` by bit: plane p has weight `2^p`, the last `-2^p`.
+    """`u = scale * v` with the two's complement of `v`: plane p weighs `2^p`, the last `-2^p`.
 
     Attributes:
       words: uint32 `[..., p, w]`, packed in the order of `layout.pack_bits`; padding is 0.
@@ -65,12 +65,25 @@ def limbs(u: jax.Array, n: int) -> Limbs:
 
 def bit_planes(u: jax.Array, n: int) -> Planes:
     """Float32 `u: [..., i]` -> n bit planes, n = 16 or 24; a NaN in a row makes its scale NaN."""
-    v, scale = _fixed_point(u, 2 ** (n - 1) - 1)
-    bits = jnp.stack([(v >> p) & 1 for p in range(n)], axis=-2)
-    rows = pack_bits(bits.astype(bool))
-    words = jax.lax.bitcast_convert_type(rows.reshape(*rows.shape[:-1], -1, 4), jnp.uint32)
+    # Without the barrier XLA computes v again for each of the sums below.
+    v, scale = jax.lax.optimization_barrier(_fixed_point(u, 2 ** (n - 1) - 1))
     groups = [v] if n == 16 else [v & 0xFFFF, v >> 16]
-    return Planes(words, scale, jnp.stack([jnp.sum(part, axis=-1) for part in groups], axis=-1))
+    totals = jnp.stack([jnp.sum(part, axis=-1) for part in groups], axis=-1)
+    return Planes(_plane_words(v, n), scale, totals)
+
+
+def _plane_words(v: jax.Array, n: int) -> jax.Array:
+    """int32 `v: [..., i]` -> uint32 `[..., n, w]`: bit p of every v, in the order of `pack_bits`.
+
+    All planes in one expression of v, which a compiler turns into a single loop.
+    """
+    pad = -v.shape[-1] % BLOCK
+    padded = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, pad)])
+    blocks = padded.reshape(*v.shape[:-1], 1, -1, 8, BLOCK_BYTES)
+    shifts = jnp.arange(n).reshape((1,) * (v.ndim - 1) + (n, 1, 1))
+    rows = sum(((blocks[..., j, :] >> shifts) & 1) << j for j in range(8)).astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(rows.reshape(*rows.shape[:-1], -1, 4), jnp.uint32)
+    return words.reshape(*words.shape[:-2], -1)
 
 
 def _fixed_point(u: jax.Array, largest: int) -> tuple[jax.Array, jax.Array]:

@@ -8,8 +8,8 @@ Row-major over outputs; each row is a sequence of 32-byte blocks and each block 
 The last block is padded with 0. A byte's eight bits belong to inputs that lie 32 apart, so eight
 masks of one 32-byte block give the inputs in their natural order, without any permutation.
 
-Read as little-endian uint32 words, bit 8 b + p of word m of block c is input 256 c + 32 p + 4 m + b.
-Bits of activations that are packed by `pack_bits` too are in the same order, whatever it is.
+Read as little-endian uint32 words, bit 8 b + p of word m of block c is input
+256 c + 32 p + 4 m + b. Bits of activations that `pack_bits` packs are in the same order.
 """
 
 from __future__ import annotations

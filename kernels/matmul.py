@@ -30,20 +30,23 @@ IMPLS = ("reference", "unpacked", "cpu", "pallas_int8", "pallas_b1", "triton_int
 CPU_BATCH, B1_BATCH, INT8_BATCH = 8, 3, 32
 
 
-def choose(platform: str, capability: int, batch: int, b1_works: bool = True) -> str:
+def choose(
+    platform: str, capability: int, batch: int, words: bool = False, b1_works: bool = True
+) -> str:
     """The implementation for a batch of rows on a device.
 
     Args:
       platform: "cpu", "gpu" or whatever JAX calls it.
       capability: NVIDIA compute capability, such as 90; 0 on other devices.
       batch: rows of x, batch and time together.
+      words: whether the bits lie as the CPU's words; turning them costs more than it saves.
       b1_works: whether the one-bit tensor instruction has passed its self-test on this device.
 
     Returns:
       a name of `IMPLS`.
     """
     if platform == "cpu":
-        return "cpu" if batch <= CPU_BATCH else "unpacked"
+        return "cpu" if words and batch <= CPU_BATCH else "unpacked"
     if platform in ("gpu", "cuda") and capability >= 80:
         if batch <= B1_BATCH and b1_works:
             return "pallas_b1"
@@ -88,7 +91,7 @@ def packed_matmul(
     rows = rows or (g.shape[-1],)
     _check(x, bits, g, h, rows, limbs)
     flat = _no_derivative(x).reshape(-1, x.shape[-1])
-    impl = impl or _chosen(flat.shape[0])
+    impl = impl or _chosen(flat.shape[0], bits.dtype == jnp.uint32)
     layer = jnp.asarray(layer, jnp.int32)
     if impl == "unpacked":
         from .unpacked import packed_matmul as unpacked
@@ -133,7 +136,7 @@ def packed_low_rank_matmul(
     joined, rows = l.reshape(l.shape[0], 1, copies * r), (r,) * copies
     _check(x, u_bits, joined, h[:, None], rows, limbs)
     flat = _no_derivative(x).reshape(-1, x.shape[-1])
-    impl = impl or _chosen(flat.shape[0])
+    impl = impl or _chosen(flat.shape[0], u_bits.dtype == jnp.uint32)
     # Each copy multiplies other activations, so one dense tile cannot hold both.
     impl = "reference" if impl == "unpacked" else impl
     layer = jnp.asarray(layer, jnp.int32)
@@ -154,6 +157,8 @@ def signs_matmul(
 
     `u` may be of any float dtype, in which "reference" multiplies.
     """
+    if impl not in IMPLS:
+        raise BadInput(f"impl is {impl!r}: choose {', '.join(IMPLS)}")
     if impl == "reference":
         from .reference import signs_matmul as run
 
@@ -166,15 +171,15 @@ def signs_matmul(
     return module.signs_matmul(u.astype(jnp.float32), bits, g, layer, rows, limbs)
 
 
-def _chosen(batch: int) -> str:
+def _chosen(batch: int, words: bool) -> str:
     device = jax.devices()[0]
     capability = int(float(getattr(device, "compute_capability", 0)) * 10)
     works = False
-    if choose(device.platform, capability, batch) == "pallas_b1":
+    if choose(device.platform, capability, batch, words) == "pallas_b1":
         from .pallas_b1 import works as self_test
 
         works = self_test()
-    return choose(device.platform, capability, batch, works)
+    return choose(device.platform, capability, batch, words, works)
 
 
 def _check(x: Any, bits: Any, g: Any, h: Any, rows: tuple[int, ...], limbs: int) -> None:

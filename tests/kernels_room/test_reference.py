@@ -10,7 +10,6 @@ import pytest
 from kernels.layout import pack_bits
 from kernels.matmul import packed_matmul as any_matmul
 
-
 packed_matmul = functools.partial(any_matmul, impl="reference")
 
 

@@ -1,6 +1,8 @@
 """What every test runs under: eight CPU devices, no network, strict JAX; set before JAX loads."""
 
 import os
+import shutil
+import tempfile
 
 GPU = os.environ.get("RABIT_GPU_TESTS") == "1"
 
@@ -14,12 +16,24 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # when two test processes share two cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Runs in tests compile the same programs again and again: the processes of a session share them.
+# The one that starts the others makes the folder and removes it.
+CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="jax-cache-")
+if CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure():
+    """Remove the compiled programs of the session."""
+    if CACHE:
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -21,7 +21,7 @@ from experiments.measure import (
 )
 from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
 from rabit_jax.evaluate import disordered_share, mean_flip_rate, snapshot, unigram_entropy
-from rabit_jax.init import round_to_nearest
+from rabit_jax.init import record_limbs, round_to_nearest
 from rabit_jax.models import generate, init_params, load_packed, packed_bytes, save_hf, save_packed
 from rabit_jax.train import (
     Watch,
@@ -220,7 +220,7 @@ def baselines(run: Inputs) -> dict:
 
 def packing(run: Inputs, resume: bool) -> dict:
     """Write the packed model, read it back, and score what was read."""
-    packed = pack(run.student)
+    packed = record_limbs(pack(run.student), run.stats)
     folder = run.folder.path / "packed"
     spec = {"spec": to_dict(run.config.init.spec)}
     save_packed(folder, run.model_config, packed, run.text.tokenizer, extra=spec)

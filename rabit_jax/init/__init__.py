@@ -8,6 +8,7 @@ from rabit_jax.init.group_uniform import GroupUniformSpec
 from rabit_jax.init.importance import Stats, importance
 from rabit_jax.init.independent import IndependentSignSpec
 from rabit_jax.init.low_rank import LowRankSignSpec, rank_for_bits
+from rabit_jax.init.outliers import record_limbs
 from rabit_jax.init.probes import calibrate
 from rabit_jax.init.residual import ResidualSignSpec
 from rabit_jax.init.rounding import round_to_nearest
@@ -31,6 +32,7 @@ __all__ = [
     "greedy",
     "importance",
     "rank_for_bits",
+    "record_limbs",
     "relative_error",
     "residual",
     "round_to_nearest",

@@ -14,8 +14,9 @@ Other packed weights (`weights.packed_types`) name their arrays in the same way;
 term's are `....up_proj.terms.0.bits` and so on. Everything else has its usual name and torch's
 layout, in float16 or bfloat16. The metadata of the safetensors header are strings, JSON where they
 are more than a word: `format` and `version`; `config`, the model's config.json; `modules`, the
-`header()` of each packed linear, such as `{"type": "sign", "in", "out", "k"}`; and `sha256`, a
-checksum of each tensor, for a flipped bit is a valid sign and nothing else would tell.
+`header()` of each packed linear, such as `{"type": "sign", "in", "out", "k", "limbs"}`; and
+`sha256`, a checksum of each tensor and of those two texts, for a flipped bit is a valid sign and
+nothing else would tell.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.models.names import hf_name, tensor_names
 from rabit_jax.weights.packed_types import abstract_packed
 
-METHOD, FORMAT, VERSION = "rabit", "rb256", 2
+METHOD, FORMAT, VERSION = "rabit", "rb256", 3
 _DTYPES = {"uint8": "U8", "float16": "F16"}
 OTHERS = ("F16", "BF16")
 _BYTES = {"U8": 1, "F16": 2, "BF16": 2}
@@ -101,6 +102,10 @@ def open_packed(path: Path) -> Iterator[PackedFile]:
             parts = [dict(json.loads(header[name])) for name in ("config", "modules", "sha256")]
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"the header of {path} is damaged ({error}): fetch it again") from error
+        for name in ("config", "modules"):
+            if text_checksum(header[name]) != parts[2].get(name):
+                raise BadInput(f"the header of {path} is altered, the checksum of its {name} "
+                               "differs: fetch it again")
         yield PackedFile(path, *parts, tensors)
 
 
@@ -116,10 +121,15 @@ def metadata(
     config: Mapping[str, Any], modules: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, str]:
     """The metadata of the header, for a parsed config.json and all tensors of the file."""
-    sha256 = {name: checksum(value) for name, value in tensors.items()}
-    parts = {"config": config, "modules": modules, "sha256": sha256}
-    texts = {name: json.dumps(part) for name, part in parts.items()}
-    return {"format": FORMAT, "version": str(VERSION), **texts}
+    texts = {"config": json.dumps(config), "modules": json.dumps(modules)}
+    sha256 = {name: text_checksum(text) for name, text in texts.items()}
+    sha256 |= {name: checksum(value) for name, value in tensors.items()}
+    return {"format": FORMAT, "version": str(VERSION), **texts, "sha256": json.dumps(sha256)}
+
+
+def text_checksum(text: str) -> str:
+    """SHA-256, in hexadecimal, of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def checksum(value: np.ndarray) -> str:

@@ -76,7 +76,7 @@ def lay(nodes: Sequence[Any], platform: str, limbs: int = 2) -> LaidSign | LaidL
     Args:
       nodes: one node, or several to be joined.
       platform: "cpu" turns the bits to words, any other leaves them in rows.
-      limbs: bytes of fixed point per activation.
+      limbs: bytes of fixed point per activation for weights that do not say it themselves.
 
     Returns:
       None where they cannot be joined or have no kernel: several that are not all `PackedSign` of
@@ -90,6 +90,7 @@ def lay(nodes: Sequence[Any], platform: str, limbs: int = 2) -> LaidSign | LaidL
         bits = jnp.concatenate([n.bits for n in nodes], axis=-2)
         g = jnp.concatenate([n.g for n in nodes], axis=-1)
         h = jnp.stack([n.h for n in nodes], axis=-2)
+        limbs = max(n.limbs or limbs for n in nodes)
         return LaidSign(turn(bits), g, h, tuple(n.shape[-1] for n in nodes), limbs)
     if len(nodes) == 1 and isinstance(first, PackedLowRank):
         lead, width = first.u_bits.shape[:-3], first.u_bits.shape[-1]

@@ -26,11 +26,14 @@ class PackedSign(SignPaths):
       bits: uint8 `[..., k, o, 32 ceil(i / 256)]`.
       g: float16 `[..., k, o]`.
       h: float16 `[..., k, i]`.
+      limbs: bytes of fixed point that integer kernels give each activation, 2 or 3, as
+        `init.record_limbs` chose it; None leaves it to them.
     """
 
     bits: jax.Array
     g: jax.Array
     h: jax.Array
+    limbs: int | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,7 +44,7 @@ class PackedSign(SignPaths):
         """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat`."""
         from kernels.matmul import packed_matmul
 
-        return packed_matmul(x, self.bits, self.g, self.h)
+        return packed_matmul(x, self.bits, self.g, self.h, limbs=self.limbs or 2)
 
     def positive(self) -> jax.Array:
         """Signs as bool `[..., k, i, o]`, True for +1."""
@@ -62,16 +65,20 @@ class PackedSign(SignPaths):
 
     def roles(self) -> PackedSign:
         """Leaf names for the mesh."""
-        return PackedSign(bits="sign", g="scale", h="scale")
+        return self.replace(bits="sign", g="scale", h="scale")
 
     def pack(self, name: str) -> PackedSign:
         """Itself: already packed."""
         return self
 
     def header(self) -> dict[str, Any]:
-        """What the packed file says of one matrix: `{"type": "sign", "in", "out", "k"}`."""
+        """What the packed file says of one matrix: `{"type": "sign", "in", "out", "k"}`.
+
+        And `"limbs"`, where they were chosen.
+        """
         i, o = self.shape[-2:]
-        return {"type": "sign", "in": i, "out": o, "k": self.k}
+        limbs = {} if self.limbs is None else {"limbs": self.limbs}
+        return {"type": "sign", "in": i, "out": o, "k": self.k, **limbs}
 
     @classmethod
     def abstract(cls, header: Mapping[str, Any]) -> PackedSign:
@@ -81,7 +88,11 @@ class PackedSign(SignPaths):
         i, o, k = header["in"], header["out"], header["k"]
         shapes = {"bits": (k, o, packed_bytes(i)), "g": (k, o), "h": (k, i)}
         dtypes = {"bits": jnp.uint8, "g": SCALE_DTYPE, "h": SCALE_DTYPE}
-        return cls(**{n: jax.ShapeDtypeStruct(s, dtypes[n]) for n, s in shapes.items()})
+        limbs = header.get("limbs")
+        if limbs not in (None, 2, 3):
+            raise ValueError(f"limbs {limbs}")
+        arrays = {n: jax.ShapeDtypeStruct(s, dtypes[n]) for n, s in shapes.items()}
+        return cls(**arrays, limbs=limbs)
 
 
 def pack_positive(positive: jax.Array) -> jax.Array:

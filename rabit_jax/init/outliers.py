@@ -1,0 +1,51 @@
+"""How finely integer kernels must resolve the activations of each packed matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from rabit_jax.init.importance import Stats
+from rabit_jax.weights.convert import map_leaves
+from rabit_jax.weights.packed import PackedSign
+from rabit_jax.weights.ste import F32
+
+# Two limbs leave a relative error of `top / rms / (2^15 sqrt(12))`. Where a channel's root mean
+# square is 25 times that of all, a token 4 times larger than it makes that 1e-3.
+LARGEST_RATIO = 25.0
+
+
+def outlier_ratio(s_in: Any, h: Any) -> float:
+    """`max_i u_i / sqrt(mean_i u_i^2)` with `u = s_in h`, the largest over layers and paths.
+
+    `s_in: [..., i]` root mean square of each input channel, `h: [..., k, i]` input scales. 1 where
+    all channels are alike, `sqrt(i)` where one has everything.
+    """
+    u = s_in[..., None, :].astype(F32) * jnp.abs(h.astype(F32))
+    rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=-1))
+    return float(jnp.max(jnp.max(u, axis=-1) / jnp.maximum(rms, jnp.finfo(F32).tiny)))
+
+
+def record_limbs(packed: Any, stats: Mapping[str, Stats]) -> Any:
+    """The tree with `limbs` set in each `PackedSign` whose statistics are given.
+
+    3 bytes of fixed point where `outlier_ratio` passes 25, else 2. The packed file keeps the
+    choice, so that whoever runs the model needs no calibration text.
+
+    Args:
+      packed: a packed params tree.
+      stats: from `calibrate`, by path.
+
+    Example:
+      >>> packed = record_limbs(pack(student), stats)
+    """
+
+    def choose(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, PackedSign) or path not in stats:
+            return leaf
+        ratio = outlier_ratio(stats[path].s_in, leaf.h)
+        return leaf.replace(limbs=3 if ratio > LARGEST_RATIO else 2)
+
+    return map_leaves(choose, packed)

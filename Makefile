@@ -53,7 +53,10 @@ $(INSTALLED): requirements.txt | $(VENV)
 	@$(PIP) -r requirements.txt
 	@touch $@
 
+# jax_triton imports beside a CUDA plugin only; its 19 MB alone let a CPU lower kernels for a GPU.
 $(INSTALLED_TEST): requirements-test.txt $(INSTALLED)
 	@echo "installing requirements-test.txt into .venv"
 	@$(PIP) -r requirements-test.txt
+	@$(RUN) -c 'import importlib.util as u, sys; sys.exit(not any(u.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)))' \
+		|| $(PIP) --no-deps "jax-cuda13-plugin==$$($(RUN) -c 'import jaxlib; print(jaxlib.__version__)')"
 	@touch $@

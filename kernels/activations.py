@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from .layout import BLOCK, BLOCK_BYTES
 
 RADIX = 256
+# The sum of 16 bit planes of this many inputs fits an int32, whatever they are.
+PLANE_INPUTS = 32768
 
 
 class Limbs(NamedTuple):
@@ -88,7 +90,8 @@ def _plane_words(v: jax.Array, n: int) -> jax.Array:
 
 def _fixed_point(u: jax.Array, largest: int) -> tuple[jax.Array, jax.Array]:
     """Integers `v: [..., i]` with `|v| <= largest`, and the scale `[...]` that makes them `u`."""
-    top = jnp.max(jnp.abs(u), axis=-1)
+    # A maximum by vectors may drop a NaN, so it is asked for.
+    top = jnp.where(jnp.isnan(u).any(axis=-1), jnp.nan, jnp.max(jnp.abs(u), axis=-1))
     # A row of zeros, or one so small that the scale would be subnormal, has any scale.
     scale = jnp.where(top < 1e-30, 1.0, top / largest)
     v = jnp.clip(jnp.round(u / scale[..., None]), -largest, largest)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from .activations import bit_planes
+from rabit_jax.errors import BadInput
+
+from .activations import PLANE_INPUTS, bit_planes
 
 
 def signs_matmul(
@@ -22,6 +24,9 @@ def signs_matmul(
     Arguments and result as in the docstring of `matmul`; `words` are uint32 `[l, k, w, o]`. With
     `v` the integers of `bit_planes`, `sum_i B v = 2 sum_i bit v - sum_i v`.
     """
+    if u.shape[-1] > PLANE_INPUTS:
+        raise BadInput(f"cpu got {u.shape[-1]} inputs and sums {PLANE_INPUTS} exactly at most: use "
+                       "impl 'unpacked'")
     planes = bit_planes(u, 8 * limbs)
     weights = jnp.float32(2.0) ** (16 * jnp.arange(planes.totals.shape[-1]))
     totals = jnp.sum(planes.totals * weights.reshape(1, 1, 1, -1), axis=-1)

@@ -10,7 +10,8 @@ for `u: [b, k, m, i]` float32 activations, scaled by each path; `bits: [l, k, o,
 (`rb256`) or `[l, k, w, o]` uint32 (`layout.to_words`); `g: [l, k, o]` float; `layer` an int32
 scalar; `rows` how many of the o outputs belong to each of the m members, which are matrices that
 were joined along their outputs; `limbs` 2 or 3, the bytes of fixed point per activation. The result
-is float32 `[b, o]`. The bits are indexed where they lie: no layer of them is ever copied.
+is float32 `[b, o]`. The bits are indexed where they lie and no layer of them is copied, except by
+the Pallas kernels from stacks of 2 to 4 GiB, whose offsets they cannot hold.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
 
+from .activations import PLANE_INPUTS
 from .layout import packed_bytes, to_words
 
 IMPLS = ("reference", "unpacked", "cpu", "pallas_int8", "pallas_b1", "triton_int8", "triton_b1")
@@ -31,7 +33,8 @@ CPU_BATCH, B1_BATCH, INT8_BATCH = 8, 3, 32
 
 
 def choose(
-    platform: str, capability: int, batch: int, words: bool = False, b1_works: bool = True
+    platform: str, capability: int, batch: int, inputs: int, words: bool = False,
+    b1_works: bool = True,
 ) -> str:
     """The implementation for a batch of rows on a device.
 
@@ -39,6 +42,7 @@ def choose(
       platform: "cpu", "gpu" or whatever JAX calls it.
       capability: NVIDIA compute capability, such as 90; 0 on other devices.
       batch: rows of x, batch and time together.
+      inputs: of the matrix.
       words: whether the bits lie as the CPU's words; turning them costs more than it saves.
       b1_works: whether the one-bit tensor instruction has passed its self-test on this device.
 
@@ -46,11 +50,12 @@ def choose(
       a name of `IMPLS`.
     """
     if platform == "cpu":
-        return "cpu" if words and batch <= CPU_BATCH else "unpacked"
+        fits = words and batch <= CPU_BATCH and inputs <= PLANE_INPUTS
+        return "cpu" if fits else "unpacked"
     if platform in ("gpu", "cuda") and capability >= 80:
-        if batch <= B1_BATCH and b1_works:
-            return "pallas_b1"
-        return "pallas_int8" if batch <= INT8_BATCH else "unpacked"
+        if batch <= B1_BATCH and inputs <= PLANE_INPUTS and b1_works:
+            return "triton_b1"
+        return "triton_int8" if batch <= INT8_BATCH else "unpacked"
     return "reference"
 
 
@@ -91,7 +96,7 @@ def packed_matmul(
     rows = rows or (g.shape[-1],)
     _check(x, bits, g, h, rows, limbs)
     flat = _no_derivative(x).reshape(-1, x.shape[-1])
-    impl = impl or _chosen(flat.shape[0], bits.dtype == jnp.uint32)
+    impl = impl or chosen(*flat.shape, bits.dtype == jnp.uint32)
     layer = jnp.asarray(layer, jnp.int32)
     if impl == "unpacked":
         from .unpacked import packed_matmul as unpacked
@@ -136,7 +141,7 @@ def packed_low_rank_matmul(
     joined, rows = l.reshape(l.shape[0], 1, copies * r), (r,) * copies
     _check(x, u_bits, joined, h[:, None], rows, limbs)
     flat = _no_derivative(x).reshape(-1, x.shape[-1])
-    impl = impl or _chosen(flat.shape[0], u_bits.dtype == jnp.uint32)
+    impl = impl or chosen(*flat.shape, u_bits.dtype == jnp.uint32)
     # Each copy multiplies other activations, so one dense tile cannot hold both.
     impl = "reference" if impl == "unpacked" else impl
     layer = jnp.asarray(layer, jnp.int32)
@@ -171,15 +176,16 @@ def signs_matmul(
     return module.signs_matmul(u.astype(jnp.float32), bits, g, layer, rows, limbs)
 
 
-def _chosen(batch: int, words: bool) -> str:
+def chosen(batch: int, inputs: int, words: bool) -> str:
+    """What `choose` gives for the first device; the first call on a GPU runs the self-test."""
     device = jax.devices()[0]
-    capability = int(float(getattr(device, "compute_capability", 0)) * 10)
+    capability = round(float(getattr(device, "compute_capability", 0)) * 10)
     works = False
-    if choose(device.platform, capability, batch, words) == "pallas_b1":
-        from .pallas_b1 import works as self_test
+    if choose(device.platform, capability, batch, inputs, words) == "triton_b1":
+        from .triton_b1 import works as self_test
 
-        works = self_test()
-    return choose(device.platform, capability, batch, words, works)
+        works = self_test(capability)
+    return choose(device.platform, capability, batch, inputs, words, works)
 
 
 def _check(x: Any, bits: Any, g: Any, h: Any, rows: tuple[int, ...], limbs: int) -> None:

@@ -1,5 +1,6 @@
 """Fixed point against NumPy integers: limbs and planes add up to the rounded activation."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -62,5 +63,5 @@ def test_padding_holds_no_bit(rows):
 def test_nan_and_infinity_show_in_the_scale_of_their_row_alone(rows, make):
     rows = rows.copy()
     rows[0, 3], rows[1, 3] = np.nan, np.inf
-    scale = np.asarray(make(jnp.asarray(rows)).scale)
+    scale = np.asarray(jax.jit(make)(jnp.asarray(rows)).scale)
     assert np.isnan(scale[0]) and np.isinf(scale[1]) and np.isfinite(scale[2:]).all()

@@ -128,13 +128,20 @@ def test_words_are_turned_and_turned_back():
 @pytest.mark.parametrize("platform, capability, batch, words, b1, wanted", [
     ("cpu", 0, 1, True, True, "cpu"), ("cpu", 0, 8, True, True, "cpu"),
     ("cpu", 0, 9, True, True, "unpacked"), ("cpu", 0, 1, False, True, "unpacked"),
-    ("gpu", 90, 1, False, True, "pallas_b1"), ("gpu", 90, 1, False, False, "pallas_int8"),
-    ("gpu", 80, 3, False, True, "pallas_b1"), ("gpu", 89, 4, False, True, "pallas_int8"),
-    ("gpu", 90, 32, False, True, "pallas_int8"), ("gpu", 90, 33, False, True, "unpacked"),
+    ("gpu", 90, 1, False, True, "triton_b1"), ("gpu", 90, 1, False, False, "triton_int8"),
+    ("gpu", 80, 3, False, True, "triton_b1"), ("gpu", 89, 4, False, True, "triton_int8"),
+    ("gpu", 90, 32, False, True, "triton_int8"), ("gpu", 90, 33, False, True, "unpacked"),
     ("gpu", 75, 1, False, True, "reference"), ("tpu", 0, 1, False, True, "reference"),
 ])
 def test_the_choice_follows_device_and_batch(platform, capability, batch, words, b1, wanted):
-    assert choose(platform, capability, batch, words, b1) == wanted
+    assert choose(platform, capability, batch, 4096, words, b1) == wanted
+
+
+def test_planes_are_not_chosen_for_more_inputs_than_they_sum_exactly(problem):
+    assert choose("cpu", 0, 1, 32769, True) == "unpacked"
+    assert choose("gpu", 90, 1, 32769) == "triton_int8"
+    with pytest.raises(BadInput, match="cpu got 32769 inputs"):
+        product(problem(1, 32769, (1,), 1), "cpu")
 
 
 def test_a_derivative_names_what_to_train(problem):

@@ -22,7 +22,16 @@ from experiments.measure import (
 from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
 from rabit_jax.evaluate import disordered_share, mean_flip_rate, snapshot, unigram_entropy
 from rabit_jax.init import record_limbs, round_to_nearest
-from rabit_jax.models import generate, init_params, load_packed, packed_bytes, save_hf, save_packed
+from rabit_jax.models import (
+    Engine,
+    generate,
+    init_params,
+    load_packed,
+    packed_bytes,
+    prepare,
+    save_hf,
+    save_packed,
+)
 from rabit_jax.train import (
     Watch,
     distillation_loss,
@@ -248,19 +257,20 @@ def samples(run: Inputs, resume: bool) -> dict:
     found = [{"prompt": prompt} for prompt in section.prompts]
     with progress("generate", 2 * len(found)) as bar:
         for n, (label, params) in enumerate((("teacher", run.teacher), ("packed", packed))):
+            engine = prepare(run.model_config, params)
             for m, sample in enumerate(found):
-                sample[label] = continuation(run, params, sample["prompt"])
+                sample[label] = continuation(run, engine, sample["prompt"])
                 bar.update(n * len(found) + m + 1)
     return {"samples": found}
 
 
-def continuation(run: Inputs, params: Any, prompt: str) -> str:
+def continuation(run: Inputs, engine: Engine, prompt: str) -> str:
     """One continuation of a prompt as text."""
     section = run.config.generate
     tokens = np.asarray([run.text.tokenizer(prompt)["input_ids"]], np.int32)
     new = generate(
         run.model,
-        params,
+        engine,
         tokens,
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature,

@@ -1,8 +1,9 @@
 """The Flax decoder of the Llama family, its Hugging Face import and export, and generation."""
 
 from rabit_jax.models.config import ModelConfig, RopeScaling, from_hf, to_hf
-from rabit_jax.models.decode import generate
-from rabit_jax.models.decoder import Decoder, init_cache, init_params
+from rabit_jax.models.decode import generate, stream
+from rabit_jax.models.decoder import Decoder, init_params
+from rabit_jax.models.engine import Engine, init_cache, prepare, step
 from rabit_jax.models.folder import find_folder
 from rabit_jax.models.hf import load_hf, read_config, save_hf
 from rabit_jax.models.names import hf_name, param_shapes, tensor_names
@@ -10,6 +11,7 @@ from rabit_jax.models.packed_io import load_model, load_packed, packed_bytes, sa
 
 __all__ = [
     "Decoder",
+    "Engine",
     "ModelConfig",
     "RopeScaling",
     "find_folder",
@@ -23,9 +25,12 @@ __all__ = [
     "load_packed",
     "packed_bytes",
     "param_shapes",
+    "prepare",
     "read_config",
     "save_hf",
     "save_packed",
+    "step",
+    "stream",
     "tensor_names",
     "to_hf",
 ]

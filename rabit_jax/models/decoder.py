@@ -1,4 +1,4 @@
-"""The decoder: embedding, scanned blocks, final norm, head; whole sequences or step by step."""
+"""The decoder for training and evaluation: embedding, scanned blocks, final norm, head."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.layers import Block, Context, Embed, Head, RMSNorm, angles
-
-Cache = dict[str, jax.Array]
+from rabit_jax.models.layers import Block, Context, Embed, Head, RMSNorm, angles, positions
 
 
 class Decoder(nn.Module):
@@ -40,7 +38,7 @@ class Decoder(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         scanned = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=(0, nn.broadcast), length=c.n_layers,
+            in_axes=nn.broadcast, length=c.n_layers,
         )
         self.layers = scanned(c)
         self.final_norm = RMSNorm(c)
@@ -77,49 +75,15 @@ class Decoder(nn.Module):
         t = tokens.shape[1]
         real = jnp.ones((1, t), bool) if mask is None else mask.astype(bool)
         causal = jnp.tril(jnp.ones((t, t), bool))[None, None]
-        cos, sin = angles(_positions(real), self.config)
-        context = Context(cos, sin, causal & real[:, None, None, :], hidden_states=hidden_states)
-        x, _, hidden = self._blocks(tokens, context, None)
+        cos, sin = angles(positions(real), self.config)
+        context = Context(cos, sin, causal & real[:, None, None, :], hidden_states)
+        x, hidden = self.layers(self.embed(tokens), context)
         return self.final_norm(x), hidden
 
     def head(self, features: jax.Array) -> jax.Array:
         """Float32 logits `[..., v]` of `features: [..., d]`."""
         with jax.named_scope("head"):
             return self.embed.attend(features) if self._head is None else self._head(features)
-
-    def step(
-        self, tokens: jax.Array, cache: Cache, mask: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache]:
-        """Appends `tokens` to what the cache holds: the prompt at first, then one by one.
-
-        Args:
-          tokens: `[b, t]` int.
-          cache: from `init_cache` or the previous step. It must have t free slots left; a traced
-            length cannot be checked here, and a write past the end would land on the last slots.
-          mask: `[b, t]` bool, True for real tokens, padding on the left; None means all real.
-
-        Returns:
-          float32 logits `[b, v]` of the last token, and the cache with t more slots in use.
-        """
-        b, t = tokens.shape
-        start, slots = cache["length"], cache["valid"].shape[1]
-        real = jnp.ones((b, t), bool) if mask is None else mask.astype(bool)
-        valid = jax.lax.dynamic_update_slice(cache["valid"], real, (0, start))
-        seen = jnp.sum(cache["valid"], axis=1, keepdims=True, dtype=jnp.int32)
-        cos, sin = angles(seen + _positions(real), self.config)
-        causal = jnp.arange(slots)[None, :] <= start + jnp.arange(t)[:, None]
-        context = Context(cos, sin, causal[None, None] & valid[:, None, None, :], start)
-        x, written, _ = self._blocks(tokens, context, {"k": cache["k"], "v": cache["v"]})
-        logits = self.head(self.final_norm(x[:, -1]))
-        return logits, {**written, "valid": valid, "length": start + t}
-
-    def _blocks(
-        self, tokens: jax.Array, context: Context, cache: Cache | None
-    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
-        """Residual stream `[b, t, d]` after all blocks, the cache, and `[l, b, t, d]` or None."""
-        layers = jnp.arange(self.config.n_layers)
-        (x, cache), hidden = self.layers((self.embed(tokens), cache), layers, context)
-        return x, cache, hidden
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -129,22 +93,3 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     Works under `jit`, with `out_shardings` so that each leaf is created where it will live.
     """
     return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """An empty key-value cache for `Decoder.step`.
-
-    Returns:
-      `k`, `v`: `[l, b, slots, n_kv_heads, head_dim]` in the compute dtype; `valid: [b, slots]`
-      bool, which slots hold real tokens; `length`: scalar int32, the next slot to write.
-    """
-    shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
-    return {
-        "k": jnp.zeros(shape, config.dtype), "v": jnp.zeros(shape, config.dtype),
-        "valid": jnp.zeros((batch, slots), bool), "length": jnp.zeros((), jnp.int32),
-    }
-
-
-def _positions(real: jax.Array) -> jax.Array:
-    """Number of real tokens before each one, `[b, t]` int32; 0 at padding on the left."""
-    return jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)

@@ -2,7 +2,7 @@
 
 Every matrix is read from the params tree as it is found there, so an array and any weight node
 (see `rabit_jax.weights.linear`) serve alike. Axes: b batch, t time, d model, f hidden, n heads,
-h head_dim, s cache slots.
+h head_dim, s keys.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ class Context(struct.PyTreeNode):
     Attributes:
       cos, sin: `[b or 1, t, 1, h / 2]` float32, of the rotary angles.
       allowed: `[b or 1, 1, t, s]` bool, which key each query may see.
-      start: scalar int32, the cache slot of the first token; None without a cache.
       hidden_states: whether blocks return the residual stream.
     """
 
     cos: jax.Array
     sin: jax.Array
     allowed: jax.Array
-    start: jax.Array | None = None
     hidden_states: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -121,26 +119,18 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x: [..., d]` to the same shape, in the compute dtype."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
-        x = x.astype(jnp.float32)
-        power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(power + self.config.norm_eps) * _align(scale, x)
-        return y.astype(self.config.dtype)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return rms_norm(x, scale, self.config.norm_eps, self.config.dtype)
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped queries and rotary positions.
-
-    Softmax in float32. With a cache, keys and values are first written into its slots.
-    """
+    """Causal attention with grouped queries and rotary positions; softmax in float32."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, layer: jax.Array, context: Context, cache: dict[str, jax.Array] | None
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """`x: [b, t, d]` to `[b, t, d]`, and the cache with this layer's slots written."""
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """`x: [b, t, d]` to `[b, t, d]`."""
         c = self.config
         heads = {"q": c.n_heads, "k": c.n_kv_heads, "v": c.n_kv_heads}
         q, k, v = (
@@ -148,14 +138,11 @@ class Attention(nn.Module):
             for name, n in heads.items()
         )
         q, k = rotate(q, context), rotate(k, context)
-        if cache is not None:
-            cache = _write(cache, {"k": k, "v": v}, layer, context.start)
-            k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer, keepdims=False) for n in "kv")
         # The library mixes bfloat16 with float32, which strict promotion would refuse.
         with jax.named_scope("attend"), jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(q, k, v, mask=context.allowed)
         std = residual_std(c)
-        return self._linear("o", c.d_model, std)(rearrange(y, "b t n h -> b t (n h)")), cache
+        return self._linear("o", c.d_model, std)(rearrange(y, "b t n h -> b t (n h)"))
 
     def _linear(self, name: str, features: int, std: float | None = None) -> Linear:
         c = self.config
@@ -185,20 +172,13 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, carry: tuple[jax.Array, dict | None], layer: jax.Array, context: Context
-    ) -> tuple[tuple[jax.Array, dict | None], jax.Array | None]:
-        """`carry`: `x [b, t, d]` and the cache. Returns them, and `x` if hidden states are asked.
-
-        `layer` is the scalar index of this layer in the cache.
-        """
-        x, cache = carry
+    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
+        """`x: [b, t, d]` after this layer, and again if hidden states are asked for."""
         with jax.named_scope("block"):
             normed = RMSNorm(self.config, name="attn_norm")(x)
-            change, cache = Attention(self.config, name="attn")(normed, layer, context, cache)
-            x = x + change
+            x = x + Attention(self.config, name="attn")(normed, context)
             x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
-        return (x, cache), x if context.hidden_states else None
+        return x, x if context.hidden_states else None
 
 
 def residual_std(config: ModelConfig) -> float:
@@ -211,6 +191,19 @@ def logits(x: jax.Array, kernel: Any) -> jax.Array:
     if is_weight(kernel):
         return linear(x, kernel).astype(jnp.float32)
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: str) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * scale`: `x: [..., d]`, `scale: [d]`, in float32, as `dtype`."""
+    x = x.astype(jnp.float32)
+    power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    y = x * jax.lax.rsqrt(power + eps) * _align(scale.astype(jnp.float32), x)
+    return y.astype(dtype)
+
+
+def positions(real: jax.Array) -> jax.Array:
+    """Number of real tokens before each one, `[b, t]` int32; 0 at padding on the left."""
+    return jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def frequencies(config: ModelConfig) -> jax.Array:
@@ -246,17 +239,6 @@ def rotate(x: jax.Array, context: Context) -> jax.Array:
     cos, sin = context.cos, context.sin
     turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
     return turned.astype(x.dtype)
-
-
-def _write(
-    cache: dict[str, jax.Array], new: dict[str, jax.Array], layer: jax.Array, start: jax.Array
-) -> dict[str, jax.Array]:
-    """`cache[name][layer, :, start : start + t] = new[name]`, in place where XLA can."""
-    def put(name: str) -> jax.Array:
-        value = new[name].astype(cache[name].dtype)[None]
-        return jax.lax.dynamic_update_slice(cache[name], value, (layer, 0, start, 0, 0))
-
-    return {name: put(name) for name in new}
 
 
 def _align(v: jax.Array, x: jax.Array) -> jax.Array:

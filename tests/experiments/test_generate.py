@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,11 @@ def test_greedy_text_is_the_argmax(folders, run, kind):
                          "--max-new-tokens", 8)
     assert code == 0
     assert out == "the cat" + tokenizer.decode(new, skip_special_tokens=True) + "\n"
-    assert err.startswith("8 tokens in ") and "tokens/s" in err and "compilation not" in err
-    assert len(err.splitlines()) == 1
+    # The first new token comes out of the prefill.
+    read = len(tokenizer.encode("the cat"))
+    rate = r"in \d+\.\d\d s, [\d,]+\.\d tokens/s"
+    assert re.fullmatch(rf"prefill: {read} tokens {rate}; decode: 7 tokens {rate} "
+                        r"\(compilation not included\)\n", err)
 
 
 def test_a_batch_gives_each_prompt_its_own_text(folders, run):
@@ -83,7 +87,7 @@ def test_a_batch_gives_each_prompt_its_own_text(folders, run):
     alone = [run(*settings, "--prompt", prompt)[1] for prompt in prompts]
     code, out, err = run(*settings, "--prompt", prompts[0], "--prompt", prompts[1])
     assert (code, out) == (0, "\n".join(alone))
-    assert err.startswith("16 tokens in ")
+    assert "decode: 14 tokens in " in err
 
 
 def test_stdin_is_a_prompt(folders, run, monkeypatch):
@@ -102,14 +106,7 @@ def test_seed_and_temperature(folders, run):
     assert run(*settings, "--top-p", 1e-6)[1] == plain != first
 
 
-def test_text_stops_at_an_end_token_of_the_generation_config(folders, run, tmp_path, monkeypatch):
-    stops, generate = [], command.generate
-
-    def spy(*args, eos_ids, **settings):
-        stops.append(eos_ids)
-        return generate(*args, eos_ids=eos_ids, **settings)
-
-    monkeypatch.setattr(command, "generate", spy)
+def test_text_stops_at_an_end_token_of_the_generation_config(folders, run, tmp_path):
     new, tokenizer = greedy(folders / "packed", "the cat", 8)
     at = next(n for n in range(2, 8) if new[n] not in new[:n])
     folder = shutil.copytree(folders / "packed", tmp_path / "packed")
@@ -117,7 +114,36 @@ def test_text_stops_at_an_end_token_of_the_generation_config(folders, run, tmp_p
     code, out, err = run("--model", folder, "--prompt", "the cat", "--greedy",
                          "--max-new-tokens", 8)
     assert (code, out) == (0, "the cat" + tokenizer.decode(new[:at]) + "\n")
-    assert err.startswith(f"{at + 1} tokens in ") and stops == [(299, new[at])]
+    assert f"decode: {at} tokens in " in err
+
+
+def test_one_prompt_is_printed_as_it_comes_on_a_terminal(folders, run, monkeypatch):
+    settings = ("--model", folders / "dense", "--greedy", "--prompt", "the cat")
+    wanted = run(*settings, "--max-new-tokens", 24)[1]
+    pieces, write = [], sys.stdout.write
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout.write", lambda piece: [pieces.append(piece), write(piece)][1])
+    code, out, err = run(*settings, "--max-new-tokens", 24)
+    assert (code, out) == (0, wanted) and "decode: 23 tokens in " in err
+    # The first token, 16 more, 7 more, and what was held back with the line break.
+    shown = [piece for piece in pieces if piece not in ("", "\n")]
+    assert shown[0].startswith("the cat") and len(shown) >= 3
+
+
+def test_one_token_is_no_decode(folders, run):
+    code, out, err = run("--model", folders / "dense", "--prompt", "the cat", "--greedy",
+                         "--max-new-tokens", 1)
+    assert code == 0 and out.startswith("the cat") and "; decode: 0 tokens (" in err
+
+
+def test_damaged_weights_are_one_sentence(folders, run, tmp_path):
+    model, params, tokenizer = load_model(folders / "dense")
+    params["final_norm"]["scale"] = params["final_norm"]["scale"] * jnp.nan
+    save_hf(tmp_path / "nan", model, params, tokenizer)
+    code, out, err = run("--model", tmp_path / "nan", "--prompt", "the cat", "--greedy",
+                         "--max-new-tokens", 8)
+    assert (code, out) == (2, "")
+    assert "NaN or infinity at new token 1" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("args, message", [
@@ -130,6 +156,7 @@ def test_text_stops_at_an_end_token_of_the_generation_config(folders, run, tmp_p
     (["--prompt", "a", "--temperature", "nan"], "temperature nan"),
     (["--prompt", "a", "--max-new-tokens", "0"], "makes at least 1"),
     (["--prompt", "a", "--max-new-tokens", "64"], "64 positions"),
+    (["--prompt", "a", "--system", "b"], "--system is for --chat"),
 ])
 def test_bad_input_is_one_sentence(folders, run, args, message):
     code, out, err = run("--model", folders / "packed", "--max-new-tokens", 8, *args)
@@ -151,33 +178,9 @@ def test_bad_folders_are_one_sentence(folders, run, tmp_path):
 
 def test_usage(capsys):
     for args, code, word in [(["--help"], 0, "examples:"), (["--prompt", "a"], 2, "--model"),
-                             (["--model", "m"], 2, "--prompt")]:
+                             (["--model", "m"], 2, "--prompt --chat"),
+                             (["--model", "m", "--prompt", "a", "--chat"], 2, "not allowed")]:
         with pytest.raises(SystemExit) as ended:
             command.main(args)
         assert ended.value.code == code
         assert word in "".join(capsys.readouterr())
-
-
-def test_padding_is_on_the_left():
-    tokens, mask = command.pad_left([[5], [1, 2, 3]])
-    np.testing.assert_array_equal(tokens, [[0, 0, 5], [1, 2, 3]])
-    np.testing.assert_array_equal(mask, [[False, False, True], [True, True, True]])
-
-
-def test_rows_are_cut_behind_the_first_end():
-    assert command.until_end([4, 2, 9, 2], (9, 2)) == [4, 2]
-    assert command.until_end([4, 5], ()) == [4, 5]
-
-
-def test_the_stopwatch_leaves_compilation_out(monkeypatch):
-    ticks = iter(range(1000))
-    monkeypatch.setattr(command.time, "perf_counter", lambda: next(ticks))
-    function = jax.jit(lambda x: x * 3 + 1)
-    x = np.ones(5, np.float32)
-    with command.Stopwatch() as compiling:
-        function(x)
-    assert compiling.start > 0 and compiling.seconds == 1
-    before = next(ticks)
-    with command.Stopwatch() as compiled:
-        function(x)
-    assert compiled.start == before + 1 and compiled.seconds == 1

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rabit_jax.errors import BadInput
-from rabit_jax.models import Decoder, generate
-from rabit_jax.models.decode import pick
+from rabit_jax.models import Decoder, generate, prepare, stream
+from rabit_jax.models.sampling import pick
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,49 @@ def test_sampling_is_fixed_by_the_key(model, params, tokens, greedy):
     assert min(len(set(row)) for row in flat) > 6 and not np.array_equal(*flat)
     # A nucleus that holds one token is greedy.
     np.testing.assert_array_equal(sample(3, top_p=1e-6), greedy(tokens, 12))
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"temperature": 0.9, "top_p": 0.9, "key": jax.random.key(4)},
+], ids=["greedy", "nucleus"])
+def test_stream_gives_what_generate_gives(model, params, tokens, settings):
+    settings = {"max_new_tokens": 12, **settings}
+    engine = prepare(model.config, params)
+    whole = np.asarray(generate(model, params, tokens, **settings))
+    chunks = list(stream(model, engine, tokens, chunk=5, **settings))
+    assert [chunk.shape for chunk in chunks] == [(2, 1), (2, 5), (2, 5), (2, 1)]
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), whole)
+    # With an end token: no more is given than the longest row needs.
+    eos = (int(whole[0, 3]), int(whole[1, 6]))
+    ended = np.asarray(generate(model, engine, tokens, **settings, eos_ids=eos))
+    chunks = list(stream(model, engine, tokens, chunk=5, **settings, eos_ids=eos))
+    found = np.concatenate(chunks, axis=1)
+    longest = max(np.flatnonzero(np.isin(row, eos))[0] for row in ended) + 1
+    assert found.shape == (2, longest)
+    np.testing.assert_array_equal(found, ended[:, :longest])
+    assert (ended[:, longest:] == eos[0]).all()
+
+
+def test_weights_that_give_nan_are_told(model, params, tokens):
+    free = np.asarray(generate(model, params, tokens, max_new_tokens=10))
+    n = next(n for n in range(2, 9) if free[0, n] not in [*free[0, :n], *np.ravel(tokens)]
+             and free[0, n] not in free[1])
+    token = int(free[0, n])
+    table = params["embed"]["embedding"]
+    broken = {**params, "embed": {"embedding": table.at[token].set(jnp.nan)}}
+    # The token is read by the step after it, the one that gives token n + 2.
+    with pytest.raises(BadInput, match=f"NaN or infinity at new token {n + 2}: "):
+        generate(model, broken, tokens, max_new_tokens=10)
+    # A row that has ended there does no harm to the others.
+    found = np.asarray(generate(model, broken, tokens, max_new_tokens=10, eos_ids=(token,)))
+    np.testing.assert_array_equal(found[1], free[1])
+    with pytest.raises(BadInput, match="at new token 1: the weights are damaged"):
+        generate(model, jax.tree.map(lambda a: a * jnp.nan, params), tokens, max_new_tokens=10)
+
+
+def test_stream_checks_its_input_at_once(model, params):
+    with pytest.raises(BadInput, match="empty prompt"):
+        stream(model, params, np.zeros((1, 0), np.int32))
 
 
 @pytest.mark.parametrize("mode, temperature, top_p", [

@@ -1,4 +1,4 @@
-"""The decoder against a float64 NumPy loop, and its masks, cache, remat and weight nodes."""
+"""The decoder against a float64 NumPy loop, and its masks, remat and weight nodes."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 from flax import struct
 
 from rabit_jax.errors import BadInput
-from rabit_jax.models import Decoder, RopeScaling, init_cache, init_params
+from rabit_jax.models import Decoder, RopeScaling, init_params
 
 INIT = jax.jit(init_params, static_argnums=0)
 
@@ -150,23 +150,6 @@ def test_remat_saves_memory_and_changes_no_gradient(config, params, tokens):
                  plain(params), remat(params))
     room = [f.memory_analysis().temp_size_in_bytes for f in (plain, remat)]
     assert room[1] < 0.6 * room[0]
-
-
-def test_steps_with_a_donated_cache_match_the_whole_sequence(model, params, tokens, apply):
-    whole = apply(model, params, tokens)
-
-    @jax.jit
-    def prefill(cache, tokens):
-        return model.apply({"params": params}, tokens, cache, method="step")
-
-    step = jax.jit(lambda c, t: model.apply({"params": params}, t, c, method="step"),
-                   donate_argnums=0)
-    logits, cache = prefill(init_cache(model.config, 2, 12), tokens[:, :5])
-    np.testing.assert_allclose(logits, whole[:, 4], atol=2e-5)
-    for t in range(5, 9):
-        logits, cache = step(cache, tokens[:, t : t + 1])
-        np.testing.assert_allclose(logits, whole[:, t], atol=2e-5)
-    assert int(cache["length"]) == 9
 
 
 def test_bfloat16_compute_keeps_float32_logits_and_norms(config, params, tokens, apply):

@@ -1,0 +1,179 @@
+"""The decode engine: a key-value cache and one pure step over it, on weights from `prepare`.
+
+Axes: b batch, t time, d model, n key heads, g query heads of each, h head_dim, s cache slots, l
+layers, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.layers import Context, angles, logits, positions, rms_norm, rotate
+from rabit_jax.models.prepared import Engine, Rows, prepare
+from rabit_jax.weights.linear import linear
+
+__all__ = [
+    "Cache", "Engine", "attend", "head_logits", "init_cache", "linears", "prepare", "step",
+    "write_slots",
+]
+
+Cache = dict[str, jax.Array]
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+    """An empty key-value cache for `step`; take the config of the engine.
+
+    Returns:
+      `k`, `v`: `[l, b, n, s, h]` in the compute dtype, on a CPU in float32; `valid: [b, s]` bool,
+      which slots hold real tokens; `length`: scalar int32, the next slot to write.
+    """
+    shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)
+    # XLA's CPU widens a whole bfloat16 cache to write one slot of it.
+    dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
+    return {
+        "k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype),
+        "valid": jnp.zeros((batch, slots), bool), "length": jnp.zeros((), jnp.int32),
+    }
+
+
+def step(
+    engine: Engine, tokens: jax.Array, cache: Cache, mask: jax.Array | None = None
+) -> tuple[jax.Array, Cache]:
+    """Appends `tokens` to what the cache holds: the prompt at first, then one by one.
+
+    Pure; under `jax.jit(step, donate_argnums=2)` the cache is written in place.
+
+    Args:
+      engine: from `prepare`.
+      tokens: `[b, t]` int.
+      cache: from `init_cache` or the previous step. It must have t free slots left; a traced
+        length cannot be checked here, and a write past the end would land on the last slots.
+      mask: `[b, t]` bool, True for real tokens, padding on the left; None means all real.
+
+    Returns:
+      float32 logits `[b, v]` of the last token, and the cache with t more slots in use.
+    """
+    c, (b, t) = engine.config, tokens.shape
+    start, slots = cache["length"], cache["valid"].shape[1]
+    real = jnp.ones((b, t), bool) if mask is None else mask.astype(bool)
+    valid = jax.lax.dynamic_update_slice(cache["valid"], real, (0, start))
+    seen = jnp.sum(cache["valid"], axis=1, keepdims=True, dtype=jnp.int32)
+    causal = jnp.arange(slots)[None, :] <= start + jnp.arange(t)[:, None]
+    allowed = causal[None, None] & valid[:, None, None, :]
+    context = Context(*angles(seen + positions(real), c), allowed)
+    block = functools.partial(_block, engine, context, start)
+    carry = (jnp.take(engine.embed, tokens, axis=0).astype(c.dtype), cache["k"], cache["v"])
+    if any(isinstance(product, tuple) for product in engine.products.values()):
+        for layer in range(c.n_layers):
+            carry = block(layer, carry)
+    else:
+        carry = jax.lax.fori_loop(0, c.n_layers, block, carry)
+    x, k, v = carry
+    last = rms_norm(x[:, -1], engine.norms["final_norm"], c.norm_eps, c.dtype)
+    return head_logits(engine, last), {"k": k, "v": v, "valid": valid, "length": start + t}
+
+
+def _block(
+    engine: Engine, context: Context, start: jax.Array, layer: Any, carry: tuple
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One layer: the residual stream `[b, t, d]` and both caches with its slots written."""
+    x, k_cache, v_cache = carry
+    c = engine.config
+    with jax.named_scope("block"):
+        normed = _normed(engine, "attn_norm", layer, x)
+        q, k, v = (rearrange(y, "b t (n h) -> b t n h", h=c.head_dim)
+                   for y in linears(engine, ("q", "k", "v"), normed, layer))
+        k_cache = write_slots(k_cache, rotate(k, context), layer, start)
+        v_cache = write_slots(v_cache, v, layer, start)
+        k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (k_cache, v_cache))
+        y = attend(rotate(q, context), k, v, context.allowed)
+        x = x + linears(engine, ("o",), y, layer)[0]
+        normed = _normed(engine, "mlp_norm", layer, x)
+        gate, up = linears(engine, ("gate", "up"), normed, layer)
+        x = x + linears(engine, ("down",), jax.nn.silu(gate) * up, layer)[0]
+    return x, k_cache, v_cache
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
+    """`softmax(q k^T / sqrt(h)) v` of grouped queries, scores and softmax in float32.
+
+    Args:
+      q: `[b, t, n g, h]`.
+      k, v: `[b, n, s, h]`, read as they lie.
+      allowed: `[b, 1, t, s]` bool, which slot each query may see.
+
+    Returns:
+      `[b, t, n g h]` in the dtype of q.
+    """
+    with jax.named_scope("attend"):
+        grouped = rearrange(q, "b t (n g) h -> b n g t h", n=k.shape[1]).astype(k.dtype)
+        scores = jnp.einsum("bngth,bnsh->bngts", grouped, k, preferred_element_type=jnp.float32)
+        scores = scores * k.shape[-1] ** -0.5
+        # Not -inf: a padded query may see no slot at all, and must stay finite.
+        scores = jnp.where(allowed[:, :, None], scores, jnp.finfo(jnp.float32).min)
+        share = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        y = jnp.einsum("bngts,bnsh->bngth", share, v, preferred_element_type=jnp.float32)
+        return rearrange(y.astype(q.dtype), "b n g t h -> b t (n g h)")
+
+
+def write_slots(cache: jax.Array, new: jax.Array, layer: Any, start: jax.Array) -> jax.Array:
+    """`cache[layer, :, :, start : start + t] = new`, in place; `new: [b, t, n, h]`."""
+    new = jnp.swapaxes(new, 1, 2)[None].astype(cache.dtype)
+    return jax.lax.dynamic_update_slice(cache, new, (layer, 0, 0, start, 0))
+
+
+def _normed(engine: Engine, name: str, layer: Any, x: jax.Array) -> jax.Array:
+    c = engine.config
+    scale = jax.lax.dynamic_index_in_dim(engine.norms[name], layer, keepdims=False)
+    return rms_norm(x, scale, c.norm_eps, c.dtype)
+
+
+def linears(engine: Engine, names: Sequence[str], x: jax.Array, layer: Any) -> list[jax.Array]:
+    """`x W (+ bias)` of each named matrix of one layer: `[b, t, i]` to `[b, t, o]` each."""
+    found, sizes = {}, _outputs(engine.config)
+    for joined, product in engine.products.items():
+        members = joined.split()
+        if members[0] not in names:
+            continue
+        y = _multiply(product, x, layer)
+        ends = [sum(sizes[m] for m in members[: n + 1]) for n in range(len(members))]
+        found |= zip(members, jnp.split(y, ends[:-1], axis=-1), strict=True)
+    return [_biased(engine, name, found[name], layer) for name in names]
+
+
+def _multiply(product: Any, x: jax.Array, layer: Any) -> jax.Array:
+    """`x W` of one layer in `x.dtype`."""
+    if not isinstance(product, tuple):
+        return product.matmul_at(x, layer)
+    one = product[layer]
+    return one.matmul(x).astype(x.dtype) if isinstance(one, Rows) else linear(x, one)
+
+
+def _biased(engine: Engine, name: str, y: jax.Array, layer: Any) -> jax.Array:
+    if name not in engine.biases:
+        return y
+    bias = jax.lax.dynamic_index_in_dim(engine.biases[name], layer, keepdims=False)
+    return y + bias.astype(y.dtype)[None, None]
+
+
+def head_logits(engine: Engine, x: jax.Array) -> jax.Array:
+    """Float32 logits `[b, v]` of `x: [b, d]`."""
+    with jax.named_scope("head"):
+        head = engine.embed.T if engine.head is None else engine.head
+        if hasattr(head, "matmul_at"):
+            return head.matmul_at(x.astype(jnp.float32), 0)
+        return head.matmul(x) if isinstance(head, Rows) else logits(x, head)
+
+
+def _outputs(config: ModelConfig) -> dict[str, int]:
+    """Outputs of each matrix."""
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    d, f = config.d_model, config.d_hidden
+    return {"q": q, "k": kv, "v": kv, "o": d, "gate": f, "up": f, "down": d}

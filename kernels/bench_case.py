@@ -1,0 +1,106 @@
+"""One implementation under measurement: its program, the weights it goes round, its times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SAMPLE_ROWS, SAMPLE_OUTPUTS = 8, 64
+
+
+@dataclass(eq=False)
+class Case:
+    """One implementation at one shape and batch.
+
+    Attributes:
+      impl, k: as in its row.
+      product: `(x [b, i], weight, layer) -> [b, o]`, to be compiled.
+      exact: `(weight, x64 [b, i], outputs [s]) -> [b, s]` in float64.
+      weight: the first of the rotation.
+      xs: `[b, i]` activations, one for each product of a call.
+      stacked: whether the rotation is one stack of layers, indexed where it lies as the decode
+        engine does it; then `weight` has a leading axis of one. Else it is separate weights.
+      rotation: the leaves of the stack or of each weight; filled by `rotate`.
+      copies: weights in the rotation.
+      turn: index of the next weight.
+      seconds: of one product, one entry per repetition.
+    """
+
+    impl: str
+    k: int | None
+    product: Callable
+    exact: Callable
+    weight: Any
+    xs: tuple[jax.Array, ...]
+    stacked: bool
+    rotation: list[list[jax.Array]] = field(default_factory=list)
+    copies: int = 1
+    turn: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        product, (leaves, tree) = self.product, jax.tree.flatten(self.weight)
+
+        # Leaves, or calling would take the weights apart while the clock runs. Each product has
+        # activations of its own, or XLA would join those of one input.
+        def program(xs, weights, layers):
+            return [product(x, jax.tree.unflatten(tree, w), layer)
+                    for x, w, layer in zip(xs, weights, layers, strict=True)]
+
+        self.program, self.rotation = jax.jit(program), [leaves]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one weight, scales included."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.weight))
+
+    def check(self) -> None:
+        """Lower the program, which some implementations refuse only then.
+
+        Raises:
+          BadInput: the device or the batch has no such product.
+        """
+        self.program.lower(*self._arguments())
+
+    def rotate(self, copies: int) -> None:
+        """Hold `copies` weights."""
+        (first,) = self.rotation
+        if self.stacked:
+            rotation = [[jnp.tile(leaf, (copies,) + (1,) * (leaf.ndim - 1)) for leaf in first]]
+        else:
+            rotation = [first] + [[jnp.array(leaf, copy=True) for leaf in first]
+                                  for _ in range(copies - 1)]
+        self.rotation, self.copies = jax.block_until_ready(rotation), copies
+
+    def error(self) -> float:
+        """Relative error of the first product on a sample of its outputs; compiles the program."""
+        y = self.program(*self._arguments())[0]
+        outputs = np.unique(np.linspace(0, y.shape[1] - 1, SAMPLE_OUTPUTS).astype(int))
+        x64 = np.asarray(self.xs[0][:SAMPLE_ROWS], np.float64)
+        found = np.asarray(y, np.float64)[:SAMPLE_ROWS, outputs]
+        return relative_error(found, self.exact(self.weight, x64, outputs))
+
+    def run(self) -> float:
+        """One call on the next weights; returns the seconds of one product."""
+        arguments = self._arguments()
+        self.turn += len(self.xs)
+        begin = time.perf_counter()
+        jax.block_until_ready(self.program(*arguments))
+        return (time.perf_counter() - begin) / len(self.xs)
+
+    def _arguments(self) -> tuple:
+        """Those of the program for the next call."""
+        turns = [(self.turn + n) % self.copies for n in range(len(self.xs))]
+        weights = [self.rotation[0 if self.stacked else turn] for turn in turns]
+        return self.xs, weights, [jnp.int32(turn) for turn in turns]
+
+
+def relative_error(y: Any, exact: np.ndarray) -> float:
+    """`|y - exact| / |exact|` in float64; NaN where y has one."""
+    return float(np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact))

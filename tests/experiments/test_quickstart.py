@@ -4,11 +4,15 @@ import json
 import math
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import run as command
 from experiments.config import load_config
 from experiments.settings import RunConfig
+from rabit_jax import dense
+from rabit_jax.models import init_cache, load_packed, prepare, step
 
 FILE = Path(__file__).parents[2] / "experiments" / "configs" / "quickstart.yaml"
 
@@ -38,3 +42,31 @@ def test_it_reaches_what_it_promises(tmp_path):
     assert found["init"]["ppl"] < found["greedy"]["ppl"] < found["round_to_nearest"]["ppl"]
     assert found["packed"]["ppl"] == pytest.approx(found["qat"]["ppl"], rel=5e-3)
     assert found["packed"]["bits_identical"]
+    packed_decoding_is_that_of_float32(tmp_path / "runs" / "quickstart" / "packed")
+
+
+def packed_decoding_is_that_of_float32(folder, steps=64):
+    """Greedy text from packed bits beside that from the float32 matrix of the same bits.
+
+    Logits differ by at most 1e-3 of their standard deviation; texts are the same or part where the
+    two likeliest tokens lie closer than twice that.
+    """
+    model, params, tokenizer = load_packed(folder)
+    prompt = np.asarray([tokenizer("The function returns")["input_ids"]], np.int32)
+    engines = [prepare(model.config, tree) for tree in (params, dense(params))]
+    run = jax.jit(step)
+    caches = [init_cache(e.config, 1, prompt.shape[1] + steps) for e in engines]
+    tokens, largest = prompt, 0.0
+    for n in range(steps):
+        (found, caches[0]), (wanted, caches[1]) = (
+            run(e, tokens, cache) for e, cache in zip(engines, caches, strict=True))
+        found, wanted = np.asarray(found)[0], np.asarray(wanted)[0]
+        error = float(np.abs(found - wanted).max())
+        largest = max(largest, error / wanted.std())
+        first, second = np.sort(wanted)[:-3:-1]
+        if found.argmax() != wanted.argmax():
+            print(f"texts part at token {n}: {first - second:.2e} apart, error {error:.2e}")
+            assert first - second < 2 * error
+        tokens = np.asarray([[wanted.argmax()]], np.int32)
+    print(f"largest difference of logits over their standard deviation: {largest:.2e}")
+    assert largest <= 1e-3

@@ -29,6 +29,7 @@ def test_a_change_redoes_what_depends_on_it(finished, place, run):
     assert changed == {"pack", "generate"}
 
 
+@pytest.mark.slow
 def test_a_changed_start_or_training_reaches_the_results(finished, place, run):
     before = json.loads((finished / "summary.json").read_text())
     plain = ("init.spec.rounds=0", "init.spec.a_in=0", "init.spec.a_out=0", "qat.steps=2")
@@ -43,6 +44,7 @@ def test_a_changed_start_or_training_reaches_the_results(finished, place, run):
     assert faster["init"] == after["init"]
 
 
+@pytest.mark.slow
 def test_a_given_teacher_gives_the_run_of_the_trained_one(finished, place, tmp_path, capsys, run):
     assert run(place) == 0
     trained = json.loads((finished / "summary.json").read_text())

@@ -117,6 +117,7 @@ def test_the_samples_of_the_report_come_from_the_packed_folder(finished):
     assert "The file" in (finished / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_mesh_with_a_tensor_axis_gives_the_same_models(finished, place, run):
     mesh = ("name=meshed", "mesh.data=4", "mesh.tensor=2", f"teacher.path={finished / 'teacher'}")
     assert run(place, *mesh, "qat.steps=2") == 0
@@ -175,6 +176,7 @@ def test_a_missing_config_is_one_sentence(tmp_path, capsys):
     assert "none.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_composed_weight_is_run_like_any_other(finished, place, run):
     spec = "{type: sum, parts: [{type: low_rank, rank: 16}, {type: residual, k: 1, rounds: 0}]}"
     done = run(

@@ -103,7 +103,7 @@ def test_a_packed_head(small, trees, random_packed):
     assert isinstance(engine.head, LaidSign)
     x = np.random.default_rng(0).normal(size=(2, 40)).astype(np.float32)
     wanted = x @ np.asarray(node.dense())
-    found = jax.jit(engine_module._head)(engine, x)
+    found = jax.jit(engine_module.head_logits)(engine, x)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, wanted, atol=1e-3 * wanted.std())
 

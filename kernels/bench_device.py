@@ -14,8 +14,8 @@ import jax.numpy as jnp
 MIB = 1 << 20
 # L2 of NVIDIA devices by a part of their name, rounded up: too large a cache only costs memory.
 NVIDIA_CACHE = {
-    "B200": 128, "B100": 128, "5090": 96, "H200": 64, "H100": 64, "GH200": 64, "A100": 40,
-    "4090": 72, "L40": 96, "6000 Ada": 96, "L4": 48, "3090": 8, "A6000": 8, "A10": 8,
+    "B200": 128, "GB200": 128, "B100": 128, "5090": 96, "H200": 64, "H100": 64, "GH200": 64,
+    "A100": 40, "4090": 72, "L40": 96, "6000 Ada": 96, "L4": 48, "3090": 8, "A6000": 8, "A10": 8,
 }
 UNKNOWN_CACHE = 64 * MIB
 # A source and a target of this many caches each: launching the copy then costs next to nothing.

@@ -1,6 +1,6 @@
 """The packed products and the choice of their implementation by device, batch and shape.
 
-An implementation is a module with
+All but "unpacked", which multiplies by one dense matrix, are modules with
 
     signs_matmul(u, bits, g, layer, rows, limbs) -> y
 
@@ -28,7 +28,7 @@ from .activations import PLANE_INPUTS
 from .layout import packed_bytes, to_words
 
 IMPLS = ("reference", "unpacked", "cpu", "pallas_int8", "pallas_b1", "triton_int8", "triton_b1")
-# Batches above this are unpacked to one dense tile, which the device's own product then reads.
+# Rows up to which each kernel is chosen; above the last of a device the bits are unpacked.
 CPU_BATCH, B1_BATCH, INT8_BATCH = 8, 3, 32
 
 
@@ -95,7 +95,8 @@ def packed_matmul(
         h = h[:, :, None]
     rows = rows or (g.shape[-1],)
     _check(x, bits, g, h, rows, limbs)
-    flat = _no_derivative(x).reshape(-1, x.shape[-1])
+    x, g, h = (_no_derivative(a) for a in (x, g, h))
+    flat = x.reshape(-1, x.shape[-1])
     impl = impl or chosen(*flat.shape, bits.dtype == jnp.uint32)
     layer = jnp.asarray(layer, jnp.int32)
     if impl == "unpacked":
@@ -104,8 +105,7 @@ def packed_matmul(
         y = unpacked(flat, bits, g, h, layer, rows)
     else:
         one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
-        u = flat[:, None, None] * one[None]
-        u = u.astype(x.dtype) if impl == "reference" else u
+        u = _scaled(flat[:, None, None], one[None], impl)
         y = signs_matmul(u, bits, g, layer, rows, limbs, impl)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -140,18 +140,24 @@ def packed_low_rank_matmul(
     copies, r = l.shape[1:]
     joined, rows = l.reshape(l.shape[0], 1, copies * r), (r,) * copies
     _check(x, u_bits, joined, h[:, None], rows, limbs)
-    flat = _no_derivative(x).reshape(-1, x.shape[-1])
+    _check(l[:, 0], v_bits, g, l[:, :, None], g.shape[-1:], limbs)
+    x, h, joined, g = (_no_derivative(a) for a in (x, h, joined, g))
+    flat = x.reshape(-1, x.shape[-1])
     impl = impl or chosen(*flat.shape, u_bits.dtype == jnp.uint32)
     # Each copy multiplies other activations, so one dense tile cannot hold both.
     impl = "reference" if impl == "unpacked" else impl
     layer = jnp.asarray(layer, jnp.int32)
     one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
-    u = flat[:, None, None] * one[None, None]
-    u = u.astype(x.dtype) if impl == "reference" else u
+    u = _scaled(flat[:, None, None], one[None, None], impl)
     inner = signs_matmul(u, u_bits, joined, layer, rows, limbs, impl)
     inner = inner.reshape(-1, copies, 1, r).astype(u.dtype)
     y = signs_matmul(inner, v_bits, g, layer, (g.shape[-1],), limbs, impl)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _scaled(x: jax.Array, h: jax.Array, impl: str) -> jax.Array:
+    """`x * h`: in `x.dtype` where that multiplies, else in float32 to make fixed point of."""
+    return (x * h).astype(x.dtype) if impl == "reference" else x.astype(jnp.float32) * h
 
 
 def signs_matmul(
@@ -169,9 +175,11 @@ def signs_matmul(
 
         return run(u, bits, g, layer, rows)
     module = import_module(f".{impl}", __package__)
-    if impl == "cpu":
-        bits = bits if bits.dtype == jnp.uint32 else to_words(bits)
-    elif bits.dtype == jnp.uint32:
+    if impl == "cpu" and bits.dtype == jnp.uint8:
+        # Rows of bits have to be turned at every call: those of the one layer.
+        bits, g = (jax.lax.dynamic_index_in_dim(a, layer) for a in (bits, g))
+        bits, layer = to_words(bits), 0
+    elif impl != "cpu" and bits.dtype == jnp.uint32:
         raise BadInput(f"bits lie as the CPU's words, {impl} wants uint8 rows: lay them for a GPU")
     return module.signs_matmul(u.astype(jnp.float32), bits, g, layer, rows, limbs)
 
@@ -179,7 +187,9 @@ def signs_matmul(
 def chosen(batch: int, inputs: int, words: bool) -> str:
     """What `choose` gives for the first device; the first call on a GPU runs the self-test."""
     device = jax.devices()[0]
-    capability = round(float(getattr(device, "compute_capability", 0)) * 10)
+    version = str(getattr(device, "compute_capability", ""))
+    # Other makers' devices have names in its place.
+    capability = round(float(version) * 10) if "." in version else 0
     works = False
     if choose(device.platform, capability, batch, inputs, words) == "triton_b1":
         from .triton_b1 import works as self_test

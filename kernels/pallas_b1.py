@@ -26,12 +26,10 @@ from jax.experimental.pallas import triton as plgpu
 from rabit_jax.errors import BadInput
 
 from . import pallas_tiles
-from .activations import Planes, bit_planes
+from .activations import PLANE_INPUTS, Planes, bit_planes
 from .self_test import passes
 
 BATCH = 3
-# A group of 16 planes is summed in 32 bits, which holds this many inputs whatever they are.
-INPUTS = 32768
 # Rows of one warp and of a program, bytes of a row in one step, planes of one instruction and of
 # one sum.
 WARPS, WARP_ROWS, STEP, COLUMNS, GROUP = 4, 16, 64, 8, 16
@@ -69,9 +67,9 @@ def signs_matmul(
       BadInput: more than 3 rows or 32,768 inputs, or, on compiling, a device without CUDA.
     """
     pallas_tiles.check(u, rows, BATCH, "pallas_b1")
-    if u.shape[-1] > INPUTS:
-        raise BadInput(f"pallas_b1 got {u.shape[-1]} inputs and sums {INPUTS} exactly at most: use "
-                       "impl 'pallas_int8'")
+    if u.shape[-1] > PLANE_INPUTS:
+        raise BadInput(f"pallas_b1 got {u.shape[-1]} inputs and sums {PLANE_INPUTS} exactly at "
+                       "most: use impl 'pallas_int8'")
     return _product(u, bits, g, layer, rows=rows, limbs=limbs, interpret=interpret)
 
 

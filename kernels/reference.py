@@ -24,7 +24,7 @@ def signs_matmul(
         path_bits, path_g, path_u = path
         signs = unpack_bits(as_rows(path_bits), u.shape[-1]).astype(u.dtype) * 2 - 1
         parts = [
-            jnp.einsum("bi,oi->bo", path_u[:, m], signs[start : start + n],
+            jnp.einsum("bi,oi->bo", path_u[:, m], signs[start : start + n], precision="highest",
                        preferred_element_type=jnp.float32)
             for m, (start, n) in enumerate(zip(starts, rows, strict=True))
         ]
@@ -58,7 +58,8 @@ def packed_low_rank_matmul(
     def product(pattern, x_, scale, bits, width):
         signs = unpack_bits(bits, width).astype(x.dtype) * 2 - 1
         scaled = (x_ * scale.reshape(*lead, -1)).astype(x.dtype)
-        return jnp.einsum(pattern, scaled, signs, preferred_element_type=jnp.float32)
+        return jnp.einsum(pattern, scaled, signs, precision="highest",
+                          preferred_element_type=jnp.float32)
 
     def add_copy(total, copy):
         copy_u, copy_v, copy_h, copy_l, copy_g = copy

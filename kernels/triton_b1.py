@@ -15,13 +15,11 @@ import jax.numpy as jnp
 from rabit_jax.errors import BadInput
 
 from . import triton_b1_kernel
-from .activations import bit_planes
+from .activations import PLANE_INPUTS, bit_planes
 from .self_test import passes
 from .triton_call import capability, lay_inputs, partial_sums, splits
 
 MAX_BATCH = 3
-# The value of 16 bit planes fits 16 bits without a sign, and its sum over these 32.
-MAX_INPUTS = 32768
 # Bytes of a row that a warp reads at a time.
 BLOCK = 64
 WARPS, UNROLL, STAGES = 4, 2, 2
@@ -50,13 +48,13 @@ def signs_matmul(
     if u.shape[0] > MAX_BATCH:
         raise BadInput(f"triton_b1 takes a batch of up to {MAX_BATCH} rows, this one has "
                        f"{u.shape[0]}: choose impl=None or \"triton_int8\"")
-    if u.shape[-1] > MAX_INPUTS:
-        raise BadInput(f"triton_b1 sums up to {MAX_INPUTS} inputs in 32 bits, this product has "
+    if u.shape[-1] > PLANE_INPUTS:
+        raise BadInput(f"triton_b1 sums up to {PLANE_INPUTS} inputs in 32 bits, this product has "
                        f"{u.shape[-1]}: choose impl=\"triton_int8\"")
     version = capability("triton_b1")
     if not works(version):
-        raise BadInput("triton_b1 gives wrong sums with the installed Triton, which lays out words "
-                       "otherwise than the instruction takes them: choose impl=\"triton_int8\"")
+        raise BadInput("triton_b1 failed its self-test with the installed Triton, as its warning "
+                       "said: choose impl=\"triton_int8\"")
     return product(u, bits, g, layer, rows, limbs, version)
 
 

@@ -20,7 +20,9 @@ def packed_matmul(
     float32 `[b, o]`; the matrix is rounded once to `x.dtype`."""
     bits, g, h = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (bits, g, h))
     tile = dense_tile(bits, g, h, rows, x.dtype)
-    return jnp.einsum("bi,oi->bo", x, tile, preferred_element_type=jnp.float32)
+    # Else some devices would round float32 to 10 bits of mantissa.
+    return jnp.einsum("bi,oi->bo", x, tile, precision="highest",
+                      preferred_element_type=jnp.float32)
 
 
 def dense_tile(

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from rabit_jax.init.importance import Stats
 from rabit_jax.weights.convert import map_leaves
 from rabit_jax.weights.packed import PackedSign
+from rabit_jax.weights.scaled import ScaledWeight
 from rabit_jax.weights.ste import F32
+from rabit_jax.weights.sum import SumWeight
 
 # Two limbs leave a relative error of `top / rms / (2^15 sqrt(12))`. Where a channel's root mean
 # square is 25 times that of all, a token 4 times larger than it makes that 1e-3.
@@ -29,7 +31,7 @@ def outlier_ratio(s_in: Any, h: Any) -> float:
 
 
 def record_limbs(packed: Any, stats: Mapping[str, Stats]) -> Any:
-    """The tree with `limbs` set in each `PackedSign` whose statistics are given.
+    """The tree with `limbs` set in each `PackedSign` whose statistics are given, in sums too.
 
     3 bytes of fixed point where `outlier_ratio` passes 25, else 2. The packed file keeps the
     choice, so that whoever runs the model needs no calibration text.
@@ -43,9 +45,17 @@ def record_limbs(packed: Any, stats: Mapping[str, Stats]) -> Any:
     """
 
     def choose(path: str, leaf: Any) -> Any:
-        if not isinstance(leaf, PackedSign) or path not in stats:
-            return leaf
-        ratio = outlier_ratio(stats[path].s_in, leaf.h)
-        return leaf.replace(limbs=3 if ratio > LARGEST_RATIO else 2)
+        return _chosen(leaf, stats[path].s_in) if path in stats else leaf
 
     return map_leaves(choose, packed)
+
+
+def _chosen(node: Any, s_in: Any) -> Any:
+    """The node with `limbs` set, or those of its parts."""
+    if isinstance(node, SumWeight):
+        return SumWeight(tuple(_chosen(term, s_in) for term in node.terms))
+    if isinstance(node, ScaledWeight):
+        return node.replace(inner=_chosen(node.inner, s_in * node.d_in.astype(F32)))
+    if not isinstance(node, PackedSign):
+        return node
+    return node.replace(limbs=3 if outlier_ratio(s_in, node.h) > LARGEST_RATIO else 2)

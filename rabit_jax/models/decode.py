@@ -131,6 +131,8 @@ def stream(
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise BadInput(f"temperature {temperature} and top_p {top_p}: wanted temperature >= 0 and "
                        "0 < top_p <= 1")
+    if chunk < 1:
+        raise BadInput(f"chunk is {chunk}, wanted at least 1 token")
     if temperature > 0 and key is None:
         raise BadInput("sampling with temperature > 0 wants a key, such as jax.random.key(0)")
     key = jax.random.key(0) if key is None else key

@@ -156,9 +156,9 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
       BadInput: a file that is missing, truncated or of another format.
     """
     path = Path(folder) / FILE
-    with open_packed(path) as file:
-        sizes, modules = file.sizes(), file.modules
     try:
+        with open_packed(path) as file:
+            sizes, modules = file.sizes(), file.modules
         parts = ((m, jax.tree.leaves(part_names(abstract_packed(h)))) for m, h in modules.items())
         linear = sum(sizes[f"{module}.{part}"] for module, names in parts for part in names)
         weights = sum(m["in"] * m["out"] for m in modules.values())

@@ -69,7 +69,7 @@ class Rows:
         return y[:n].reshape(*x.shape[:-1], -1)
 
 
-def prepare(config: ModelConfig, params: Any, platform: str | None = None) -> Engine:
+def prepare(config: ModelConfig, params: Any) -> Engine:
     """The params of a decoder, laid out for `step`.
 
     Packed signs of one k that read the same input become one `LaidSign` (q, k, v; gate, up), other
@@ -78,9 +78,8 @@ def prepare(config: ModelConfig, params: Any, platform: str | None = None) -> En
 
     Args:
       config: of the decoder.
-      params: its params, dense, packed, in training form or mixed. They are copied, the embedding
-        and norms excepted, so drop them after this where memory counts.
-      platform: where `step` will run, such as "cpu"; None is JAX's default device.
+      params: its params, dense, packed, in training form or mixed. Matrices are
+        copied, so drop them after this where memory counts.
 
     Returns:
       The engine. Dense matrices are cast once to `config.dtype`, as `Decoder` casts them at each
@@ -94,7 +93,7 @@ def prepare(config: ModelConfig, params: Any, platform: str | None = None) -> En
       >>> logits, cache = step(engine, tokens, init_cache(engine.config, batch=1, slots=128))
     """
     check_params(flatten_dict(params, sep="/"), param_shapes(config))
-    platform = platform or jax.devices()[0].platform
+    platform = jax.devices()[0].platform
     if platform == "cpu" and config.dtype == "float16":
         config = dataclasses.replace(config, dtype="float32")
     params = jax.tree.map(jnp.asarray, params)
@@ -128,9 +127,19 @@ def _product(nodes: list[Any], config: ModelConfig, platform: str, limbs: int) -
     if laid is not None:
         return laid
     if is_weight(nodes[0]):
-        return tuple(_node(nodes[0], n) for n in range(config.n_layers))
+        node = _with_default(nodes[0], limbs)
+        return tuple(_node(node, n) for n in range(config.n_layers))
     matrices = (_matrix(nodes, n, config.dtype) for n in range(config.n_layers))
     return tuple(_for_device(matrix, platform) for matrix in matrices)
+
+
+def _with_default(node: Any, limbs: int) -> Any:
+    """The node with `limbs` in packed signs within it that do not say theirs."""
+    def is_sign(n: Any) -> bool:
+        return isinstance(n, PackedSign)
+
+    return jax.tree.map(lambda n: n.replace(limbs=n.limbs or limbs) if is_sign(n) else n, node,
+                        is_leaf=is_sign)
 
 
 @jax.jit

@@ -7,6 +7,8 @@ import pytest
 from rabit_jax import ResidualSignSpec, Stats, convert, pack
 from rabit_jax.init import record_limbs
 from rabit_jax.init.outliers import outlier_ratio
+from rabit_jax.weights.scaled import ScaledWeight
+from rabit_jax.weights.sum import SumWeight
 
 
 def test_the_ratio_is_the_largest_channel_over_the_root_mean_square():
@@ -30,3 +32,14 @@ def test_the_choice_is_kept_by_the_header_and_made_by_the_statistics():
     assert {n: node.limbs for n, node in found.items()} == {"even": 2, "spiky": 3, "other": None}
     for node in found.values():
         assert type(node).abstract(node.header()).limbs == node.limbs
+
+
+def test_sums_and_scaled_weights_pass_it_on():
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(1024, 8)), jnp.float32)
+    sign = ResidualSignSpec(k=1, rounds=0).init(w).pack("w")
+    d_in = jnp.ones(1024, jnp.float16).at[3].set(100)
+    both = SumWeight((sign, ScaledWeight(sign, d_in, jnp.ones(8, jnp.float16))))
+    stats = {"w/kernel": Stats(jnp.ones(1024), jnp.ones(8))}
+    found = record_limbs({"w": {"kernel": both}}, stats)["w"]["kernel"]
+    assert [found.terms[0].limbs, found.terms[1].inner.limbs] == [2, 3]

@@ -1,5 +1,6 @@
 """Every product that a CPU runs against float64, their choice, and what they refuse."""
 
+import functools
 import re
 
 import jax
@@ -117,6 +118,14 @@ def test_low_rank_factors_as_two_products(relative, impl, words):
     assert relative(found, want) < 1e-5
 
 
+def test_wrong_factors_are_one_sentence():
+    half = functools.partial(jnp.ones, dtype=jnp.float16)
+    bits = functools.partial(jnp.zeros, dtype=jnp.uint8)
+    with pytest.raises(BadInput, match=r"bits has shape \(1, 2, 70, 64\), wanted \(1, 2, 70, 32\)"):
+        packed_low_rank_matmul(jnp.ones((1, 300)), bits((1, 80, 64)), bits((2, 70, 64)),
+                               half((2, 300)), half((2, 40)), half((2, 70)))
+
+
 def test_words_are_turned_and_turned_back():
     rows = np.random.default_rng(0).integers(0, 256, (2, 3, 64), np.uint8)
     words = to_words(jnp.asarray(rows))
@@ -146,8 +155,19 @@ def test_planes_are_not_chosen_for_more_inputs_than_they_sum_exactly(problem):
 
 def test_a_derivative_names_what_to_train(problem):
     p = problem(1, 40, (8,))
-    with pytest.raises(BadInput, match="cannot be differentiated: train a ResidualSign"):
-        jax.grad(lambda x: packed_matmul(x, p.bits[0], p.g[0], p.h[0]).sum())(p.x)
+    for n in range(3):
+        with pytest.raises(BadInput, match="cannot be differentiated: train a ResidualSign"):
+            jax.grad(lambda x, g, h: packed_matmul(x, p.bits[0], g, h).sum(), argnums=n)(
+                p.x, p.g[0], p.h[0])
+
+
+def test_float16_activations_are_scaled_in_float32(problem, relative):
+    p = problem(1, 300, (24,), dtype="float16")
+    # Products of x and h pass float16's largest number; what comes out does not.
+    p.x, p.h, p.g = p.x * 200, p.h * 200, p.g.astype(jnp.float32) / 4e4
+    wanted = p.want[0]
+    found = product(p, "cpu", limbs=3)
+    assert found.dtype == jnp.float16 and relative(found, wanted) < 3e-3
 
 
 @pytest.mark.parametrize("change, message", [

@@ -164,7 +164,7 @@ def test_wrong_sums_of_the_compiled_kernel_are_bad_input(problem, monkeypatch, f
     else:
         with (
             pytest.warns(RuntimeWarning, match="triton_int8 takes its place .an error of"),
-            pytest.raises(BadInput, match="triton_b1 gives wrong sums with the installed Triton"),
+            pytest.raises(BadInput, match="triton_b1 failed its self-test"),
         ):
             jax.jit(run)(p.x, p.bits[0], p.g[0], p.h[0, :, 0])
 

@@ -25,12 +25,12 @@ class Limbs(NamedTuple):
     Attributes:
       q: int8 `[..., n, i]`, the most significant limb first; low limbs are balanced.
       scale: float32 `[...]`.
-      total: float32 `[...]`, `sum_i v_i`.
+      totals: int32 `[..., n]`, `sum_i q_i` of each limb.
     """
 
     q: jax.Array
     scale: jax.Array
-    total: jax.Array
+    totals: jax.Array
 
 
 class Planes(NamedTuple):
@@ -59,10 +59,7 @@ def limbs(u: jax.Array, n: int) -> Limbs:
         low.append(limb)
         rest = (rest - limb) >> 8
     q = jnp.stack([rest, *reversed(low)], axis=-2)
-    weights = [float(RADIX) ** (n - 1 - l) for l in range(n)]
-    sums = jnp.sum(q, axis=-1)
-    total = sum(sums[..., l].astype(jnp.float32) * w for l, w in enumerate(weights))
-    return Limbs(q.astype(jnp.int8), scale, total)
+    return Limbs(q.astype(jnp.int8), scale, jnp.sum(q, axis=-1))
 
 
 def bit_planes(u: jax.Array, n: int) -> Planes:

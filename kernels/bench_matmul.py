@@ -119,7 +119,9 @@ def _at(x: jax.Array, weight: Any, layer: jax.Array, impl: str | None) -> jax.Ar
 
 
 def _dense(x: jax.Array, weight: Any, layer: jax.Array) -> jax.Array:
-    return bench_weights.times(x, weight)
+    from rabit_jax.models.prepared import multiply
+
+    return multiply(x, weight)
 
 
 def resolve(impl: str, batch: int, inputs: int, words: bool) -> str:

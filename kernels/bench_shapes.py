@@ -75,14 +75,12 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
 
 def linears(config: ModelConfig, model: str) -> list[Shape]:
     """The products of a block as the decode engine joins them: q, k, v; o; gate, up; down."""
+    from rabit_jax.models.names import linear_shapes
     from rabit_jax.models.prepared import GROUPS
 
-    d, f = config.d_model, config.d_hidden
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    inputs = {"q": d, "k": d, "v": d, "o": q, "gate": d, "up": d, "down": f}
-    outputs = {"q": q, "k": kv, "v": kv, "o": d, "gate": f, "up": f, "down": d}
-    return [Shape(f"{model} {'+'.join(names)}", inputs[names[0]],
-                  tuple(outputs[name] for name in names), limbs)
+    shapes = linear_shapes(config)
+    return [Shape(f"{model} {'+'.join(names)}", shapes[names[0]][0],
+                  tuple(shapes[name][1] for name in names), limbs)
             for names, limbs in GROUPS.items()]
 
 

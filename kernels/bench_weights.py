@@ -33,11 +33,9 @@ def dense(i: int, o: int, dtype: str) -> Any:
     Returns:
       `[i, o]`, or on a CPU with 16 bits `Rows` of `[o, i]`.
     """
-    from rabit_jax.models.prepared import Rows
+    from rabit_jax.models.prepared import for_device
 
-    if jax.default_backend() == "cpu" and jnp.dtype(dtype).itemsize == 2:
-        return Rows(normal((o, i), i**-0.5, dtype))
-    return normal((i, o), i**-0.5, dtype)
+    return for_device(normal((i, o), i**-0.5, dtype), jax.devices()[0].platform)
 
 
 def normal(shape: tuple[int, ...], size: float, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -47,13 +45,6 @@ def normal(shape: tuple[int, ...], size: float, dtype: jax.typing.DTypeLike) -> 
     """
     values = np.random.default_rng(1).standard_normal(shape, np.float32)
     return jnp.array((np.float32(size) * values).astype(dtype))
-
-
-def times(x: jax.Array, w: Any) -> jax.Array:
-    """`x W` of one matrix of `dense` in `x.dtype`, as the decode engine multiplies it."""
-    from rabit_jax.models.prepared import Rows
-
-    return w.matmul(x).astype(x.dtype) if isinstance(w, Rows) else jnp.matmul(x, w)
 
 
 def signs(shape: Shape, k: int, words: bool) -> LaidSign:

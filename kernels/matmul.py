@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from rabit_jax.errors import BadInput
 
 from .activations import PLANE_INPUTS
+from .device import cuda_capability
 from .layout import packed_bytes, to_words
 
 IMPLS = ("reference", "unpacked", "cpu", "pallas_int8", "pallas_b1", "triton_int8", "triton_b1")
@@ -186,16 +187,13 @@ def signs_matmul(
 
 def chosen(batch: int, inputs: int, words: bool) -> str:
     """What `choose` gives for the first device; the first call on a GPU runs the self-test."""
-    device = jax.devices()[0]
-    version = str(getattr(device, "compute_capability", ""))
-    # Other makers' devices have names in its place.
-    capability = round(float(version) * 10) if "." in version else 0
-    works = False
-    if choose(device.platform, capability, batch, inputs, words) == "triton_b1":
-        from .triton_b1 import works as self_test
+    where = jax.devices()[0].platform, cuda_capability(), batch, inputs, words
+    name = choose(*where)
+    if name == "triton_b1":
+        from .triton_b1 import works
 
-        works = self_test(capability)
-    return choose(device.platform, capability, batch, inputs, words, works)
+        name = choose(*where, b1_works=works(where[1]))
+    return name
 
 
 def _check(x: Any, bits: Any, g: Any, h: Any, rows: tuple[int, ...], limbs: int) -> None:

@@ -129,13 +129,13 @@ def _scaled(sums: jax.Array, fixed: Limbs, g: jax.Array, rows: tuple[int, ...]) 
     is rounded.
     """
     k, o, n, batch = sums.shape
-    totals = jnp.sum(fixed.q, axis=-1, dtype=jnp.int32)
     scale = pallas_tiles.per_member(fixed.scale, rows)
     y = jnp.zeros((batch, o), jnp.float32)
     for path in range(k):
         value = jnp.zeros_like(y)
         for l in range(n):
-            exact = 2 * sums[path, :, l].T - pallas_tiles.per_member(totals[:, path, :, l], rows)
+            total = pallas_tiles.per_member(fixed.totals[:, path, :, l], rows)
+            exact = 2 * sums[path, :, l].T - total
             value = value * float(RADIX) + exact.astype(jnp.float32)
         y = y + g[None, path] * scale[:, path] * value
     return y

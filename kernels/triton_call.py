@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
 
+from .device import cuda_capability
+
 try:
     import triton.language as tl
     from triton import constexpr_function as static
@@ -35,12 +37,12 @@ def capability(impl: str) -> int:
     Raises:
       BadInput: the first device is not an NVIDIA GPU.
     """
-    device = jax.devices()[0]
-    version = getattr(device, "compute_capability", None)
-    if device.platform not in ("gpu", "cuda") or version is None or "." not in str(version):
-        raise BadInput(f"{impl} runs on NVIDIA GPUs and the first device is {device.platform}: "
-                       "choose impl=None, which takes what the device can do")
-    return round(10 * float(version))
+    version = cuda_capability()
+    if not version:
+        found = jax.devices()[0].platform
+        raise BadInput(f"{impl} runs on NVIDIA GPUs and the first device is {found}: choose "
+                       "impl=None, which takes what the device can do")
+    return version
 
 
 def lay_inputs(u: jax.Array, row_bytes: int, block: int) -> jax.Array:

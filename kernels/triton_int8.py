@@ -118,7 +118,6 @@ def columns_of(u: jax.Array, limbs: int, row_bytes: int) -> tuple[jax.Array, jax
     made = to_limbs(lay_inputs(u, row_bytes, cut.block), limbs)
     weights = jnp.asarray([float(RADIX) ** (limbs - 1 - n) for n in range(limbs)], jnp.float32)
     scale = made.scale[..., None] * weights.reshape(1, 1, 1, -1)
-    total = jnp.sum(made.q, axis=-1, dtype=jnp.int32)
     more = [(0, cut.chunks * cut.columns // cut.per_row - u.shape[0]), (0, cut.per_row - limbs)]
 
     def lay(array):
@@ -126,4 +125,4 @@ def columns_of(u: jax.Array, limbs: int, row_bytes: int) -> tuple[jax.Array, jax
         array = jnp.pad(array, [(0, 0), (0, 0), *more, *[(0, 0)] * (array.ndim - 4)])
         return array.reshape(*array.shape[:2], -1, *array.shape[4:])
 
-    return lay(made.q), lay(total), lay(scale)
+    return lay(made.q), lay(made.totals), lay(scale)

@@ -16,8 +16,8 @@ from einops import rearrange
 
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.layers import Context, angles, logits, positions, rms_norm, rotate
-from rabit_jax.models.prepared import Engine, Rows, prepare
-from rabit_jax.weights.linear import linear
+from rabit_jax.models.names import linear_shapes
+from rabit_jax.models.prepared import Engine, Rows, multiply, prepare
 
 __all__ = [
     "Cache", "Engine", "attend", "head_logits", "init_cache", "linears", "prepare", "step",
@@ -137,13 +137,13 @@ def _normed(engine: Engine, name: str, layer: Any, x: jax.Array) -> jax.Array:
 
 def linears(engine: Engine, names: Sequence[str], x: jax.Array, layer: Any) -> list[jax.Array]:
     """`x W (+ bias)` of each named matrix of one layer: `[b, t, i]` to `[b, t, o]` each."""
-    found, sizes = {}, _outputs(engine.config)
+    found, shapes = {}, linear_shapes(engine.config)
     for joined, product in engine.products.items():
         members = joined.split()
         if members[0] not in names:
             continue
         y = _multiply(product, x, layer)
-        ends = [sum(sizes[m] for m in members[: n + 1]) for n in range(len(members))]
+        ends = [sum(shapes[m][1] for m in members[: n + 1]) for n in range(len(members))]
         found |= zip(members, jnp.split(y, ends[:-1], axis=-1), strict=True)
     return [_biased(engine, name, found[name], layer) for name in names]
 
@@ -152,8 +152,7 @@ def _multiply(product: Any, x: jax.Array, layer: Any) -> jax.Array:
     """`x W` of one layer in `x.dtype`."""
     if not isinstance(product, tuple):
         return product.matmul_at(x, layer)
-    one = product[layer]
-    return one.matmul(x).astype(x.dtype) if isinstance(one, Rows) else linear(x, one)
+    return multiply(x, product[layer])
 
 
 def _biased(engine: Engine, name: str, y: jax.Array, layer: Any) -> jax.Array:
@@ -170,10 +169,3 @@ def head_logits(engine: Engine, x: jax.Array) -> jax.Array:
         if hasattr(head, "matmul_at"):
             return head.matmul_at(x.astype(jnp.float32), 0)
         return head.matmul(x) if isinstance(head, Rows) else logits(x, head)
-
-
-def _outputs(config: ModelConfig) -> dict[str, int]:
-    """Outputs of each matrix."""
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    d, f = config.d_model, config.d_hidden
-    return {"q": q, "k": kv, "v": kv, "o": d, "gate": f, "up": f, "down": d}

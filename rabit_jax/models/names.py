@@ -56,6 +56,14 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
+@functools.cache
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs `(i, o)` of each matrix of a block: `{"q": (d, n h), ...}`."""
+    shapes = param_shapes(config).items()
+    return {path.split("/")[2]: shape[1:] for path, shape in shapes
+            if path.startswith("layers/") and path.endswith("/kernel")}
+
+
 def tensor_names(path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Hugging Face name and torch shape of each tensor that makes up the parameter at `path`.
 

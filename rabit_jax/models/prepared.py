@@ -19,7 +19,7 @@ from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.folder import check_params
 from rabit_jax.models.names import param_shapes
 from rabit_jax.weights.laid import lay
-from rabit_jax.weights.linear import is_weight
+from rabit_jax.weights.linear import is_weight, linear
 from rabit_jax.weights.packed import PackedSign
 
 # What reads the same input, and the bytes of fixed point its input gets on integer kernels: that of
@@ -111,6 +111,11 @@ def prepare(config: ModelConfig, params: Any) -> Engine:
     return Engine(embed, head, norms, products, biases, config)
 
 
+def multiply(x: jax.Array, w: Any) -> jax.Array:
+    """`x W` in `x.dtype` of one matrix as `for_device` gives it, or of a weight node."""
+    return w.matmul(x).astype(x.dtype) if isinstance(w, Rows) else linear(x, w)
+
+
 def _alike(group: Sequence[str], parts: Any) -> list[list[str]]:
     """The names of a group in sets that can be joined: dense, packed signs of one k, or one."""
     sets: dict[Any, list[str]] = {}
@@ -130,7 +135,7 @@ def _product(nodes: list[Any], config: ModelConfig, platform: str, limbs: int) -
         node = _with_default(nodes[0], limbs)
         return tuple(_node(node, n) for n in range(config.n_layers))
     matrices = (_matrix(nodes, n, config.dtype) for n in range(config.n_layers))
-    return tuple(_for_device(matrix, platform) for matrix in matrices)
+    return tuple(for_device(matrix, platform) for matrix in matrices)
 
 
 def _with_default(node: Any, limbs: int) -> Any:
@@ -153,8 +158,8 @@ def _matrix(kernels: list[jax.Array], layer: Any, dtype: str) -> jax.Array:
     return jnp.concatenate([_node(kernel, layer).astype(dtype) for kernel in kernels], axis=-1)
 
 
-def _for_device(matrix: jax.Array, platform: str) -> Any:
-    """A matrix `[i, o]` as it lies best."""
+def for_device(matrix: jax.Array, platform: str) -> Any:
+    """A matrix `[i, o]` as it lies best: `Rows` for 16 bits on a CPU, else as it is."""
     return Rows(matrix.T) if _turned(matrix, platform) else matrix
 
 
@@ -170,4 +175,4 @@ def _ends(params: Any, config: ModelConfig, platform: str) -> tuple[jax.Array, A
     head = params["head"]["kernel"]
     if is_weight(head):
         return table, lay([jax.tree.map(lambda a: a[None], head)], platform) or head
-    return table, _for_device(head.astype(config.dtype), platform)
+    return table, for_device(head.astype(config.dtype), platform)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from experiments import run as command
+from experiments.config import load_config
 
 NOUNS = "file list string module function object value error line number class method".split()
 VERBS = "returns raises reads writes calls takes holds opens closes finds".split()
@@ -88,3 +89,15 @@ def finished(place, run):
     assert (folder / "teacher").is_dir() and not (folder / "summary.json").exists()
     assert run(place) == 0
     return folder
+
+
+@pytest.fixture
+def read_config(tmp_path):
+    """`read_config(cls, text, *overrides)`: the config of a file with that YAML."""
+
+    def read(cls, text, *overrides):
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(cls, path, overrides)
+
+    return read

@@ -52,15 +52,9 @@ class Config:
 
 
 @pytest.fixture
-def load(tmp_path):
+def load(read_config):
     """Return a function from YAML text and overrides to a Config."""
-
-    def load_text(text="name: run", *overrides):
-        path = tmp_path / "config.yaml"
-        path.write_text(text, encoding="utf-8")
-        return load_config(Config, path, overrides)
-
-    return load_text
+    return lambda text="name: run", *overrides: read_config(Config, text, *overrides)
 
 
 FULL = """

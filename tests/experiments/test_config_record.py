@@ -34,15 +34,9 @@ class Config:
 
 
 @pytest.fixture
-def load(tmp_path):
+def load(read_config):
     """Return a function from overrides of a full config to a Config."""
-
-    def load_text(*overrides):
-        path = tmp_path / "config.yaml"
-        path.write_text(FULL, encoding="utf-8")
-        return load_config(Config, path, overrides)
-
-    return load_text
+    return lambda *overrides: read_config(Config, FULL, *overrides)
 
 
 FULL = """

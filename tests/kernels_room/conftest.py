@@ -1,10 +1,13 @@
 """Random packed products and their float64 answer, sign by sign."""
 
+import functools
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from kernels.layout import pack_bits
 
@@ -48,3 +51,54 @@ def _relative(found, want):
 def relative():
     """`relative(found, want)`: norm of the difference over the norm of `want`."""
     return _relative
+
+
+def _scaled(p, layer):
+    return p.x.astype(jnp.float32)[:, None, None] * p.h[layer].astype(jnp.float32)[None]
+
+
+@pytest.fixture(scope="session")
+def scaled():
+    """`scaled(p, layer)`: `u [b, k, m, i]` of a layer of a problem."""
+    return _scaled
+
+
+@functools.cache
+def _compiled(module, rows, limbs, interpret=True):
+    return jax.jit(lambda u, bits, g, layer: module.signs_matmul(
+        u, bits, g, layer, rows, limbs, interpret=interpret))
+
+
+@pytest.fixture(scope="session")
+def compiled_pallas():
+    """`compiled_pallas(module, rows, limbs, interpret)` -> `f(u, bits, g, layer)`, jitted, so that
+    the layer is traced."""
+    return _compiled
+
+
+@pytest.fixture(scope="session")
+def run_pallas():
+    """`run_pallas(module, p, layer, limbs, interpret)`: the product of a layer of a problem."""
+    def run(module, p, layer, limbs, interpret=True):
+        product = _compiled(module, p.rows, limbs, interpret)
+        return product(_scaled(p, layer), p.bits, p.g, jnp.int32(layer))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def lowers_pallas():
+    """`lowers_pallas(module, batch, rows, i)`: asserts that any host compiles for a GPU."""
+    def check(module, batch, rows, i):
+        o, shape = sum(rows), jax.ShapeDtypeStruct
+        u = shape((batch, 2, len(rows), i), jnp.float32)
+        bits, g = shape((3, 2, o, -(-i // 256) * 32), jnp.uint8), shape((3, 2, o), jnp.float16)
+        h200 = jax.sharding.AbstractDevice("NVIDIA H200", None, "cuda")
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h200)):
+            text = _compiled(module, rows, 2, False).trace(u, bits, g, shape((), jnp.int32)).lower(
+                lowering_platforms=("cuda",)).as_text()
+        assert "triton" in text
+        # The stacked bits reach the kernel as they are: no layer of them is copied.
+        assert f"tensor<{2 * o}x{-(-i // 256) * 32}xui8>" not in text
+
+    return check

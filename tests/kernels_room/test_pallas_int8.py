@@ -2,13 +2,11 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AbstractMesh
 
 from kernels import pallas_int8
 from rabit_jax.errors import BadInput
@@ -18,20 +16,14 @@ pytestmark = pytest.mark.filterwarnings(
 TOLERANCE = {2: 1e-3, 3: 1e-5}
 
 
-def scaled(p, layer):
-    """`u: [b, k, m, i]` of a layer of a problem."""
-    return p.x.astype(jnp.float32)[:, None, None] * p.h[layer].astype(jnp.float32)[None]
+@pytest.fixture(scope="module")
+def compiled(compiled_pallas):
+    return functools.partial(compiled_pallas, pallas_int8)
 
 
-@functools.cache
-def compiled(rows, limbs, interpret=True):
-    """`f(u, bits, g, layer)`, jitted, so that the layer is traced."""
-    return jax.jit(lambda u, bits, g, layer: pallas_int8.signs_matmul(
-        u, bits, g, layer, rows, limbs, interpret=interpret))
-
-
-def run(p, layer, limbs, interpret=True):
-    return compiled(p.rows, limbs, interpret)(scaled(p, layer), p.bits, p.g, jnp.int32(layer))
+@pytest.fixture(scope="module")
+def run(run_pallas):
+    return functools.partial(run_pallas, pallas_int8)
 
 
 @pytest.mark.parametrize("limbs", [2, 3])
@@ -39,7 +31,7 @@ def run(p, layer, limbs, interpret=True):
     (1, 1, (1,), 1, 1), (2, 300, (33, 1, 70), 3, 2), (5, 1376, (40, 5), 4, 1),
     (32, 700, (9,), 1, 2), (1, 4700, (3,), 1, 1),
 ])
-def test_the_twin_is_float64(problem, relative, batch, i, rows, k, layers, limbs):
+def test_the_twin_is_float64(problem, relative, batch, i, rows, k, layers, limbs, run):
     p = problem(batch, i, rows, k=k, layers=layers, spread=30.0)
     for layer in range(layers):
         y = run(p, layer, limbs)
@@ -50,18 +42,18 @@ def test_the_twin_is_float64(problem, relative, batch, i, rows, k, layers, limbs
 @settings(deadline=None, max_examples=5, derandomize=True)
 @given(st.integers(1, 11), st.integers(1, 900),
        st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(1, 4))
-def test_any_shape(problem, relative, batch, i, rows, k):
+def test_any_shape(problem, relative, run, batch, i, rows, k):
     p = problem(batch, i, rows, k=k)
     assert relative(run(p, 0, 3), p.want[0]) < TOLERANCE[3]
 
 
 @pytest.mark.parametrize("limbs", [2, 3])
-def test_outliers_of_60_times_the_rest(problem, relative, limbs):
+def test_outliers_of_60_times_the_rest(problem, relative, limbs, run):
     p = problem(1, 4096, (32,), outlier=60.0)
     assert relative(run(p, 0, limbs), p.want[0]) < TOLERANCE[limbs]
 
 
-def test_rows_of_a_batch_neither_see_their_neighbours_nor_their_own_size(problem):
+def test_rows_of_a_batch_neither_see_their_neighbours_nor_their_own_size(problem, compiled, scaled):
     p = problem(4, 520, (21, 14), k=1)
     u = scaled(p, 0)
     y = compiled(p.rows, 2)(u, p.bits, p.g, jnp.int32(0))
@@ -74,20 +66,11 @@ def test_rows_of_a_batch_neither_see_their_neighbours_nor_their_own_size(problem
 
 
 @pytest.mark.parametrize("batch, rows, i", [(1, (4096,), 4096), (8, (31, 5), 300), (32, (64,), 32)])
-def test_a_host_without_a_gpu_compiles_for_one(batch, rows, i):
-    o, shape = sum(rows), jax.ShapeDtypeStruct
-    u = shape((batch, 2, len(rows), i), jnp.float32)
-    bits, g = shape((3, 2, o, -(-i // 256) * 32), jnp.uint8), shape((3, 2, o), jnp.float16)
-    h200 = jax.sharding.AbstractDevice("NVIDIA H200", None, "cuda")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h200)):
-        text = compiled(rows, 2, False).trace(u, bits, g, shape((), jnp.int32)).lower(
-            lowering_platforms=("cuda",)).as_text()
-    assert "triton" in text
-    # The stacked bits reach the kernel as they are: no layer of them is copied.
-    assert f"tensor<{2 * o}x{-(-i // 256) * 32}xui8>" not in text
+def test_a_host_without_a_gpu_compiles_for_one(batch, rows, i, lowers_pallas):
+    lowers_pallas(pallas_int8, batch, rows, i)
 
 
-def test_what_it_refuses(problem):
+def test_what_it_refuses(problem, run):
     p = problem(33, 40, (5,), k=1)
     with pytest.raises(BadInput, match="b from 1 to 32"):
         run(p, 0, 2)
@@ -101,13 +84,13 @@ def test_what_it_refuses(problem):
     (1, 1, (1,), 1, 1), (1, 4096, (512,), 2, 2), (3, 1376, (33, 1, 70), 3, 2),
     (8, 4096, (100,), 1, 1), (16, 11008, (64, 64), 2, 1), (32, 700, (257,), 4, 1),
 ])
-def test_the_kernel_is_float64(problem, relative, batch, i, rows, k, layers, limbs):
+def test_the_kernel_is_float64(problem, relative, batch, i, rows, k, layers, limbs, run):
     p = problem(batch, i, rows, k=k, layers=layers, outlier=60.0 if i >= 4096 else 0.0)
     y = run(p, layers - 1, limbs, interpret=False)
     assert relative(y, p.want[-1]) < TOLERANCE[limbs]
 
 
 @pytest.mark.gpu
-def test_the_kernel_is_its_twin_to_the_last_bit(problem):
+def test_the_kernel_is_its_twin_to_the_last_bit(problem, run):
     p = problem(5, 1376, (33, 70), k=2, layers=2)
     assert np.array_equal(run(p, 1, 3, interpret=False), run(p, 1, 3))

@@ -12,7 +12,7 @@ INSTALLED := .venv/installed-$(VERSION)
 INSTALLED_TEST := .venv/installed-test-$(VERSION)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow lint clean
+.PHONY: help quickstart test test-more test-slow lint clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -24,6 +24,9 @@ quickstart: $(INSTALLED) ## teacher, 2-bit init, QAT, packed model and text on t
 
 test: $(INSTALLED_TEST) ## all tests but the slow ones
 	@$(RUN) -m pytest -n 2 --dist loadfile --durations=10
+
+test-more: $(INSTALLED_TEST) ## heavier parity, the installed package, the notebooks
+	@$(RUN) -m pytest -n 2 --dist loadfile --durations=10 -m more
 
 test-slow: $(INSTALLED_TEST) ## only the tests that take minutes each
 	@$(RUN) -m pytest --durations=10 -m slow

@@ -19,19 +19,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.ablation_cells import Plan, differing, make_plan
-from experiments.ablation_figures import figures
-from experiments.ablation_html import page
-from experiments.ablation_results import Results, collect
-from experiments.ablation_runner import RUN, Runner, claimed, complete
-from experiments.ablation_table import sections
-from experiments.ablation_text import comma_separated, markdown
-from experiments.config import config_parser, dump_yaml
-from experiments.console import main_guard, number, say, table
-from experiments.files import write_text
-from experiments.folder import RunFolder
-from experiments.inputs import Inputs
 from rabit_jax import BadInput
+from rabit_jax.experiments.ablation_cells import Plan, differing, make_plan
+from rabit_jax.experiments.ablation_figures import figures
+from rabit_jax.experiments.ablation_html import page
+from rabit_jax.experiments.ablation_results import Results, collect
+from rabit_jax.experiments.ablation_runner import RUN, Runner, claimed, complete
+from rabit_jax.experiments.ablation_table import sections
+from rabit_jax.experiments.ablation_text import comma_separated, markdown
+from rabit_jax.experiments.config import config_parser, dump_yaml
+from rabit_jax.experiments.console import main_guard, number, say, table
+from rabit_jax.experiments.files import write_text
+from rabit_jax.experiments.folder import RunFolder
+from rabit_jax.experiments.inputs import Inputs
 
 
 def execute(arguments: argparse.Namespace, command: Sequence[str]) -> int:

@@ -18,8 +18,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from experiments.settings import RunConfig
 from rabit_jax import BadInput
+from rabit_jax.experiments.settings import RunConfig
 
 Overrides = tuple[str, ...]
 

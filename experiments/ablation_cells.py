@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from experiments.ablation import Ablation, Overrides, Search
-from experiments.config import difference, dump_yaml, load_config
-from experiments.settings import RunConfig
 from rabit_jax import BadInput
+from rabit_jax.experiments.ablation import Ablation, Overrides, Search
+from rabit_jax.experiments.config import difference, dump_yaml, load_config
+from rabit_jax.experiments.settings import RunConfig
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablation_results import Results
-from experiments.figures import spans, svg
-from experiments.folder import RunFolder
+from rabit_jax.experiments.ablation_results import Results
+from rabit_jax.experiments.figures import spans, svg
+from rabit_jax.experiments.folder import RunFolder
 
 COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9", "#7a4b2a",

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from experiments.ablation_table import Section
-from experiments.report import PAGE, STYLE, grid
+from rabit_jax.experiments.ablation_table import Section
+from rabit_jax.experiments.report import PAGE, STYLE, grid
 
 # Tables with many columns: wider than a report, and headings that break.
 _WIDER = """main { max-width: 1280px; }

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import scipy.special
 
-from experiments.ablation_cells import Cell, Plan, Row
-from experiments.ablation_runner import read
+from rabit_jax.experiments.ablation_cells import Cell, Plan, Row
+from rabit_jax.experiments.ablation_runner import read
 
 DIAGNOSED = ("path_correlation", "residual_alignment", "slope", "relative_mse")
 METRICS = (

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.ablation_cells import Cell
-from experiments.config import dump_yaml, load_config, section_hash
-from experiments.console import number, progress, say
-from experiments.files import remove, write_text
-from experiments.run import given_files
-from experiments.settings import RunConfig
 from rabit_jax import BadInput
+from rabit_jax.experiments.ablation_cells import Cell
+from rabit_jax.experiments.config import dump_yaml, load_config, section_hash
+from rabit_jax.experiments.console import number, progress, say
+from rabit_jax.experiments.files import remove, write_text
+from rabit_jax.experiments.run import given_files
+from rabit_jax.experiments.settings import RunConfig
 
-RUN = (sys.executable, "-m", "experiments.run")
+RUN = (sys.executable, "-m", "rabit_jax.experiments.run")
 LOG = "log.txt"
 RESUMABLE = 75
 POLL_SECONDS = 0.05

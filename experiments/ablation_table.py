@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from experiments.ablation_cells import Row
-from experiments.ablation_results import (
+from rabit_jax.experiments.ablation_cells import Row
+from rabit_jax.experiments.ablation_results import (
     Estimate,
     Results,
     Summary,
     comparisons,
     lookup,
 )
-from experiments.ablation_runner import described, last_line
-from experiments.config import to_dict
-from experiments.console import number
+from rabit_jax.experiments.ablation_runner import described, last_line
+from rabit_jax.experiments.config import to_dict
+from rabit_jax.experiments.console import number
 
 LR = "qat.optimizer.lr"
 

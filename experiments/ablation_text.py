@@ -6,8 +6,8 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-from experiments.ablation_results import METRICS, Results, lookup
-from experiments.ablation_table import Section
+from rabit_jax.experiments.ablation_results import METRICS, Results, lookup
+from rabit_jax.experiments.ablation_table import Section
 
 
 def markdown(title: str, parts: Sequence[Section], figures: Iterable[str]) -> str:

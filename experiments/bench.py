@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from experiments import bench_step, bench_svid
-from experiments.console import main_guard, table
-from experiments.machine import device, versions
 from rabit_jax.errors import BadInput
+from rabit_jax.experiments import bench_step, bench_svid
+from rabit_jax.experiments.console import main_guard, table
+from rabit_jax.experiments.machine import device, versions
 
 BENCHMARKS = {"step": bench_step, "svid": bench_svid}
 

@@ -25,9 +25,9 @@ from typing import Any
 
 import jax
 
-from experiments.console import Progress, progress, say
 from rabit_jax import LLAMA_LINEARS, IndependentSignSpec, ResidualSignSpec, convert
 from rabit_jax.errors import BadInput
+from rabit_jax.experiments.console import Progress, progress, say
 from rabit_jax.models import Decoder, ModelConfig, init_params
 from rabit_jax.train import (
     OptimizerConfig,

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.console import say
 from rabit_jax.errors import BadInput
+from rabit_jax.experiments.console import say
 from rabit_jax.init.svid import Svid, svid
 
 EXAMPLES = """examples:

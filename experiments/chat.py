@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from experiments.console import say
-from experiments.continuing import Text, Writer
 from rabit_jax.errors import BadInput
+from rabit_jax.experiments.console import say
+from rabit_jax.experiments.continuing import Text, Writer
 
 # Every turn reads the whole conversation again; its length is rounded up to a multiple of this, or
 # each turn would be compiled anew.

@@ -24,8 +24,18 @@ from typing import Any, TypeVar
 
 import yaml
 
-from experiments.coerce import build, child, default, hints, shown, unwrap, variant, variants, wrong
 from rabit_jax.errors import BadInput
+from rabit_jax.experiments.coerce import (
+    build,
+    child,
+    default,
+    hints,
+    shown,
+    unwrap,
+    variant,
+    variants,
+    wrong,
+)
 
 T = TypeVar("T")
 

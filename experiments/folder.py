@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.config import difference, dump_yaml, load_config
-from experiments.files import remove, write_text
-from experiments.settings import RunConfig
 from rabit_jax import BadInput
+from rabit_jax.experiments.config import difference, dump_yaml, load_config
+from rabit_jax.experiments.files import remove, write_text
+from rabit_jax.experiments.settings import RunConfig
 
 # What a stage leaves on disk and later ones read: it is complete only while these are whole.
 LEAVES = {

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from experiments.chat import chat
-from experiments.console import main_guard, say
-from experiments.continuing import Text, Writer
 from rabit_jax.errors import BadInput
+from rabit_jax.experiments.chat import chat
+from rabit_jax.experiments.console import main_guard, say
+from rabit_jax.experiments.continuing import Text, Writer
 from rabit_jax.models import prepare
 from rabit_jax.models.packed_io import load_model
 

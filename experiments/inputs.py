@@ -14,13 +14,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from experiments.console import progress, say
-from experiments.files import remove
-from experiments.folder import RunFolder
-from experiments.settings import RunConfig, Training
-from experiments.text import Text
 from rabit_jax import BadInput, Stats, convert
 from rabit_jax.data import batch
+from rabit_jax.experiments.console import progress, say
+from rabit_jax.experiments.files import remove
+from rabit_jax.experiments.folder import RunFolder
+from rabit_jax.experiments.settings import RunConfig, Training
+from rabit_jax.experiments.text import Text
 from rabit_jax.models import Decoder, ModelConfig, load_hf, param_shapes, read_config
 from rabit_jax.train import Checkpoints, Loop, Watch, abstract, merge, partition, roles, train
 from rabit_jax.train.sharding import make_mesh, param_shardings

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.console import progress
-from experiments.inputs import Inputs
 from rabit_jax.data import TokenText
 from rabit_jax.evaluate import Perplexity, diagnose, perplexity
+from rabit_jax.experiments.console import progress
+from rabit_jax.experiments.inputs import Inputs
 from rabit_jax.train import distillation_loss
 from rabit_jax.train.sharding import batch_sharding
 from rabit_jax.weights.convert import map_leaves, weights_of

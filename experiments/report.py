@@ -7,9 +7,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.console import number
-from experiments.figures import DIAGNOSTICS, by_layer, curve, over_tokens, weight_histogram
-from experiments.files import write_text
+from rabit_jax.experiments.console import number
+from rabit_jax.experiments.figures import (
+    DIAGNOSTICS,
+    by_layer,
+    curve,
+    over_tokens,
+    weight_histogram,
+)
+from rabit_jax.experiments.files import write_text
 
 Lines = Sequence[Mapping[str, Any]]
 

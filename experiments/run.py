@@ -22,15 +22,15 @@ from collections.abc import Callable
 
 import jax
 
-from experiments import stages
-from experiments.config import config_parser, dump_yaml, load_config, section_hash
-from experiments.console import main_guard, number, say, table
-from experiments.folder import RunFolder
-from experiments.inputs import Inputs, abstract_params
-from experiments.machine import device, peak_memory, versions
-from experiments.settings import RunConfig
-from experiments.summary import summarise, table_rows, write_results
 from rabit_jax import BadInput, __version__, convert, describe
+from rabit_jax.experiments import stages
+from rabit_jax.experiments.config import config_parser, dump_yaml, load_config, section_hash
+from rabit_jax.experiments.console import main_guard, number, say, table
+from rabit_jax.experiments.folder import RunFolder
+from rabit_jax.experiments.inputs import Inputs, abstract_params
+from rabit_jax.experiments.machine import device, peak_memory, versions
+from rabit_jax.experiments.settings import RunConfig
+from rabit_jax.experiments.summary import summarise, table_rows, write_results
 from rabit_jax.models import find_folder
 
 STAGES: dict[str, Callable] = {

@@ -9,18 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.config import to_dict
-from experiments.console import progress
-from experiments.inputs import Inputs, abstract_params
-from experiments.measure import (
+from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
+from rabit_jax.evaluate import disordered_share, mean_flip_rate, snapshot, unigram_entropy
+from rabit_jax.experiments.config import to_dict
+from rabit_jax.experiments.console import progress
+from rabit_jax.experiments.inputs import Inputs, abstract_params
+from rabit_jax.experiments.measure import (
     diagnostics,
     divergence,
     reconstruction_errors,
     scores,
     watched_nats,
 )
-from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
-from rabit_jax.evaluate import disordered_share, mean_flip_rate, snapshot, unigram_entropy
 from rabit_jax.init import record_limbs, round_to_nearest
 from rabit_jax.models import (
     Engine,

@@ -7,12 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from experiments.files import write_text
-from experiments.inputs import Inputs
-from experiments.machine import peak_memory
-from experiments.report import write_report
 from rabit_jax import ResidualSign, cost
 from rabit_jax.evaluate import weight_histogram
+from rabit_jax.experiments.files import write_text
+from rabit_jax.experiments.inputs import Inputs
+from rabit_jax.experiments.machine import peak_memory
+from rabit_jax.experiments.report import write_report
 from rabit_jax.weights.convert import weights_of
 
 
@@ -77,7 +77,7 @@ def training_figures(run: Inputs, record: dict[str, Any]) -> dict[str, Any]:
 
 def parameters(run: Inputs) -> dict[str, int]:
     """Numbers of weights: all, outside embedding and head, and quantised."""
-    from experiments.inputs import abstract_params
+    from rabit_jax.experiments.inputs import abstract_params
     from rabit_jax.weights.convert import leaves
 
     sizes = {path: leaf.size for path, leaf in leaves(abstract_params(run.model_config))}

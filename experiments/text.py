@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.settings import RunConfig
 from rabit_jax import BadInput
 from rabit_jax.data import (
     TokenText,
@@ -27,6 +26,7 @@ from rabit_jax.data import (
     unseen_documents,
     windows,
 )
+from rabit_jax.experiments.settings import RunConfig
 from rabit_jax.models import find_folder
 from rabit_jax.train.sharding import batch_sharding
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .layout import BLOCK, BLOCK_BYTES
+from rabit_jax.kernels.layout import BLOCK, BLOCK_BYTES
 
 RADIX = 256
 # The sum of 16 bit planes of this many inputs fits an int32, whatever they are.

@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
-
-from . import sass
-from .layout import packed_bytes
+from rabit_jax.kernels import sass
+from rabit_jax.kernels.layout import packed_bytes
 
 INPUTS, OUTPUTS, LAYERS, PATHS = 22272, 4096, 2, 2
 # The types of the kernels' arguments besides the activations.
@@ -74,7 +73,7 @@ def _number(arch: str) -> int:
 
 def compile_triton(impl: str, limbs: int, arch: int, batch: int = 1) -> sass.Compiled:
     """The kernel of `triton_int8` or `triton_b1` for a compute capability such as 90."""
-    from . import triton_b1, triton_b1_kernel, triton_int8, triton_kernels
+    from rabit_jax.kernels import triton_b1, triton_b1_kernel, triton_int8, triton_kernels
 
     shape = (LAYERS, PATHS, OUTPUTS, packed_bytes(INPUTS))
     if impl == "triton_int8":

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench_decode, bench_matmul
-from .bench_device import driver
-from .bench_shapes import MODELS, model_config, parse_shapes
+from rabit_jax.kernels import bench_decode, bench_matmul
+from rabit_jax.kernels.bench_device import driver
+from rabit_jax.kernels.bench_shapes import MODELS, model_config, parse_shapes
 
 EXAMPLES = """examples:
   python -m kernels.bench --shapes llama2-7b --batch 1,2,4,8
@@ -44,7 +44,7 @@ DEFAULTS = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from experiments.bench import Parser
+    from rabit_jax.experiments.bench import Parser
 
     top = Parser(prog="python -m kernels.bench", description=__doc__, epilog=EXAMPLES,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,7 +75,7 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
       BadInput: an unknown option, one of another mode, or a value out of its range.
     """
-    from experiments.bench import report
+    from rabit_jax.experiments.bench import report
 
     asked = parser().parse_args(arguments)
     mode, options = settle(asked)
@@ -132,7 +132,7 @@ def decode(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 def aot(options: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the kernels compiled for other devices."""
-    from .aot import report
+    from rabit_jax.kernels.aot import report
 
     return report(options["archs"].split(","))
 
@@ -144,8 +144,7 @@ def impls(text: str) -> list[str]:
       BadInput: another name.
     """
     from rabit_jax.errors import BadInput
-
-    from .matmul import IMPLS
+    from rabit_jax.kernels.matmul import IMPLS
 
     if text == "all":
         return list(IMPLS)
@@ -202,11 +201,11 @@ def positive(name: str, value: int) -> int:
 def show(mode: str, result: dict[str, Any]) -> None:
     """Print a table to stdout, and the lines that belong below it."""
     if mode == "aot":
-        from .aot import table
+        from rabit_jax.kernels.aot import table
 
         print(table(result["rows"]))
         return
-    from experiments.console import table
+    from rabit_jax.experiments.console import table
 
     module = {"products": bench_matmul, "decode": bench_decode}[mode]
     measured = [row for row in result["rows"] if row.get("refused") is None]
@@ -227,7 +226,7 @@ def save(result: dict[str, Any], mode: str) -> None:
     The file holds `{"products": ..., "decode": ..., "aot": ...}`, each the JSON object of a run
     with the version of the driver; a mode replaces what it wrote before.
     """
-    from experiments.console import say
+    from rabit_jax.experiments.console import say
 
     name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
     file = RESULTS / f"{name}.json"
@@ -239,6 +238,6 @@ def save(result: dict[str, Any], mode: str) -> None:
 
 
 if __name__ == "__main__":
-    from experiments.console import main_guard
+    from rabit_jax.experiments.console import main_guard
 
     sys.exit(main_guard(lambda: run(sys.argv[1:])))

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from . import bench_parts, bench_weights
-from .bench_device import free_memory, last_level_cache
+from rabit_jax.kernels import bench_parts, bench_weights
+from rabit_jax.kernels.bench_device import free_memory, last_level_cache
 
 if TYPE_CHECKING:
     from rabit_jax.models import Engine, ModelConfig
@@ -94,8 +94,8 @@ def measure(
     Raises:
       BadInput: a context too short for the tokens, or too little memory for all models at once.
     """
-    from experiments.console import progress
     from rabit_jax.errors import BadInput
+    from rabit_jax.experiments.console import progress
 
     if min(contexts) < tokens:
         raise BadInput(f"--context is {min(contexts)}, wanted at least the {tokens} tokens of one "
@@ -125,8 +125,8 @@ def make(kinds: dict[str, tuple[ModelConfig, int | None]]) -> dict[str, Engine]:
     Raises:
       BadInput: together they take more than `MEMORY_SHARE` of the free memory.
     """
-    from experiments.console import say
     from rabit_jax.errors import BadInput
+    from rabit_jax.experiments.console import say
 
     sizes = {name: tree_bytes(abstract_engine(*kind)) for name, kind in kinds.items()}
     free, total = free_memory(), sum(sizes.values())

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from . import bench_weights
-from .bench_case import SAMPLE_OUTPUTS, SAMPLE_ROWS, relative_error
-from .bench_shapes import Shape
+from rabit_jax.kernels import bench_weights
+from rabit_jax.kernels.bench_case import SAMPLE_OUTPUTS, SAMPLE_ROWS, relative_error
+from rabit_jax.kernels.bench_shapes import Shape
 
 BITS = (1, 2)
 GROUP = 128

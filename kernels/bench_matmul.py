@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import bench_gemlite, bench_weights
-from .bench_case import Case
-from .bench_device import Copy, call_seconds, free_memory, last_level_cache
-from .bench_shapes import Shape
+from rabit_jax.kernels import bench_gemlite, bench_weights
+from rabit_jax.kernels.bench_case import Case
+from rabit_jax.kernels.bench_device import Copy, call_seconds, free_memory, last_level_cache
+from rabit_jax.kernels.bench_shapes import Shape
 
 ROTATIONS = 4  # a row's weights exceed this many last-level caches
 MEMORY_SHARE = 0.5  # of the free memory, for all weights of one shape and batch
@@ -63,7 +63,7 @@ def measure(
     Raises:
       BadInput: not enough memory for one weight of each kind.
     """
-    from experiments.console import progress, say
+    from rabit_jax.experiments.console import progress, say
 
     cache, source = last_level_cache()
     say(f"last-level cache {cache / 1e6:.0f} MB ({source}); a call that does nothing takes "
@@ -126,7 +126,7 @@ def _dense(x: jax.Array, weight: Any, layer: jax.Array) -> jax.Array:
 
 def resolve(impl: str, batch: int, inputs: int, words: bool) -> str:
     """The name of `matmul.IMPLS` that "auto" stands for on this device."""
-    from .matmul import chosen
+    from rabit_jax.kernels.matmul import chosen
 
     return chosen(batch, inputs, words) if impl == "auto" else impl
 
@@ -182,7 +182,7 @@ def row(case: Any, bandwidth: float, medians: dict[str, float]) -> dict[str, Any
 
 def rotate(cases: Sequence[Any], cache: int) -> None:
     """Give each case its rotation, see `copies_of`; say where memory did not allow it."""
-    from experiments.console import say
+    from rabit_jax.experiments.console import say
 
     products = [len(case.xs) for case in cases]
     wanted, given = copies_of([case.bytes for case in cases], products, cache, free_memory())

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .bench_shapes import Shape
-from .layout import BLOCK_BYTES, pack_bits, packed_bytes, to_words
+from rabit_jax.kernels.bench_shapes import Shape
+from rabit_jax.kernels.layout import BLOCK_BYTES, pack_bits, packed_bytes, to_words
 
 if TYPE_CHECKING:
     from rabit_jax.weights.laid import LaidLowRank, LaidSign

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
-
-from .activations import PLANE_INPUTS, bit_planes
+from rabit_jax.kernels.activations import PLANE_INPUTS, bit_planes
 
 
 def signs_matmul(

@@ -23,10 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
-
-from .activations import PLANE_INPUTS
-from .device import cuda_capability
-from .layout import packed_bytes, to_words
+from rabit_jax.kernels.activations import PLANE_INPUTS
+from rabit_jax.kernels.device import cuda_capability
+from rabit_jax.kernels.layout import packed_bytes, to_words
 
 IMPLS = ("reference", "unpacked", "cpu", "pallas_int8", "pallas_b1", "triton_int8", "triton_b1")
 # Rows up to which each kernel is chosen; above the last of a device the bits are unpacked.
@@ -101,7 +100,7 @@ def packed_matmul(
     impl = impl or chosen(*flat.shape, bits.dtype == jnp.uint32)
     layer = jnp.asarray(layer, jnp.int32)
     if impl == "unpacked":
-        from .unpacked import packed_matmul as unpacked
+        from rabit_jax.kernels.unpacked import packed_matmul as unpacked
 
         y = unpacked(flat, bits, g, h, layer, rows)
     else:
@@ -172,7 +171,7 @@ def signs_matmul(
     if impl not in IMPLS:
         raise BadInput(f"impl is {impl!r}: choose {', '.join(IMPLS)}")
     if impl == "reference":
-        from .reference import signs_matmul as run
+        from rabit_jax.kernels.reference import signs_matmul as run
 
         return run(u, bits, g, layer, rows)
     module = import_module(f".{impl}", __package__)
@@ -190,7 +189,7 @@ def chosen(batch: int, inputs: int, words: bool) -> str:
     where = jax.devices()[0].platform, cuda_capability(), batch, inputs, words
     name = choose(*where)
     if name == "triton_b1":
-        from .triton_b1 import works
+        from rabit_jax.kernels.triton_b1 import works
 
         name = choose(*where, b1_works=works(where[1]))
     return name

@@ -24,10 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from rabit_jax.errors import BadInput
-
-from . import pallas_tiles
-from .activations import PLANE_INPUTS, Planes, bit_planes
-from .self_test import passes
+from rabit_jax.kernels import pallas_tiles
+from rabit_jax.kernels.activations import PLANE_INPUTS, Planes, bit_planes
+from rabit_jax.kernels.self_test import passes
 
 BATCH = 3
 # Rows of one warp and of a program, bytes of a row in one step, planes of one instruction and of

@@ -18,10 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from . import pallas_tiles
-from .activations import RADIX, Limbs
-from .activations import limbs as int8_limbs
-from .layout import BLOCK_BYTES
+from rabit_jax.kernels import pallas_tiles
+from rabit_jax.kernels.activations import RADIX, Limbs
+from rabit_jax.kernels.activations import limbs as int8_limbs
+from rabit_jax.kernels.layout import BLOCK_BYTES
 
 BATCH = 32
 # Columns of one launch: the four accumulators of 64 would not fit a thread's registers.

@@ -17,8 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from rabit_jax.errors import BadInput
-
-from .layout import BLOCK_BYTES
+from rabit_jax.kernels.layout import BLOCK_BYTES
 
 # Programs that keep every multiprocessor of an H200 (132) or an RTX 4090 (128) busy with about 4.
 PROGRAMS = 512

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from .layout import unpack_bits
-from .unpacked import as_rows
+from rabit_jax.kernels.layout import unpack_bits
+from rabit_jax.kernels.unpacked import as_rows
 
 
 def signs_matmul(

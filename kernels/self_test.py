@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .layout import pack_bits
+from rabit_jax.kernels.layout import pack_bits
 
 
 def passes(product: Callable, name: str, instead: str) -> bool:

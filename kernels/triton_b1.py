@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
-
-from . import triton_b1_kernel
-from .activations import PLANE_INPUTS, bit_planes
-from .self_test import passes
-from .triton_call import capability, lay_inputs, partial_sums, splits
+from rabit_jax.kernels import triton_b1_kernel
+from rabit_jax.kernels.activations import PLANE_INPUTS, bit_planes
+from rabit_jax.kernels.self_test import passes
+from rabit_jax.kernels.triton_call import capability, lay_inputs, partial_sums, splits
 
 MAX_BATCH = 3
 # Bytes of a row that a warp reads at a time.

@@ -5,8 +5,15 @@ Built like the kernel of `triton_kernels`, of which it shares the tiles.
 
 from __future__ import annotations
 
-from .triton_call import jit, static, tl
-from .triton_kernels import block_start, count, sum_to, tile_of, tile_rows, tile_start
+from rabit_jax.kernels.triton_call import jit, static, tl
+from rabit_jax.kernels.triton_kernels import (
+    block_start,
+    count,
+    sum_to,
+    tile_of,
+    tile_rows,
+    tile_start,
+)
 
 
 @static

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
-
-from .device import cuda_capability
+from rabit_jax.kernels.device import cuda_capability
 
 try:
     import triton.language as tl

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
-
-from . import triton_kernels
-from .activations import RADIX
-from .activations import limbs as to_limbs
-from .triton_call import capability, lay_inputs, partial_sums, splits
+from rabit_jax.kernels import triton_kernels
+from rabit_jax.kernels.activations import RADIX
+from rabit_jax.kernels.activations import limbs as to_limbs
+from rabit_jax.kernels.triton_call import capability, lay_inputs, partial_sums, splits
 
 MAX_BATCH = 32
 # Blocks of weights that are on their way at once.

@@ -13,7 +13,7 @@ activations are laid so that bytes which come twice meet zeros the second time.
 
 from __future__ import annotations
 
-from .triton_call import jit, static, tl
+from rabit_jax.kernels.triton_call import jit, static, tl
 
 
 @static

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from .layout import from_words, unpack_bits
+from rabit_jax.kernels.layout import from_words, unpack_bits
 
 
 def packed_matmul(

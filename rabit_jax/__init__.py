@@ -7,6 +7,12 @@ The params tree is the model state; a weight is a small pytree that knows how to
 everything here is a pure function over the tree.
 """
 
+from pathlib import Path
+
+# Installed, `kernels` and `experiments` lie in this folder; in a checkout they lie beside it.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
 from rabit_jax.errors import BadInput
 from rabit_jax.init import (
     CodebookSpec,

@@ -38,7 +38,7 @@ class LaidSign:
 
     def matmul_at(self, x: jax.Array, layer: jax.Array, impl: str | None = None) -> jax.Array:
         """`x @ [W_1 ... W_m]` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
-        from kernels.matmul import packed_matmul
+        from rabit_jax.kernels.matmul import packed_matmul
 
         return packed_matmul(x, self.bits, self.g, self.h, layer=layer, rows=self.rows,
                              limbs=self.limbs, impl=impl)
@@ -64,7 +64,7 @@ class LaidLowRank:
 
     def matmul_at(self, x: jax.Array, layer: jax.Array, impl: str | None = None) -> jax.Array:
         """`x @ W_hat` of one layer: `[..., i]` -> `[..., o]`."""
-        from kernels.matmul import packed_low_rank_matmul
+        from rabit_jax.kernels.matmul import packed_low_rank_matmul
 
         return packed_low_rank_matmul(x, self.u_bits, self.v_bits, self.h, self.l, self.g,
                                       layer=layer, limbs=self.limbs, impl=impl)
@@ -82,7 +82,7 @@ def lay(nodes: Sequence[Any], platform: str, limbs: int = 2) -> LaidSign | LaidL
       None where they cannot be joined or have no kernel: several that are not all `PackedSign` of
       the same k, or a node of another type.
     """
-    from kernels.layout import to_words
+    from rabit_jax.kernels.layout import to_words
 
     turn = to_words if platform == "cpu" else lambda bits: bits
     first = nodes[0]
@@ -102,6 +102,6 @@ def lay(nodes: Sequence[Any], platform: str, limbs: int = 2) -> LaidSign | LaidL
 
 def _turned(v_bits: jax.Array, outputs: int) -> jax.Array:
     """Rows of `V`, `[l, c, r, bytes of o]` -> rows of `V^T`, `[l, c, o, bytes of r]`."""
-    from kernels.layout import unpack_bits
+    from rabit_jax.kernels.layout import unpack_bits
 
     return pack_positive(per_layer(lambda b: unpack_bits(b, outputs), v_bits).astype(bool))

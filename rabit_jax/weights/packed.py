@@ -42,13 +42,13 @@ class PackedSign(SignPaths):
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat`."""
-        from kernels.matmul import packed_matmul
+        from rabit_jax.kernels.matmul import packed_matmul
 
         return packed_matmul(x, self.bits, self.g, self.h, limbs=self.limbs or 2)
 
     def positive(self) -> jax.Array:
         """Signs as bool `[..., k, i, o]`, True for +1."""
-        from kernels.layout import unpack_bits
+        from rabit_jax.kernels.layout import unpack_bits
 
         return jnp.swapaxes(unpack_bits(self.bits, self.shape[-2]), -1, -2).astype(bool)
 
@@ -83,7 +83,7 @@ class PackedSign(SignPaths):
     @classmethod
     def abstract(cls, header: Mapping[str, Any]) -> PackedSign:
         """The node of one matrix as shapes and dtypes, from its `header`."""
-        from kernels.layout import packed_bytes
+        from rabit_jax.kernels.layout import packed_bytes
 
         i, o, k = header["in"], header["out"], header["k"]
         shapes = {"bits": (k, o, packed_bytes(i)), "g": (k, o), "h": (k, i)}
@@ -97,7 +97,7 @@ class PackedSign(SignPaths):
 
 def pack_positive(positive: jax.Array) -> jax.Array:
     """Bool `[..., i, o]`, True for +1 -> `rb256` bits, uint8 `[..., o, 32 ceil(i / 256)]`."""
-    from kernels.layout import pack_bits
+    from rabit_jax.kernels.layout import pack_bits
 
     return per_layer(lambda one: pack_bits(one.T), positive)
 

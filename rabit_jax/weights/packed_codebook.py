@@ -54,7 +54,7 @@ class CodebookSum:
 
     def deployed_bytes(self) -> int:
         """Bytes once packed, padding of the codes to 256 included."""
-        from kernels.layout import packed_bytes
+        from rabit_jax.kernels.layout import packed_bytes
 
         *lead, i, o = self.shape
         stages, entries, d = self.codebooks.shape[-3:]

@@ -32,7 +32,7 @@ class GroupedPlanes:
 
     def deployed_bytes(self) -> int:
         """Bytes once packed, padding of the inputs to 256 included."""
-        from kernels.layout import packed_bytes
+        from rabit_jax.kernels.layout import packed_bytes
 
         *lead, i, o = self.shape
         return prod(lead) * o * (self.planes * packed_bytes(i) + 4 * group_count(i, self.group))
@@ -195,7 +195,7 @@ def pack_codes(codes: jax.Array, bits: int) -> jax.Array:
 
 def unpack_codes(bits: jax.Array, inputs: int) -> jax.Array:
     """Planes uint8 `[..., bits, o, 32 ceil(i / 256)]` -> codes uint8 `[..., i, o]`."""
-    from kernels.layout import unpack_bits
+    from rabit_jax.kernels.layout import unpack_bits
 
     planes = (unpack_bits(bits[..., p, :, :], inputs) << p for p in range(bits.shape[-3]))
     return jnp.swapaxes(sum(planes), -1, -2)
@@ -203,7 +203,7 @@ def unpack_codes(bits: jax.Array, inputs: int) -> jax.Array:
 
 def abstract_planes(lead: tuple[int, ...], inputs: int, outputs: int) -> jax.ShapeDtypeStruct:
     """Shape and dtype of packed planes `[*lead, o, 32 ceil(i / 256)]`."""
-    from kernels.layout import packed_bytes
+    from rabit_jax.kernels.layout import packed_bytes
 
     return jax.ShapeDtypeStruct((*lead, outputs, packed_bytes(inputs)), jnp.uint8)
 

@@ -47,7 +47,7 @@ class LowRankProduct:
 
     def deployed_bytes(self) -> int:
         """Bytes once packed, padding of inputs and outputs to 256 included."""
-        from kernels.layout import packed_bytes
+        from rabit_jax.kernels.layout import packed_bytes
 
         *lead, i, o = self.shape
         signs = self.rank * (packed_bytes(i) + packed_bytes(o))
@@ -85,7 +85,7 @@ class PackedLowRank(LowRankProduct):
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat`."""
-        from kernels.reference import packed_low_rank_matmul
+        from rabit_jax.kernels.reference import packed_low_rank_matmul
 
         return packed_low_rank_matmul(x, self.u_bits, self.v_bits, self.h, self.l, self.g)
 
@@ -98,7 +98,7 @@ class PackedLowRank(LowRankProduct):
 
     def positive(self) -> jax.Array:
         """Signs of `U` stacked over those of `V^T`, bool `[..., c, i + o, r]`, True for +1."""
-        from kernels.layout import unpack_bits
+        from rabit_jax.kernels.layout import unpack_bits
 
         i, o = self.shape[-2:]
         rows = jnp.concatenate([unpack_bits(self.u_bits, i), unpack_bits(self.v_bits, o)], axis=-1)
@@ -120,7 +120,7 @@ class PackedLowRank(LowRankProduct):
     @classmethod
     def abstract(cls, header: Mapping[str, Any]) -> PackedLowRank:
         """The node of one matrix as shapes and dtypes, from its `header`."""
-        from kernels.layout import packed_bytes
+        from rabit_jax.kernels.layout import packed_bytes
 
         i, o, r, c = (header[name] for name in ("in", "out", "rank", "copies"))
         bits = [jax.ShapeDtypeStruct((c, r, packed_bytes(n)), jnp.uint8) for n in (i, o)]

@@ -32,7 +32,7 @@ class SignPaths:
 
     def deployed_bytes(self) -> int:
         """Bytes once packed, padding of the inputs to 256 included."""
-        from kernels.layout import packed_bytes
+        from rabit_jax.kernels.layout import packed_bytes
 
         *lead, i, o = self.shape
         return prod(lead) * self.k * (o * packed_bytes(i) + 2 * (i + o))

@@ -79,7 +79,7 @@ class ResidualSign(SignPaths):
 
 @jax.jit
 def _derive_bits(latent: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
-    from kernels.layout import pack_bits
+    from rabit_jax.kernels.layout import pack_bits
 
     def layer(*node):
         return jnp.stack([pack_bits(positive.T) for positive, _ in coupled(*node)])

@@ -6,8 +6,8 @@ import signal
 import pytest
 import yaml
 
-from experiments import run as command
-from experiments.config import load_config
+from rabit_jax.experiments import run as command
+from rabit_jax.experiments.config import load_config
 
 NOUNS = "file list string module function object value error line number class method".split()
 VERBS = "returns raises reads writes calls takes holds opens closes finds".split()

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import ablate
-from experiments.ablation_cells import differing, make_plan
-from experiments.config import load_config
-from experiments.settings import RunConfig
+from rabit_jax.experiments import ablate
+from rabit_jax.experiments.ablation_cells import differing, make_plan
+from rabit_jax.experiments.config import load_config
+from rabit_jax.experiments.settings import RunConfig
 
 CONFIGS = Path(ablate.__file__).parent / "configs"
 SMALL = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import ablate
+from rabit_jax.experiments import ablate
 
 ROOT = Path(__file__).parents[2]
 FAKE = [sys.executable, str(Path(__file__).with_name("ablation_cell.py"))]
@@ -129,7 +129,8 @@ def test_stopped_and_started_again_is_the_undisturbed_ablation(whole, here, caps
 
 def test_killed_without_notice_it_goes_on_and_no_cell_is_worked_on_twice(whole, here, capsys):
     here.order(**{"cells/plain/seed-1": "kill"})
-    code = f"import sys; from experiments import ablate; ablate.main(sys.argv[1:], {FAKE!r})"
+    start = f"ablate.main(sys.argv[1:], {FAKE!r})"
+    code = f"import sys; from rabit_jax.experiments import ablate; {start}"
     killed = subprocess.run(
         [sys.executable, "-c", code, "--config", "ablation.yaml"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -226,7 +227,10 @@ def test_a_real_ablation_stopped_once(place):
         "compare": {"start": ["fitted", "greedy"]},
     }
     (place / "ablation.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "-m", "experiments.ablate", "--config", str(place / "ablation.yaml")]
+    command = [
+        sys.executable, "-m", "rabit_jax.experiments.ablate",
+        "--config", str(place / "ablation.yaml"),
+    ]
     folder = place / "runs" / "real"
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:

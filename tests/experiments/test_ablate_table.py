@@ -13,11 +13,18 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments import ablate
-from experiments.ablation_cells import make_plan
-from experiments.ablation_figures import band
-from experiments.ablation_results import METRICS, choose, collect, comparisons, estimate, lookup
-from experiments.config import dump_yaml
+from rabit_jax.experiments import ablate
+from rabit_jax.experiments.ablation_cells import make_plan
+from rabit_jax.experiments.ablation_figures import band
+from rabit_jax.experiments.ablation_results import (
+    METRICS,
+    choose,
+    collect,
+    comparisons,
+    estimate,
+    lookup,
+)
+from rabit_jax.experiments.config import dump_yaml
 
 SEEDS = (0, 1, 2)
 CONFIG = {

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import bench, bench_step, bench_svid
-from experiments.console import main_guard
 from rabit_jax import BadInput
+from rabit_jax.experiments import bench, bench_step, bench_svid
+from rabit_jax.experiments.console import main_guard
 from rabit_jax.models import init_params
 
 STEP = "step --width 64 --layers 1 --tokens 16 --vocab 32 --steps 3 --k 2 --gamma 0.5".split()

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from experiments import generate as command
-from experiments.continuing import Writer
 from rabit_jax.data import train_tokenizer
+from rabit_jax.experiments import generate as command
+from rabit_jax.experiments.continuing import Writer
 from rabit_jax.models import ModelConfig, generate, load_model, param_shapes, save_hf
 from rabit_jax.models.decode import _extend, _prefill
 

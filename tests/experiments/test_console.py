@@ -5,8 +5,8 @@ import errno
 import numpy as np
 import pytest
 
-from experiments import console
 from rabit_jax.errors import BadInput
+from rabit_jax.experiments import console
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from experiments import generate as command
 from rabit_jax import LLAMA_LINEARS, PackedSign
 from rabit_jax.data import train_tokenizer
+from rabit_jax.experiments import generate as command
 from rabit_jax.models import Decoder, ModelConfig, param_shapes, save_hf
 from rabit_jax.models.packed_io import load_model, save_packed
 

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import run as command
-from experiments.config import load_config
-from experiments.settings import RunConfig
 from rabit_jax import dense
+from rabit_jax.experiments import run as command
+from rabit_jax.experiments.config import load_config
+from rabit_jax.experiments.settings import RunConfig
 from rabit_jax.models import init_cache, load_packed, prepare, step
 
 FILE = Path(__file__).parents[2] / "experiments" / "configs" / "quickstart.yaml"

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from experiments.figures import by_layer, curve, over_tokens, weight_histogram
-from experiments.report import write_report
+from rabit_jax.experiments.figures import by_layer, curve, over_tokens, weight_histogram
+from rabit_jax.experiments.report import write_report
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 SECTIONS = ["results", "teacher", "qat", "paths", "time", "weights", "bytes", "samples"]
@@ -209,7 +209,7 @@ def test_a_failed_write_leaves_the_old_report_and_no_pieces(tmp_path, monkeypatc
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("experiments.files.os.replace", full)
+    monkeypatch.setattr("rabit_jax.experiments.files.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         report(tmp_path, SUMMARY, [], None)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
@@ -262,5 +262,5 @@ def test_the_levels_stand_at_their_values_of_the_histogram():
 
 
 def test_importing_the_report_does_not_import_matplotlib():
-    code = "import sys, experiments.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, rabit_jax.experiments.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

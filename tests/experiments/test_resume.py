@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from experiments import inputs
-from experiments import run as command
+from rabit_jax.experiments import inputs
+from rabit_jax.experiments import run as command
 
 
 def ids(folder):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from experiments import run as command
+from rabit_jax.experiments import run as command
 from rabit_jax.models import load_packed
 
 

@@ -3,8 +3,6 @@
 import pytest
 import yaml
 
-from experiments.config import dump_yaml, load_config
-from experiments.settings import RunConfig
 from rabit_jax import (
     BadInput,
     CodebookSpec,
@@ -18,6 +16,8 @@ from rabit_jax import (
     residual,
     scaled,
 )
+from rabit_jax.experiments.config import dump_yaml, load_config
+from rabit_jax.experiments.settings import RunConfig
 
 
 def spec(*overrides, file=None):

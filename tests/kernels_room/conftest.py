@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from kernels.layout import pack_bits
+from rabit_jax.kernels.layout import pack_bits
 
 
 def _problem(batch, i, rows, k=2, layers=1, outlier=0.0, seed=0, dtype="float32", spread=1.0):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.activations import bit_planes, limbs
-from kernels.layout import unpack_bits
+from rabit_jax.kernels.activations import bit_planes, limbs
+from rabit_jax.kernels.layout import unpack_bits
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.console import main_guard
-from kernels import (
+from rabit_jax import BadInput
+from rabit_jax.experiments.console import main_guard
+from rabit_jax.kernels import (
     bench,
     bench_case,
     bench_decode,
@@ -22,8 +23,7 @@ from kernels import (
     cpu,
     reference,
 )
-from kernels.layout import unpack_bits
-from rabit_jax import BadInput
+from rabit_jax.kernels.layout import unpack_bits
 
 CACHE = 1 << 16
 PRODUCTS = "--shapes 96x160 --batch 1,2 --k 1,2 --repeats 2 --lowrank 0.55 --json".split()
@@ -200,10 +200,10 @@ def test_save_keeps_the_other_modes(tmp_path, monkeypatch, capsys):
 
 
 def test_aot_prints_the_table_of_its_rows(monkeypatch, capsys):
-    fake = types.ModuleType("kernels.aot")
+    fake = types.ModuleType("rabit_jax.kernels.aot")
     fake.report = lambda archs: [{"arch": arch} for arch in archs]
     fake.table = lambda rows: f"table of {len(rows)}"
-    monkeypatch.setitem(sys.modules, "kernels.aot", fake)
+    monkeypatch.setitem(sys.modules, "rabit_jax.kernels.aot", fake)
     bench.run(["--aot", "sm_89,sm_90"])
     assert capsys.readouterr().out == "table of 2\n"
     assert result(["--aot", "sm_89,sm_90", "--json"], capsys) == [

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import bench, bench_decode, bench_parts, bench_shapes, matmul
 from rabit_jax import BadInput
+from rabit_jax.kernels import bench, bench_decode, bench_parts, bench_shapes, matmul
 from rabit_jax.models import init_cache, step
 
 DECODE = ("--decode --model tiny --layers 1 --context 6 --batch 2 --tokens 4 --repeats 2 "

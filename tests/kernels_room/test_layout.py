@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.layout import pack_bits, packed_bytes, unpack_bits
+from rabit_jax.kernels.layout import pack_bits, packed_bytes, unpack_bits
 
 
 @pytest.mark.parametrize("inputs", [1, 33, 256, 300, 512])

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.layout import from_words, pack_bits, to_words
-from kernels.matmul import choose, packed_low_rank_matmul, packed_matmul
 from rabit_jax.errors import BadInput
+from rabit_jax.kernels.layout import from_words, pack_bits, to_words
+from rabit_jax.kernels.matmul import choose, packed_low_rank_matmul, packed_matmul
 
 HERE = ("reference", "unpacked", "cpu")
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import pallas_tiles
 from rabit_jax.errors import BadInput
+from rabit_jax.kernels import pallas_tiles
 
 few = settings(deadline=None, max_examples=40, derandomize=True)
 

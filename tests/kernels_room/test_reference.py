@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.layout import pack_bits
-from kernels.matmul import packed_matmul as any_matmul
+from rabit_jax.kernels.layout import pack_bits
+from rabit_jax.kernels.matmul import packed_matmul as any_matmul
 
 packed_matmul = functools.partial(any_matmul, impl="reference")
 

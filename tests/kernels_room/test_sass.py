@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from kernels import aot, sass
 from rabit_jax.errors import BadInput
+from rabit_jax.kernels import aot, sass
 
 # A prologue, a loop of 12 instructions with 2 tensor instructions around one of 3 with none, and
 # the branch to itself that ends every program.

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import aot, reference, triton_b1, triton_b1_kernel, triton_call, triton_int8
-from kernels.activations import bit_planes
-from kernels.layout import pack_bits
-from kernels.matmul import packed_matmul
 from rabit_jax.errors import BadInput
+from rabit_jax.kernels import aot, reference, triton_b1, triton_b1_kernel, triton_call, triton_int8
+from rabit_jax.kernels.activations import bit_planes
+from rabit_jax.kernels.layout import pack_bits
+from rabit_jax.kernels.matmul import packed_matmul
 
 ROOT = Path(__file__).parents[2]
 # Largest relative error of the product for 2 and 3 limbs, with an outlier of 60.
@@ -139,7 +139,7 @@ def test_inputs_are_laid_as_the_blocks_of_a_row_meet_them():
 
 @pytest.mark.parametrize("impl", ["triton_int8", "triton_b1"])
 def test_other_devices_and_larger_batches_are_bad_input(problem, impl):
-    module = importlib.import_module(f"kernels.{impl}")
+    module = importlib.import_module(f"rabit_jax.kernels.{impl}")
     p = problem(1, 300, (8,))
     if jax.devices()[0].platform == "cpu":
         with pytest.raises(BadInput, match=f"{impl} runs on NVIDIA GPUs .* device is cpu"):

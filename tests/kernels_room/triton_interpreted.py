@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from kernels import triton_b1, triton_b1_kernel, triton_int8, triton_kernels
-from kernels.layout import pack_bits
+from rabit_jax.kernels import triton_b1, triton_b1_kernel, triton_int8, triton_kernels
+from rabit_jax.kernels.layout import pack_bits
 
 
 def case(batch, k, rows, i, layers=2, outlier=1.0):

@@ -60,17 +60,18 @@ def attention(
       `[b, 1, n g h]` and the cache.
     """
     from rabit_jax.models.engine import attend, write_slots
-    from rabit_jax.models.layers import Context, angles
+    from rabit_jax.models.layers import score_scale
+    from rabit_jax.models.rotary import seen_from
 
-    allowed = (jnp.arange(k.shape[3]) <= start)[None, None, None]
-    context = Context(*angles(start[None, None], engine.config), allowed)
+    slots, c = jnp.arange(k.shape[3]), engine.config
+    view = seen_from(c, start[None, None], start[None], slots, slots[None] >= 0).full
 
     def block(layer, carry):
         q, k_cache, v_cache = carry
-        k_cache = write_slots(k_cache, _rotated(heads["k"], context), layer, start)
+        k_cache = write_slots(k_cache, _rotated(heads["k"], view), layer, start)
         v_cache = write_slots(v_cache, heads["v"], layer, start)
         k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (k_cache, v_cache))
-        y = attend(_rotated(q, context), k, v, allowed)
+        y = attend(_rotated(q, view), k, v, view.allowed, score_scale(c), c.attention_softcap)
         # What one layer gives is asked of the next, so that none can be left out or moved.
         return y.reshape(q.shape), k_cache, v_cache
 
@@ -78,10 +79,10 @@ def attention(
     return y.reshape(*y.shape[:2], -1), k, v
 
 
-def _rotated(x: jax.Array, context: Any) -> jax.Array:
-    from rabit_jax.models.layers import rotate
+def _rotated(x: jax.Array, view: Any) -> jax.Array:
+    from rabit_jax.models.rotary import rotate
 
-    return rotate(x, context)
+    return rotate(x, view)
 
 
 @jax.jit

@@ -9,16 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.layers import Block, Context, Embed, Head, RMSNorm, angles, positions
+from rabit_jax.models.layers import Block, Embed, Head, RMSNorm, soft_cap
+from rabit_jax.models.rotary import local_layers, make_context
 
 
 class Decoder(nn.Module):
-    """A Llama-family decoder, `logits = head(norm(blocks(embed(tokens))))`.
+    """A decoder, `logits = head(norm(blocks(embed(tokens))))`; the config makes the family.
 
     Its params are a plain dict: `embed/embedding [v, d]`, `layers/attn/{q,k,v,o}/kernel` and
     `layers/mlp/{gate,up,down}/kernel [l, i, o]` (with `bias [l, o]` where the config says so),
-    `layers/{attn_norm,mlp_norm}/scale [l, d]`, `final_norm/scale [d]`, and `head/kernel [d, v]`
-    unless the head is tied. Any kernel may be a weight node with a leading layer axis.
+    `layers/{attn_norm,mlp_norm}/scale [l, d]` (with `post_norms` `attn_norm`, `attn_post_norm`,
+    `mlp_pre_norm`, `mlp_post_norm`), with `qk_norm` `layers/attn/{q_norm,k_norm}/scale [l, h]`,
+    `final_norm/scale [d]`, and `head/kernel [d, v]` unless the head is tied. Any kernel may be a
+    weight node with a leading layer axis.
 
     Example:
       >>> config = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2,
@@ -38,7 +41,7 @@ class Decoder(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         scanned = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=nn.broadcast, length=c.n_layers,
+            in_axes=(0, nn.broadcast), length=c.n_layers,
         )
         self.layers = scanned(c)
         self.final_norm = RMSNorm(c)
@@ -72,18 +75,25 @@ class Decoder(nn.Module):
         With `head` this lets a loss project onto the vocabulary in chunks. Arguments as for the
         call; use as `model.apply({"params": params}, tokens, method="features")`.
         """
-        t = tokens.shape[1]
-        real = jnp.ones((1, t), bool) if mask is None else mask.astype(bool)
-        causal = jnp.tril(jnp.ones((t, t), bool))[None, None]
-        cos, sin = angles(positions(real), self.config)
-        context = Context(cos, sin, causal & real[:, None, None, :], hidden_states)
-        x, hidden = self.layers(self.embed(tokens), context)
+        real = jnp.ones((1, tokens.shape[1]), bool) if mask is None else mask.astype(bool)
+        context = make_context(self.config, real, hidden_states)
+        local = jnp.asarray(local_layers(self.config))
+        x, hidden = self.layers(self.embed(tokens), local, context)
         return self.final_norm(x), hidden
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """What the first block reads: `[b, t]` int to `[b, t, d]`."""
+        return self.embed(tokens)
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        """What the head reads, of what the last block leaves: the final norm, `[b, t, d]`."""
+        return self.final_norm(x)
 
     def head(self, features: jax.Array) -> jax.Array:
         """Float32 logits `[..., v]` of `features: [..., d]`."""
         with jax.named_scope("head"):
-            return self.embed.attend(features) if self._head is None else self._head(features)
+            y = self.embed.attend(features) if self._head is None else self._head(features)
+            return soft_cap(y, self.config.final_softcap)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

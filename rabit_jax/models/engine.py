@@ -15,9 +15,18 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.layers import Context, angles, logits, positions, rms_norm, rotate
+from rabit_jax.models.layers import (
+    activate,
+    embed,
+    logits,
+    mlp_norm,
+    rms_norm,
+    score_scale,
+    soft_cap,
+)
 from rabit_jax.models.names import linear_shapes
 from rabit_jax.models.prepared import Engine, Rows, multiply, prepare
+from rabit_jax.models.rotary import Context, local_layers, positions, rotate, seen_from
 
 __all__ = [
     "Cache", "Engine", "attend", "head_logits", "init_cache", "linears", "prepare", "step",
@@ -65,18 +74,17 @@ def step(
     real = jnp.ones((b, t), bool) if mask is None else mask.astype(bool)
     valid = jax.lax.dynamic_update_slice(cache["valid"], real, (0, start))
     seen = jnp.sum(cache["valid"], axis=1, keepdims=True, dtype=jnp.int32)
-    causal = jnp.arange(slots)[None, :] <= start + jnp.arange(t)[:, None]
-    allowed = causal[None, None] & valid[:, None, None, :]
-    context = Context(*angles(seen + positions(real), c), allowed)
+    context = seen_from(
+        c, seen + positions(real), start + jnp.arange(t), jnp.arange(slots), valid)
     block = functools.partial(_block, engine, context, start)
-    carry = (jnp.take(engine.embed, tokens, axis=0).astype(c.dtype), cache["k"], cache["v"])
+    carry = (embed(engine.embed, tokens, c), cache["k"], cache["v"])
     if any(isinstance(product, tuple) for product in engine.products.values()):
         for layer in range(c.n_layers):
             carry = block(layer, carry)
     else:
         carry = jax.lax.fori_loop(0, c.n_layers, block, carry)
     x, k, v = carry
-    last = rms_norm(x[:, -1], engine.norms["final_norm"], c.norm_eps, c.dtype)
+    last = rms_norm(x[:, -1], engine.norms["final_norm"], c)
     return head_logits(engine, last), {"k": k, "v": v, "valid": valid, "length": start + t}
 
 
@@ -85,29 +93,39 @@ def _block(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer: the residual stream `[b, t, d]` and both caches with its slots written."""
     x, k_cache, v_cache = carry
-    c = engine.config
+    c, before = engine.config, mlp_norm(engine.config)
+    normed = functools.partial(_normed, engine, layer)
     with jax.named_scope("block"):
-        normed = _normed(engine, "attn_norm", layer, x)
+        local = local_layers(c)
+        view = context.view(local[layer] if isinstance(layer, int) else jnp.asarray(local)[layer])
         q, k, v = (rearrange(y, "b t (n h) -> b t n h", h=c.head_dim)
-                   for y in linears(engine, ("q", "k", "v"), normed, layer))
-        k_cache = write_slots(k_cache, rotate(k, context), layer, start)
+                   for y in linears(engine, ("q", "k", "v"), normed("attn_norm", x), layer))
+        if c.qk_norm:
+            q, k = normed("q_norm", q), normed("k_norm", k)
+        k_cache = write_slots(k_cache, rotate(k, view), layer, start)
         v_cache = write_slots(v_cache, v, layer, start)
         k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (k_cache, v_cache))
-        y = attend(rotate(q, context), k, v, context.allowed)
-        x = x + linears(engine, ("o",), y, layer)[0]
-        normed = _normed(engine, "mlp_norm", layer, x)
-        gate, up = linears(engine, ("gate", "up"), normed, layer)
-        x = x + linears(engine, ("down",), jax.nn.silu(gate) * up, layer)[0]
+        y = attend(rotate(q, view), k, v, view.allowed, score_scale(c), c.attention_softcap)
+        y = linears(engine, ("o",), y, layer)[0]
+        x = x + (normed("attn_post_norm", y) if c.post_norms else y)
+        gate, up = linears(engine, ("gate", "up"), normed(before, x), layer)
+        y = linears(engine, ("down",), activate(gate, c) * up, layer)[0]
+        x = x + (normed("mlp_post_norm", y) if c.post_norms else y)
     return x, k_cache, v_cache
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
-    """`softmax(q k^T / sqrt(h)) v` of grouped queries, scores and softmax in float32.
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, scale: float,
+    cap: float | None = None,
+) -> jax.Array:
+    """`softmax(cap(q k^T scale)) v` of grouped queries, scores and softmax in float32.
 
     Args:
       q: `[b, t, n g, h]`.
       k, v: `[b, n, s, h]`, read as they lie.
       allowed: `[b, 1, t, s]` bool, which slot each query may see.
+      scale: of the scores.
+      cap: their soft cap, None for none.
 
     Returns:
       `[b, t, n g h]` in the dtype of q.
@@ -115,7 +133,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.
     with jax.named_scope("attend"):
         grouped = rearrange(q, "b t (n g) h -> b n g t h", n=k.shape[1]).astype(k.dtype)
         scores = jnp.einsum("bngth,bnsh->bngts", grouped, k, preferred_element_type=jnp.float32)
-        scores = scores * k.shape[-1] ** -0.5
+        scores = soft_cap(scores * scale, cap)
         # Not -inf: a padded query may see no slot at all, and must stay finite.
         scores = jnp.where(allowed[:, :, None], scores, jnp.finfo(jnp.float32).min)
         share = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -129,10 +147,9 @@ def write_slots(cache: jax.Array, new: jax.Array, layer: Any, start: jax.Array) 
     return jax.lax.dynamic_update_slice(cache, new, (layer, 0, 0, start, 0))
 
 
-def _normed(engine: Engine, name: str, layer: Any, x: jax.Array) -> jax.Array:
-    c = engine.config
+def _normed(engine: Engine, layer: Any, name: str, x: jax.Array) -> jax.Array:
     scale = jax.lax.dynamic_index_in_dim(engine.norms[name], layer, keepdims=False)
-    return rms_norm(x, scale, c.norm_eps, c.dtype)
+    return rms_norm(x, scale, engine.config)
 
 
 def linears(engine: Engine, names: Sequence[str], x: jax.Array, layer: Any) -> list[jax.Array]:
@@ -164,8 +181,9 @@ def _biased(engine: Engine, name: str, y: jax.Array, layer: Any) -> jax.Array:
 
 def head_logits(engine: Engine, x: jax.Array) -> jax.Array:
     """Float32 logits `[b, v]` of `x: [b, d]`."""
+    cap = engine.config.final_softcap
     with jax.named_scope("head"):
         head = engine.embed.T if engine.head is None else engine.head
         if hasattr(head, "matmul_at"):
-            return head.matmul_at(x.astype(jnp.float32), 0)
-        return head.matmul(x) if isinstance(head, Rows) else logits(x, head)
+            return soft_cap(head.matmul_at(x.astype(jnp.float32), 0), cap)
+        return soft_cap(head.matmul(x) if isinstance(head, Rows) else logits(x, head), cap)

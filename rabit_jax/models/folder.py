@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from rabit_jax.data.tokenizer import load_tokenizer
 from rabit_jax.errors import BadInput
+from rabit_jax.models.hub import ID, fetch, first_line
 
 FILE = "model.safetensors"
 
@@ -28,18 +29,9 @@ def find_folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path)):
+    if not ID.fullmatch(str(path)):
         raise BadInput(f"no model folder {path}")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(
-            str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
-            ignore_patterns=["consolidated*", "original/*"],
-        ))
-    except Exception as error:  # network, cache and hub raise many kinds
-        raise BadInput(f"no model folder {path}, and the hub gave no model of that name "
-                       f"({first_line(error)})") from error
+    return fetch(str(path))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -64,23 +56,58 @@ def check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
                            f"{shape}")
 
 
-def json_files(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """config.json and generation_config.json for the content `raw` of the former, by name."""
+def json_files(
+    raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """config.json and generation_config.json by name.
+
+    Args:
+      raw: content of config.json; its begin and end tokens are those of generation too.
+      generation: further content of generation_config.json, such as the source model's sampling.
+    """
     ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
-    return {"config.json": dict(raw), "generation_config.json": ids}
+    return {"config.json": dict(raw), "generation_config.json": {**(generation or {}), **ids}}
+
+
+def read_generation(folder: str | Path) -> dict[str, Any]:
+    """Content of a local model folder's generation_config.json, `{}` where it has none."""
+    file = Path(folder) / "generation_config.json"
+    return read_json(file) if file.exists() else {}
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a local model folder, None where it has none.
+
+    Raises:
+      BadInput: its files cannot be read, or it makes tokens that the model does not have.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return None
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    # Gemma 3 1B's own tokenizer has a placeholder for images past the model's vocabulary. What is
+    # added but neither begins nor ends a text nor stands in the chat template is no danger.
+    used = f"{tokenizer.bos_token} {tokenizer.eos_token} {tokenizer.chat_template}"
+    beyond = [i for token, i in vocabulary.items()
+              if i >= vocab_size and (token not in added or token in used)]
+    if beyond:
+        raise BadInput(f"the tokenizer in {folder} has token ids up to {max(beyond)}, the model's "
+                       f"vocabulary ends at {vocab_size - 1}: put the tokenizer of this model "
+                       "there")
+    return tokenizer
 
 
 def write_folder(
-    folder: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str],
-    files: Mapping[str, Any], tokenizer: Any,
+    folder: str | Path, shards: Iterable[tuple[str, dict[str, np.ndarray]]],
+    metadata: dict[str, str], files: Mapping[str, Any], tokenizer: Any,
 ) -> Path:
     """Writes a model folder beside its target and renames it; a model folder there is replaced.
 
     Args:
       folder: the target.
-      tensors: content of model.safetensors.
-      metadata: its header.
-      files: JSON content by file name.
+      shards: name and tensors of each safetensors file, taken one by one as they are written.
+      metadata: header of each of these.
+      files: by file name, a text or JSON content.
       tokenizer: of transformers, a plain `tokenizers.Tokenizer`, or None.
 
     Raises:
@@ -94,11 +121,14 @@ def write_folder(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
             new = Path(place) / "new"
             new.mkdir()
-            save_file(tensors, new / FILE, metadata=metadata)
             for name, content in files.items():
-                (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            # safetensors leaves a file that its owner alone can read.
-            shutil.copymode(new / "config.json", new / FILE)
+                text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+                (new / name).write_text(text, encoding="utf-8")
+            for name, tensors in shards:
+                save_file(tensors, new / name, metadata=metadata)
+                # safetensors leaves a file that its owner alone can read.
+                shutil.copymode(new / "config.json", new / name)
+                del tensors  # or two shards are held while the next is made
             _save_tokenizer(new, tokenizer)
             if folder.exists():
                 folder.rename(Path(place) / "old")
@@ -106,6 +136,31 @@ def write_folder(
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write model folder {folder}: {error}") from error
     return folder
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds a config.json and safetensors."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def finite_as(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """`value` in `dtype`, contiguous.
+
+    Raises:
+      BadInput: a value is not finite there; the message begins with `name`.
+    """
+    dtype = np.dtype(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = np.ascontiguousarray(value, dtype)
+    # The bits without the sign are in the order of the magnitudes, with NaN above infinity.
+    kind = np.dtype(f"uint{8 * dtype.itemsize}")
+    infinity = np.array(np.inf, dtype).view(kind)
+    if np.max(out.view(kind) & kind.type(np.iinfo(kind).max // 2), initial=0) < infinity:
+        return out
+    if np.isfinite(value).all():
+        raise BadInput(f"{name} holds a value beyond the range of {dtype.name}: take bfloat16 or "
+                       "float32")
+    raise BadInput(f"{name} holds NaN or infinity: the file is damaged or its training diverged")
 
 
 def _replaceable(folder: Path) -> bool:
@@ -120,8 +175,3 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
 
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     tokenizer.save_pretrained(str(folder))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import split_state_dict_into_shards_factory
 
-from rabit_jax.data.tokenizer import load_tokenizer
-from rabit_jax.errors import BadInput
-from rabit_jax.models.config import ModelConfig, from_hf, to_hf, token_ids
+from rabit_jax.models.checkpoint import INDEX, open_checkpoint
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.config_to_hf import to_hf
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.folder import (
     check_params,
-    find_folder,
-    first_line,
+    finite_as,
     json_files,
-    read_json,
+    read_tokenizer,
     write_folder,
 )
-from rabit_jax.models.names import hf_name, param_shapes, tensor_names
+from rabit_jax.models.names import param_shapes, tensor_names
 from rabit_jax.weights.linear import is_weight
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+SHARD_BYTES = 5 * 10**9
 
 
 def load_hf(
@@ -36,9 +35,12 @@ def load_hf(
 ) -> tuple[Decoder, dict[str, Any], Any]:
     """Reads a model from a folder, or from the hub by its id.
 
+    Each stacked parameter is read tensor by tensor and put on its devices before the next one:
+    host memory beyond the loaded arrays is one stacked parameter and a few pieces of a tensor.
+
     Args:
       path: folder with config.json and safetensors (one file, or shards with their index), or a
-        hub id such as `org/name`.
+        hub id such as `org/name`. Of a multimodal model the language model is read.
       dtype: of the params in memory, None for float32. Matrix products run in the dtype that
         config.json names.
       shardings: tree like the params, of `jax.sharding.Sharding`; each stacked parameter goes
@@ -50,32 +52,39 @@ def load_hf(
 
     Raises:
       BadInput: no such folder or hub model, an unsupported config (the message begins with
-        `unsupported`), a damaged shard, or a missing, extra or misshapen tensor, by name.
+        `unsupported`), a damaged shard, a missing, extra or misshapen tensor or one with NaN, by
+        name; a tokenizer of another model.
     """
-    folder = find_folder(path)
-    config = read_config(folder)
     targets = {} if shardings is None else flatten_dict(shardings, sep="/")
-    with contextlib.ExitStack() as stack:
-        tensors = _open_tensors(folder, stack)
-        shapes = param_shapes(config)
-        _check_tensors(tensors, shapes, config, folder)
-        params = {
-            p: jax.device_put(_stack(tensors, p, shape, jnp.dtype(dtype or "float32")),
-                              targets.get(p))
-            for p, shape in shapes.items()
-        }
-    return Decoder(config), unflatten_dict(params, sep="/"), load_tokenizer(folder)
+    with open_checkpoint(path) as checkpoint:
+        tokenizer = read_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+        params = {}
+        for name in checkpoint.shapes:
+            value = checkpoint.read(name, dtype=dtype or "float32")
+            # Without waiting, copies to the devices would queue up and hold many parameters here.
+            params[name] = jax.block_until_ready(_placed(value, targets.get(name)))
+            del value
+    return Decoder(checkpoint.config), unflatten_dict(params, sep="/"), tokenizer
+
+
+def _placed(value: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def save_hf(
     folder: str | Path, model: Decoder | ModelConfig, params: Any, tokenizer: Any = None,
-    dtype: Any = "float32",
+    dtype: Any = "float32", generation: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES, texts: Mapping[str, str] | None = None,
+    done: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Writes a folder that transformers and `load_hf` load.
 
-    It holds config.json, generation_config.json, model.safetensors and, if given, the tokenizer.
-    All is written beside the target and renamed, so nothing half-written stays; a model folder of
-    that name is replaced.
+    It holds config.json, generation_config.json, model.safetensors and, if given, the tokenizer;
+    a model larger than `shard_bytes` comes as shards with their index. All is written beside the
+    target and renamed, so nothing half-written stays; a model folder of that name is replaced.
+    Host memory beyond the params is one shard and one layer's dense matrix.
 
     Args:
       folder: where to write.
@@ -83,93 +92,58 @@ def save_hf(
       params: its params; a weight node is saved as its `dense()` matrix.
       tokenizer: of transformers, or a plain `tokenizers.Tokenizer`.
       dtype: of the stored tensors, named in config.json too: float32, bfloat16 or float16.
+      generation: content of generation_config.json beside the begin and end tokens.
+      shard_bytes: most tensor bytes of a file, unless one tensor has more.
+      texts: further files by name, such as a README.md.
+      done: called with the number of tensors that are ready, after each.
 
     Raises:
-      BadInput: params that do not fit the config, a target that is no model folder, no room.
+      BadInput: params that do not fit the config or hold a value that is not finite in `dtype`, a
+        target that is no model folder, no room.
     """
     config = dataclasses.replace(getattr(model, "config", model), dtype=jnp.dtype(dtype).name)
     leaves = flatten_dict(params, sep="/")
-    check_params(leaves, param_shapes(config))
-    write_folder(
-        folder, _tensors(config, leaves), {"format": "pt"}, json_files(to_hf(config)), tokenizer
-    )
+    shapes = param_shapes(config)
+    check_params(leaves, shapes)
+    tensors = {
+        name: _Tensor(path, n if path.startswith("layers/") else None, shape)
+        for path, stacked in shapes.items()
+        for n, (name, shape) in enumerate(tensor_names(path, stacked))
+    }
+    size = jnp.dtype(config.dtype).itemsize
+    split = split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda t: size * int(np.prod(t.shape)),
+        filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes)
+    files = {**json_files(to_hf(config), generation), **(texts or {})}
+    if split.is_sharded:
+        files[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+
+    def shards() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        ready = 0
+        for file, names in split.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                shard[name] = tensors[name].value(leaves, config.dtype)
+                ready += 1
+                done(ready)
+            yield file, shard
+            del shard
+
+    write_folder(folder, shards(), {"format": "pt"}, files, tokenizer)
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """The config of a folder or hub id, with the end tokens of generation_config.json if any.
+class _Tensor(NamedTuple):
+    """One stored tensor: our path, the layer of a stack, torch's shape."""
 
-    Raises:
-      BadInput: no such model, or a config that cannot be read or is not supported.
-    """
-    folder = find_folder(path)
-    config = from_hf(read_json(folder / "config.json"))
-    generation = folder / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    return config if eos is None else dataclasses.replace(config, eos_ids=token_ids(eos))
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]
 
-
-def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Tensor name -> the open file that holds it."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.exists():
-        shards = [single.name]
-    elif index.exists():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        raise BadInput(f"{folder} holds no model.safetensors and no {index.name}")
-    tensors: dict[str, Any] = {}
-    for name in shards:
-        try:
-            file = stack.enter_context(safe_open(folder / name, framework="numpy"))
-        except (OSError, SafetensorError) as error:
-            raise BadInput(f"cannot read shard {folder / name} ({first_line(error)}), it is "
-                           "missing or damaged: fetch it again") from error
-        tensors |= {tensor: file for tensor in file.keys()}
-    return tensors
-
-
-def _check_tensors(
-    tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]], config: ModelConfig, folder: Path
-) -> None:
-    wanted = dict(pair for path, shape in shapes.items() for pair in tensor_names(path, shape))
-    for name, shape in wanted.items():
-        if name not in tensors:
-            raise BadInput(f"missing tensor {name} {list(shape)} in {folder}")
-        found = tensors[name].get_slice(name)
-        if tuple(found.get_shape()) != shape or found.get_dtype() not in _FLOATS:
-            raise BadInput(f"tensor {name} in {folder} is {found.get_dtype()} {found.get_shape()}, "
-                           f"wanted {list(shape)} of float32, bfloat16 or float16")
-    for name in sorted(set(tensors) - set(wanted)):
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
-        if not (name == "lm_head.weight" and config.tied_head and _same(tensors, name)):
-            raise BadInput(f"extra tensor {name} in {folder}, config.json asks for none of that "
-                           "name")
-
-
-def _same(tensors: dict[str, Any], head: str) -> bool:
-    embed = hf_name("embed/embedding")
-    return np.array_equal(tensors[head].get_tensor(head), tensors[embed].get_tensor(embed))
-
-
-def _stack(
-    tensors: dict[str, Any], path: str, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    """One parameter, read tensor by tensor, transposed and stacked on the host."""
-    out = np.empty(shape, dtype)
-    rows = out if path.startswith("layers/") else out[None]
-    for row, (name, _) in zip(rows, tensor_names(path, shape), strict=True):
-        value = tensors[name].get_tensor(name)
-        row[...] = value.T if path.endswith("/kernel") else value
-    return out
-
-
-def _tensors(config: ModelConfig, leaves: dict[str, Any]) -> dict[str, np.ndarray]:
-    """All tensors under their Hugging Face names, in torch's layout."""
-    out = {}
-    for path, leaf in leaves.items():
-        stored = np.asarray(leaf.dense() if is_weight(leaf) else leaf).astype(config.dtype)
-        rows = stored if path.startswith("layers/") else stored[None]
-        for row, (name, _) in zip(rows, tensor_names(path, stored.shape), strict=True):
-            out[name] = np.ascontiguousarray(row.T if path.endswith("/kernel") else row)
-    return out
+    def value(self, leaves: Mapping[str, Any], dtype: str) -> np.ndarray:
+        """The tensor in torch's layout, read from that layer alone."""
+        leaf, stacked = leaves[self.path], self.layer is not None
+        if stacked:
+            leaf = jax.tree.map(lambda a: a[self.layer : self.layer + 1], leaf)
+        value = np.asarray(leaf.dense() if is_weight(leaf) else leaf)
+        value = value[0] if stacked else value
+        return finite_as(value.T if self.path.endswith("/kernel") else value, dtype, self.path)

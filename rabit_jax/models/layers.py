@@ -1,4 +1,4 @@
-"""The parts of a Llama block: linear, RMS norm, rotary embedding, attention, SwiGLU.
+"""The parts of a block: linear, RMS norm, attention, gated MLP.
 
 Every matrix is read from the params tree as it is found there, so an array and any weight node
 (see `rabit_jax.weights.linear`) serve alike. Axes: b batch, t time, d model, f hidden, n heads,
@@ -14,26 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.rotary import Context, View, rotate
 from rabit_jax.weights.linear import is_weight, linear
-
-
-class Context(struct.PyTreeNode):
-    """What every block of one forward pass shares.
-
-    Attributes:
-      cos, sin: `[b or 1, t, 1, h / 2]` float32, of the rotary angles.
-      allowed: `[b or 1, 1, t, s]` bool, which key each query may see.
-      hidden_states: whether blocks return the residual stream.
-    """
-
-    cos: jax.Array
-    sin: jax.Array
-    allowed: jax.Array
-    hidden_states: bool = struct.field(pytree_node=False, default=False)
 
 
 def read_kernel(module: nn.Module, shape: tuple[int, int], std: float) -> Any:
@@ -76,7 +61,10 @@ class Linear(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits `x W` in float32: `x: [..., d]` to `[..., v]`, factors in the compute dtype."""
+    """Logits `x W` in float32: `x: [..., d]` to `[..., v]`, factors in the compute dtype.
+
+    The soft cap is left to the caller.
+    """
 
     config: ModelConfig
 
@@ -100,8 +88,8 @@ class Embed(nn.Module):
                                                         self.config.d_model))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """`tokens: [b, t]` int to `[b, t, d]` in the compute dtype."""
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        """`tokens: [b, t]` int to `embed_scale E[tokens]`, `[b, t, d]` in the compute dtype."""
+        return embed(self.embedding, tokens, self.config)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """`x E^T`: `x: [..., d]` to float32 logits `[..., v]`."""
@@ -111,7 +99,8 @@ class Embed(nn.Module):
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32.
 
-    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
+    Gemma's multiplies by `1 + scale`. Source: Zhang and Sennrich, Root Mean Square Layer
+    Normalization, arXiv 1910.07467.
     """
 
     config: ModelConfig
@@ -119,8 +108,8 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x: [..., d]` to the same shape, in the compute dtype."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return rms_norm(x, scale, self.config.norm_eps, self.config.dtype)
+        start = nn.initializers.zeros if self.config.norm_plus_one else nn.initializers.ones
+        return rms_norm(x, self.param("scale", start, (x.shape[-1],)), self.config)
 
 
 class Attention(nn.Module):
@@ -129,28 +118,29 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, view: View) -> jax.Array:
         """`x: [b, t, d]` to `[b, t, d]`."""
         c = self.config
         heads = {"q": c.n_heads, "k": c.n_kv_heads, "v": c.n_kv_heads}
         q, k, v = (
-            rearrange(self._linear(name, n * c.head_dim)(x), "b t (n h) -> b t n h", n=n)
+            rearrange(self._linear(name, n * c.head_dim, c.attention_bias)(x),
+                      "b t (n h) -> b t n h", n=n)
             for name, n in heads.items()
         )
-        q, k = rotate(q, context), rotate(k, context)
-        # The library mixes bfloat16 with float32, which strict promotion would refuse.
-        with jax.named_scope("attend"), jax.numpy_dtype_promotion("standard"):
-            y = jax.nn.dot_product_attention(q, k, v, mask=context.allowed)
-        std = residual_std(c)
-        return self._linear("o", c.d_model, std)(rearrange(y, "b t n h -> b t (n h)"))
+        if c.qk_norm:
+            q, k = RMSNorm(c, name="q_norm")(q), RMSNorm(c, name="k_norm")(k)
+        with jax.named_scope("attend"):
+            y = attention(rotate(q, view), rotate(k, view), v, view.allowed, c)
+        last = self._linear("o", c.d_model, c.o_bias, residual_std(c))
+        return last(rearrange(y, "b t n h -> b t (n h)"))
 
-    def _linear(self, name: str, features: int, std: float | None = None) -> Linear:
+    def _linear(self, name: str, features: int, bias: bool, std: float | None = None) -> Linear:
         c = self.config
-        return Linear(features, c.dtype, std or c.initializer_range, c.attention_bias, name=name)
+        return Linear(features, c.dtype, std or c.initializer_range, bias, name=name)
 
 
 class MLP(nn.Module):
-    """SwiGLU: `(silu(x W_gate) * (x W_up)) W_down`. Source: Shazeer, arXiv 2002.05202."""
+    """`(act(x W_gate) * (x W_up)) W_down`: SwiGLU, or GeGLU. Source: Shazeer, arXiv 2002.05202."""
 
     config: ModelConfig
 
@@ -163,22 +153,40 @@ class MLP(nn.Module):
             for name in ("gate", "up")
         )
         down = Linear(c.d_model, c.dtype, residual_std(c), c.mlp_bias, name="down")
-        return down(nn.silu(gate) * up)
+        return down(activate(gate, c) * up)
 
 
 class Block(nn.Module):
-    """One layer: `x += attention(norm(x)); x += mlp(norm(x))`. The body of the scan."""
+    """One layer, the body of the scan.
+
+        x += attention(norm(x));  x += mlp(norm(x))
+
+    With `post_norms` what is added goes through a norm of its own before; the one in front of the
+    MLP is then `mlp_pre_norm`.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
-        """`x: [b, t, d]` after this layer, and again if hidden states are asked for."""
+    def __call__(
+        self, x: jax.Array, local: jax.Array | bool, context: Context
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """`x: [b, t, d]` after this layer, and again if hidden states are asked for.
+
+        `local` is a scalar bool, whether the layer has the sliding window.
+        """
+        c = self.config
         with jax.named_scope("block"):
-            normed = RMSNorm(self.config, name="attn_norm")(x)
-            x = x + Attention(self.config, name="attn")(normed, context)
-            x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
+            y = Attention(c, name="attn")(RMSNorm(c, name="attn_norm")(x), context.view(local))
+            x = x + (RMSNorm(c, name="attn_post_norm")(y) if c.post_norms else y)
+            y = MLP(c, name="mlp")(RMSNorm(c, name=mlp_norm(c))(x))
+            x = x + (RMSNorm(c, name="mlp_post_norm")(y) if c.post_norms else y)
         return x, x if context.hidden_states else None
+
+
+def mlp_norm(config: ModelConfig) -> str:
+    """Name of the norm in front of the MLP."""
+    return "mlp_pre_norm" if config.post_norms else "mlp_norm"
 
 
 def residual_std(config: ModelConfig) -> float:
@@ -193,52 +201,65 @@ def logits(x: jax.Array, kernel: Any) -> jax.Array:
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: str) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps) * scale`: `x: [..., d]`, `scale: [d]`, in float32, as `dtype`."""
+def rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * scale`: `x: [..., d]`, `scale: [d]`, in float32.
+
+    Comes in the compute dtype; the factor is `1 + scale` where the config says so.
+    """
     x = x.astype(jnp.float32)
     power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    y = x * jax.lax.rsqrt(power + eps) * _align(scale.astype(jnp.float32), x)
-    return y.astype(dtype)
+    factor = scale.astype(jnp.float32) + (1.0 if config.norm_plus_one else 0.0)
+    return (x * jax.lax.rsqrt(power + config.norm_eps) * _align(factor, x)).astype(config.dtype)
 
 
-def positions(real: jax.Array) -> jax.Array:
-    """Number of real tokens before each one, `[b, t]` int32; 0 at padding on the left."""
-    return jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+def embed(table: jax.Array, tokens: jax.Array, config: ModelConfig) -> jax.Array:
+    """`embed_scale E[tokens]`: `E: [v, d]`, `[b, t]` to `[b, t, d]` in the compute dtype."""
+    x = jnp.take(table, tokens, axis=0).astype(config.dtype)
+    # Gemma's factor is rounded to the compute dtype before it multiplies.
+    return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, config.dtype)
 
 
-def frequencies(config: ModelConfig) -> jax.Array:
-    """Rotary frequencies `w_j = theta^(-2j / h)`, `[h / 2]` float32, stretched by rope_scaling.
+def activate(x: jax.Array, config: ModelConfig) -> jax.Array:
+    """The activation of the MLP's gate."""
+    return nn.silu(x) if config.activation == "silu" else nn.gelu(x, approximate=True)
 
-    Source: Su et al., RoFormer, arXiv 2104.09864; `llama3` as in the Llama 3.1 release.
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """`cap tanh(x / cap)`, or x where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def score_scale(config: ModelConfig) -> float:
+    """What scores are multiplied by: `1 / sqrt(query_scalar)`, head_dim where there is none."""
+    return (config.query_scalar or config.head_dim) ** -0.5
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, config: ModelConfig
+) -> jax.Array:
+    """`softmax(cap(q k^T scale)) v` of grouped queries, for training.
+
+    Args:
+      q: `[b, t, n g, h]`.
+      k, v: `[b, s, n, h]`.
+      allowed: `[b or 1, 1, t, s]` bool.
+      config: for the scale and the soft cap.
+
+    Returns:
+      `[b, t, n g, h]` in the dtype of q; scores and softmax are float32.
     """
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    w = 1.0 / config.rope_theta**exponent
-    scaling = config.rope_scaling
-    if scaling is None:
-        return w
-    if scaling.rope_type == "linear":
-        return w / scaling.factor
-    turns = scaling.original_max_position * w / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1.0 - blend) * w / scaling.factor + blend * w
-
-
-def angles(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, `[b, t, 1, h / 2]` float32, of `position * w_j`; `positions: [b, t]`."""
-    phase = positions.astype(jnp.float32)[..., None, None] * frequencies(config)[None, None, None]
-    return jnp.cos(phase), jnp.sin(phase)
-
-
-def rotate(x: jax.Array, context: Context) -> jax.Array:
-    """Rotates the pairs `(x_j, x_{j + h/2})` of `x: [b, t, n, h]` by the angles of the context.
-
-    This is the half-rotation layout of Hugging Face checkpoints, so their weights load unpermuted.
-    """
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = context.cos, context.sin
-    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return turned.astype(x.dtype)
+    if config.attention_softcap is None:
+        # The library mixes bfloat16 with float32, which strict promotion would refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                q, k, v, mask=allowed, scale=score_scale(config))
+    grouped = rearrange(q, "b t (n g) h -> b t n g h", n=k.shape[2])
+    scores = jnp.einsum("btngh,bsnh->bngts", grouped, k, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores * score_scale(config), config.attention_softcap)
+    scores = jnp.where(allowed[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    share = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    y = jnp.einsum("bngts,bsnh->btngh", share, v, preferred_element_type=jnp.float32)
+    return rearrange(y.astype(q.dtype), "b t n g h -> b t (n g) h")
 
 
 def _align(v: jax.Array, x: jax.Array) -> jax.Array:

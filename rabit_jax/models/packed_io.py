@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rabit_jax.data.tokenizer import load_tokenizer
 from rabit_jax.errors import BadInput
-from rabit_jax.models.config import ModelConfig, from_hf, to_hf, token_ids
+from rabit_jax.models.card import CARD, packed_card
+from rabit_jax.models.checkpoint import with_end_tokens
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.config_hf import from_hf
+from rabit_jax.models.config_to_hf import to_hf
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.folder import (
     FILE,
@@ -22,6 +24,7 @@ from rabit_jax.models.folder import (
     find_folder,
     json_files,
     read_json,
+    read_tokenizer,
     write_folder,
 )
 from rabit_jax.models.hf import load_hf
@@ -41,19 +44,21 @@ from rabit_jax.models.packed_format import (
     packed_kernels,
     part_names,
 )
+from rabit_jax.weights.describe import describe
 from rabit_jax.weights.linear import is_weight
 from rabit_jax.weights.packed_types import abstract_packed, is_packed_node
 
 
 def save_packed(
     folder: str | Path, config: ModelConfig, params: Any, tokenizer: Any = None,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None, generation: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> Path:
     """Writes a packed model: config.json, model.safetensors, generation_config.json, tokenizer.
 
-    All is written beside the target and renamed, so nothing half-written stays; a model folder of
-    that name is replaced. What is not packed (embedding, norms, head, biases) is stored in float16
-    or bfloat16, whichever is closer to it.
+    Beside them lies a model card, README.md. All is written beside the target and renamed, so
+    nothing half-written stays; a model folder of that name is replaced. What is not packed
+    (embedding, norms, head, biases) is stored in float16 or bfloat16, whichever is closer to it.
 
     Args:
       folder: where to write.
@@ -62,6 +67,8 @@ def save_packed(
       tokenizer: of transformers, or a plain `tokenizers.Tokenizer`.
       extra: JSON fields to keep beside the format in `quantization_config` of config.json, such
         as the spec that the weights were trained with.
+      generation: content of generation_config.json beside the begin and end tokens.
+      base: the model that was quantised, a hub id or what a reader would call it, for the card.
 
     Returns:
       The folder.
@@ -83,9 +90,12 @@ def save_packed(
     types = sorted({one["type"] for one in headers.values()})
     quantization = {**(extra or {}), "quant_method": METHOD, "format": FORMAT, "version": VERSION,
                     "types": types}
-    files = json_files(raw)
+    files = json_files(raw, generation)
     files["config.json"]["quantization_config"] = quantization
-    return write_folder(folder, tensors, header, files, tokenizer)
+    sizes = describe(params)
+    files[CARD] = packed_card(Path(folder).name, sizes.bits_per_weight,
+                              sizes.stored_bits_per_weight, base)
+    return write_folder(folder, [(FILE, tensors)], header, files, tokenizer)
 
 
 def load_packed(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
@@ -100,7 +110,7 @@ def load_packed(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
 
     Raises:
       BadInput: no such folder or no packed model in it, a truncated or altered file, an unknown
-        version, a missing, extra or misshapen tensor; each by name.
+        version, a missing, extra or misshapen tensor; each by name; a tokenizer of another model.
     """
     folder = find_folder(folder)
     raw = read_json(folder / "config.json")
@@ -108,15 +118,15 @@ def load_packed(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
         raise BadInput(f"{folder} holds no packed model: the quantization_config of config.json "
                        f"names no quant_method {METHOD!r}")
     check_version(raw.pop("quantization_config"), f"{folder / 'config.json'}")
-    config = from_hf(raw)
+    config = with_end_tokens(from_hf(raw), folder)
+    tokenizer = read_tokenizer(folder, config.vocab_size)
     with open_packed(folder / FILE) as file:
         _check_config(file, raw, folder)
         shapes = param_shapes(config)
         nodes = packed_kernels(file, shapes)
         check_tensors(file, shapes, nodes)
         params = {path: _read(file, path, s, nodes.get(path)) for path, s in shapes.items()}
-    model = Decoder(dataclasses.replace(config, eos_ids=_eos_ids(folder, config)))
-    return model, unflatten_dict(params, sep="/"), load_tokenizer(folder)
+    return Decoder(config), unflatten_dict(params, sep="/"), tokenizer
 
 
 def load_model(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
@@ -237,10 +247,3 @@ def _read(file: PackedFile, path: str, shape: tuple[int, ...], node: Any) -> Any
 
 def _stack(rows: list[np.ndarray], path: str) -> jnp.ndarray:
     return jnp.asarray(np.stack(rows) if path.startswith("layers/") else rows[0])
-
-
-def _eos_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
-    """The end tokens of generation_config.json, or else of the config."""
-    file = folder / "generation_config.json"
-    ids = read_json(file).get("eos_token_id") if file.exists() else None
-    return config.eos_ids if ids is None else token_ids(ids)

@@ -35,7 +35,8 @@ class Engine:
       embed: `[v, d]`.
       head: `[d, v]` as an array, `Rows`, a weight node or a laid weight of one layer; None where
         the head is the embedding.
-      norms: `attn_norm`, `mlp_norm` `[l, d]` and `final_norm` `[d]`.
+      norms: those of the blocks `[l, d]`, of q and k `[l, h]` where there are any, by the last
+        part of their paths, and `final_norm` `[d]`.
       products: by the names of the matrices that are joined in it, such as "q k v": a laid weight
         with `matmul_at(x, layer)`, or a tuple with a matrix or weight node for each layer.
       biases: `[l, o]` by the name of the matrix.
@@ -98,13 +99,14 @@ def prepare(config: ModelConfig, params: Any) -> Engine:
         config = dataclasses.replace(config, dtype="float32")
     params = jax.tree.map(jnp.asarray, params)
     layers = params["layers"]
-    parts = {**layers["attn"], **layers["mlp"]}
+    inner = {**layers["attn"], **layers["mlp"]}
+    parts = {name: part for name, part in inner.items() if "kernel" in part}
     products = {}
     for group, limbs in GROUPS.items():
         for names in _alike(group, parts):
             nodes = [parts[name]["kernel"] for name in names]
             products[" ".join(names)] = _product(nodes, config, platform, limbs)
-    norms = {name: layers[name]["scale"] for name in ("attn_norm", "mlp_norm")}
+    norms = {name: part["scale"] for name, part in {**layers, **inner}.items() if "scale" in part}
     norms["final_norm"] = params["final_norm"]["scale"]
     biases = {name: part["bias"] for name, part in parts.items() if "bias" in part}
     embed, head = _ends(params, config, platform)

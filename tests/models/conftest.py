@@ -47,7 +47,7 @@ def tokens():
 # Inputs of 40 and 300: padded to one block and to two.
 SMALL = ModelConfig(
     vocab_size=61, d_model=40, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=10, d_hidden=300,
-    attention_bias=True, bos_id=1, eos_ids=(2, 5), max_position=48,
+    attention_bias=True, o_bias=True, bos_id=1, eos_ids=(2, 5), max_position=48,
 )
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -93,3 +93,17 @@ def random_params():
 def random_packed():
     """`random_packed(config, k, keep)` -> a params tree with packed linears."""
     return _packed
+
+
+@pytest.fixture(scope="session")
+def words():
+    """`words("a", "b")` -> a plain tokenizer of these words, the last one for unknown ones."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    def make(*vocabulary):
+        ids = {word: n for n, word in enumerate(vocabulary)}
+        plain = Tokenizer(models.WordLevel(ids, unk_token=vocabulary[-1]))
+        plain.pre_tokenizer = pre_tokenizers.Whitespace()
+        return plain
+
+    return make

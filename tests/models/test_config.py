@@ -40,13 +40,48 @@ def test_harmless_and_empty_fields_are_ignored():
     assert from_hf(BASE | noise) == from_hf(BASE)
 
 
-def test_mistral_without_a_window_is_a_llama():
+def test_mistral_differs_from_llama_by_its_window_alone():
     mistral = BASE | {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 2}
-    assert from_hf(mistral) == from_hf(BASE | {"num_key_value_heads": 2})
+    llama = dataclasses.replace(from_hf(BASE | {"num_key_value_heads": 2}), family="mistral")
+    assert from_hf(mistral) == llama
+    windowed = dataclasses.replace(llama, window=4096, local_layers=(True, True))
+    assert from_hf(mistral | {"sliding_window": 4096}) == windowed
     # transformers takes a missing window as 4096.
     del mistral["sliding_window"]
-    with pytest.raises(BadInput, match="^unsupported sliding_window 4096"):
-        from_hf(mistral | {"max_position_embeddings": 32768})
+    assert from_hf(mistral) == windowed
+
+
+GEMMA = {"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
+         "intermediate_size": 96, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("family, change, message", [
+    ("gemma2", {"use_bidirectional_attention": True}, "^unsupported use_bidirectional_attention"),
+    ("gemma2", {"sliding_window": None}, "sliding_window is None, wanted a positive integer"),
+    ("gemma2", {"hidden_activation": "gelu"}, "^unsupported hidden_act 'gelu'"),
+    ("gemma2", {"mlp_bias": True}, "^unsupported config field mlp_bias"),
+    ("gemma3_text", {"attn_logit_softcapping": 9.0}, "^unsupported .* attn_logit_softcapping"),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear",
+                                                               "factor": 2.0}}},
+     "^unsupported rope scaling of sliding_attention"),
+    ("gemma3", {}, "lacks text_config"),
+    ("qwen2", {"use_mrope": True}, "^unsupported config field use_mrope"),
+    ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "^unsupported layer_types 'chunked"),
+    ("qwen3", {"use_sliding_window": True, "layer_types": ["sliding_attention"]},
+     "layer_types names 1 layers, num_hidden_layers is 2"),
+    ("mistral", {"layer_types": ["sliding_attention", "full_attention"]},
+     "^unsupported layer_types of a mistral"),
+    ("qwen2_moe", {}, "^unsupported model_type 'qwen2_moe'"),
+])
+def test_features_of_families_are_refused_by_name(family, change, message):
+    with pytest.raises(BadInput, match=message):
+        from_hf({"model_type": family, **GEMMA, **change})
+
+
+def test_what_transformers_cannot_build_is_not_written():
+    config = dataclasses.replace(from_hf(BASE), final_softcap=30.0)
+    with pytest.raises(BadInput, match="^unsupported mixture: no LlamaForCausalLM"):
+        to_hf(config)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -54,7 +89,7 @@ def test_mistral_without_a_window_is_a_llama():
     ({"model_type": None}, "^unsupported model_type"),
     ({"hidden_act": "gelu"}, "^unsupported hidden_act 'gelu'"),
     ({"sliding_window": 16}, "^unsupported sliding_window 16"),
-    ({"layer_types": ["sliding_attention"]}, "^unsupported layer_types"),
+    ({"layer_types": ["sliding_attention"] * 2}, "^unsupported sliding_window None or layer_types"),
     ({"quantization_config": {"quant_method": "fp8"}}, "^unsupported quantization_config"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "^unsupported rope_type 'yarn'"),
     ({"rope_parameters": {"rope_type": "dynamic"}}, "^unsupported rope_type 'dynamic'"),
@@ -81,6 +116,7 @@ def test_round_trip(scaling):
     config = ModelConfig(
         vocab_size=128, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=24, d_hidden=96,
         rope_theta=5e5, rope_scaling=scaling, norm_eps=1e-5, tied_head=True, attention_bias=True,
+        o_bias=True,
         mlp_bias=True, initializer_range=0.01, bos_id=None, eos_ids=(3, 5), max_position=99,
         dtype="bfloat16", remat=True,
     )

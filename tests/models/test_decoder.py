@@ -64,7 +64,8 @@ def _random(c):
 
 
 @pytest.mark.parametrize("change", [
-    {}, {"tied_head": True, "attention_bias": True, "mlp_bias": True, "remat": True},
+    {}, {"tied_head": True, "attention_bias": True, "o_bias": True, "mlp_bias": True,
+         "remat": True},
 ])
 def test_logits_and_hidden_match_a_float64_loop(config, tokens, apply, change):
     c = dataclasses.replace(config, **change)
@@ -164,7 +165,7 @@ def test_bfloat16_compute_keeps_float32_logits_and_norms(config, params, tokens,
 
 
 def test_llama3_scaling_stretches_only_long_wavelengths(config, params, tokens):
-    from rabit_jax.models.layers import frequencies
+    from rabit_jax.models.rotary import frequencies
 
     c = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64))
     w, stretched = np.asarray(frequencies(config)), np.asarray(frequencies(c))

@@ -1,18 +1,22 @@
-"""Where text comes from, and which documents are held out for evaluation."""
+"""Where text comes from, and which documents are held out for evaluation.
 
-import difflib
-import glob
+A mix (`data.mix`) is read as a stream instead, see `mixed`.
+"""
+
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Literal
 
 from rabit_jax.data.embedded import embedded_documents
+from rabit_jax.data.files import file_documents
+from rabit_jax.data.hub import hub_documents
+from rabit_jax.data.mix import Part, identity, stream
 from rabit_jax.errors import BadInput
 
-SOURCES = ("embedded", "files", "hub")
-PIECE = 32 * 1024  # characters in one document of a file that is cut up
+SOURCES = ("embedded", "files", "hub", "mix")
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,12 @@ class DataConfig:
     """What to train and evaluate on, and how it becomes tokens.
 
     Attributes:
-      source: "embedded" (text every Python carries), "files" or "hub".
+      source: "embedded" (text every Python carries), "files", "hub", or "mix".
+      mix: The parts of the training text, one after another, for source "mix".
+      mix_eval: The parts of its evaluation text; training leaves their documents out.
+      mix_unseen: The parts of a text that is scored apart; training leaves them out too.
+      begin: Put the tokeniser's begin token in place of the first token of every window, as models
+        want it that saw one before every text (Gemma).
       files: Paths or globs of UTF-8 training text, for source "files".
       eval_files: Paths or globs of evaluation text; where given, all evaluation text is theirs.
       unseen_files: Paths or globs of text from a source that training never sees, scored apart.
@@ -30,7 +39,8 @@ class DataConfig:
       hub_eval_split: Split that is read for evaluation; "" holds documents of `hub_split` out.
       hub_text_column: Column that holds the text.
       streaming: Read a hub dataset as it downloads instead of storing it first.
-      max_documents: Most documents read from each place; 0 reads all, and all are held in memory.
+      max_documents: Most documents read from each place; 0 reads all, and all are held in memory
+        (but those of a mix, whose parts have limits of their own).
       eval_fraction: Expected share of documents held out where evaluation has no place of its own.
       vocab_size: Size of the tokeniser where one is trained.
       seed: Chooses the documents held out.
@@ -38,6 +48,10 @@ class DataConfig:
     """
 
     source: str = "embedded"
+    mix: tuple[Part, ...] = ()
+    mix_eval: tuple[Part, ...] = ()
+    mix_unseen: tuple[Part, ...] = ()
+    begin: bool = False
     files: tuple[str, ...] = ()
     eval_files: tuple[str, ...] = ()
     unseen_files: tuple[str, ...] = ()
@@ -70,10 +84,12 @@ def documents(config: DataConfig) -> tuple[list[str], list[str]]:
       `(train, evaluation)`, each in the order of the source.
 
     Raises:
-      BadInput: Unknown source, a pattern without files, text that is not UTF-8, a dataset that
-        cannot be read, or nothing left on one side.
+      BadInput: Unknown source, a mix, a pattern without files, text that is not UTF-8, a dataset
+        that cannot be read, or nothing left on one side.
     """
-    _check(config)
+    check_data(config)
+    if config.source == "mix":
+        raise BadInput("a mix is a stream and not held as documents; read it as tokens")
     train = _unique(_training(config))
     held = _evaluation(config)
     if held is None:
@@ -94,7 +110,7 @@ def unseen_documents(config: DataConfig, seen: Iterable[str]) -> list[str]:
     Raises:
       BadInput: A pattern without files, text that is not UTF-8, or a document that is in `seen`.
     """
-    found = _unique(_first(_file_documents(config.unseen_files), config.max_documents))
+    found = _unique(_first(file_documents(config.unseen_files), config.max_documents))
     if both := set(found) & set(seen):
         raise BadInput(
             f"{len(both)} of {len(found)} documents of data.unseen_files are in the training or"
@@ -103,7 +119,24 @@ def unseen_documents(config: DataConfig, seen: Iterable[str]) -> list[str]:
     return found
 
 
-def _check(config: DataConfig) -> None:
+def mixed(config: DataConfig, side: Literal["train", "eval", "unseen"]) -> tuple[Callable, dict]:
+    """One side of a mix, as `tokenise_stream` takes it: what opens it, and its recipe.
+
+    No document is on two sides: training leaves out those of the other two, and the unseen text
+    those of evaluation. A side without parts has an empty recipe.
+    """
+    check_data(config)
+    parts, without = {
+        "train": (config.mix, (*config.mix_eval, *config.mix_unseen)),
+        "eval": (config.mix_eval, ()),
+        "unseen": (config.mix_unseen, config.mix_eval),
+    }[side]
+    recipe = {"parts": identity(parts), "without": identity(without)} if parts else {}
+    return partial(stream, parts, without), recipe
+
+
+def check_data(config: DataConfig) -> None:
+    """Raises BadInput for settings that cannot be or do not go with the source."""
     if config.source not in SOURCES:
         raise BadInput(f"data.source is {config.source!r}; choose one of {', '.join(SOURCES)}")
     if not 0 < config.eval_fraction < 1:
@@ -114,22 +147,53 @@ def _check(config: DataConfig) -> None:
         raise BadInput("data.source is 'files' but data.files is empty; list paths or globs there")
     if config.source == "hub" and not config.hub:
         raise BadInput("data.source is 'hub' but data.hub is empty; give a dataset id there")
+    _check_mix(config)
+
+
+def _check_mix(config: DataConfig) -> None:
+    if config.source != "mix":
+        for name in ("mix", "mix_eval", "mix_unseen"):
+            if getattr(config, name):
+                raise BadInput(
+                    f"data.{name} goes with data.source=mix, not {config.source!r}; change one"
+                )
+        return
+    for name in ("mix", "mix_eval"):
+        if not getattr(config, name):
+            raise BadInput(f"data.source is 'mix' but data.{name} is empty; list its parts there")
+    for name in ("files", "eval_files", "unseen_files", "hub", "max_documents"):
+        if getattr(config, name):
+            raise BadInput(
+                f"data.{name} is not read with data.source=mix; put it into a part of data.mix,"
+                " data.mix_eval or data.mix_unseen"
+            )
 
 
 def _training(config: DataConfig) -> list[str]:
     if config.source == "files":
-        return _first(_file_documents(config.files), config.max_documents)
+        return _first(file_documents(config.files), config.max_documents)
     if config.source == "hub":
-        return _hub_documents(config, config.hub_split)
+        return _hub(config, config.hub_split)
     return _first(embedded_documents(), config.max_documents)
 
 
 def _evaluation(config: DataConfig) -> list[str] | None:
     if config.eval_files:
-        return _first(_file_documents(config.eval_files), config.max_documents)
+        return _first(file_documents(config.eval_files), config.max_documents)
     if config.source == "hub" and config.hub_eval_split:
-        return _hub_documents(config, config.hub_eval_split)
+        return _hub(config, config.hub_eval_split)
     return None
+
+
+def _hub(config: DataConfig, split: str) -> list[str]:
+    rows = hub_documents(
+        config.hub,
+        config.hub_config,
+        split,
+        column=config.hub_text_column,
+        streaming=config.streaming,
+    )
+    return _first(rows, config.max_documents)
 
 
 def _split(texts: list[str], config: DataConfig) -> tuple[list[str], list[str]]:
@@ -166,92 +230,3 @@ def _without(texts: list[str], held: list[str]) -> list[str]:
 
 def _first(texts: Iterable[str], most: int) -> list[str]:
     return list(itertools.islice(texts, most or None))
-
-
-def _file_documents(patterns: tuple[str, ...]) -> Iterator[str]:
-    """A small file is one document, a big one is cut at blank lines or ends of lines."""
-    paths = dict.fromkeys(path for pattern in patterns for path in _matches(pattern))
-    for path in paths:
-        yield from _pieces(_read(path))
-
-
-def _matches(pattern: str) -> list[Path]:
-    whole = Path(pattern).expanduser()
-    if whole.is_file():
-        return [whole]
-    found = sorted(map(Path, glob.glob(str(whole), recursive=True)))
-    if paths := [path for path in found if path.is_file()]:
-        return paths
-    raise BadInput(f"no file matches {pattern!r}{_nearest(whole)}; correct the path or glob")
-
-
-def _nearest(path: Path) -> str:
-    folder = path if path.is_dir() else path.parent
-    if not folder.is_dir():
-        return ""
-    files = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    near = difflib.get_close_matches(path.name, files, n=1, cutoff=0.0)
-    return f" (the nearest file there is {str(folder / near[0])!r})" if near else ""
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise BadInput(f"cannot read {str(path)!r}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{str(path)!r} is not UTF-8 text at byte {error.start}"
-            f" (0x{error.object[error.start]:02x}); convert it to UTF-8"
-        ) from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def _pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """`text` in order and complete, in pieces of at most `size` characters.
-
-    A piece ends at the last blank line in its second half; where there is none, at the last end
-    of a line there, at the last space, or else right at `size`.
-    """
-    start = 0
-    while len(text) - start > size:
-        end = start + size
-        for mark in ("\n\n", "\n", " "):
-            found = text.rfind(mark, start + size // 2, end)
-            if found >= 0:
-                end = found + len(mark)
-                break
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _hub_documents(config: DataConfig, split: str) -> list[str]:
-    """Texts of one split; every failure of the library becomes one sentence."""
-    try:
-        import datasets
-
-        rows = datasets.load_dataset(
-            config.hub, config.hub_config or None, split=split, streaming=config.streaming
-        )
-        return _first(_column(rows, config, split), config.max_documents)
-    except BadInput:
-        raise
-    except Exception as error:  # the library raises dozens of types, its transports more
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(
-            f"cannot read split {split!r} of dataset {config.hub!r}"
-            f" ({type(error).__name__}: {reason}); check the name, the configuration and the"
-            " network, or use data.source=embedded"
-        ) from error
-
-
-def _column(rows: Iterable[dict], config: DataConfig, split: str) -> Iterator[str]:
-    column = config.hub_text_column
-    for row in rows:
-        if not isinstance(row.get(column), str):
-            raise BadInput(
-                f"split {split!r} of dataset {config.hub!r} has no text in column {column!r}; set"
-                f" data.hub_text_column to one of {', '.join(map(str, row))}"
-            )
-        yield row[column]

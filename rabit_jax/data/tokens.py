@@ -5,24 +5,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import sys
-import zlib
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rabit_jax.data.token_cache import Digest, build, check_tokenizer, head, read_header
 from rabit_jax.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-VERSION = 1  # of the cache's layout; a new number leaves old files unused
-CHUNK = 1 << 20  # characters tokenised at once
-SLOW = 4 << 20  # bytes of text above which a progress bar appears
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,43 +38,99 @@ class TokenText:
 
 
 def tokenise(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path
+    documents: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | Path,
+    what: str = "the text",
 ) -> TokenText:
     """Tokens of `documents`, from the cache where the same text met the same tokeniser before.
 
-    The cache is `<digest>.bin` (the tokens) beside `<digest>.json` (dtype, counts, checksum), the
-    latter written last and both by renaming, so a stopped run leaves nothing half-written. Files
-    that do not agree are built again, with one line on stderr.
+    The cache is `<digest>.bin` (the tokens) beside `<digest>.json` (dtype, counts, checksum), so a
+    stopped run leaves nothing half-written. Files that do not agree are built again, with one line
+    on stderr.
 
     Args:
       documents: The text.
       tokenizer: A fast tokeniser (one with a tokenizer.json) that has an end-of-text token.
       cache_dir: Folder of the cache, created where missing.
+      what: The text's name in the progress bar and in messages.
 
     Raises:
       BadInput: No text, an unfit tokeniser, or a folder that cannot be written (a full disk).
     """
-    if not any(documents):
-        raise BadInput("found no text to tokenise; give documents that are not empty")
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise BadInput(
-            f"the tokeniser {type(tokenizer).__name__} has no tokenizer.json or no end-of-text"
-            " token; wanted both; use a model whose folder has them"
-        )
-    digest = _digest(documents, tokenizer)
-    path = Path(cache_dir) / f"{digest}.bin"
-    header = _valid_header(path)
+    check_tokenizer(tokenizer)
+    digest = Digest(tokenizer)
+    size = 0
+    for text in documents:
+        data = text.encode()
+        digest.add(data)
+        size += len(data)
+    header = read_header(Path(cache_dir) / f"{digest.hex()}.bin") or _build(
+        cache_dir, [(documents, 0)], tokenizer, what, size
+    )
+    return _opened(cache_dir, header)
+
+
+def tokenise_stream(
+    parts: Callable[[], Iterable[tuple[Iterable[str], int]]],
+    recipe: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | Path,
+    what: str = "the text",
+) -> TokenText:
+    """Tokens of text that is read once, document by document, and never held whole.
+
+    `<key>.recipe.json`, key the sha256 of recipe and tokeniser, says which digest the text had
+    when it was read; as long as it and the tokens are in the cache, `parts` is not called. A
+    stopped run starts the text again.
+
+    Args:
+      parts: Gives the documents of each part with the number of tokens after which the rest of
+        that part is left (0 never), as `rabit_jax.data.mix.stream` does.
+      recipe: All that the text depends on, as JSON.
+      tokenizer: As in `tokenise`.
+      cache_dir: As in `tokenise`.
+      what: As in `tokenise`.
+
+    Raises:
+      BadInput: As `tokenise`, and what `parts` raises.
+    """
+    check_tokenizer(tokenizer)
+    text = json.dumps([recipe, head(tokenizer)], sort_keys=True)
+    side = Path(cache_dir) / f"{hashlib.sha256(text.encode()).hexdigest()}.recipe.json"
+    header = _recalled(side)
     if header is None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            header = _build(path, documents, tokenizer)
-        except OSError as error:
-            raise BadInput(
-                f"cannot write the token cache in {str(cache_dir)!r} ({error.strerror or error});"
-                " free space there or set data.cache to another folder"
-            ) from error
+        header = _build(cache_dir, parts(), tokenizer, what)
+        new = side.with_suffix(f".{uuid.uuid4().hex}")
+        new.write_text(json.dumps({"digest": header["digest"], "recipe": recipe}, indent=1))
+        new.replace(side)
+    return _opened(cache_dir, header)
+
+
+def _recalled(side: Path) -> dict | None:
+    """The header of the tokens that a recipe came to; None where they are not in the cache."""
+    try:
+        digest = json.loads(side.read_text())["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return read_header(side.parent / f"{digest}.bin")
+
+
+def _build(cache_dir: str | Path, *arguments: Any) -> dict:
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        return build(Path(cache_dir), *arguments)
+    except OSError as error:
+        raise BadInput(
+            f"cannot write the token cache in {str(cache_dir)!r} ({error.strerror or error});"
+            " free space there or set data.cache to another folder"
+        ) from error
+
+
+def _opened(cache_dir: str | Path, header: dict) -> TokenText:
+    path = Path(cache_dir) / f"{header['digest']}.bin"
     tokens = np.memmap(path, header["dtype"], "r", shape=(header["tokens"],))
-    return TokenText(tokens, header["bytes"], header["documents"], digest)
+    return TokenText(tokens, header["bytes"], header["documents"], header["digest"])
 
 
 def batch(
@@ -156,92 +207,3 @@ def _epoch(seed: int, epoch: int, count: int, length: int) -> tuple[int, np.ndar
     order = np.argsort(bits.random_raw(count), kind="stable")
     order.setflags(write=False)
     return offset, order
-
-
-def _digest(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
-    model = json.loads(tokenizer.backend_tokenizer.to_str())
-    model.pop("truncation", None)  # state of the last call, without effect on the next
-    model.pop("padding", None)
-    head = {"version": VERSION, "end": tokenizer.eos_token_id, "tokenizer": model}
-    hashed = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
-    for text in documents:
-        data = text.encode()
-        hashed.update(len(data).to_bytes(8, "big"))
-        hashed.update(data)
-    return hashed.hexdigest()
-
-
-def _valid_header(path: Path) -> dict | None:
-    """The header of a sound cache file; None where there is none or it is damaged."""
-    side = path.with_suffix(".json")
-    if not side.exists():
-        return None
-    try:
-        header = json.loads(side.read_text())
-        sound = header["digest"] == path.stem and header["crc32"] == _crc32(path)
-        sound &= header["tokens"] * np.dtype(header["dtype"]).itemsize == path.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        print(f"token cache {path} is damaged; building it again", file=sys.stderr)
-        return None
-    return header
-
-
-def _crc32(path: Path) -> int:
-    total = 0
-    with path.open("rb") as file:
-        while part := file.read(1 << 22):
-            total = zlib.crc32(part, total)
-    return total
-
-
-def _build(path: Path, documents: list[str], tokenizer: PreTrainedTokenizerBase) -> dict:
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    size = sum(len(text.encode()) for text in documents)
-    header = {"digest": path.stem, "dtype": dtype.name, "documents": len(documents), "bytes": size}
-    work, side = (path.with_suffix(f".{os.getpid()}.{end}") for end in ("bin", "json"))
-    try:
-        with work.open("wb") as file:
-            for ids in _encoded(documents, tokenizer, size):
-                file.write(np.asarray(ids, dtype).tobytes())
-        header["tokens"] = work.stat().st_size // dtype.itemsize
-        header["crc32"] = _crc32(work)
-        side.write_text(json.dumps(header))
-        os.replace(work, path)
-        os.replace(side, path.with_suffix(".json"))
-    finally:
-        work.unlink(missing_ok=True)
-        side.unlink(missing_ok=True)
-    return header
-
-
-def _encoded(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, size: int
-) -> Iterator[list[int]]:
-    """Ids of each document with its end, under a progress bar on stderr where it takes long."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=size < SLOW, transient=True) as bar:
-        task = bar.add_task("tokenising", total=size)
-        for group in _groups(documents):
-            encoded = tokenizer(
-                group, add_special_tokens=False, return_attention_mask=False, verbose=False
-            )
-            for ids in encoded["input_ids"]:
-                yield [*ids, tokenizer.eos_token_id]
-            bar.advance(task, sum(len(text.encode()) for text in group))
-
-
-def _groups(documents: list[str]) -> Iterator[list[str]]:
-    group: list[str] = []
-    size = 0
-    for text in documents:
-        group.append(text)
-        size += len(text)
-        if size >= CHUNK:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group

@@ -14,7 +14,8 @@ _PACKED = """\
 from rabit_jax.models import generate, load_packed
 model, params, tokenizer = load_packed("FOLDER")
 prompt = tokenizer(["The list"], return_tensors="np")["input_ids"]
-print(tokenizer.decode(generate(model, params, prompt, eos_ids=model.config.eos_ids)[0]))"""
+new = generate(model, params, prompt, max_new_tokens=32, eos_ids=model.config.eos_ids)
+print(tokenizer.decode(new[0]))"""
 _DENSE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
@@ -72,11 +73,12 @@ def base_and_licence(folder: Path) -> tuple[str | None, str | None]:
 
     A card whose front matter cannot be read counts as one that says nothing.
     """
+    import yaml
     from huggingface_hub import ModelCard
 
     try:
         data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
-    except (OSError, ValueError):  # none there, or a text that is no card
+    except (OSError, ValueError, yaml.YAMLError):  # none there, or a text that is no card
         return None, None
     base = data.base_model
     return (base if isinstance(base, str) else None), data.license
@@ -97,7 +99,7 @@ def _load(code: str) -> list[str]:
 
 
 def _list(lines: Mapping[str, Any], licence: str | None) -> str:
-    told = licence or "not known here: that of the base model applies"
+    told = licence or "not known here; where there is a base model, that one's applies"
     return "\n".join(f"* {name}: {value}" for name, value in {**lines, "licence": told}.items())
 
 

@@ -169,9 +169,8 @@ def _shards(folder: Path) -> list[Path]:
             raise BadInput(f"{index} has no weight_map from tensors to files of this folder: "
                            "fetch it again")
         return [folder / name for name in sorted(names)]
-    other = sorted(f.name for f in folder.glob("*.bin"))
-    raise BadInput(f"{folder} holds no {FILE} and no {INDEX}"
-                   + (f", only {other[0]}: convert the weights to safetensors" if other else ""))
+    raise BadInput(f"{folder} holds no {FILE} and no {INDEX}: convert the model to safetensors, or "
+                   "take one that has them")
 
 
 def _plain(name: str) -> str:

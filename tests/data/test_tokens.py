@@ -6,7 +6,15 @@ import math
 import numpy as np
 import pytest
 
-from rabit_jax.data import batch, tokenise, tokens, train_tokenizer, windows
+from rabit_jax.data import (
+    batch,
+    counting,
+    token_cache,
+    tokenise,
+    tokens,
+    train_tokenizer,
+    windows,
+)
 from rabit_jax.errors import BadInput
 
 TEXTS = ["The first document, naïve.\n", "Another one here.", "", "The last one."]
@@ -40,7 +48,7 @@ def test_tokens_are_those_of_each_document_and_its_end(tokenizer, tmp_path):
 
 def test_many_groups_give_the_same_tokens(tokenizer, tmp_path, monkeypatch):
     whole = tokenise(TEXTS * 5, tokenizer, tmp_path / "a").tokens
-    monkeypatch.setattr(tokens, "CHUNK", 30)
+    monkeypatch.setattr(token_cache, "CHUNK", 30)
     assert np.array_equal(tokenise(TEXTS * 5, tokenizer, tmp_path / "b").tokens, whole)
 
 
@@ -53,7 +61,7 @@ def test_big_vocabularies_need_wider_tokens(tmp_path, size, dtype):
 
 def test_the_second_time_nothing_is_tokenised(tokenizer, tmp_path, monkeypatch, capsys):
     first = tokenise(TEXTS, tokenizer, tmp_path)
-    monkeypatch.setattr(tokens, "_encoded", None)
+    monkeypatch.setattr(token_cache, "_encoded", None)
     second = tokenise(TEXTS, tokenizer, tmp_path)
     assert np.array_equal(first.tokens, second.tokens)
     assert (first.digest, first.bytes, first.documents) == (
@@ -116,10 +124,10 @@ def test_a_damaged_cache_is_built_again(tokenizer, tmp_path, capsys, damage):
 
 def test_a_stopped_run_leaves_nothing(tokenizer, tmp_path, monkeypatch):
     def stop(*args):
-        yield [1, 2]
+        yield "first", [1, 2]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokens, "_encoded", stop)
+    monkeypatch.setattr(token_cache, "_encoded", stop)
     with pytest.raises(KeyboardInterrupt):
         tokenise(TEXTS, tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -129,7 +137,7 @@ def test_a_full_disk_is_one_sentence(tokenizer, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tokens.os, "replace", full)
+    monkeypatch.setattr(token_cache.os, "replace", full)
     with pytest.raises(BadInput, match="No space left on device.* free space"):
         tokenise(TEXTS, tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -147,9 +155,11 @@ def test_unfit_input_is_refused(tokenizer, tmp_path):
 def test_a_progress_bar_only_for_much_text(tokenizer, tmp_path, monkeypatch, capfd):
     tokenise(TEXTS, tokenizer, tmp_path)
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setattr(tokens, "SLOW", 1)
-    tokenise(TEXTS[:2], tokenizer, tmp_path)
-    assert capfd.readouterr().out == ""
+    monkeypatch.setattr(counting, "SLOW", 1)
+    monkeypatch.setattr(counting, "LINE_SECONDS", 0)
+    tokenise(TEXTS[:2], tokenizer, tmp_path, "my text")
+    out, err = capfd.readouterr()
+    assert out == "" and "tokenising my text: 2 documents" in err
 
 
 def starts(n, batch_size, length, seed, steps):

@@ -137,12 +137,6 @@ def test_a_damaged_index_is_named(folder, index):
         load_hf(folder)
 
 
-def test_other_weight_files_are_named(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(BadInput, match="only pytorch_model.bin: convert the weights to safetens"):
-        load_hf(folder)
-
-
 LOADING = """
 import json, sys
 from pathlib import Path

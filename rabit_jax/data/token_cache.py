@@ -1,0 +1,163 @@
+"""The token cache: files that are whole or not there, named by what they hold.
+
+`<digest>.bin` holds tokens, `<digest>.json` beside it their dtype, counts and checksum; the latter
+is written last, and both by renaming.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rabit_jax.data.counting import counting
+from rabit_jax.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = 1  # of the cache's layout; a new number leaves old files unused
+CHUNK = 1 << 20  # characters tokenised at once
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises BadInput for a tokeniser without a tokenizer.json or an end-of-text token."""
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise BadInput(
+            f"the tokeniser {type(tokenizer).__name__} has no tokenizer.json or no end-of-text"
+            " token; wanted both; use a model whose folder has them"
+        )
+
+
+def head(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What tokens depend on besides the text, as JSON."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())
+    model.pop("truncation", None)  # state of the last call, without effect on the next
+    model.pop("padding", None)
+    return {"version": VERSION, "end": tokenizer.eos_token_id, "tokenizer": model}
+
+
+class Digest:
+    """sha256 over the tokeniser and each document with its length, in hex."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        text = json.dumps(head(tokenizer), sort_keys=True)
+        self._hashed = hashlib.sha256(text.encode())
+
+    def add(self, data: bytes) -> None:
+        """Takes the UTF-8 bytes of the next document."""
+        self._hashed.update(len(data).to_bytes(8, "big"))
+        self._hashed.update(data)
+
+    def hex(self) -> str:
+        """Of the documents so far."""
+        return self._hashed.hexdigest()
+
+
+def read_header(path: Path) -> dict | None:
+    """The header of a sound cache file; None where there is none or it is damaged."""
+    side = path.with_suffix(".json")
+    if not side.exists():
+        return None
+    try:
+        header = json.loads(side.read_text())
+        sound = header["digest"] == path.stem and header["crc32"] == _crc32(path)
+        sound &= header["tokens"] * np.dtype(header["dtype"]).itemsize == path.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        print(f"token cache {path} is damaged; building it again", file=sys.stderr)
+        return None
+    return header
+
+
+def _crc32(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            total = zlib.crc32(part, total)
+    return total
+
+
+def build(
+    folder: Path,
+    parts: Iterable[tuple[Iterable[str], int]],
+    tokenizer: PreTrainedTokenizerBase,
+    what: str,
+    size: int | None = None,
+) -> dict:
+    """Tokenises text into the cache, and returns the header of what it holds then.
+
+    Args:
+      folder: The cache.
+      parts: Documents with the number of tokens after which the rest of them is left; 0 never.
+      tokenizer: It appends its end-of-text token to each document.
+      what: The text's name in the progress bar.
+      size: UTF-8 bytes of the text, where they are known.
+
+    Raises:
+      BadInput: There is no text.
+      OSError: The folder cannot be written.
+    """
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    work, side = (folder / f"new.{uuid.uuid4().hex}.{end}" for end in ("bin", "json"))
+    header = {"dtype": dtype.name, "documents": 0, "bytes": 0, "tokens": 0}
+    digest = Digest(tokenizer)
+    try:
+        with work.open("wb") as file, counting(f"tokenising {what}", size) as count:
+            for documents, most in parts:
+                before = header["tokens"]
+                for text, ids in _encoded(documents, tokenizer):
+                    data = text.encode()
+                    digest.add(data)
+                    file.write(np.asarray(ids, dtype).tobytes())
+                    header["documents"] += 1
+                    header["bytes"] += len(data)
+                    header["tokens"] += len(ids)
+                    count(header["bytes"], header["documents"], header["tokens"])
+                    if most and header["tokens"] - before >= most:
+                        break
+        if not header["bytes"]:
+            raise BadInput(f"found no text to tokenise for {what}; give documents that have some")
+        header |= {"digest": digest.hex(), "crc32": _crc32(work)}
+        side.write_text(json.dumps(header))
+        path = folder / f"{digest.hex()}.bin"
+        os.replace(work, path)
+        os.replace(side, path.with_suffix(".json"))
+    finally:
+        work.unlink(missing_ok=True)
+        side.unlink(missing_ok=True)
+    return header
+
+
+def _encoded(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, list[int]]]:
+    """Each document with its ids and the end-of-text token."""
+    for group in _groups(documents):
+        encoded = tokenizer(
+            group, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        for text, ids in zip(group, encoded["input_ids"], strict=True):
+            yield text, [*ids, tokenizer.eos_token_id]
+
+
+def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for text in documents:
+        group.append(text)
+        size += len(text)
+        if size >= CHUNK:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

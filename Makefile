@@ -10,9 +10,10 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --quiet --progr
 VENV := .venv/python-$(VERSION)
 INSTALLED := .venv/installed-$(VERSION)
 INSTALLED_TEST := .venv/installed-test-$(VERSION)
+INSTALLED_DOCS := .venv/installed-docs-$(VERSION)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-more test-slow lint clean
+.PHONY: help quickstart test test-more test-slow lint docs clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -34,8 +35,12 @@ test-slow: $(INSTALLED_TEST) ## only the tests that take minutes each
 lint: $(INSTALLED_TEST) ## ruff check
 	@$(RUN) -m ruff check --output-format concise .
 
-clean: ## remove .venv and caches, not runs/
-	rm -rf .venv .cache .pytest_cache .ruff_cache
+docs: $(INSTALLED_DOCS) ## the documentation site, to build/docs; warnings are errors
+	@JAX_PLATFORMS=cpu $(RUN) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "documentation: build/docs/index.html"
+
+clean: ## remove .venv, caches and the built documentation, not runs/
+	rm -rf .venv .cache .pytest_cache .ruff_cache build docs/_generated
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV):
@@ -54,6 +59,11 @@ $(VENV):
 $(INSTALLED): requirements.txt | $(VENV)
 	@echo "installing requirements.txt into .venv (some minutes the first time)"
 	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(INSTALLED_DOCS): requirements-docs.txt $(INSTALLED)
+	@echo "installing requirements-docs.txt into .venv"
+	@$(PIP) -r requirements-docs.txt
 	@touch $@
 
 # jax_triton imports beside a CUDA plugin only; its 19 MB alone let a CPU lower kernels for a GPU.

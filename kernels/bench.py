@@ -45,8 +45,10 @@ DEFAULTS = {
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     from rabit_jax.experiments.bench import Parser
+    from rabit_jax.experiments.console import EXIT_CODES
 
-    top = Parser(prog="python -m kernels.bench", description=__doc__, epilog=EXAMPLES,
+    top = Parser(prog="python -m kernels.bench", description=__doc__,
+                 epilog=f"{EXAMPLES}\n{EXIT_CODES}",
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     add = top.add_argument
     add("--decode", action="store_true", help="tokens per second of a whole model")
@@ -237,7 +239,12 @@ def save(result: dict[str, Any], mode: str) -> None:
     say(f"saved {mode} to {file}")
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 2 for bad input, 130 when stopped."""
     from rabit_jax.experiments.console import main_guard
 
-    sys.exit(main_guard(lambda: run(sys.argv[1:])))
+    return main_guard(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,11 +25,19 @@ from rabit_jax.init import (
     Stats,
     UniformResidualSpec,
     calibrate,
+    calibrate_flax,
     residual,
     scaled,
     svid,
 )
-from rabit_jax.models import generate, load_hf, load_model, save_hf
+from rabit_jax.models import (
+    generate,
+    load_hf,
+    load_model,
+    load_packed_params,
+    save_hf,
+    save_packed_params,
+)
 from rabit_jax.weights import (
     LLAMA_LINEARS,
     IndependentSign,
@@ -64,6 +72,7 @@ __all__ = [
     "UniformResidualSpec",
     "Weight",
     "calibrate",
+    "calibrate_flax",
     "convert",
     "cost",
     "dense",
@@ -73,9 +82,11 @@ __all__ = [
     "linear",
     "load_hf",
     "load_model",
+    "load_packed_params",
     "pack",
     "residual",
     "save_hf",
+    "save_packed_params",
     "scaled",
     "svid",
 ]

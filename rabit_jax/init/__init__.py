@@ -3,6 +3,7 @@
 from rabit_jax.init.codebook import CodebookSpec
 from rabit_jax.init.compose import ScaledSpec, Spec, SumSpec, residual, scaled
 from rabit_jax.init.dual_binary import DualBinarySpec
+from rabit_jax.init.foreign import calibrate_flax
 from rabit_jax.init.frozen import FrozenPathSpec
 from rabit_jax.init.group_uniform import GroupUniformSpec
 from rabit_jax.init.importance import Stats, importance
@@ -29,6 +30,7 @@ __all__ = [
     "SumSpec",
     "UniformResidualSpec",
     "calibrate",
+    "calibrate_flax",
     "greedy",
     "importance",
     "rank_for_bits",

@@ -14,7 +14,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.init.importance import Stats, importance
 from rabit_jax.init.svid import SMALLEST
 from rabit_jax.weights.codebook import Codebook
-from rabit_jax.weights.convert import per_layer
+from rabit_jax.weights.convert import per_layer, split_key
 from rabit_jax.weights.ste import F32
 
 SCORES = 2**22  # distances held at a time: 16 MB
@@ -71,7 +71,8 @@ class CodebookSpec:
         Args:
           w: float `[..., i, o]`.
           stats: calibration statistics `[..., i]`, `[..., o]`; None fits the plain squared error.
-          key: draws the entries that k-means starts from; None for `jax.random.key(0)`.
+          key: draws the entries that k-means starts from, one key for all or one per layer;
+            None for `jax.random.key(0)`.
 
         Returns:
           A node without latent: its codes are fixed from here on.
@@ -90,7 +91,7 @@ def _fit(spec: CodebookSpec, w: jax.Array, stats: Stats | None, key: jax.Array) 
     if stats is None:
         stats = Stats(jnp.ones((*lead, i)), jnp.ones((*lead, o)))
     d_in, d_out = importance(stats.s_in, spec.a_in), importance(stats.s_out, spec.a_out)
-    keys = jax.random.split(key, tuple(lead))
+    keys = split_key(key, lead)
     return per_layer(partial(_fit_layer, spec), w, d_in, d_out, keys)
 
 

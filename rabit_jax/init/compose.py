@@ -18,6 +18,7 @@ from rabit_jax.init.independent import IndependentSignSpec
 from rabit_jax.init.low_rank import LowRankSignSpec
 from rabit_jax.init.residual import ResidualSignSpec
 from rabit_jax.init.uniform import UniformResidualSpec
+from rabit_jax.weights.convert import fold_key
 from rabit_jax.weights.scaled import rescaled
 from rabit_jax.weights.ste import F32, outer
 from rabit_jax.weights.sum import SumWeight
@@ -89,7 +90,7 @@ class SumSpec:
         """Kernel `[..., i, o]` -> `SumWeight`; every part sees the same statistics."""
         terms, rest = [], w.astype(F32)
         for n, part in enumerate(self.parts):
-            own = None if key is None else jax.random.fold_in(key, n)
+            own = None if key is None else fold_key(key, n)
             terms.append(part.init(rest, stats, own))
             rest = rest - terms[-1].dense()
         return SumWeight(tuple(terms))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rabit_jax.init.importance import Stats
 from rabit_jax.weights.convert import map_leaves
 from rabit_jax.weights.packed import PackedSign
+from rabit_jax.weights.reshaped import Reshaped
 from rabit_jax.weights.scaled import ScaledWeight
 from rabit_jax.weights.ste import F32
 from rabit_jax.weights.sum import SumWeight
@@ -56,6 +57,8 @@ def _chosen(node: Any, s_in: Any) -> Any:
         return SumWeight(tuple(_chosen(term, s_in) for term in node.terms))
     if isinstance(node, ScaledWeight):
         return node.replace(inner=_chosen(node.inner, s_in * node.d_in.astype(F32)))
+    if isinstance(node, Reshaped):
+        return node.replace(matrix=_chosen(node.matrix, s_in))
     if not isinstance(node, PackedSign):
         return node
     return node.replace(limbs=3 if outlier_ratio(s_in, node.h) > LARGEST_RATIO else 2)

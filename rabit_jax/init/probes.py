@@ -7,7 +7,7 @@ collects the statistics of all layers through scan, remat and any mesh, without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -94,7 +94,18 @@ def _square_sum(a: jax.Array, mask: jax.Array, clip: float) -> jax.Array:
 _probed.defvjp(_probed_forward, _probed_backward)
 
 
-def _insert(params: Any, sums: Mapping[str, Stats], mask: jax.Array, clip: float) -> Any:
+def zero_sums(params: Any, paths: Collection[str]) -> dict[str, Stats]:
+    """Zeros in the shapes of the statistics of the kernels `[..., i, o]` at `paths`."""
+    shapes = {path: leaf.shape for path, leaf in leaves(params) if path in paths}
+    return {p: Stats(jnp.zeros(s[:-1]), jnp.zeros((*s[:-2], s[-1]))) for p, s in shapes.items()}
+
+
+def insert_probes(params: Any, sums: Mapping[str, Stats], mask: jax.Array, clip: float) -> Any:
+    """The tree with a `Probe` in place of each kernel that `sums` names.
+
+    The gradient of a loss by `sums`, zeros, is then what the probes measure. `mask: [b, t]`.
+    """
+
     def replace(path: str, leaf: Any) -> Any:
         if path not in sums:
             return leaf
@@ -141,12 +152,10 @@ def calibrate(
     Raises:
       BadInput: no batch, or the statistics of a kernel are all zero or not finite.
     """
-    selected = match_rules(params, rules)
-    shapes = {path: leaf.shape for path, leaf in leaves(params) if path in selected}
-    zeros = {p: Stats(jnp.zeros(s[:-1]), jnp.zeros((*s[:-2], s[-1]))) for p, s in shapes.items()}
+    zeros = zero_sums(params, match_rules(params, rules))
 
     def sums(params, batch):
-        return jax.grad(lambda z: loss(_insert(params, z, batch["mask"], clip), batch))(zeros)
+        return jax.grad(lambda z: loss(insert_probes(params, z, batch["mask"], clip), batch))(zeros)
 
     if shardings is not None:
         replicated = jax.sharding.NamedSharding(batch_sharding.mesh, jax.sharding.PartitionSpec())
@@ -156,9 +165,23 @@ def calibrate(
 
     total, tokens = None, 0
     for batch in batches:
-        found = jax.tree.map(lambda a: np.asarray(a, np.float64), sums(params, batch))
-        total = found if total is None else jax.tree.map(np.add, total, found)
+        total = added(total, sums(params, batch))
         tokens += int(np.sum(batch["mask"]))
+    return root_mean(total, tokens)
+
+
+def added(total: dict[str, Stats] | None, sums: dict[str, Stats]) -> dict[str, Stats]:
+    """The sums of the batches so far, None for none, and of one more; float64 on the host."""
+    found = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
+    return found if total is None else jax.tree.map(np.add, total, found)
+
+
+def root_mean(total: dict[str, Stats] | None, tokens: int) -> dict[str, Stats]:
+    """`sqrt(sum / tokens)` in float32.
+
+    Raises:
+      BadInput: no token, or the statistics of a kernel are all zero or not finite.
+    """
     if not tokens:
         raise BadInput("calibration saw no token: give it at least one batch with real tokens")
     stats = jax.tree.map(lambda s: jnp.asarray(np.sqrt(s / tokens), F32), total)

@@ -11,6 +11,7 @@ from rabit_jax.weights.independent import IndependentSign, independent_weight
 from rabit_jax.weights.linear import Weight, is_weight, linear
 from rabit_jax.weights.low_rank import LowRankSign
 from rabit_jax.weights.packed import PackedSign
+from rabit_jax.weights.reshaped import Reshaped
 from rabit_jax.weights.residual import ResidualSign
 from rabit_jax.weights.scaled import ScaledWeight
 from rabit_jax.weights.ste import coupled_signs, effective_weight
@@ -27,6 +28,7 @@ __all__ = [
     "IndependentSign",
     "LowRankSign",
     "PackedSign",
+    "Reshaped",
     "ResidualSign",
     "ScaledWeight",
     "SumWeight",

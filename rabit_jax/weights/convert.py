@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
 from rabit_jax.weights.linear import is_weight
+from rabit_jax.weights.reshaped import in_shape, matrix_shape
 
 Rules = Sequence[tuple[str, Any]]
 
@@ -129,7 +130,9 @@ def convert(
         axes are stacked layers.
       rules: `[(regex, spec or None)]`; the first that fullmatches a path wins, None keeps the
         array.
-      stats: `{path: Stats}` from `calibrate`; without them every channel is equally important.
+      stats: `{path: Stats}` from `calibrate` or `calibrate_flax`; without them every channel is
+        equally important. They also tell which axes of an `nn.DenseGeneral` kernel, such as
+        `[d, heads, head_dim]`, are its inputs: its node is then a `Reshaped` matrix.
       key: PRNG key for specs that draw random numbers.
       done: called with a kernel's path when its node is ready, for a progress bar.
 
@@ -146,22 +149,49 @@ def convert(
     missing = sorted(set(selected) - set(stats)) if stats is not None else []
     if missing:
         raise BadInput(f"no calibration statistics for {missing[0]}: calibrate with the same rules")
-    keys = (
-        {path: jax.random.fold_in(key, n) for n, path in enumerate(selected)}
-        if key is not None
-        else {}
-    )
+    found = dict(leaves(params))
+    shapes = {p: matrix_shape(p, found[p].shape, stats and stats[p]) for p in selected}
+    keys = {} if key is None else layer_keys(key, {p: shapes[p][:-2] for p in selected})
 
     def replace(path: str, leaf: Any) -> Any:
         if path not in selected:
             return leaf
-        node = selected[path].init(leaf, None if stats is None else stats[path], keys.get(path))
+        matrix = leaf if leaf.shape == shapes[path] else leaf.reshape(shapes[path])
+        node = selected[path].init(matrix, None if stats is None else stats[path], keys.get(path))
+        node = in_shape(node, leaf.shape)
         if done is not None:
             jax.block_until_ready(node)
             done(path)
         return node
 
     return map_leaves(replace, params)
+
+
+def layer_keys(key: Any, lead: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """PRNG keys by path, one for each matrix of a kernel, in the shape of its leading axes `lead`.
+
+    So a layer draws the same numbers whether it is converted alone or in its stack.
+    """
+    own = {path: jax.random.fold_in(key, n) for n, path in enumerate(lead)}
+    return {path: split_key(own[path], axes) if axes else own[path] for path, axes in lead.items()}
+
+
+def split_key(key: Any, lead: Sequence[int]) -> jax.Array:
+    """PRNG keys of shape `lead`: `key` itself where it holds them already, else one split so."""
+    key = _typed(key)
+    return key if key.ndim else jax.random.split(key, tuple(lead))
+
+
+def fold_key(key: Any, n: int) -> jax.Array:
+    """`jax.random.fold_in(key, n)` of one key, or of each of an array of them."""
+    key = _typed(key)
+    folded = jax.vmap(lambda one: jax.random.fold_in(one, n))(key.reshape(-1))
+    return folded.reshape(key.shape)
+
+
+def _typed(key: Any) -> jax.Array:
+    raw = not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(key) if raw else key
 
 
 def dense(params: Any) -> Any:

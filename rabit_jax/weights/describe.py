@@ -65,18 +65,19 @@ class Description:
     def __str__(self) -> str:
         """The table as text."""
         wide = max([14, *(len(r.representation) for r in self.rows)])
+        long = max([32, *(len(r.path) for r in self.rows)])
         head = (
-            f"{'path':32} {'representation':{wide}} {'shape':18} {'k':>2} {'bits/w':>7} "
+            f"{'path':{long}} {'representation':{wide}} {'shape':18} {'k':>2} {'bits/w':>7} "
             f"{'trained':>9} {'deployed':>9}"
         )
         body = [
-            f"{r.path:32} {r.representation:{wide}} {str(list(r.shape)):18} {r.k or '-':>2} "
+            f"{r.path:{long}} {r.representation:{wide}} {str(list(r.shape)):18} {r.k or '-':>2} "
             f"{r.bits_per_weight:7.3f} {_size(r.trained_bytes):>9} {_size(r.deployed_bytes):>9}"
             for r in self.rows
         ]
         average = f"{self.bits_per_weight:.3f}" if self.quantised else ""
         total = (
-            f"{'total':32} {'':{wide}} {'':18} {'':>2} {average:>7} "
+            f"{'total':{long}} {'':{wide}} {'':18} {'':>2} {average:>7} "
             f"{_size(self.trained_bytes):>9} {_size(self.deployed_bytes):>9}"
         )
         return "\n".join([head, *body, total])
@@ -133,7 +134,8 @@ def _row(path: str, leaf: Any) -> Row:
     stored = leaf.deployed_bytes()
     return Row(
         path,
-        type(leaf).__name__,
+        # A kernel of several axes is told by its shape: what matters is how its matrix is stored.
+        type(getattr(leaf, "matrix", leaf)).__name__,
         leaf.shape,
         getattr(leaf, "k", None),
         leaf.bits_per_weight(),

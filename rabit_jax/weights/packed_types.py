@@ -10,6 +10,7 @@ from rabit_jax.weights.packed import PackedSign
 from rabit_jax.weights.packed_codebook import PackedCodebook
 from rabit_jax.weights.packed_groups import PackedDualBinary, PackedGroupUniform
 from rabit_jax.weights.packed_low_rank import PackedLowRank
+from rabit_jax.weights.reshaped import Reshaped
 from rabit_jax.weights.scaled import ScaledWeight
 from rabit_jax.weights.sum import SumWeight
 
@@ -21,6 +22,7 @@ PACKED_TYPES = {
     "codebook": PackedCodebook,
     "sum": SumWeight,
     "scaled": ScaledWeight,
+    "reshaped": Reshaped,
 }
 
 
@@ -47,4 +49,6 @@ def is_packed_node(node: Any) -> bool:
         return all(map(is_packed_node, node.terms))
     if isinstance(node, ScaledWeight):
         return is_packed_node(node.inner)
+    if isinstance(node, Reshaped):
+        return is_packed_node(node.matrix)
     return isinstance(node, tuple(PACKED_TYPES.values()))

@@ -184,7 +184,7 @@ def test_what_is_stored_is_clean_and_true(path):
     assert ABSOLUTE.search(json.dumps(words)) is None
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
 def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))

@@ -76,3 +76,44 @@ def svid64():
         return found
 
     return run
+
+
+@pytest.fixture(scope="session")
+def two_layers64():
+    """`(inputs, output gradients)` of both layers of `sum (tanh(x w + b) v + c - y)^2`."""
+
+    def run(x, w, b, v, c, y):
+        x, w, b, v, c, y = (np.asarray(a, np.float64) for a in (x, w, b, v, c, y))
+        hidden = np.tanh(x @ w + b)
+        d_out = 2 * (hidden @ v + c - y)
+        return (x, (d_out @ v.T) * (1 - hidden**2)), (hidden, d_out)
+
+    return run
+
+
+def _rms(a, mask):
+    rows = a.reshape(-1, a.shape[-1])
+    keep = np.ones(len(rows), bool) if mask is None else np.asarray(mask).reshape(-1)
+    total = np.zeros(a.shape[-1])
+    for row in rows[keep]:
+        total += row**2
+    return np.sqrt(total / keep.sum())
+
+
+@pytest.fixture(scope="session")
+def same_stats():
+    """`same_stats(stats, {path: (inputs, output gradients)}, mask)`: to 1e-5, position by position.
+
+    Inputs and gradients are `[..., channels]` of one layer; the mask has their leading axes.
+    """
+
+    def check(stats, by_hand, mask=None):
+        assert set(stats) == set(by_hand)
+        for path, (x, dy) in by_hand.items():
+            for got, a in ((stats[path].s_in, x), (stats[path].s_out, dy)):
+                want = _rms(a, mask)
+                assert got.shape == want.shape and got.dtype == jnp.float32
+                atol = 1e-5 * want.max()
+                np.testing.assert_allclose(got, want, rtol=1e-5, atol=atol, err_msg=path)
+
+    return check

@@ -7,8 +7,6 @@
 
 The same command goes on where it was stopped; complete cells are not run again. To do one anew,
 remove its folder. ablation.csv, .md and .html are written after every cell.
-Exit codes: 0 done, 1 a cell crashed, 2 bad input (one sentence on stderr), 75 stopped but
-resumable.
 """
 
 from __future__ import annotations

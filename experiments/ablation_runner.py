@@ -20,8 +20,7 @@ from rabit_jax import BadInput
 from rabit_jax.experiments.ablation_cells import Cell
 from rabit_jax.experiments.config import dump_yaml, load_config, section_hash
 from rabit_jax.experiments.console import number, progress, say
-from rabit_jax.experiments.files import remove, write_text
-from rabit_jax.experiments.run import given_files
+from rabit_jax.experiments.files import given_files, remove, write_text
 from rabit_jax.experiments.settings import RunConfig
 
 RUN = (sys.executable, "-m", "rabit_jax.experiments.run")

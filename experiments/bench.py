@@ -16,10 +16,15 @@ from typing import Any, NoReturn
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments import bench_step, bench_svid
-from rabit_jax.experiments.console import main_guard, table
+from rabit_jax.experiments.console import EXIT_CODES, main_guard, table
 from rabit_jax.experiments.machine import device, versions
 
 BENCHMARKS = {"step": bench_step, "svid": bench_svid}
+EXAMPLES = """examples:
+  python -m experiments.bench step --json > step.json
+  python -m experiments.bench svid
+  python -m experiments.bench step --help
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,12 +45,14 @@ def report(command: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """The command line: one subcommand per benchmark, each with its own options and examples."""
     top = Parser(prog="python -m experiments.bench", description=__doc__,
+                 epilog=EXAMPLES + "\n" + EXIT_CODES,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, module in BENCHMARKS.items():
         sub = commands.add_parser(
             name, help=module.__doc__.splitlines()[0], description=module.__doc__,
-            epilog=module.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+            epilog=f"{module.EXAMPLES}\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_options(sub)
         sub.add_argument("--json", action="store_true", help="one JSON object on stdout, no table")
     return top
@@ -72,5 +79,10 @@ def _cell(value: Any) -> Any:
     return "x".join(map(str, value)) if isinstance(value, list) else value
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 2 for bad input, 130 when stopped."""
+    return main_guard(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
 if __name__ == "__main__":
-    sys.exit(main_guard(lambda: run(sys.argv[1:])))
+    sys.exit(main())

@@ -36,15 +36,19 @@ from rabit_jax.experiments.coerce import (
     variants,
     wrong,
 )
+from rabit_jax.experiments.console import EXIT_CODES
 
 T = TypeVar("T")
 
 _NULLS = ("null", "none", "~")
+SHIPPED = Path(__file__).parent / "configs"
 
 
 def load_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] = ()) -> T:
     """Return `cls` filled from its defaults, then the YAML `file`, then the overrides.
 
+    A name that is no file here, such as `quickstart` or `quickstart.yaml`, is a config that comes
+    with the package.
     A section that the file gives in part keeps the rest of its field's default. Overrides are
     `dotted.key=value`, later ones win; a tuple is `[a, b]` or `a,b`, None is `null`, an entry
     of a dict is `mesh.data=2`.
@@ -52,7 +56,7 @@ def load_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] 
     Raises:
       BadInput: no such file, not YAML, an unknown key, a wrong type, a missing value.
     """
-    tree = {} if file is None else _read_yaml(Path(file))
+    tree = {} if file is None else _read_yaml(_config_file(Path(file)))
     for override in overrides:
         _apply(cls, tree, override)
     for key in _unknown_keys(cls, tree, "", None):
@@ -60,12 +64,34 @@ def load_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] 
     return build(cls, tree)
 
 
+def _config_file(file: Path) -> Path:
+    """The file, or the config of that name that comes with the package."""
+    shipped = {str(p.relative_to(SHIPPED).with_suffix("")): p for p in SHIPPED.rglob("*.yaml")}
+    name = str(file).removesuffix(".yaml")
+    if not file.is_file() and name in shipped:
+        return shipped[name]
+    if file.exists():
+        return file
+    raise BadInput(
+        f"cannot read the config file {file}: No such file or directory; give the path of a YAML "
+        f"file, or a config that comes with the package by its name: {', '.join(sorted(shipped))}"
+    )
+
+
 def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Return the parser of a command that takes `--config FILE` and overrides."""
     found = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=description,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("--config", required=True, help="YAML file; see experiments/configs")
+    found.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="YAML file, or the name of a config that comes with the package, such as quickstart",
+    )
     found.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file"
     )

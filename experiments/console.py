@@ -18,6 +18,10 @@ from rich.text import Text
 
 from rabit_jax.errors import BadInput
 
+# What every command ends with; `--help` prints it, `main_guard` does it.
+EXIT_CODES = """exit codes:
+  0 done, 1 a crash (of an ablation: a cell failed), 2 bad input or a full disk (one sentence on
+  stderr), 75 stopped but resumable, 130 stopped"""
 LINE_SECONDS = 10.0
 DRAW_SECONDS = 0.1
 

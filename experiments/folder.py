@@ -1,4 +1,4 @@
-"""The run folder: which stages are complete, metrics, TensorBoard."""
+"""The run folder: which stages are complete, metrics, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rabit_jax import BadInput
-from rabit_jax.experiments.config import difference, dump_yaml, load_config
+from rabit_jax.experiments.config import difference, dump_yaml, load_config, to_dict
+from rabit_jax.experiments.console import say
 from rabit_jax.experiments.files import remove, write_text
+from rabit_jax.experiments.log_wandb import WandbLog
 from rabit_jax.experiments.settings import RunConfig
 
 # What a stage leaves on disk and later ones read: it is complete only while these are whole.
@@ -35,23 +37,34 @@ class RunFolder:
         self.path = Path(config.output) / config.name
         self.config = config
         self._boards: dict[str, Any] = {}
+        self._wandb: WandbLog | None = None
 
     def open(self, resume: bool) -> None:
         """Create the folder and write the resolved config.
 
         Raises:
-          BadInput: `resume` with a config that differs from the one in the folder, or a folder
-            that cannot be written.
+          BadInput: `resume` with a config that differs from the one in the folder, a folder that
+            is no run's or cannot be written, or Weights & Biases is asked for and not installed.
         """
+        if project := self.config.wandb:
+            self._wandb = WandbLog(self.path, project, to_dict(self.config), resume)
         written = self.path / "config.yaml"
-        if resume and written.exists():
-            before = load_config(RunConfig, written)
-            if changed := difference(before, self.config):
-                listed = "; ".join(changed.splitlines())
-                raise BadInput(
-                    f"cannot resume {self.path}: its config differs ({listed}); "
-                    "take the change back, or run without --resume to redo what it affects"
-                )
+        changed = self._changed(written) if written.exists() else ""
+        if resume and changed:
+            raise BadInput(
+                f"cannot resume {self.path}: its config differs ({changed}); "
+                "take the change back, or run without --resume to redo what it affects"
+            )
+        if changed:
+            say(f"{self.path} holds a run with another config ({changed}); stages that the change "
+                "affects are redone in it, name=... starts a run beside it")
+        own = {path.split("/")[0] for paths in LEAVES.values() for path in paths}
+        taken = sorted(name for name in own if (self.path / name).exists())
+        if taken and not written.exists():
+            raise BadInput(
+                f"{self.path} holds {', '.join(taken)} but no config.yaml, so it is not the folder "
+                "of a run: set name or output to another place"
+            )
         try:
             write_text(written, dump_yaml(self.config))
         except OSError as error:
@@ -59,6 +72,14 @@ class RunFolder:
                 f"cannot write the run folder {self.path} ({error.strerror or error}); "
                 "set output to another place"
             ) from error
+
+    def _changed(self, written: Path) -> str:
+        """How the config in the folder differs from this one, "" where it does not."""
+        try:
+            before = load_config(RunConfig, written)
+        except BadInput as error:
+            return str(error)
+        return "; ".join(difference(before, self.config).splitlines())
 
     def completed(self, stage: str, key: str) -> dict | None:
         """The record of a complete stage with the same inputs whose files are all still there."""
@@ -111,13 +132,17 @@ class RunFolder:
         return self.path / "checkpoints" / stage
 
     def log(self, record: dict) -> None:
-        """Append a line to metrics.jsonl and to TensorBoard."""
+        """Append a line to metrics.jsonl, to TensorBoard and, where asked for, to wandb."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         board = self._board(record.get("during", record["stage"]))
-        for name, value in record.items():
-            if isinstance(value, int | float) and name not in ("step", "tokens"):
-                board.add_scalar(f"{record['stage']}/{name}", value, record["step"])
+        stage, step = record["stage"], record["step"]
+        numbers = {n: v for n, v in record.items() if isinstance(v, int | float) and n != "step"}
+        for name, value in numbers.items():
+            if name != "tokens":
+                board.add_scalar(f"{stage}/{name}", value, step)
+        if self._wandb:
+            self._wandb.add(stage, step, numbers)
 
     def _board(self, stage: str) -> Any:
         """The TensorBoard writer of a stage, opened at its first line."""
@@ -150,6 +175,8 @@ class RunFolder:
             write_text(self.path / "metrics.jsonl", "".join(kept))
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Flush TensorBoard and Weights & Biases."""
+        if self._wandb:
+            self._wandb.close()
         for board in self._boards.values():
             board.close()

@@ -14,7 +14,7 @@ import jax
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.chat import chat
-from rabit_jax.experiments.console import main_guard, say
+from rabit_jax.experiments.console import EXIT_CODES, main_guard, say
 from rabit_jax.experiments.continuing import Text, Writer
 from rabit_jax.models import prepare
 from rabit_jax.models.packed_io import load_model
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.generate", epilog=EXAMPLES,
+        prog="python -m experiments.generate", epilog=f"{EXAMPLES}\n{EXIT_CODES}",
         description="Continue prompts with a dense or packed model, or talk to it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -7,6 +7,7 @@ import dataclasses
 import re
 import signal
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -162,15 +163,7 @@ class Inputs:
 
     def save_stats(self, stats: dict[str, Stats]) -> None:
         """Write what `stats` reads."""
-        target = self.folder.path / "calibration.safetensors"
-        temporary = target.with_suffix(".part")
-        arrays = {
-            f"{p}.{n}": np.asarray(getattr(s, n))
-            for p, s in stats.items()
-            for n in ("s_in", "s_out")
-        }
-        save_file(arrays, temporary)
-        temporary.replace(target)
+        write_stats(self.folder.path / "calibration.safetensors", stats)
 
     def abstract_student(self) -> Any:
         """Shapes and shardings of the student."""
@@ -259,6 +252,16 @@ class Inputs:
                 return train(
                     loop, trainer.step, state, trainer.frozen, trainer.teacher, batches, kept
                 )
+
+
+def write_stats(target: Path, stats: dict[str, Stats]) -> None:
+    """Write calibration statistics, whole or not at all."""
+    temporary = target.with_suffix(".part")
+    arrays = {
+        f"{p}.{n}": np.asarray(getattr(s, n)) for p, s in stats.items() for n in ("s_in", "s_out")
+    }
+    save_file(arrays, temporary)
+    temporary.replace(target)
 
 
 def abstract_params(config: ModelConfig) -> Any:

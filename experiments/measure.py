@@ -18,22 +18,23 @@ from rabit_jax.weights.convert import map_leaves, weights_of
 
 
 def scores(run: Inputs, params: Any, label: str) -> dict:
-    """Perplexity as the summary holds it."""
-
-    def figures(found: Perplexity) -> dict:
-        return {
-            "ppl": found.ppl,
-            "bits_per_byte": found.bits_per_byte,
-            "nats_per_token": found.nats_per_token,
-            "context": found.context,
-            "scored_tokens": found.tokens,
-        }
-
+    """Perplexity on the evaluation text, and on the unseen if there is one."""
     result = figures(_perplexity(run, params, label, run.text.held_out))
     if run.text.unseen:
         found = _perplexity(run, params, f"{label}, unseen", run.text.unseen)
         result["unseen"] = figures(found)
     return result
+
+
+def figures(found: Perplexity) -> dict:
+    """Perplexity as the summary holds it."""
+    return {
+        "ppl": found.ppl,
+        "bits_per_byte": found.bits_per_byte,
+        "nats_per_token": found.nats_per_token,
+        "context": found.context,
+        "scored_tokens": found.tokens,
+    }
 
 
 def _perplexity(run: Inputs, params: Any, label: str, text: TokenText) -> Perplexity:

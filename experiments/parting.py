@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.parting",
         description=__doc__,
+        epilog="exit codes: 0 done, 2 bad options",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=60, help="steps of each run (default 60)")

@@ -2,19 +2,18 @@
 
 Stages: teacher, calibrate, init, QAT, evaluate, pack, generate.
 
-    python -m experiments.run --config experiments/configs/quickstart.yaml
+    python -m experiments.run --config quickstart           a config that comes with the package
     python -m experiments.run --config my.yaml qat.steps=400 init.spec.k=3
     python -m experiments.run --config my.yaml --dry-run    resolved config and param table
     python -m experiments.run --config my.yaml --resume     continue after Ctrl-C or a crash
 
 A stage whose inputs and settings have not changed since it was completed is skipped.
-Exit codes: 0 done, 2 bad input (one sentence on stderr), 75 stopped but resumable.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import dataclasses
 import sys
 import time
 import uuid
@@ -23,15 +22,22 @@ from collections.abc import Callable
 import jax
 
 from rabit_jax import BadInput, __version__, convert, describe
-from rabit_jax.experiments import stages
-from rabit_jax.experiments.config import config_parser, dump_yaml, load_config, section_hash
+from rabit_jax.experiments import ptq, stages
+from rabit_jax.experiments.config import (
+    SHIPPED,
+    config_parser,
+    dump_yaml,
+    load_config,
+    section_hash,
+)
 from rabit_jax.experiments.console import main_guard, number, say, table
+from rabit_jax.experiments.files import given_files
 from rabit_jax.experiments.folder import RunFolder
 from rabit_jax.experiments.inputs import Inputs, abstract_params
 from rabit_jax.experiments.machine import device, peak_memory, versions
 from rabit_jax.experiments.settings import RunConfig
 from rabit_jax.experiments.summary import summarise, table_rows, write_results
-from rabit_jax.models import find_folder
+from rabit_jax.train.sharding import make_mesh
 
 STAGES: dict[str, Callable] = {
     "teacher": stages.teacher,
@@ -63,17 +69,6 @@ def stage_key(run: Inputs, name: str, ids: dict[str, str]) -> str:
         "generate": lambda: (c.generate, c.seed, ids["pack"]),
     }
     return section_hash(__version__, name, parts[name]())
-
-
-def given_files(teacher: str) -> list:
-    """Names and contents of a given teacher's files; of large ones the size and the first 64 kB."""
-    found = []
-    for file in sorted(find_folder(teacher).glob("*")):
-        if file.is_file():
-            with open(file, "rb") as content:
-                head = hashlib.sha256(content.read(1 << 16)).hexdigest()
-            found.append((file.name, file.stat().st_size, head))
-    return found
 
 
 def run_stages(run: Inputs, resume: bool, forced: set[str], until: str) -> dict[str, dict]:
@@ -124,20 +119,39 @@ def check_resumable(folder: RunFolder, name: str, key: str) -> None:
 
 
 def dry_run(config: RunConfig) -> None:
-    """Print the resolved config and the param table of the student; nothing else is done."""
-    run = Inputs(config, RunFolder(config))
-    params = abstract_params(run.model_config)
+    """Print the resolved config and the param table of the student; nothing else is done.
+
+    It needs neither the devices of the mesh nor the hub, where the teacher's config.json comes
+    with the package.
+    """
+    try:
+        make_mesh(config.mesh)
+    except BadInput as error:
+        say(f"not on this machine: {error}")
+    teacher = dataclasses.replace(config.teacher, path=shipped_model(config.teacher.path))
+    here = dataclasses.replace(config, teacher=teacher, mesh={"tensor": len(jax.devices())})
+    params = abstract_params(Inputs(here, RunFolder(here)).model_config)
     student = jax.eval_shape(lambda p: convert(p, config.init.rules()), params)
     print(dump_yaml(config))
     print(describe(student))
 
 
+def shipped_model(path: str) -> str:
+    """The folder under `configs/models` that holds the config.json of a hub id, or `path`."""
+    folder = SHIPPED / "models" / path
+    return str(folder) if path and (folder / "config.json").is_file() else path
+
+
 def execute(arguments: argparse.Namespace) -> int:
     """The run itself."""
     config = load_config(RunConfig, arguments.config, arguments.overrides)
+    if config.task == "ptq":
+        ptq.check_config(config, arguments)
     if arguments.dry_run:
         dry_run(config)
         return 0
+    if config.task == "ptq":
+        return ptq.execute(config, arguments)
     folder = RunFolder(config)
     run = Inputs(config, folder)
     run.check()

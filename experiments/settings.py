@@ -109,6 +109,8 @@ class Calibrate:
     """The calibration pass.
 
     Attributes:
+      mode: "full" measures inputs and output gradients; for task ptq also "activations", inputs
+        alone without a backward pass, or "none", which reads no text.
       sequences: how many training windows it reads.
       batch_size: sequences per gradient pass.
       length: tokens per sequence.
@@ -116,6 +118,7 @@ class Calibrate:
       clip: percentile at which the norms of single tokens are clipped; 100 does not clip.
     """
 
+    mode: Literal["full", "activations", "none"] = "full"
     sequences: int = 128
     batch_size: int = 8
     length: int = 256
@@ -192,6 +195,7 @@ class Evaluate:
       watch_windows: how many windows the measurements during training read.
       diagnostic_windows: how many windows the diagnostics read.
       baselines: score greedy SVID and round-to-nearest too.
+      models: which models task ptq scores; where empty, no evaluation text is read.
     """
 
     context: int = 256
@@ -200,6 +204,7 @@ class Evaluate:
     watch_windows: int = 64
     diagnostic_windows: int = 16
     baselines: bool = True
+    models: tuple[Literal["teacher", "packed"], ...] = ("teacher", "packed")
 
     def __post_init__(self):
         """Raises BadInput for sizes that cannot be."""
@@ -241,16 +246,22 @@ class RunConfig:
     """A whole run.
 
     Attributes:
+      task: "qat" trains the quantised model; "ptq" packs a given one as it is initialised, block by
+        block from disk, and reads of the sections below data, teacher.path, compute, calibrate,
+        init and evaluate.
       name: name of the run's folder.
       output: where run folders lie.
       seed: of initial weights, batches and samples.
       mesh: devices per axis, such as {data: 2, tensor: 2}; empty puts all on data.
+      wandb: project of Weights & Biases that metrics are sent to as well; "" sends nothing.
     """
 
+    task: Literal["qat", "ptq"] = "qat"
     name: str = "run"
     output: str = "runs"
     seed: int = 0
     mesh: dict[str, int] = field(default_factory=dict)
+    wandb: str = ""
     compute: Compute = field(default_factory=Compute)
     data: DataConfig = field(default_factory=DataConfig)
     model: Shape = field(default_factory=Shape)
@@ -267,4 +278,9 @@ class RunConfig:
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise BadInput(
                 f"name is {self.name!r}: it names the run's folder, so no '/' and not empty"
+            )
+        if self.task == "qat" and self.calibrate.mode != "full":
+            raise BadInput(
+                f"calibrate.mode is {self.calibrate.mode!r}: task qat needs 'full', the other "
+                "modes belong to task ptq"
             )

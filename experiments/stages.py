@@ -24,6 +24,7 @@ from rabit_jax.experiments.measure import (
 from rabit_jax.init import record_limbs, round_to_nearest
 from rabit_jax.models import (
     Engine,
+    find_folder,
     generate,
     init_params,
     load_packed,
@@ -32,6 +33,7 @@ from rabit_jax.models import (
     save_hf,
     save_packed,
 )
+from rabit_jax.models.folder import read_generation
 from rabit_jax.train import (
     Watch,
     distillation_loss,
@@ -232,7 +234,11 @@ def packing(run: Inputs, resume: bool) -> dict:
     packed = record_limbs(pack(run.student), run.stats)
     folder = run.folder.path / "packed"
     spec = {"spec": to_dict(run.config.init.spec)}
-    save_packed(folder, run.model_config, packed, run.text.tokenizer, extra=spec)
+    generation = read_generation(find_folder(run.teacher_folder))
+    save_packed(
+        folder, run.model_config, packed, run.text.tokenizer, spec, generation,
+        run.config.teacher.path,
+    )
     _, read, _ = load_packed(folder)
     signs, written = snapshot(run.student), snapshot(read)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), weights_of(packed), weights_of(read))

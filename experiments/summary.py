@@ -13,6 +13,7 @@ from rabit_jax.experiments.files import write_text
 from rabit_jax.experiments.inputs import Inputs
 from rabit_jax.experiments.machine import peak_memory
 from rabit_jax.experiments.report import write_report
+from rabit_jax.experiments.run_card import write_card
 from rabit_jax.weights.convert import weights_of
 
 
@@ -118,9 +119,10 @@ def table_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_results(run: Inputs, summary: dict[str, Any], samples: list[dict]) -> Path:
-    """Write `summary.json` and `report.html`; returns the report's path."""
+    """Write `summary.json`, the packed model's card and `report.html`, whose path is returned."""
     folder = run.folder.path
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
+    write_card(run, summary)
     nodes = weights_of(run.student).items()
     path = next((p for p, w in nodes if isinstance(w, ResidualSign)), None)
     layer = run.model_config.n_layers // 2

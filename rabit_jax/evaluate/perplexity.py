@@ -79,13 +79,20 @@ def perplexity(
     _check(windows, batch_size, text_bytes, total_tokens)
     n, context = windows.shape
     nats, done = 0.0, 0
-    for tokens, real in _batches(windows, batch_size):
+    for tokens, real in padded_batches(windows, batch_size):
         if batch_sharding is not None:
             tokens, real = jax.device_put((tokens, real), batch_sharding)
         nats += float(_summed_nats(model, params, tokens, real, chunk))
         done = min(done + batch_size, n)
         if progress:
             progress(done, n)
+    return from_nats(nats, n, context, text_bytes, total_tokens)
+
+
+def from_nats(
+    nats: float, n: int, context: int, text_bytes: int | None, total_tokens: int | None
+) -> Perplexity:
+    """The `Perplexity` of n windows of `context` tokens whose cross-entropies sum to `nats`."""
     scored = n * (context - 1)
     mean = nats / scored
     ppl = math.exp(mean) if mean < 700 else (math.inf if mean == mean else math.nan)
@@ -115,19 +122,31 @@ def unigram_entropy(tokens: np.ndarray, vocab: int) -> float:
 
 @partial(jax.jit, static_argnames=("model", "chunk"))
 def _summed_nats(model, params, tokens, real, chunk):
-    """Cross-entropy in nats of tokens 1 .. t-1 of the rows that `real: [b, 1]` marks, float32."""
-    variables = {"params": params}
-    features, _ = model.apply(variables, tokens, method="features")
+    features, _ = model.apply({"params": params}, tokens, method="features")
+    return features_nats(model, params, features, tokens, real, chunk)
+
+
+def features_nats(
+    model: nn.Module, params: Any, features: jax.Array, tokens: jax.Array, real: jax.Array,
+    chunk: int,
+) -> jax.Array:
+    """Cross-entropy in nats of tokens 1 .. t-1 of the rows that `real: [b, 1]` marks, float32.
+
+    `features: [b, t, d]` are what the head reads, so `params` need none of the blocks.
+    """
     labels = jnp.roll(tokens, -1, axis=1)
     mask = real & (jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1)[None]
 
     def head(features):
-        return model.apply(variables, features, method="head")
+        return model.apply({"params": params}, features, method="head")
 
     return summed_cross_entropy(head, features, labels, mask, chunk)[0]
 
 
-def _batches(windows: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def padded_batches(
+    windows: np.ndarray, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Windows `[n, t]` as int32 batches `[b, t]`, and bool `[b, 1]`: False for rows of padding."""
     for start in range(0, len(windows), batch_size):
         rows = windows[start : start + batch_size].astype(np.int32)
         missing = batch_size - len(rows)

@@ -131,9 +131,17 @@ def next_token_loss(
       labels: "data", or "sampled" from the model's own predictive distribution.
       key: PRNG key, needed for sampled labels.
     """
+    features, _ = model.apply(
+        {"params": params}, batch["tokens"], batch.get("mask"), method="features"
+    )
+    return features_loss(_head(model, params), features, batch, chunk, labels, key)
+
+
+def features_loss(
+    head: Head, features: jax.Array, batch: dict, chunk: int, labels: str = "data", key: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """`next_token_loss` from what the head reads, `features: [b, t, d]` of the whole batch."""
     tokens, mask = batch["tokens"], _real(batch)
-    features, _ = model.apply({"params": params}, tokens, batch.get("mask"), method="features")
-    head = _head(model, params)
     features, scored = features[:, :-1], mask[:, 1:] & mask[:, :-1]
     wanted = tokens[:, 1:] if labels == "data" else sample_labels(head, features, key, chunk)
     return summed_cross_entropy(head, features, wanted, scored, chunk)

@@ -3,11 +3,16 @@
 import random
 import signal
 
+import numpy as np
 import pytest
 import yaml
+from flax.traverse_util import unflatten_dict
 
+from rabit_jax import save_hf
+from rabit_jax.data import train_tokenizer
 from rabit_jax.experiments import run as command
 from rabit_jax.experiments.config import load_config
+from rabit_jax.models import ModelConfig, param_shapes
 
 NOUNS = "file list string module function object value error line number class method".split()
 VERBS = "returns raises reads writes calls takes holds opens closes finds".split()
@@ -101,3 +106,48 @@ def read_config(tmp_path):
         return load_config(cls, path, overrides)
 
     return read
+
+
+def ptq_settings(place, model):
+    return {
+        "task": "ptq", "name": "ptq", "output": str(place / "runs"), "seed": 5,
+        "data": {"source": "files", "files": [str(place / "train.txt")],
+                 "eval_files": [str(place / "eval.txt")], "cache": str(place / "cache")},
+        "teacher": {"path": str(model)},
+        "calibrate": {"sequences": 12, "batch_size": 4, "length": 24},
+        "init": {"spec": {"rounds": 4}},
+        "evaluate": {"context": 32, "windows": 6, "batch_size": 4},
+    }
+
+
+def _random_params(config):
+    """Random params; one norm of the second layer has an outlier."""
+    rng = np.random.default_rng(0)
+    flat = {path: rng.normal(1, 0.3, shape) if path.endswith("scale")
+            else rng.normal(0, 0.1, shape) for path, shape in param_shapes(config).items()}
+    flat["layers/attn_norm/scale"][1, 3] = 60
+    return unflatten_dict({p: a.astype(np.float32) for p, a in flat.items()}, sep="/")
+
+
+@pytest.fixture(scope="module")
+def ptq_model(place):
+    """A random model of three layers, one with an outlier channel, and a tokeniser.
+
+    All its kernels are [64, 64], so that the SVID compiles once.
+    """
+    folder, text = place / "model", (place / "train.txt").read_text()
+    tokenizer = train_tokenizer([text], 300)
+    config = ModelConfig(
+        vocab_size=len(tokenizer), d_model=64, n_layers=3, n_heads=4, n_kv_heads=4,
+        head_dim=16, d_hidden=64, initializer_range=0.1, max_position=64, eos_ids=(0,), bos_id=0,
+    )
+    save_hf(folder, config, _random_params(config), tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ptq(place, ptq_model):
+    """Runs the post-training of `ptq_model`: `ptq(*arguments) -> exit code`."""
+    file = place / "ptq.yaml"
+    file.write_text(yaml.safe_dump(ptq_settings(place, ptq_model)))
+    return lambda *arguments: command.main(["--config", str(file), *arguments])

@@ -260,6 +260,24 @@ def test_files_that_cannot_be_read(tmp_path):
         load_config(Config, tmp_path / "latin.yaml", [])
 
 
+def test_a_config_that_comes_with_the_package_is_taken_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "shipped" / "models").mkdir(parents=True)
+    (tmp_path / "shipped" / "small.yaml").write_text("name: shipped")
+    (tmp_path / "shipped" / "models" / "one-1.5b.yaml").write_text("name: nested")
+    monkeypatch.setattr("rabit_jax.experiments.config.SHIPPED", tmp_path / "shipped")
+    here = tmp_path / "here"
+    (here / "small").mkdir(parents=True)  # A folder of that name is no config.
+    monkeypatch.chdir(here)
+    for name in ("small", "small.yaml"):
+        assert load_config(Config, name).name == "shipped"
+    for name in ("models/one-1.5b", "models/one-1.5b.yaml"):
+        assert load_config(Config, name).name == "nested"
+    with pytest.raises(BadInput, match="no-such.* by its name: models/one-1.5b, small"):
+        load_config(Config, "no-such")
+    (here / "small.yaml").write_text("name: mine")
+    assert load_config(Config, "small.yaml").name == "mine"
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

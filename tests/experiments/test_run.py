@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from huggingface_hub import ModelCard
 
 from rabit_jax.experiments import run as command
 from rabit_jax.models import load_packed
@@ -41,6 +42,25 @@ def test_the_teacher_learns_and_the_packed_model_is_the_student(finished):
     assert math.log(summary["teacher"]["ppl"]) < summary["unigram_nats"]
     assert summary["packed"]["bits_identical"]
     assert summary["packed"]["ppl"] == pytest.approx(summary["qat"]["ppl"], rel=5e-3)
+
+
+def test_the_packed_model_has_a_card_with_the_figures_of_the_summary(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    card = ModelCard.load(finished / "packed" / "README.md")
+    assert card.data.library_name == "rabit_jax" and card.data.base_model is None
+    packed, teacher = summary["packed"], summary["teacher"]
+    for text in (
+        f"| this model | {packed['ppl']:.2f} | {packed['bits_per_byte']:.3f} | 32 |",
+        f"| base, full precision | {teacher['ppl']:.2f} |",
+        f"packed linears: {packed['bits_per_weight']:.4g}\n",
+        f"with padding: {packed['stored_bits_per_weight']:.4g}\n",
+        f"{packed['bytes']:,} bytes",
+        summary["command"],
+        "source=files",
+        f"qat {summary['tokens']['qat']:,}",
+        f"jax {summary['versions']['jax']}",
+    ):
+        assert text in card.text
 
 
 def test_text_of_an_unseen_source_is_scored_apart(finished):

@@ -21,8 +21,11 @@ def params():
                        for n in ("up", "gate")}}
 
 
-@pytest.mark.parametrize("spec", [SPEC, residual(SPEC, scaled(CODES))], ids=["signs", "codes"])
-@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize(("spec", "calibrated"), [
+    pytest.param(SPEC, True, id="signs"),
+    pytest.param(residual(SPEC, scaled(CODES)), True, id="codes", marks=pytest.mark.more),
+    pytest.param(residual(SPEC, scaled(CODES)), False, id="free", marks=pytest.mark.more),
+])
 def test_a_block_packs_to_the_bits_of_its_layer_in_the_stack(params, spec, calibrated):
     """Random numbers included: codebooks start from entries that are drawn."""
     rules, key = [("layers/.*", spec)], jax.random.key(3)

@@ -1,0 +1,223 @@
+"""Zero- and few-shot tasks of lm-evaluation-harness, and perplexities, of a dense or packed model.
+
+The table, or with --json one JSON object, goes to stdout, everything else to stderr. Tasks are
+those of the harness (pip install 'rabit_jax[eval]'); their stderr, where it is not in closed form,
+comes from 1000 resamples. Perplexities are taken in non-overlapping windows of --context tokens,
+each scored from its own past alone, as published figures are. Texts:
+
+  wikitext2   the test part of WikiText-2 (raw), its lines joined by blank lines
+  c4          256 windows drawn with seed 0 from the first validation shard of C4 (GPTQ's `c4`)
+  c4-new      the first 1100 documents of that shard joined by spaces, at most 256 windows
+  file:PATH   a UTF-8 text file
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rabit_jax.data import load_tokenizer
+from rabit_jax.errors import BadInput
+from rabit_jax.evaluate import perplexity
+from rabit_jax.evaluate.texts import check_name, read_text, text_windows
+from rabit_jax.experiments.bench import Parser, report
+from rabit_jax.experiments.config import load_config
+from rabit_jax.experiments.console import EXIT_CODES, main_guard, progress, say, table
+from rabit_jax.experiments.evaluate_tasks import load_tasks, make_row, task_rows
+from rabit_jax.experiments.files import write_text
+from rabit_jax.experiments.folder import RunFolder
+from rabit_jax.experiments.inputs import Inputs
+from rabit_jax.experiments.settings import RunConfig
+from rabit_jax.models import Decoder, find_folder, load_model
+from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
+
+COLUMNS = ("name", "metric", "value", "stderr", "shots", "samples", "context")
+EXAMPLES = """\
+examples:
+  python -m experiments.evaluate --model runs/quickstart/packed --ppl file:my.txt --context 128
+  python -m experiments.evaluate --model path/to/packed --ppl wikitext2,c4 --context 4096 \\
+      --tasks arc_easy,arc_challenge,hellaswag,piqa,winogrande --json > packed.json
+  python -m experiments.evaluate --model runs/mine --tasks arc_easy --limit 20
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, or 2 for bad input (one sentence on stderr)."""
+    return main_guard(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = Parser(prog="python -m experiments.evaluate", description=__doc__,
+                   epilog=f"{EXAMPLES}\n{EXIT_CODES}",
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = found.add_argument
+    add("--model", required=True, metavar="DIR",
+        help="model folder, dense or packed, a hub id, or a run folder for its trained student")
+    add("--tasks", type=_names, default=(), metavar="A,B", help="tasks, groups or patterns")
+    add("--ppl", type=_names, default=(), metavar="A,B", help="texts, see above")
+    add("--context", type=int, default=2048, metavar="N",
+        help="tokens of a window of a perplexity; default %(default)s")
+    add("--begin", action=argparse.BooleanOptionalAction, default=None,
+        help="the begin token first in every window; default: for Gemma, which needs it")
+    add("--batch-size", type=int, default=8, metavar="N",
+        help="sequences at once, a multiple of the number of devices; default %(default)s")
+    add("--limit", type=int, metavar="N",
+        help="only the first N documents of a task and windows of a text: for a look, not a figure")
+    add("--num-fewshot", type=int, metavar="N",
+        help="examples before each question; default: as each task has it")
+    add("--max-length", type=int, metavar="N",
+        help="most tokens of a sequence in tasks; default: the model's positions")
+    add("--chat", action="store_true", help="apply the tokenizer's chat template in tasks")
+    add("--include-path", metavar="DIR", help="folder with task files of your own")
+    add("--json", action="store_true", help="one JSON object on stdout, no table")
+    add("--output", metavar="FILE", help="write that object to a new file as well")
+    return found
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Evaluate and print the result to stdout.
+
+    Raises:
+      BadInput: an option, name, file, model or data set that cannot be used.
+    """
+    options = parser().parse_args(arguments)
+    check(options)
+    find_folder(options.model)  # a mistyped name is told before data are fetched
+    tasks = load_tasks(options.tasks, options.include_path) if options.tasks else None
+    texts = {name: read_text(name) for name in options.ppl}
+    model, params, tokenizer = load(options.model)
+    check_model(options, model, tokenizer)
+    mesh = make_mesh() if len(jax.devices()) > 1 else None
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(params, mesh))
+    rows = []
+    for name, documents in texts.items():
+        rows += perplexity_rows(options, model, params, tokenizer, mesh, name, documents)
+    if tasks:
+        rows += task_rows(options, model, params, tokenizer, mesh, tasks)
+    result = report(shlex.join(["python", "-m", "experiments.evaluate", *arguments]), rows)
+    begun = bool(texts) and begin_token(options, model, tokenizer) is not None
+    result |= {"model": str(options.model), "limit": options.limit, "begin": begun}
+    if tasks:
+        result["versions"]["lm-eval"] = importlib.metadata.version("lm-eval")
+    text = json.dumps(result, allow_nan=False)
+    if options.output:
+        write_text(Path(options.output), text + "\n")
+    if options.json:
+        print(text)
+        return
+    only = f", the first {options.limit} of each only" if options.limit else ""
+    table(f"{options.model}{only}: {result['device']}, {result['date']}", COLUMNS,
+          [[row[name] for name in COLUMNS] for row in rows], stdout=True)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise BadInput for what can be seen before anything is read."""
+    if not options.tasks and not options.ppl:
+        raise BadInput("nothing to evaluate: name --tasks, --ppl or both")
+    least = {"context": 2, "batch_size": 1, "limit": 1, "num_fewshot": 0, "max_length": 2}
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise BadInput(f"--{name.replace('_', '-')} is {value}, wanted at least {bound}")
+    devices = len(jax.devices())
+    if options.batch_size % devices:
+        raise BadInput(f"--batch-size is {options.batch_size} for {devices} devices: make it a "
+                       f"multiple of {devices}")
+    if options.output and os.path.lexists(options.output):
+        raise BadInput(f"--output {options.output} exists: remove it or name another file")
+    if options.include_path and not Path(options.include_path).is_dir():
+        raise BadInput(f"--include-path {options.include_path} is no folder: name one with the "
+                       "YAML files of your tasks")
+    for name in options.ppl:
+        check_name(name)
+
+
+def load(path: str) -> tuple[Decoder, Any, Any]:
+    """A model to evaluate: of a model folder or hub id, or the trained student of a run folder.
+
+    Raises:
+      BadInput: no such model, a damaged one, or a run whose student is not trained yet.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "config.yaml").is_file() or (folder / "config.json").exists():
+        return load_model(path)
+    folder = folder.resolve()
+    config = load_config(RunConfig, folder / "config.yaml")
+    config = dataclasses.replace(config, output=str(folder.parent), name=folder.name)
+    found = Inputs(config, RunFolder(config))
+    if not (folder / "stages" / "qat.json").exists():
+        raise BadInput(f"{path} has no trained student: let the run finish its stage qat, or name "
+                       "a model folder in it, such as teacher")
+    say(f"the trained student of {path}")
+    return found.model, found.student, load_tokenizer(find_folder(found.teacher_folder))
+
+
+def check_model(options: argparse.Namespace, model: Decoder, tokenizer: Any) -> None:
+    """Raise BadInput where the model does not go with the options."""
+    if tokenizer is None:
+        raise BadInput(f"{options.model} holds no tokenizer, so text cannot be read: put the "
+                       "model's tokenizer.json and tokenizer_config.json there")
+    for name, used in (("context", options.ppl), ("max_length", options.max_length)):
+        value = getattr(options, name)
+        if used and value > model.config.max_position:
+            raise BadInput(f"--{name.replace('_', '-')} is {value}, the model has "
+                           f"{model.config.max_position} positions: give a smaller one")
+    if options.chat and not tokenizer.chat_template:
+        raise BadInput(f"the tokenizer of {options.model} has no chat template: leave out --chat")
+
+
+def begin_token(options: argparse.Namespace, model: Decoder, tokenizer: Any) -> int | None:
+    """The token that every window begins with, None for none."""
+    wanted = options.begin
+    if wanted is None:
+        wanted = model.config.family.startswith("gemma")
+    if not wanted:
+        return None
+    if tokenizer.bos_token_id is None:
+        raise BadInput(f"the tokenizer of {options.model} has no begin token: give --no-begin")
+    return tokenizer.bos_token_id
+
+
+def perplexity_rows(
+    options: argparse.Namespace, model: Decoder, params: Any, tokenizer: Any, mesh: Any,
+    name: str, documents: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Perplexity of one text, and its bits per byte where the windows are cut in order."""
+    with progress(f"windows of {name}, percent", 100) as bar:
+        cut = text_windows(name, documents, tokenizer, options.context, options.limit,
+                           lambda done, total: bar.update(100 * done // total),
+                           begin_token(options, model, tokenizer))
+        bar.update(100)
+    with progress(f"perplexity, {name}", len(cut.tokens)) as bar:
+        found = perplexity(
+            model, params, cut.tokens, batch_size=options.batch_size, text_bytes=cut.text_bytes,
+            total_tokens=cut.total_tokens, progress=lambda done, _: bar.update(done),
+            batch_sharding=None if mesh is None else batch_sharding(mesh))
+    if math.isnan(found.nats_per_token):
+        raise BadInput(f"the logits of {options.model} hold NaN: the weights are damaged or "
+                       f"overflow {model.config.dtype}, pack or load them again")
+    figures = {"perplexity": found.ppl, "nats_per_token": found.nats_per_token,
+               "bits_per_byte": found.bits_per_byte}
+    return [make_row(name, metric, value, samples=len(cut.tokens), context=options.context)
+            for metric, value in figures.items() if value is not None]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

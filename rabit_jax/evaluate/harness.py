@@ -1,0 +1,247 @@
+"""A model of this framework as lm-evaluation-harness wants it: `pip install 'rabit_jax[eval]'`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rabit_jax.errors import BadInput
+from rabit_jax.evaluate.scoring import Request, score
+from rabit_jax.evaluate.writing import Settings, Writer, settings_of
+from rabit_jax.models.decoder import Decoder
+from rabit_jax.train.sharding import batch_sharding, param_shardings
+
+try:
+    from lm_eval.api.model import TemplateLM
+
+    _missing = None
+except ImportError as error:  # told when a HarnessModel is made
+    TemplateLM, _missing = object, error
+
+
+class HarnessModel(TemplateLM):
+    """A dense, training-form or packed decoder for `lm_eval.simple_evaluate(model=...)`.
+
+    Args:
+      model: the decoder.
+      params: its params, dense, in training form, packed or mixed.
+      tokenizer: of transformers, with an end-of-text token.
+      batch_size: rows per call; on a mesh a multiple of the devices on the data axis.
+      max_length: most tokens of a sequence, for models whose attention over all their positions
+        would not fit; None is the model's number of positions. Longer contexts lose their
+        beginning, as in the harness's own models.
+      mesh: of `make_mesh`. Batches are split over `data`, kernels over `tensor`; None for one
+        device.
+      chunk: positions per vocabulary projection.
+      seed: for tasks that sample.
+
+    Raises:
+      BadInput: lm-eval is not installed, no tokenizer or none with an end, a batch that does not
+        divide over the mesh, a length that the model does not have.
+
+    Example:
+      >>> model, params, tokenizer = load_model("runs/quickstart/packed")
+      >>> lm = HarnessModel(model, params, tokenizer)
+      >>> lm_eval.simple_evaluate(model=lm, tasks=["arc_easy"])["results"]
+    """
+
+    def __init__(
+        self, model: Decoder, params: Any, tokenizer: Any, *, batch_size: int = 8,
+        max_length: int | None = None, mesh: Mesh | None = None, chunk: int = 256, seed: int = 0,
+    ) -> None:
+        require_harness()
+        super().__init__()
+        _check(model, tokenizer, batch_size, max_length, mesh)
+        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.batch_size, self.chunk, self.rows = batch_size, chunk, None
+        self.max_length = max_length or model.config.max_position
+        if mesh is not None:
+            self.params = jax.device_put(params, param_shardings(params, mesh))
+            self.rows = batch_sharding(mesh)
+        eos = {*model.config.eos_ids, tokenizer.eos_token_id}
+        self.writer = Writer(model, self.params, tuple(sorted(eos)), mesh, seed)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context: the begin token, or else the end."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in the harness's caches of requests."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Tokens of a text, with special ones as the tokenizer adds them by itself.
+
+        None are added to a text that already begins with the begin token, such as one that a chat
+        template made.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt of a conversation, by the tokenizer's template.
+
+        A template that refuses the conversation gets it again without the system's part, as the
+        harness does for templates that know none.
+
+        Raises:
+          BadInput: the tokenizer has no chat template.
+        """
+        import jinja2
+
+        if not self.tokenizer.chat_template:
+            raise BadInput("the tokenizer has no chat template: evaluate without one")
+
+        def apply(history: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        try:
+            return apply(chat_history)
+        except jinja2.exceptions.TemplateError:
+            return apply([turn for turn in chat_history if turn["role"] != "system"])
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """`sum_s log p(w_s | w_<s)` of whole texts, each token predicted once.
+
+        A text longer than `max_length` is cut into windows of that length, which share one token;
+        the last one reaches back so that it is a full one. See the harness's
+        `get_rolling_token_windows`.
+        """
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        pieces, owners = [], []
+        for index, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)
+            for window in map(make_disjoint_window, windows):
+                pieces.append((None, *window))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(pieces, disable_tqdm)
+        for index, (logprob, _) in zip(owners, scores, strict=True):
+            totals[index] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        """`(log-probability, is_greedy)` of continuations; called by the harness's loglikelihood.
+
+        Args:
+          requests: `(texts or None, context tokens, continuation tokens)`.
+          disable_tqdm: no progress bar.
+        """
+        found: list[Any] = [None] * len(requests)
+        wanted = [self._request(*request) for request in requests]
+        with _bar("log-probabilities", len(requests), disable_tqdm) as bar:
+            for pairs in score(
+                self.model, self.params, wanted, batch_size=self.batch_size, chunk=self.chunk,
+                longest=self.max_length, batch_sharding=self.rows,
+            ):
+                for index, answer in pairs:
+                    found[index] = tuple(answer)
+                    if requests[index][0] is not None:
+                        self.cache_hook.add_partial(
+                            "loglikelihood", requests[index][0], found[index])
+                bar.update(len(pairs))
+        return found
+
+    def _request(self, texts: Any, context: list[int], continuation: list[int]) -> Request:
+        """The tokens to score, cut at the left to `max_length` and the one that is predicted."""
+        if not context or not 0 < len(continuation) <= self.max_length:
+            raise BadInput(
+                f"a task asks for {texts!r}, which has {len(context)} tokens of context and "
+                f"{len(continuation)} to score: wanted at least 1 of both and at most "
+                f"{self.max_length} to score"
+            )
+        return Request((context + continuation)[-self.max_length - 1 :], len(continuation))
+
+    def _prompt(self, text: str, room: int) -> list[int]:
+        """The last `room` tokens of a prompt; an empty one is the token that begins texts."""
+        return self.tok_encode(text)[-room:] or [self.prefix_token_id]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Texts that continue prompts, each cut before the first of its stop strings.
+
+        Requests with the same settings (`until`, `max_gen_toks`, `do_sample`, `temperature`,
+        `top_p`) are batched, the longest prompts first.
+
+        Raises:
+          BadInput: settings that this model has no form of, such as `num_beams`, or no room for
+            `max_gen_toks` tokens.
+        """
+        found: list[Any] = [None] * len(requests)
+        groups: dict[Settings, list[int]] = {}
+        for index, request in enumerate(requests):
+            settings = settings_of(request.args[1], self.max_length)
+            groups.setdefault(settings, []).append(index)
+        with _bar("generation", len(requests), disable_tqdm) as bar:
+            for settings, indices in groups.items():
+                room = self.max_length - settings.new_tokens
+                prompts = {i: self._prompt(requests[i].args[0], room) for i in indices}
+                order = sorted(indices, key=lambda i: (-len(prompts[i]), prompts[i]))
+                for start in range(0, len(order), self.batch_size):
+                    part = order[start : start + self.batch_size]
+                    texts = self.writer.write(
+                        [prompts[i] for i in part], settings, self.tokenizer, self.batch_size)
+                    for i, text in zip(part, texts, strict=True):
+                        found[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    bar.update(len(part))
+        return found
+
+
+def require_harness() -> None:
+    """Raises BadInput where lm-eval, or something it needs, is not installed."""
+    if _missing is not None:
+        raise BadInput(f"lm-evaluation-harness is not installed ({_missing}): "
+                       "pip install 'rabit_jax[eval]'")
+
+
+def _bar(what: str, total: int, disabled: bool) -> Any:
+    """The harness's kind of progress bar; off a terminal a line every ten seconds at most."""
+    from tqdm import tqdm
+
+    often = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=what, disable=disabled, mininterval=often, file=sys.stderr)
+
+
+def _check(
+    model: Decoder, tokenizer: Any, batch_size: int, max_length: int | None, mesh: Mesh | None
+) -> None:
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        what = "no tokenizer" if tokenizer is None else "a tokenizer without an end-of-text token"
+        raise BadInput(f"found {what}, wanted one with: put the model's tokenizer.json and "
+                       "tokenizer_config.json into its folder")
+    devices = 1 if mesh is None else mesh.shape["data"]
+    if batch_size < 1 or batch_size % devices:
+        raise BadInput(f"batch_size is {batch_size} for {devices} devices on the data axis: make "
+                       "it a multiple of that")
+    if max_length is not None and not 2 <= max_length <= model.config.max_position:
+        raise BadInput(f"max_length is {max_length}, wanted 2 to the model's "
+                       f"{model.config.max_position} positions")

@@ -1,0 +1,169 @@
+"""Log-probabilities of continuations, batched by length in few shapes, reduced on the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rabit_jax.errors import BadInput
+from rabit_jax.train.losses import chunk_sums
+
+# Continuations that end differently after the same tokens share a row, up to so many of them.
+CHOICES = 8
+# Smallest sequence, and smallest number of scored positions, that a program is compiled for.
+SHORTEST, FEWEST = 32, 16
+
+
+class Request(NamedTuple):
+    """Tokens of a context and its continuation; the last `scored` of them are the continuation."""
+
+    tokens: Sequence[int]
+    scored: int
+
+
+class Score(NamedTuple):
+    """`sum_s log p(w_s | w_<s)` over the continuation, in nats, and whether each w_s is the
+    likeliest token."""
+
+    logprob: float
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one call; b rows, t tokens, n scored positions, c continuations of a row.
+
+    Attributes:
+      tokens: `[b, t]` int32, padded on the right, where causal attention never looks.
+      first: `[b]` int32, the first of the n positions of each row whose next token may be scored.
+      labels: `[b, n, c]` int32.
+      mask: `[b, n, c]` bool, which labels count.
+      members: for each real row the indices of its requests, at most c.
+    """
+
+    tokens: np.ndarray
+    first: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
+    members: list[list[int]]
+
+
+def score(
+    model: nn.Module,
+    params: Any,
+    requests: Sequence[Request],
+    *,
+    batch_size: int,
+    chunk: int = 256,
+    longest: int | None = None,
+    batch_sharding: jax.sharding.Sharding | None = None,
+) -> Iterator[list[tuple[int, Score]]]:
+    """Scores continuations, the longest first, a batch at a time.
+
+    The last token of a request is only predicted, so requests that differ in nothing else share
+    one row: the answers "A" to "D" of a question cost one forward pass. Lengths are rounded up to
+    powers of two, scored positions to powers of four, so that few programs are compiled; the head
+    reads the scored positions alone, `chunk` of them at a time, and only sums leave the device.
+
+    Args:
+      model: has `features(tokens) -> ([b, t, d], hidden)` and `head(features) -> logits`; causal.
+      params: tree of arrays and weight nodes; stays on the devices and in the shards it is in.
+      requests: at least 2 tokens each, and at least one before the scored ones.
+      batch_size: rows per call; on a mesh a multiple of the devices on the data axis.
+      chunk: positions per vocabulary projection.
+      longest: most tokens of a padded row; None sets no bound.
+      batch_sharding: where rows live on a mesh; None for one device.
+
+    Returns:
+      An iterator over lists of `(index of the request, its score)`, each index once.
+
+    Raises:
+      BadInput: logits that are not finite.
+
+    Example:
+      >>> pairs = score(model, params, [Request([5, 9, 2], 1)], batch_size=8)
+      >>> dict(pair for batch in pairs for pair in batch)[0].logprob
+    """
+    for batch in batches(requests, batch_size, longest):
+        arrays = (batch.tokens, batch.first, batch.labels, batch.mask)
+        if batch_sharding is not None:
+            arrays = jax.device_put(arrays, batch_sharding)
+        nats, missed = jax.device_get(_sums(model, params, *arrays, chunk=chunk))
+        if not np.isfinite(nats).all():
+            raise BadInput("the logits hold NaN or infinity: the weights are damaged or overflow "
+                           "the dtype of the model, pack or load them again")
+        yield [
+            (index, Score(-float(nats[row, column]), not missed[row, column]))
+            for row, members in enumerate(batch.members)
+            for column, index in enumerate(members)
+        ]
+
+
+def batches(
+    requests: Sequence[Request], batch_size: int, longest: int | None = None
+) -> Iterator[Batch]:
+    """Cuts requests into batches of rows, the longest row first."""
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for index, request in enumerate(requests):
+        shared.setdefault(tuple(request.tokens[:-1]), []).append(index)
+    rows = [
+        (read, indices[start : start + CHOICES])
+        for read, indices in sorted(shared.items(), key=lambda item: (-len(item[0]), item[0]))
+        for start in range(0, len(indices), CHOICES)
+    ]
+    for start in range(0, len(rows), batch_size):
+        yield _batch(rows[start : start + batch_size], requests, batch_size, longest)
+
+
+def _batch(
+    rows: list[tuple[tuple[int, ...], list[int]]], requests: Sequence[Request], b: int,
+    longest: int | None,
+) -> Batch:
+    members = [indices for _, indices in rows]
+    t = _rounded(len(rows[0][0]), SHORTEST, 2)
+    t = max(min(t, longest or t), len(rows[0][0]))
+    n = min(_rounded(max(requests[i].scored for m in members for i in m), FEWEST, 4), t)
+    c = 1 if max(map(len, members)) == 1 else CHOICES
+    tokens, first = np.zeros((b, t), np.int32), np.zeros(b, np.int32)
+    labels, mask = np.zeros((b, n, c), np.int32), np.zeros((b, n, c), bool)
+    for row, (read, indices) in enumerate(rows):
+        tokens[row, : len(read)] = read
+        start = first[row] = max(len(read) - n, 0)
+        for column, index in enumerate(indices):
+            whole, scored = requests[index]
+            labels[row, : len(read) - start, column] = whole[start + 1 :]
+            mask[row, len(read) - scored - start : len(read) - start, column] = True
+    return Batch(tokens, first, labels, mask, members)
+
+
+def _rounded(number: int, least: int, base: int) -> int:
+    """The smallest of `least, least base, least base^2, ...` that holds `number`."""
+    while least < number:
+        least *= base
+    return least
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk"))
+def _sums(model, params, tokens, first, labels, mask, chunk):
+    """Nats, and labels that are not the likeliest token, of each continuation: `[b, c]`."""
+    variables = {"params": params}
+    features, _ = model.apply(variables, tokens, method="features")
+    at = first[:, None] + jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
+    features = jnp.take_along_axis(features, at[..., None], axis=1)
+
+    def piece(features, labels, mask):
+        logits = model.apply(variables, features, method="head").astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, labels, axis=-1)
+        nats = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - chosen
+        missed = jnp.argmax(logits, axis=-1)[..., None] != labels
+        return (jnp.sum(nats, axis=1, where=mask),
+                jnp.sum(missed, axis=1, where=mask, dtype=jnp.int32))
+
+    return chunk_sums(piece, (features, labels, mask), chunk)

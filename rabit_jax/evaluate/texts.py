@@ -1,0 +1,166 @@
+"""The texts whose perplexities are published: what their names mean, and their windows."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rabit_jax.data.files import file_documents
+from rabit_jax.data.named import named_text
+from rabit_jax.data.tokens import windows
+from rabit_jax.errors import BadInput
+
+FILE = "file:"
+DRAWS = 1_000_000  # after so many no document is long enough
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which text, and which windows of it.
+
+    Attributes:
+      data: a key of `rabit_jax.data.NAMED`.
+      split: of that dataset.
+      documents: the first so many are joined by spaces to one text; 0 leaves the dataset's own.
+      windows: at most so many; 0 is all.
+      drawn: windows are drawn from random documents that are longer than one, as
+        `random.Random(0)` chooses first the document and then the place, instead of being cut from
+        one text in order.
+    """
+
+    data: str
+    split: str
+    documents: int = 0
+    windows: int = 0
+    drawn: bool = False
+
+
+# As the code of GPTQ (Frantar et al., arXiv 2210.17323) has it and most papers after it. Its `c4`
+# and `c4-new` give different figures on the same model.
+TEXTS = {
+    "wikitext2": Protocol("wikitext2", "test"),
+    "c4": Protocol("c4", "validation", windows=256, drawn=True),
+    "c4-new": Protocol("c4", "validation", documents=1100, windows=256),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """What `perplexity` reads of a text.
+
+    Attributes:
+      tokens: `[n, t]` int32.
+      text_bytes: UTF-8 bytes of the text that the windows were cut from in order, else None.
+      total_tokens: tokens of that text, else None.
+    """
+
+    tokens: np.ndarray
+    text_bytes: int | None = None
+    total_tokens: int | None = None
+
+
+def check_name(name: str) -> None:
+    """Raises BadInput for what is neither a key of `TEXTS` nor `file:` and a path."""
+    if name in TEXTS or name.removeprefix(FILE) not in ("", name):
+        return
+    near = difflib.get_close_matches(name, TEXTS, n=1, cutoff=0.0)[0]
+    raise BadInput(f"no text for perplexities is named {name!r}, the nearest is {near!r}: choose "
+                   f"from {', '.join(TEXTS)}, or give {FILE}PATH")
+
+
+def read_text(name: str) -> list[str]:
+    """The documents of a text, downloaded where they are not on this machine.
+
+    Args:
+      name: a key of `TEXTS`, or `file:` and the path of a UTF-8 file, which is one document.
+
+    Raises:
+      BadInput: an unknown name, no such file, or a dataset that cannot be reached.
+    """
+    check_name(name)
+    if name.startswith(FILE):
+        return ["".join(file_documents((name.removeprefix(FILE),)))]
+    try:
+        rows = named_text(TEXTS[name].data, TEXTS[name].split)
+        return list(itertools.islice(rows, TEXTS[name].documents or None))
+    except BadInput as error:
+        raise BadInput(f"{error} (here: {FILE}PATH instead of {name})") from error
+
+
+def text_windows(
+    name: str, documents: Sequence[str], tokenizer: Any, context: int, most: int | None = None,
+    progress: Callable[[int, int], None] | None = None, begin: int | None = None,
+) -> Windows:
+    """The windows of `context` tokens on which the perplexity of a text is taken.
+
+    The whole text is tokenised at once, with the special tokens that the tokenizer adds by itself
+    at its beginning, and cut into non-overlapping windows; a last part that is shorter is left out.
+    See `TEXTS` for `c4`, whose windows are drawn.
+
+    Args:
+      name: what `read_text` read.
+      documents: what it returned.
+      tokenizer: of transformers.
+      context: t, tokens of a window.
+      most: no more than so many windows, the first ones; None is all of the text's.
+      progress: called with (windows drawn, of how many).
+      begin: put this token in place of the first one of every window: Gemma reads nothing well
+        without its begin token, the others are published without.
+
+    Raises:
+      BadInput: a text that is shorter than one window.
+
+    Example:
+      >>> found = text_windows("wikitext2", read_text("wikitext2"), tokenizer, 2048)
+      >>> perplexity(model, params, found.tokens, batch_size=8).ppl
+    """
+    protocol = TEXTS.get(name, Protocol("", ""))
+    count = min(n for n in (protocol.windows, most, 1 << 40) if n)
+    if protocol.drawn:
+        return Windows(_begun(_drawn(documents, tokenizer, context, count, progress), begin))
+    documents = documents[: protocol.documents or None]
+    text = " ".join(documents)
+    tokens = _tokens(tokenizer, text)
+    found = _begun(windows(np.asarray(tokens), context)[:count], begin)
+    return Windows(found, len(text.encode()), len(tokens))
+
+
+def _begun(rows: np.ndarray, begin: int | None) -> np.ndarray:
+    if begin is None:
+        return rows
+    rows = np.array(rows)
+    rows[:, 0] = begin
+    return rows
+
+
+def _drawn(
+    documents: Sequence[str], tokenizer: Any, context: int, count: int,
+    progress: Callable[[int, int], None] | None,
+) -> np.ndarray:
+    draw, found = random.Random(0), []
+    for _ in range(DRAWS):
+        text = documents[draw.randint(0, len(documents) - 1)]
+        # No tokenizer makes so many tokens of so few bytes: this saves time, not more.
+        if 2 * len(text.encode()) + 8 <= context:
+            continue
+        tokens = _tokens(tokenizer, text)
+        if len(tokens) <= context:
+            continue
+        start = draw.randint(0, len(tokens) - context - 1)
+        found.append(tokens[start : start + context])
+        if progress:
+            progress(len(found), count)
+        if len(found) == count:
+            return np.asarray(found, np.int32)
+    raise BadInput(f"found {len(found)} windows of {context} tokens in {len(documents)} documents, "
+                   f"wanted {count}: give a shorter context")
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]

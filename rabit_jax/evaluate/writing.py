@@ -1,0 +1,163 @@
+"""Generation in batches until a stop string, as lm-evaluation-harness asks for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rabit_jax.errors import BadInput
+from rabit_jax.models import Decoder, prepare, stream
+
+NEW_TOKENS = 256  # what the harness gives where a task names no number
+SHORTEST = 32
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+# Settings that change nothing of greedy text, and those that change nothing at these values.
+SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p", "typical_p"})
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
+
+
+class Settings(NamedTuple):
+    """How a text is continued, and the strings before which it is cut."""
+
+    until: tuple[str, ...]
+    new_tokens: int
+    temperature: float
+    top_p: float
+
+
+def settings_of(given: Mapping[str, Any], max_length: int) -> Settings:
+    """The settings that a task's `generation_kwargs` stand for.
+
+    As in the harness, text is greedy unless `do_sample` is true or, where that is not given, the
+    temperature is above 0; without a length there are 256 new tokens.
+
+    Raises:
+      BadInput: a setting that would change the text and has no form here, or a length that leaves
+        no room for a prompt.
+    """
+    left = dict(given)
+    until = left.pop("until", None) or ()
+    lengths = [left.pop(name, None) for name in LENGTHS]
+    new_tokens = int(next((n for n in lengths if n is not None), NEW_TOKENS))
+    if not 0 < new_tokens < max_length:
+        raise BadInput(f"a task asks for {new_tokens} new tokens, wanted 1 to {max_length - 1} for "
+                       f"sequences of at most {max_length}: leave the task out")
+    temperature, top_p = float(left.get("temperature") or 0), float(left.pop("top_p", 1.0))
+    sampled = left.pop("do_sample", None)
+    if sampled is None:
+        sampled = temperature > 0
+    left = {name: v for name, v in left.items() if v is not None and v != NEUTRAL.get(name)}
+    odd = sorted(set(left) - (SAMPLING if not sampled else {"temperature"}))
+    if odd:
+        raise BadInput(f"a task sets {odd[0]} to {left[odd[0]]!r} for generation, which has no "
+                       f"form here: set until, {LENGTHS[0]}, do_sample, temperature and top_p")
+    if sampled and temperature <= 0:
+        raise BadInput(f"a task samples at temperature {temperature}, wanted one above 0")
+    until = (until,) if isinstance(until, str) else tuple(until)
+    return Settings(tuple(stop for stop in until if stop), new_tokens,
+                    temperature if sampled else 0.0, top_p if sampled else 1.0)
+
+
+class Writer:
+    """A model that continues batches of prompts.
+
+    On a mesh without a tensor axis every device gets the model and its share of the prompts; with
+    one, all of them compute the same rows together.
+
+    Args:
+      model: the decoder.
+      params: its params, on the mesh if there is one; prepared when first used.
+      eos_ids: tokens that end a text.
+      mesh: of the params, or None.
+      seed: for sampling; the same seed and requests give the same texts.
+    """
+
+    def __init__(
+        self, model: Decoder, params: Any, eos_ids: tuple[int, ...], mesh: Mesh | None, seed: int
+    ) -> None:
+        self.model, self.params, self.eos_ids, self.mesh = model, params, eos_ids, mesh
+        self.key, self.calls = jax.random.key(seed), 0
+
+    @functools.cached_property
+    def engines(self) -> list[Any]:
+        """The params laid out for decoding, once for each device that decodes by itself."""
+        engine = prepare(self.model.config, self.params)
+        if self.mesh is None or self.mesh.shape["tensor"] > 1:
+            return [engine]
+        return [jax.device_put(engine, device) for device in self.mesh.devices.flat]
+
+    def write(
+        self, prompts: Sequence[list[int]], settings: Settings, tokenizer: Any, batch_size: int
+    ) -> list[str]:
+        """The texts that continue prompts of token ids, cut before the first stop string.
+
+        Args:
+          prompts: at most `batch_size` of them; as many rows are always computed, of a length that
+            is rounded up to a power of two, so that few programs are compiled.
+        """
+        key, self.calls = jax.random.fold_in(self.key, self.calls), self.calls + 1
+        tokens, mask = _padded(prompts, batch_size)
+        parts = [np.array_split(a, len(self.engines)) for a in (tokens, mask)]
+        real = np.array_split(np.arange(batch_size) < len(prompts), len(self.engines))
+
+        def run(n: int) -> list[str]:
+            return self._texts(self.engines[n], parts[0][n], parts[1][n], int(real[n].sum()),
+                               settings, tokenizer, jax.random.fold_in(key, n))
+
+        if len(self.engines) == 1:
+            return run(0)
+        with ThreadPoolExecutor(len(self.engines)) as pool:
+            return [text for texts in pool.map(run, range(len(self.engines))) for text in texts]
+
+    def _texts(
+        self, engine: Any, tokens: np.ndarray, mask: np.ndarray, real: int, settings: Settings,
+        tokenizer: Any, key: jax.Array,
+    ) -> list[str]:
+        """Texts of the first `real` rows on one device."""
+        if not real:
+            return []
+        made = np.zeros((real, 0), np.int32)
+        chunks = stream(
+            self.model, engine, tokens, mask, settings.new_tokens, settings.temperature,
+            settings.top_p, key, self.eos_ids,
+        )
+        for new in chunks:
+            made = np.concatenate([made, new[:real]], axis=1)
+            if all(self._over(row, settings.until, tokenizer) for row in made):
+                break
+        return [_cut(self._decoded(row, tokenizer), settings.until) for row in made]
+
+    def _over(self, row: np.ndarray, until: Sequence[str], tokenizer: Any) -> bool:
+        """Whether more tokens would change nothing."""
+        if np.isin(row, self.eos_ids).any():
+            return True
+        text = self._decoded(row, tokenizer)
+        return _cut(text, until) != text
+
+    def _decoded(self, row: np.ndarray, tokenizer: Any) -> str:
+        ends = np.flatnonzero(np.isin(row, self.eos_ids))
+        row = row[: ends[0]] if ends.size else row
+        return tokenizer.decode(row.tolist(), skip_special_tokens=True)
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
+
+
+def _padded(prompts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts padded on the left, and rows of one token to make up the number: `[rows, t]`."""
+    t = SHORTEST
+    while t < max(map(len, prompts)):
+        t *= 2
+    tokens, mask = np.zeros((rows, t), np.int32), np.zeros((rows, t), bool)
+    mask[:, -1] = True
+    for row, prompt in enumerate(prompts):
+        tokens[row, t - len(prompt) :], mask[row, t - len(prompt) :] = prompt, True
+    return tokens, mask

@@ -40,7 +40,7 @@ docs: $(INSTALLED_DOCS) ## the documentation site, to build/docs; warnings are e
 	@echo "documentation: build/docs/index.html"
 
 clean: ## remove .venv, caches and the built documentation, not runs/
-	rm -rf .venv .cache .pytest_cache .ruff_cache build docs/_generated
+	rm -rf .venv .cache .hypothesis .pytest_cache .ruff_cache build docs/_generated
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV):
@@ -67,7 +67,7 @@ $(INSTALLED_DOCS): requirements-docs.txt $(INSTALLED)
 	@touch $@
 
 # jax_triton imports beside a CUDA plugin only; its 19 MB alone let a CPU lower kernels for a GPU.
-$(INSTALLED_TEST): requirements-test.txt $(INSTALLED)
+$(INSTALLED_TEST): requirements-test.txt requirements-eval.txt $(INSTALLED)
 	@echo "installing requirements-test.txt into .venv"
 	@$(PIP) -r requirements-test.txt
 	@$(RUN) -c 'import importlib.util as u, sys; sys.exit(not any(u.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)))' \

@@ -29,7 +29,7 @@ ROOMS = {
     "models": ("rabit_jax/models", "Decoder, Hugging Face and packed folders, the decode engine"),
     "data": ("rabit_jax/data", "Text, tokeniser, token cache, deterministic batches"),
     "train": ("rabit_jax/train", "Losses, optimisers, the step, the loop, checkpoints, sharding"),
-    "evaluate": ("rabit_jax/evaluate", "Perplexity, diagnostics, sign flips"),
+    "evaluate": ("rabit_jax/evaluate", "Perplexity, tasks, diagnostics, sign flips"),
     "kernels": ("kernels", "Packed bit layout and the packed products by device"),
     "experiments": ("experiments", "The commands, their settings and reports"),
 }

@@ -239,7 +239,7 @@ def pack_model(job: Job) -> None:
             params = record_limbs(params, stats)
         spec = {"spec": to_dict(job.config.init.spec)}
         save_packed(
-            folder, job.model_config, params, job.tokenizer, spec,
+            folder, job.checkpoint.config, params, job.tokenizer, spec,
             read_generation(job.checkpoint.folder), job.config.teacher.path,
         )
     job.blocks.write_record("packed.json", {"bytes": _size(folder)})

@@ -1,7 +1,7 @@
 """Zero- and few-shot tasks of lm-evaluation-harness, and perplexities, of a dense or packed model.
 
 The table, or with --json one JSON object, goes to stdout, everything else to stderr. Tasks are
-those of the harness (pip install 'rabit_jax[eval]'); their stderr, where it is not in closed form,
+those of the harness (pip install 'lm-eval<0.5'); their stderr, where it is not in closed form,
 comes from 1000 resamples. Perplexities are taken in non-overlapping windows of --context tokens,
 each scored from its own past alone, as published figures are. Texts:
 
@@ -117,14 +117,14 @@ def run(arguments: Sequence[str]) -> None:
     if tasks:
         result["versions"]["lm-eval"] = importlib.metadata.version("lm-eval")
     text = json.dumps(result, allow_nan=False)
-    if options.output:
-        write_text(Path(options.output), text + "\n")
     if options.json:
         print(text)
-        return
-    only = f", the first {options.limit} of each only" if options.limit else ""
-    table(f"{options.model}{only}: {result['device']}, {result['date']}", COLUMNS,
-          [[row[name] for name in COLUMNS] for row in rows], stdout=True)
+    else:
+        only = f", the first {options.limit} of each only" if options.limit else ""
+        table(f"{options.model}{only}: {result['device']}, {result['date']}", COLUMNS,
+              [[row[name] for name in COLUMNS] for row in rows], stdout=True)
+    if options.output:
+        write_text(Path(options.output), text + "\n")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -142,6 +142,11 @@ def check(options: argparse.Namespace) -> None:
                        f"multiple of {devices}")
     if options.output and os.path.lexists(options.output):
         raise BadInput(f"--output {options.output} exists: remove it or name another file")
+    if options.output:
+        place = next(p for p in Path(options.output).absolute().parents if p.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise BadInput(f"--output {options.output} cannot be written, {place} is no folder of "
+                           "yours: name another file")
     if options.include_path and not Path(options.include_path).is_dir():
         raise BadInput(f"--include-path {options.include_path} is no folder: name one with the "
                        "YAML files of your tasks")
@@ -160,11 +165,15 @@ def load(path: str) -> tuple[Decoder, Any, Any]:
         return load_model(path)
     folder = folder.resolve()
     config = load_config(RunConfig, folder / "config.yaml")
-    config = dataclasses.replace(config, output=str(folder.parent), name=folder.name)
+    # Neither the run's devices nor its text need be on this machine.
+    teacher = dataclasses.replace(
+        config.teacher, path=config.teacher.path or str(folder / "teacher"))
+    config = dataclasses.replace(config, output=str(folder.parent), name=folder.name,
+                                 teacher=teacher, mesh={"tensor": len(jax.devices())})
     found = Inputs(config, RunFolder(config))
     if not (folder / "stages" / "qat.json").exists():
         raise BadInput(f"{path} has no trained student: let the run finish its stage qat, or name "
-                       "a model folder in it, such as teacher")
+                       "a model folder in it, such as teacher or packed")
     say(f"the trained student of {path}")
     return found.model, found.student, load_tokenizer(find_folder(found.teacher_folder))
 

@@ -8,7 +8,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -47,7 +47,7 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> tuple[Any, lis
         for done, name in enumerate(wanted, 1):
             tasks += _loaded(manager, name)
             bar.update(done)
-    return manager, tasks
+    return manager, _outermost(tasks)
 
 
 def _loaded(manager: Any, name: str) -> list[Any]:
@@ -67,6 +67,32 @@ def _loaded(manager: Any, name: str) -> list[Any]:
     return list(found.get("groups", {}).values()) or list(found["tasks"].values())
 
 
+def _outermost(items: Sequence[Any]) -> list[Any]:
+    """Tasks and groups without those that a group among them holds: the harness takes each once.
+
+    A group's results have rows of all that it holds.
+
+    Raises:
+      BadInput: two groups share a task and neither holds the other.
+    """
+    groups = [item for item in items if hasattr(item, "get_all_tasks")]
+    inner = {_name(part) for group in groups
+             for part in (*group.get_all_tasks(), *group.get_all_groups())}
+    kept = {_name(item): item for item in items if _name(item) not in inner}
+    owners: dict[str, str] = {}
+    for name in [name for name, item in kept.items() if item in groups]:
+        for task in kept[name].get_all_tasks():
+            other = owners.setdefault(task.task_name, name)
+            if other != name:
+                raise BadInput(f"the groups {other!r} and {name!r} share the task "
+                               f"{task.task_name!r}: evaluate them one after the other")
+    return list(kept.values())
+
+
+def _name(item: Any) -> str:
+    return getattr(item, "task_name", None) or item.name
+
+
 def task_rows(
     options: argparse.Namespace, model: Decoder, params: Any, tokenizer: Any, mesh: Any,
     loaded: tuple[Any, list[Any]],
@@ -77,11 +103,12 @@ def task_rows(
 
     from rabit_jax.evaluate.harness import HarnessModel
 
+    manager, tasks = loaded
     lm = HarnessModel(model, params, tokenizer, batch_size=options.batch_size,
                       max_length=options.max_length, mesh=mesh)
+    _check_generation(manager.load(tasks)["tasks"], lm.max_length)
     # Its resampling forks, which a process with JAX's threads must not do; it prints to stdout.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    manager, tasks = loaded
     with contextlib.redirect_stdout(sys.stderr):
         found = simple_evaluate(
             model=lm, tasks=tasks, task_manager=manager, num_fewshot=options.num_fewshot,
@@ -101,6 +128,18 @@ def task_rows(
     if len(single) > 1 and None not in single:
         rows.append(make_row(f"mean of {len(single)} tasks", "acc", sum(single) / len(single)))
     return rows
+
+
+def _check_generation(tasks: Mapping[str, Any], max_length: int) -> None:
+    """Refuses settings of generation before anything is scored, not in the middle of it."""
+    from rabit_jax.evaluate.writing import settings_of
+
+    for name, task in tasks.items():
+        if task.get_config("output_type") == "generate_until":
+            try:
+                settings_of(task.get_config("generation_kwargs") or {}, max_length)
+            except BadInput as error:
+                raise BadInput(f"{name}: {error}") from error
 
 
 def make_row(

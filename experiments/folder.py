@@ -12,6 +12,7 @@ from rabit_jax.experiments.console import say
 from rabit_jax.experiments.files import remove, write_text
 from rabit_jax.experiments.log_wandb import WandbLog
 from rabit_jax.experiments.settings import RunConfig
+from rabit_jax.models.card import CARD
 
 # What a stage leaves on disk and later ones read: it is complete only while these are whole.
 LEAVES = {
@@ -92,10 +93,14 @@ class RunFolder:
         return record if record["files"] == self._sizes(stage) else None
 
     def _sizes(self, stage: str) -> dict[str, int]:
-        """Sizes of the files that a stage leaves, by path."""
+        """Sizes of the files that a stage leaves, by path.
+
+        Without the model card: it is written again from the summary, and edited by hand.
+        """
         places = [self.path / place for place in LEAVES.get(stage, ())]
         files = [f for p in places for f in ([p] if p.is_file() else sorted(p.rglob("*")))]
-        return {str(f.relative_to(self.path)): f.stat().st_size for f in files if f.is_file()}
+        kept = (f for f in files if f.is_file() and f.name != CARD)
+        return {str(f.relative_to(self.path)): f.stat().st_size for f in kept}
 
     def began(self, stage: str) -> str | None:
         """The hash of the inputs with which an unfinished stage was started."""
@@ -111,7 +116,8 @@ class RunFolder:
         continues = resume and self.began(stage) == key
         stale = [f"stages/{stage}.json", "summary.json", "report.html"]
         if stage not in ("evaluate", "generate"):
-            stale.append("packed")
+            # Post-training in the same folder would take what this run packs for its own.
+            stale += ["packed", "blocks/packed.json"]
         if not continues:
             stale += [f"checkpoints/{stage}", f"tensorboard/{stage}"]
             self.keep_metrics(stage, 0)

@@ -124,7 +124,9 @@ def claim(job: Job, resume: bool) -> None:
         own = section_hash(__version__, "ptq", *common, key if label == "packed" else "")
         if not job.scores[label].claim(own, resume):
             _forget(job, *(score_stage(label, name) for name in texts))
-    remove(job.folder.path / "summary.json")
+    # Training in the same folder would take what is written here for its own.
+    for name in ("summary.json", "report.html", "stages/calibrate.json", "stages/pack.json"):
+        remove(job.folder.path / name)
 
 
 def _forget(job: Job, *stages: str) -> None:
@@ -145,8 +147,9 @@ def score_models(job: Job) -> dict[str, dict]:
 
 def summarise(job: Job, scored: dict[str, dict], command: str) -> dict[str, Any]:
     """The nested summary with the keys of every run; what needs training is null."""
-    student, lines = job.abstract_student(), job.folder.metrics()
-    seconds: dict[str, float] = {}
+    student, seconds = job.abstract_student(), {}
+    # Lines of training, where the folder held such a run before, have no seconds.
+    lines = [line for line in job.folder.metrics() if "seconds" in line]
     for line in lines:
         seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + line["seconds"]
     calibration = job.calibration

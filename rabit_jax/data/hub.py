@@ -88,7 +88,7 @@ def _column(rows: Iterable[dict[str, Any]], name: str, column: str) -> Iterator[
     for row in rows:
         if not isinstance(row.get(column), str):
             raise BadInput(
-                f"{name} has no text in column {column!r}; set data.hub_text_column to one of"
-                f" {', '.join(map(str, row))}"
+                f"{name} has no text in column {column!r}; set data.hub_text_column (of a part of a"
+                f" mix: hub_column) to one of {', '.join(map(str, row))}"
             )
         yield row[column]

@@ -1,4 +1,4 @@
-"""A model of this framework as lm-evaluation-harness wants it: `pip install 'rabit_jax[eval]'`."""
+"""A model of this framework as lm-evaluation-harness wants it; `pip install 'lm-eval<0.5'`."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def require_harness() -> None:
     """Raises BadInput where lm-eval, or something it needs, is not installed."""
     if _missing is not None:
         raise BadInput(f"lm-evaluation-harness is not installed ({_missing}): "
-                       "pip install 'rabit_jax[eval]'")
+                       "pip install 'lm-eval<0.5'")
 
 
 def _bar(what: str, total: int, disabled: bool) -> Any:

@@ -122,28 +122,37 @@ class Writer:
         """Texts of the first `real` rows on one device."""
         if not real:
             return []
-        made = np.zeros((real, 0), np.int32)
+        made, ends = np.zeros((real, 0), np.int32), self._ends(settings.until, tokenizer)
         chunks = stream(
             self.model, engine, tokens, mask, settings.new_tokens, settings.temperature,
-            settings.top_p, key, self.eos_ids,
+            settings.top_p, key, ends,
         )
         for new in chunks:
             made = np.concatenate([made, new[:real]], axis=1)
-            if all(self._over(row, settings.until, tokenizer) for row in made):
+            if all(_over(row, ends, settings.until, tokenizer) for row in made):
                 break
-        return [_cut(self._decoded(row, tokenizer), settings.until) for row in made]
+        return [_cut(_decoded(row, ends, tokenizer), settings.until) for row in made]
 
-    def _over(self, row: np.ndarray, until: Sequence[str], tokenizer: Any) -> bool:
-        """Whether more tokens would change nothing."""
-        if np.isin(row, self.eos_ids).any():
-            return True
-        text = self._decoded(row, tokenizer)
-        return _cut(text, until) != text
+    def _ends(self, until: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+        """Tokens that end a text: the model's own, and stop strings that are one special token,
+        such as "<|im_end|>", which decoding leaves out."""
+        added = tokenizer.get_added_vocab()
+        return tuple(sorted({*self.eos_ids, *(added[stop] for stop in until if stop in added)}))
 
-    def _decoded(self, row: np.ndarray, tokenizer: Any) -> str:
-        ends = np.flatnonzero(np.isin(row, self.eos_ids))
-        row = row[: ends[0]] if ends.size else row
-        return tokenizer.decode(row.tolist(), skip_special_tokens=True)
+
+def _over(row: np.ndarray, ends: Sequence[int], until: Sequence[str], tokenizer: Any) -> bool:
+    """Whether more tokens would change nothing."""
+    if np.isin(row, ends).any():
+        return True
+    text = _decoded(row, ends, tokenizer)
+    return _cut(text, until) != text
+
+
+def _decoded(row: np.ndarray, ends: Sequence[int], tokenizer: Any) -> str:
+    """The text before the first token that ends it."""
+    found = np.flatnonzero(np.isin(row, ends))
+    row = row[: found[0]] if found.size else row
+    return tokenizer.decode(row.tolist(), skip_special_tokens=True)
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

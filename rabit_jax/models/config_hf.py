@@ -105,6 +105,12 @@ def _refuse(family: str, raw: Mapping[str, Any]) -> None:
     for name in SIZES:
         if not isinstance(raw.get(name), int) or raw[name] < 1:
             raise BadInput(f"config field {name} is {raw.get(name)!r}, wanted a positive integer")
+    for name in ("rms_norm_eps", "initializer_range"):
+        if not isinstance(raw[name], (int, float)):
+            raise BadInput(f"config field {name} is {raw[name]!r}, wanted a number")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw[name] or {}, Mapping):
+            raise BadInput(f"config field {name} is {raw[name]!r}, wanted an object or null")
     if _activation(raw) not in _ACTIVATIONS:
         raise BadInput(f"unsupported hidden_act {_activation(raw)!r}, supported are "
                        f"{', '.join(_ACTIVATIONS)}")
@@ -176,6 +182,9 @@ def _rope(family: str, raw: Mapping[str, Any]) -> tuple[float, RopeScaling | Non
                            "rope_scaling")
         return *_one_rope(new or old or {}, raw, 10000.0), None
     new = new or {}
+    if odd := sorted(set(new) - set(_LAYER_TYPES)):
+        raise BadInput(f"unsupported rotary field {odd[0]} = {new[odd[0]]!r}: a {family} model has "
+                       f"rope_parameters for {' and '.join(_LAYER_TYPES)}")
     local = _one_rope(new.get("sliding_attention") or {},
                       {**raw, "rope_theta": raw["rope_local_base_freq"]}, 10000.0)
     if local[1] is not None:

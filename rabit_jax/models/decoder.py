@@ -97,7 +97,7 @@ class Decoder(nn.Module):
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Fresh float32 params: normal(initializer_range), norms one, biases zero.
+    """Fresh float32 params: normal(initializer_range), factors of norms one, biases zero.
 
     The projections into the residual stream, `o` and `down`, start `sqrt(2 l)` times smaller.
     Works under `jit`, with `out_shardings` so that each leaf is created where it will live.

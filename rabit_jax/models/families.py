@@ -57,6 +57,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {
         **_GEMMA, "vocab_size": 256000, "max_position_embeddings": 8192,
         "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+        # In the published 9B and 27B; transformers reads sliding_window instead.
+        "sliding_window_size": None,
     },
     "gemma3_text": {
         **_GEMMA, "vocab_size": 262208, "max_position_embeddings": 131072,

@@ -130,12 +130,23 @@ def write_folder(
                 shutil.copymode(new / "config.json", new / name)
                 del tensors  # or two shards are held while the next is made
             _save_tokenizer(new, tokenizer)
-            if folder.exists():
-                folder.rename(Path(place) / "old")
-            new.rename(folder)
+            _exchange(folder, new, Path(place) / "old")
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write model folder {folder}: {error}") from error
     return folder
+
+
+def _exchange(folder: Path, new: Path, old: Path) -> None:
+    """Puts `new` where `folder` is, and the old one back where that fails."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -33,8 +33,8 @@ def save_packed_params(file: str | Path, params: Any) -> Path:
       The file.
 
     Raises:
-      BadInput: something else than nested dicts, a weight that is not packed, no packed weight at
-        all, or no room.
+      BadInput: something else than nested dicts, two parameters of one path (a key with "/"), a
+        weight that is not packed, no packed weight at all, or no room.
 
     Example:
       >>> save_packed_params("vit.safetensors", pack(student))
@@ -45,6 +45,9 @@ def save_packed_params(file: str | Path, params: Any) -> Path:
     for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]:
         own = [_key(entry) for entry in path]
         name = "/".join(map(str, own))
+        if name in keys:
+            raise BadInput(f"two parameters have the path {name}: {keys[name]} and {own}; rename "
+                           "one of them")
         keys[name] = own
         if not is_weight(leaf):
             tensors[name] = np.asarray(leaf)

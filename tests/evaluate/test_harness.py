@@ -1,5 +1,6 @@
 """The harness adapter against the harness's own Hugging Face model, on the same weights."""
 
+import copy
 import json
 import random
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ from jax.sharding import Mesh
 
 from rabit_jax.data import train_tokenizer
 from rabit_jax.errors import BadInput
+from rabit_jax.evaluate import writing
 from rabit_jax.evaluate.harness import HarnessModel
-from rabit_jax.evaluate.writing import Settings, settings_of
+from rabit_jax.evaluate.writing import Settings, Writer, settings_of
 from rabit_jax.models import ModelConfig, load_hf, param_shapes, save_hf
 from rabit_jax.train.sharding import AXES
 
@@ -197,6 +199,27 @@ def test_generation_settings():
     ]:
         with pytest.raises(BadInput, match=message):
             found(**given)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_text(ours, monkeypatch):
+    """Decoding leaves it out, so the text alone would go on behind it."""
+    tokenizer = copy.deepcopy(ours.tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>"]})
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    cat, dog = (tokenizer.encode(word)[0] for word in (" cat", " dog"))
+    rows = np.array([[cat, dog, turn, cat], [cat, 0, turn, dog], [dog, cat, dog, dog]])
+    asked_for = []
+
+    def stream(*arguments):
+        asked_for.append(arguments[-1])
+        yield from (rows[:, :1], rows[:, 1:])
+
+    monkeypatch.setattr(writing, "stream", stream)
+    writer = Writer(ours.model, ours.params, (0,), None, 0)
+    monkeypatch.setitem(vars(writer), "engines", [None])
+    settings = Settings(("<|turn|>", "og dog"), 4, 0.0, 1.0)
+    texts = writer.write([[cat]] * 3, settings, tokenizer, 3)
+    assert texts == [" cat dog", " cat", " dog cat d"] and asked_for == [(0, turn)]
 
 
 def test_bad_input(ours):

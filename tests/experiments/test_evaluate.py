@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rabit_jax import PackedSign
 from rabit_jax.data import train_tokenizer
+from rabit_jax.errors import BadInput
 from rabit_jax.experiments import evaluate as command
 from rabit_jax.experiments import evaluate_tasks
 from rabit_jax.models import ModelConfig, load_model, param_shapes, save_hf
@@ -60,6 +61,18 @@ def folders(tmp_path_factory):
         "group": "tiny_group", "task": ["tiny_cats", "tiny_dogs"],
         "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
     }))
+    (root / "tasks" / "writes.yaml").write_text(yaml.safe_dump({
+        "task": "writes", "dataset_path": "json", "output_type": "generate_until",
+        "dataset_kwargs": {"data_files": {"test": str(root / "data.json")}},
+        "test_split": "test", "doc_to_text": "{{q}}", "doc_to_target": "{{a[0]}}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 64},
+        "metric_list": [{"metric": "exact_match"}],
+    }))
+    for name, held in {"tiny_all": "tiny_group", "few": "tiny_cats"}.items():
+        (root / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({
+            "group": name, "task": [held],
+            "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+        }))
     return root
 
 
@@ -127,13 +140,14 @@ def test_perplexity_is_that_of_transformers(folders, evaluate, kind):
 
 def test_one_object_on_stdout_and_in_the_file(folders, evaluate, harness, tmp_path):
     settings = ("--model", folders / "packed", "--include-path", folders / "tasks", "--tasks",
-                "tiny_g*", "--ppl", f"file:{folders / 'text.txt'}", "--context", 16, "--limit", 4)
+                "tiny_*", "--ppl", f"file:{folders / 'text.txt'}", "--context", 16, "--limit", 4)
     code, out, err = evaluate(*settings, "--json", "--output", tmp_path / "new" / "out.json")
     assert code == 0 and "error" not in err
     found = json.loads(out)
     assert json.loads((tmp_path / "new" / "out.json").read_text()) == found
-    assert {"device", "date", "versions", "command", "rows", "model", "limit"} == set(found)
-    assert "lm-eval" in found["versions"] and found["limit"] == 4
+    assert {"device", "date", "versions", "command", "rows", "model", "limit",
+            "begin"} == set(found)
+    assert "lm-eval" in found["versions"] and found["limit"] == 4 and found["begin"] is False
     assert found["command"].startswith("python -m experiments.evaluate --model ")
     rows = {(row["name"], row["metric"]): row for row in found["rows"]}
     cats = rows["tiny_cats", "acc"]
@@ -144,6 +158,7 @@ def test_one_object_on_stdout_and_in_the_file(folders, evaluate, harness, tmp_pa
     assert cats["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 3))
     assert rows["tiny_dogs", "acc"]["value"] == p
     assert rows["mean of 2 tasks", "acc"]["value"] == p == rows["tiny_group", "acc"]["value"]
+    assert rows["tiny_all", "acc"]["value"] == p
     assert rows[f"file:{folders / 'text.txt'}", "perplexity"]["samples"] == 4
 
 
@@ -168,6 +183,7 @@ def test_the_table_states_the_context(folders, evaluate):
     (["--ppl", "TEXT", "--context", "many"], "--help"),
     (["--ppl", "TEXT", "--output", "TEXT"], "exists: remove it or name another"),
     (["--ppl", "TEXT", "--output", "."], "exists: remove it or name another"),
+    (["--ppl", "TEXT", "--output", "TEXT/new/out.json"], "out.json cannot be written"),
     (["--ppl", "TEXT", "--include-path", "nowhere"], "--include-path nowhere is no folder"),
     (["--ppl", "TEXT", "--context", 16, "--chat"], "no chat template"),
     (["--ppl", "TEXT", "--context", 16, "--max-length", 65], "--max-length is 65"),
@@ -212,12 +228,30 @@ def test_bad_tasks_are_one_sentence(folders, evaluate, harness, monkeypatch):
     refused(evaluate(*ours, "tiny_cats"), "ConnectionError: no route to the hub")
 
 
+def test_settings_of_generation_are_refused_before_anything_is_scored(folders, evaluate, harness):
+    done = evaluate("--model", folders / "dense", "--include-path", folders / "tasks",
+                    "--tasks", "tiny_cats,writes")
+    refused(done, "writes: a task asks for 64 new tokens, wanted 1 to 63")
+    assert "log-probabilities" not in done[2]
+
+
+def test_what_a_group_holds_is_evaluated_once(folders, harness):
+    for names, left in [(("tiny_all",), ["tiny_all"]), (("tiny_*",), ["tiny_all"]),
+                        (("tiny_dogs", "tiny_group"), ["tiny_group"]),
+                        (("few", "tiny_dogs", "few"), ["few", "tiny_dogs"])]:
+        manager, found = evaluate_tasks.load_tasks(names, str(folders / "tasks"))
+        assert [evaluate_tasks._name(item) for item in found] == left
+        assert {"tiny_cats", "tiny_dogs"} == set(manager.load(found)["tasks"])
+    with pytest.raises(BadInput, match="'few' and 'tiny_all' share the task 'tiny_cats'"):
+        evaluate_tasks.load_tasks(("few", "tiny_all"), str(folders / "tasks"))
+
+
 def test_without_the_harness(folders, evaluate, monkeypatch):
     import rabit_jax.evaluate.harness as adapter
 
     monkeypatch.setattr(adapter, "_missing", ImportError("No module named 'lm_eval'"))
     refused(evaluate("--model", folders / "dense", "--tasks", "arc_easy"),
-            "pip install 'rabit_jax[eval]'")
+            "pip install 'lm-eval<0.5'")
 
 
 def test_a_figure_that_is_not_finite_is_null():
@@ -227,9 +261,14 @@ def test_a_figure_that_is_not_finite_is_null():
 
 
 @pytest.mark.slow
-def test_the_student_of_a_run(finished, evaluate):
+def test_the_student_of_a_run(finished, evaluate, tmp_path):
     """The student and the packed model that was made of it; the teacher is another model."""
     text = finished.parent.parent / "eval.txt"
+    # Elsewhere, without the text and the devices of the run.
+    moved = shutil.copytree(finished, tmp_path / "moved")
+    config = yaml.safe_load((moved / "config.yaml").read_text())
+    config["data"]["files"], config["mesh"] = ["gone.txt"], {"data": 16}
+    (moved / "config.yaml").write_text(yaml.safe_dump(config))
 
     def nats(model):
         code, out, _ = evaluate(
@@ -237,12 +276,12 @@ def test_the_student_of_a_run(finished, evaluate):
         assert code == 0
         return next(r["value"] for r in json.loads(out)["rows"] if r["metric"] == "nats_per_token")
 
-    student = nats(finished)
+    student = nats(moved)
     assert student == pytest.approx(nats(finished / "packed"), rel=2e-3)
     assert abs(student - nats(finished / "teacher")) > 2e-3 * student
 
 
 def test_an_unfinished_run(folders, evaluate, tmp_path):
-    (tmp_path / "config.yaml").write_text("name: x\n")
+    (tmp_path / "config.yaml").write_text("name: x\nmesh: {data: 16}\n")
     text = f"file:{folders / 'text.txt'}"
     refused(evaluate("--model", tmp_path, "--ppl", text), "no trained student")

@@ -136,11 +136,12 @@ def test_one_token_is_no_decode(folders, run):
     assert code == 0 and out.startswith("the cat") and "; decode: 0 tokens (" in err
 
 
-def test_damaged_weights_are_one_sentence(folders, run, tmp_path):
+def test_weights_that_overflow_are_one_sentence(folders, run, tmp_path):
+    """Every weight is finite, so loading takes them; the logits are not."""
     model, params, tokenizer = load_model(folders / "dense")
-    params["final_norm"]["scale"] = params["final_norm"]["scale"] * jnp.nan
-    save_hf(tmp_path / "nan", model, params, tokenizer)
-    code, out, err = run("--model", tmp_path / "nan", "--prompt", "the cat", "--greedy",
+    params["final_norm"]["scale"] = jnp.full_like(params["final_norm"]["scale"], 3e38)
+    save_hf(tmp_path / "huge", model, params, tokenizer)
+    code, out, err = run("--model", tmp_path / "huge", "--prompt", "the cat", "--greedy",
                          "--max-new-tokens", 8)
     assert (code, out) == (2, "")
     assert "NaN or infinity at new token 1" in err and len(err.splitlines()) == 1

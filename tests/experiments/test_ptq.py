@@ -250,6 +250,19 @@ def test_a_second_run_does_nothing_again(finished, ptq, monkeypatch, capsys):
     assert ptq() == 0
 
 
+def test_what_training_left_in_the_folder_is_not_taken_for_its_own(finished, ptq):
+    made = [finished / "stages" / f"{name}.json" for name in ("calibrate", "init", "pack")]
+    (finished / "stages").mkdir()
+    for file in made:
+        file.write_text("{}")
+    with open(finished / "metrics.jsonl", "a", encoding="utf-8") as lines:
+        lines.write('{"stage": "qat", "step": 1, "tokens": 8, "loss": 2.0}\n')
+    before = json.loads((finished / "summary.json").read_text())["seconds"]
+    assert ptq() == 0
+    assert json.loads((finished / "summary.json").read_text())["seconds"] == before
+    assert [file.exists() for file in made] == [False, True, False]
+
+
 def test_resume_refuses_another_model(place, ptq_model, ptq, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "model"
     shutil.copytree(ptq_model, folder)

@@ -8,6 +8,8 @@ import pytest
 
 from rabit_jax.experiments import inputs
 from rabit_jax.experiments import run as command
+from rabit_jax.experiments.folder import RunFolder
+from rabit_jax.experiments.settings import RunConfig
 
 
 def ids(folder):
@@ -19,6 +21,30 @@ def test_a_second_run_skips_every_stage(finished, place, capsys, run):
     assert run(place) == 0
     assert ids(finished) == before
     assert capsys.readouterr().err.count("skipped") == len(command.STAGES)
+
+
+def test_a_stage_is_complete_whatever_its_card_says(tmp_path):
+    folder = RunFolder(RunConfig(name="run", output=str(tmp_path)))
+    packed = folder.path / "packed"
+    packed.mkdir(parents=True)
+    for name in ("model.safetensors", "README.md"):
+        (packed / name).write_text("short")
+    folder.complete("pack", {"key": "a"})
+    (packed / "README.md").write_text("written again from the summary, then edited")
+    assert folder.completed("pack", "a")
+    (packed / "model.safetensors").write_text("another")
+    assert not folder.completed("pack", "a")
+
+
+def test_packing_makes_post_training_of_the_same_folder_pack_again(tmp_path):
+    folder = RunFolder(RunConfig(name="run", output=str(tmp_path)))
+    note = folder.path / "blocks" / "packed.json"
+    note.parent.mkdir(parents=True)
+    note.write_text("{}")
+    folder.begin("evaluate", "a", resume=False)
+    assert note.exists()
+    folder.begin("pack", "a", resume=False)
+    assert not note.exists()
 
 
 def test_a_change_redoes_what_depends_on_it(finished, place, run):

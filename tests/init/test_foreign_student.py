@@ -234,6 +234,8 @@ def test_params_that_cannot_be_saved_are_refused(student, params, tmp_path):
         (student, "attention/key/kernel is a Reshaped, wanted a packed weight"),
         (params, "no packed weight"),
         ({"a": [packed["head"]["kernel"]]}, "wanted nested dicts"),
+        ({"a": {"b": packed["head"]["kernel"]}, "a/b": params["head"]["kernel"]},
+         "two parameters have the path a/b"),
     ]:
         with pytest.raises(BadInput, match=message):
             save_packed_params(file, tree)

@@ -64,6 +64,8 @@ GEMMA = {"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 64, "num_atten
     ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear",
                                                                "factor": 2.0}}},
      "^unsupported rope scaling of sliding_attention"),
+    ("gemma3_text", {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+     "^unsupported rotary field factor = 8.0"),
     ("gemma3", {}, "lacks text_config"),
     ("qwen2", {"use_mrope": True}, "^unsupported config field use_mrope"),
     ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "^unsupported layer_types 'chunked"),
@@ -76,6 +78,11 @@ GEMMA = {"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 64, "num_atten
 def test_features_of_families_are_refused_by_name(family, change, message):
     with pytest.raises(BadInput, match=message):
         from_hf({"model_type": family, **GEMMA, **change})
+
+
+def test_the_unread_window_of_the_published_gemma2_is_ignored():
+    raw = {"model_type": "gemma2", **GEMMA, "sliding_window": 16}
+    assert from_hf(raw | {"sliding_window_size": 16}) == from_hf(raw)
 
 
 def test_what_transformers_cannot_build_is_not_written():
@@ -102,6 +109,8 @@ def test_what_transformers_cannot_build_is_not_written():
     ({"logit_scale": 0.5}, "^unsupported config field logit_scale = 0.5"),
     ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
     ({"hidden_size": None}, "hidden_size is None"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is None, wanted a number"),
+    ({"rope_scaling": [8.0]}, "rope_scaling is .* wanted an object or null"),
     ({"num_key_value_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
     ({"head_dim": 7}, "head_dim 7 is odd"),
 ])

@@ -257,6 +257,23 @@ def test_a_failed_save_leaves_the_old_model_alone(folder, model, params, monkeyp
     _same(load_hf(folder)[1], params)
 
 
+def test_the_old_model_comes_back_where_the_new_one_cannot_take_its_place(
+    folder, model, params, monkeypatch
+):
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(BadInput, match="cannot write model folder .*Input/output error"):
+        save_hf(folder, model, jax.tree.map(jnp.zeros_like, params))
+    assert [f.name for f in folder.parent.iterdir()] == ["model"]
+    _same(load_hf(folder)[1], params)
+
+
 def test_tokenizer_is_kept(tmp_path, model, params, words):
     save_hf(tmp_path / "m", model, params, tokenizer=words("a", "b", "?"))
     tokenizer = load_hf(tmp_path / "m")[2]

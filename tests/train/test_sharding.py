@@ -73,12 +73,13 @@ def test_loss_and_every_gradient_from_the_same_state(build, loss, teacher, batch
             state, trainer.frozen, trainer.teacher, trainer.place(batches(step))
         )
 
+    run = jax.jit(lambda a, b, c, d: gradients(loss, a, b, c, d, 1))  # compiled once for each mesh
+
     def measured(params, step, mesh):
         where = param_shardings(params, mesh)
         names = roles(params)
         trainable, frozen = partition(jax.device_put(params, where), names, FREEZE)
         taught = jax.device_put(teacher, param_shardings(teacher, mesh))
-        run = jax.jit(lambda a, b, c, d: gradients(loss, a, b, c, d, 1))
         return run(
             trainable, frozen, taught, jax.device_put(batches(100 + step), batch_sharding(mesh))
         )

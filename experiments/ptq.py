@@ -31,6 +31,7 @@ from rabit_jax.experiments.files import given_files, remove, write_text
 from rabit_jax.experiments.folder import RunFolder
 from rabit_jax.experiments.inputs import abstract_params
 from rabit_jax.experiments.machine import device, peak_memory, versions
+from rabit_jax.experiments.run_card import write_card
 from rabit_jax.experiments.settings import RunConfig
 from rabit_jax.experiments.summary import LABELS, parameters
 from rabit_jax.experiments.sweeps import FromCheckpoint, FromParams
@@ -58,6 +59,7 @@ def execute(config: RunConfig, arguments: argparse.Namespace) -> int:
         command = " ".join(["python -m experiments.run", *arguments.command])
         summary = summarise(job, scored, command)
     write_text(job.folder.path / "summary.json", json.dumps(summary, indent=1))
+    write_card(config, job.folder.path, summary)
     show(summary)
     print(f"packed model: {job.folder.path / 'packed'}")
     return 0

@@ -9,21 +9,21 @@ from typing import Any
 from rabit_jax import __version__
 from rabit_jax.experiments.console import number
 from rabit_jax.experiments.files import write_text
-from rabit_jax.experiments.inputs import Inputs
+from rabit_jax.experiments.settings import RunConfig
 from rabit_jax.models.card import CARD, base_and_licence, packed_card
 from rabit_jax.models.folder import find_folder
 
 
-def write_card(run: Inputs, summary: dict[str, Any]) -> Path:
-    """Writes `packed/README.md` with what a summary says; returns its path."""
-    base = run.config.teacher.path or None
-    packed, path = summary["packed"], run.folder.path / "packed" / CARD
+def write_card(config: RunConfig, folder: Path, summary: dict[str, Any]) -> Path:
+    """Writes `packed/README.md` of a run's folder with what its summary says; returns its path."""
+    base = config.teacher.path or None
+    packed, path = summary["packed"], folder / "packed" / CARD
     versions = {"rabit_jax": __version__, **summary["versions"]}
     facts = {
         "file": f"{number(packed['bytes'])} bytes; dense in 16 bits "
                 f"{number(summary['dense']['bytes'])} bytes",
-        "trained with": f"`{summary['spec']}`",
-        "data": f"`{_changed(run.config.data)}`",
+        "made with": f"`{summary['spec']}`",
+        "data": f"`{_changed(config.data)}`",
         "tokens": ", ".join(f"{k} {number(n)}" for k, n in summary["tokens"].items() if n),
         "command": f"`{summary['command']}`",
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
@@ -32,6 +32,7 @@ def write_card(run: Inputs, summary: dict[str, Any]) -> Path:
     rows = [
         (label, f"{one['ppl']:.2f}", f"{one['bits_per_byte']:.3f}", one["context"])
         for label, one in (("base, full precision", summary["teacher"]), ("this model", packed))
+        if one and "ppl" in one
     ]
     licence = base_and_licence(find_folder(base))[1] if base else None
     text = packed_card(summary["name"], packed["bits_per_weight"],

@@ -122,7 +122,7 @@ def write_results(run: Inputs, summary: dict[str, Any], samples: list[dict]) -> 
     """Write `summary.json`, the packed model's card and `report.html`, whose path is returned."""
     folder = run.folder.path
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
-    write_card(run, summary)
+    write_card(run.config, run.folder.path, summary)
     nodes = weights_of(run.student).items()
     path = next((p for p, w in nodes if isinstance(w, ResidualSign)), None)
     layer = run.model_config.n_layers // 2

@@ -74,6 +74,7 @@ def test_reference_rounds_reach_the_gaussian_oracle(k, rounds, oracle):
     assert 0.92 * oracle < bench_svid.reference(w, k, rounds) < oracle
 
 
+@pytest.mark.more
 def test_step_rows_by_contract(variants):
     rows = bench_step.rows_of(variants)
     assert [row["impl"] for row in rows] == ["dense", "residual", "independent"]
@@ -91,6 +92,7 @@ def test_step_rows_by_contract(variants):
     json.dumps(rows)
 
 
+@pytest.mark.more
 def test_state_bytes_are_latents_scales_and_optimiser_state(variants):
     d, f, k = 64, 192, 2
     shapes = [(d, d)] * 4 + [(d, f)] * 2 + [(f, d)]
@@ -109,6 +111,7 @@ def test_state_bytes_are_latents_scales_and_optimiser_state(variants):
         assert 0 < row["state_bytes"] - want[row["impl"]] <= 64
 
 
+@pytest.mark.more
 def test_quantised_students_share_the_start_and_all_of_them_move(variants):
     config = bench_step.model_config(options(STEP))
     params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))

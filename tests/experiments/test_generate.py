@@ -67,7 +67,7 @@ def greedy(folder, prompt, steps):
     return tokens[0, n : n + steps].tolist(), tokenizer
 
 
-@pytest.mark.parametrize("kind", ["dense", "packed"])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("packed", marks=pytest.mark.more)])
 def test_greedy_text_is_the_argmax(folders, run, kind):
     new, tokenizer = greedy(folders / kind, "the cat", 8)
     code, out, err = run("--model", folders / kind, "--prompt", "the cat", "--greedy",
@@ -97,6 +97,7 @@ def test_stdin_is_a_prompt(folders, run, monkeypatch):
     assert run(*settings, "-")[1] == wanted
 
 
+@pytest.mark.more
 def test_seed_and_temperature(folders, run):
     settings = ("--model", folders / "packed", "--prompt", "the cat", "--max-new-tokens", 8)
     first, again, other = (run(*settings, "--seed", seed)[1] for seed in (1, 1, 2))

@@ -121,6 +121,9 @@ def test_scores_are_those_of_the_whole_models(finished, at_once, text):
     assert summary["tokens"] == {"calibrate": 12 * LENGTH}
     size = (finished / "packed" / "model.safetensors").stat().st_size
     assert summary["packed"]["bytes"] == size
+    card, packed = (finished / "packed" / "README.md").read_text(), summary["packed"]
+    assert f"| this model | {packed['ppl']:.2f} | {packed['bits_per_byte']:.3f} | 32 |" in card
+    assert f"calibrate {12 * LENGTH}" in card and summary["command"] in card
 
 
 @pytest.mark.more

@@ -47,6 +47,7 @@ def test_packing_makes_post_training_of_the_same_folder_pack_again(tmp_path):
     assert not note.exists()
 
 
+@pytest.mark.more
 def test_a_change_redoes_what_depends_on_it(finished, place, run):
     before = ids(finished)
     assert run(place, "generate.max_new_tokens=4", "--force", "pack") == 0
@@ -134,6 +135,7 @@ def test_stopped_damaged_and_resumed_is_the_uninterrupted_run(
     assert [line["step"] for line in lines if line["stage"] == "diagnostics"] == [1, 5, 8]
 
 
+@pytest.mark.more
 def test_resume_never_throws_a_stopped_stage_away(place, monkeypatch, capsys, run):
     text = place / "train.txt"
     before = text.read_text()
@@ -157,6 +159,7 @@ def test_a_stage_whose_files_are_gone_is_done_again(finished, place, capsys, run
     assert (finished / "packed" / "model.safetensors").exists()
 
 
+@pytest.mark.more
 def test_a_damaged_student_names_the_stage_to_force(finished, place, capsys, run):
     state = finished / "checkpoints" / "student"
     file = max((f for f in state.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)

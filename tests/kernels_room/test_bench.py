@@ -74,6 +74,7 @@ def test_a_model_means_the_joined_linears_of_its_block():
         ("gate+up", 2048, (5632, 5632), 2), ("down", 5632, (2048,), 3), ("300x77", 300, (77,), 2)]
 
 
+@pytest.mark.more
 def test_rows_of_products_by_contract(capsys):
     rows = result(PRODUCTS, capsys)
     names = ["dense_bf16", "dense_f32", "cpu", "cpu", "lowrank_0.55"]

@@ -77,6 +77,7 @@ def test_the_twin_is_float64(problem, relative, batch, i, rows, k, layers, limbs
         assert relative(y, p.want[layer]) < TOLERANCE[limbs]
 
 
+@pytest.mark.more
 @settings(deadline=None, max_examples=3, derandomize=True)
 @given(st.integers(1, 3), st.integers(1, 900),
        st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(1, 4))

@@ -75,7 +75,9 @@ def token_by_token(engine, tokens, mask=None, prompt=5):
     return jnp.stack(out, axis=1)
 
 
-@pytest.mark.parametrize("kind", ["dense", "one path", "two paths", "mixed"])
+@pytest.mark.parametrize("kind", [
+    "dense", "one path", "two paths", pytest.param("mixed", marks=pytest.mark.more),
+])
 def test_steps_match_the_whole_sequence(small, trees, tokens, apply, kind):
     tree, products = trees[kind]
     engine = prepare(small, tree)
@@ -120,7 +122,7 @@ def test_precision_of_activations(small, trees):
     assert (asked["down"].limbs, asked["q k v"].limbs, asked["o"].limbs) == (2, 3, 2)
 
 
-@pytest.mark.parametrize("kind", ["dense", "one path"])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("one path", marks=pytest.mark.more)])
 def test_rows_know_nothing_of_neighbours_and_padding(small, trees, tokens, kind):
     engine = prepare(small, trees[kind][0])
     alone = token_by_token(engine, tokens[:1], prompt=8)
@@ -137,7 +139,8 @@ def test_rows_know_nothing_of_neighbours_and_padding(small, trees, tokens, kind)
 
 
 @pytest.mark.parametrize("dtype, tied", [
-    ("bfloat16", False), ("bfloat16", True), ("float16", False),
+    pytest.param("bfloat16", False, marks=pytest.mark.more), ("bfloat16", True),
+    ("float16", False),
 ])
 def test_16_bit_models(small, trees, tokens, apply, dtype, tied):
     """On a CPU bfloat16 weights lie turned, and a float16 model computes in float32."""

@@ -27,7 +27,7 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.more), 4])
 def test_accumulated_gradient_is_that_of_the_whole_ragged_batch(
     loss, student, teacher, batches, accumulate
 ):

@@ -24,6 +24,7 @@ EXIT_CODES = """exit codes:
   stderr), 75 stopped but resumable, 130 stopped"""
 LINE_SECONDS = 10.0
 DRAW_SECONDS = 0.1
+LARGE = 10**9  # bytes of a model whose reading is shown
 
 _stderr = Console(stderr=True, highlight=False)
 
@@ -65,6 +66,27 @@ def progress(description: str, total: int, start: int = 0) -> Iterator[Progress]
     with Bar(*columns, console=_stderr) as bar:
         task = bar.add_task(description, total=total, completed=start, shown="")
         yield _Drawn(bar, task)
+
+
+@contextlib.contextmanager
+def loading(model: str) -> Iterator[Callable[[int, int], None]]:
+    """What `load_hf` and `load_model` take as `done`: a bar for models that take seconds to read.
+
+    >>> with loading("org/name") as done:
+    ...     model, params, tokenizer = load_model("org/name", done)
+    """
+    with contextlib.ExitStack() as stack:
+        bar: Progress | None = None
+
+        def done(ready: int, total: int) -> None:
+            nonlocal bar
+            if total < LARGE:
+                return
+            if bar is None:
+                bar = stack.enter_context(progress(f"load {model}, MB", total // 10**6))
+            bar.update(ready // 10**6)
+
+        yield done
 
 
 class _Drawn:

@@ -33,7 +33,7 @@ from rabit_jax.evaluate import perplexity
 from rabit_jax.evaluate.texts import check_name, read_text, text_windows
 from rabit_jax.experiments.bench import Parser, report
 from rabit_jax.experiments.config import load_config
-from rabit_jax.experiments.console import EXIT_CODES, main_guard, progress, say, table
+from rabit_jax.experiments.console import EXIT_CODES, loading, main_guard, progress, say, table
 from rabit_jax.experiments.evaluate_tasks import load_tasks, make_row, task_rows
 from rabit_jax.experiments.files import write_text
 from rabit_jax.experiments.folder import RunFolder
@@ -162,7 +162,8 @@ def load(path: str) -> tuple[Decoder, Any, Any]:
     """
     folder = Path(path).expanduser()
     if not (folder / "config.yaml").is_file() or (folder / "config.json").exists():
-        return load_model(path)
+        with loading(path) as done:
+            return load_model(path, done)
     folder = folder.resolve()
     config = load_config(RunConfig, folder / "config.yaml")
     # Neither the run's devices nor its text need be on this machine.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.console import EXIT_CODES, main_guard, progress
+from rabit_jax.experiments.console import EXIT_CODES, loading, main_guard, progress
 from rabit_jax.models import find_folder, load_model, param_shapes, save_hf, tensor_names
 from rabit_jax.models.card import CARD, base_and_licence, dense_card
 from rabit_jax.models.config import DTYPES
@@ -50,7 +50,8 @@ def _run(args: argparse.Namespace) -> None:
     source, target = find_folder(args.model), Path(args.output)
     if target.resolve() == source.resolve():
         raise BadInput(f"--output {target} is the model itself: choose another folder")
-    model, params, tokenizer = load_model(source)
+    with loading(args.model) as done:
+        model, params, tokenizer = load_model(source, done)
     shapes = param_shapes(model.config)
     total = sum(1 for path, shape in shapes.items() for _ in tensor_names(path, shape))
     base, licence = base_and_licence(source)

@@ -14,7 +14,7 @@ import jax
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.chat import chat
-from rabit_jax.experiments.console import EXIT_CODES, main_guard, say
+from rabit_jax.experiments.console import EXIT_CODES, loading, main_guard, say
 from rabit_jax.experiments.continuing import Text, Writer
 from rabit_jax.models import prepare
 from rabit_jax.models.packed_io import load_model
@@ -82,7 +82,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[Writer, Any]:
     """The model, ready to write, and its tokenizer."""
-    model, params, tokenizer = load_model(args.model)
+    with loading(args.model) as done:
+        model, params, tokenizer = load_model(args.model, done)
     if tokenizer is None:
         raise BadInput(f"{args.model} holds no tokenizer, so text cannot be read or written: put "
                        "the model's tokenizer.json and tokenizer_config.json there")

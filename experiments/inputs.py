@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from rabit_jax import BadInput, Stats, convert
 from rabit_jax.data import batch
-from rabit_jax.experiments.console import progress, say
+from rabit_jax.experiments.console import loading, progress, say
 from rabit_jax.experiments.files import remove
 from rabit_jax.experiments.folder import RunFolder
 from rabit_jax.experiments.settings import RunConfig, Training
@@ -143,7 +143,8 @@ class Inputs:
     def teacher(self) -> Any:
         """Full-precision params, placed on the mesh as they are read."""
         where = param_shardings(abstract_params(self.model_config), self.mesh)
-        return load_hf(self.teacher_folder, shardings=where)[1]
+        with loading(self.teacher_folder) as done:
+            return load_hf(self.teacher_folder, shardings=where, done=done)[1]
 
     @cached_property
     def stats(self) -> dict[str, Stats]:

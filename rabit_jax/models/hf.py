@@ -31,7 +31,8 @@ SHARD_BYTES = 5 * 10**9
 
 
 def load_hf(
-    path: str | Path, dtype: Any = None, shardings: Any = None
+    path: str | Path, dtype: Any = None, shardings: Any = None,
+    done: Callable[[int, int], None] = lambda ready, total: None,
 ) -> tuple[Decoder, dict[str, Any], Any]:
     """Reads a model from a folder, or from the hub by its id.
 
@@ -45,6 +46,7 @@ def load_hf(
         config.json names.
       shardings: tree like the params, of `jax.sharding.Sharding`; each stacked parameter goes
         from the file straight to its devices. None puts all on the default device.
+      done: called after each parameter with the bytes of params so far and in all.
 
     Returns:
       `(Decoder, params, tokenizer)`; torch's `[out, in]` matrices come transposed and stacked as
@@ -58,12 +60,15 @@ def load_hf(
     targets = {} if shardings is None else flatten_dict(shardings, sep="/")
     with open_checkpoint(path) as checkpoint:
         tokenizer = read_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
-        params = {}
+        params, ready, size = {}, 0, jnp.dtype(dtype or "float32").itemsize
+        total = size * sum(int(np.prod(shape)) for shape in checkpoint.shapes.values())
         for name in checkpoint.shapes:
             value = checkpoint.read(name, dtype=dtype or "float32")
+            ready += value.nbytes
             # Without waiting, copies to the devices would queue up and hold many parameters here.
             params[name] = jax.block_until_ready(_placed(value, targets.get(name)))
             del value
+            done(ready, total)
     return Decoder(checkpoint.config), unflatten_dict(params, sep="/"), tokenizer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,9 @@ def load_packed(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
     return Decoder(config), unflatten_dict(params, sep="/"), tokenizer
 
 
-def load_model(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
+def load_model(
+    folder: str | Path, done: Callable[[int, int], None] = lambda ready, total: None
+) -> tuple[Decoder, dict[str, Any], Any]:
     """Reads a model to run it, packed or dense as its config.json says.
 
     Dense params come in the dtype that config.json names for the matrix products, so that both
@@ -137,13 +139,16 @@ def load_model(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
 
     Args:
       folder: of a model, or its hub id.
+      done: as for `load_hf`, of a dense model; a packed one is read in one go.
 
     Returns:
       `(Decoder, params, tokenizer)`; see `load_packed` and `load_hf` for them and for what raises.
     """
     folder = find_folder(folder)
     raw = read_json(folder / "config.json")
-    return load_packed(folder) if is_packed(raw) else load_hf(folder, dtype=from_hf(raw).dtype)
+    if is_packed(raw):
+        return load_packed(folder)
+    return load_hf(folder, dtype=from_hf(raw).dtype, done=done)
 
 
 def is_packed(raw: Mapping[str, Any]) -> bool:

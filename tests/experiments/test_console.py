@@ -98,3 +98,16 @@ def test_any_other_error_propagates():
         console.main_guard(raising(FileNotFoundError("x")))
     with pytest.raises(ValueError, match="bug"):
         console.main_guard(raising(ValueError("bug")))
+
+
+def test_only_large_models_show_that_they_are_read(clock, capsys):
+    with console.loading("small") as done:
+        done(10**8, 2 * 10**8)
+    assert capsys.readouterr().err == ""
+    with console.loading("org/large") as done:
+        for ready in (1, 2, 4):
+            clock[0] += 11.0
+            done(ready * 10**9, 4 * 10**9)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("load org/large, MB: 2000/4000")
+    assert lines[-1].startswith("load org/large, MB: 4000/4000")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -45,6 +46,14 @@ def test_parameters_come_in_our_layout(folder, model, monkeypatch):
     np.testing.assert_array_equal(norm, stored["model.layers.2.input_layernorm.weight"])
     np.testing.assert_array_equal(embedding, stored["model.embed_tokens.weight"])
     np.testing.assert_array_equal(head, stored["lm_head.weight"].astype(ml_dtypes.bfloat16).T)
+
+
+def test_bytes_are_told_as_they_are_read(folder, params):
+    told = []
+    load_hf(folder, done=lambda ready, total: told.append((ready, total)))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert told[-1] == (total, total) and len(told) == len(jax.tree.leaves(params))
+    assert told == sorted(told)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -20,7 +19,7 @@ from rabit_jax import BadInput, Stats, convert
 from rabit_jax.data import TokenText
 from rabit_jax.evaluate.perplexity import from_nats
 from rabit_jax.experiments.config import to_dict
-from rabit_jax.experiments.console import progress, say
+from rabit_jax.experiments.console import progress
 from rabit_jax.experiments.folder import RunFolder
 from rabit_jax.experiments.inputs import abstract_params, write_stats
 from rabit_jax.experiments.machine import peak_memory
@@ -94,18 +93,6 @@ class Job:
         """The texts that models are scored on."""
         found = {"held_out": self.text.held_out, "unseen": self.text.unseen}
         return {name: text for name, text in found.items() if text}
-
-    def watch_signals(self) -> None:
-        """Ctrl-C or SIGTERM ends the run after its block; a second one ends it at once."""
-
-        def stop(*_: Any) -> None:
-            if self.stopped:
-                raise KeyboardInterrupt
-            self.stopped = True
-            say("stopping after this block (again to stop at once)")
-
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
 
     @contextlib.contextmanager
     def step(self, stage: str, n: int, tokens: int) -> Iterator[dict]:

@@ -6,6 +6,7 @@ one exception. On a terminal progress is a bar, elsewhere at most a line every t
 
 import contextlib
 import errno
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -66,6 +67,24 @@ def progress(description: str, total: int, start: int = 0) -> Iterator[Progress]
     with Bar(*columns, console=_stderr) as bar:
         task = bar.add_task(description, total=total, completed=start, shown="")
         yield _Drawn(bar, task)
+
+
+def watch_signals(run: Any, when: str) -> None:
+    """Ctrl-C or SIGTERM sets `run.stopped`, which the run reads between steps; a second ends it.
+
+    Args:
+      run: has an attribute `stopped`, False so far.
+      when: where the run will stop, such as "after this block".
+    """
+
+    def stop(*_: Any) -> None:
+        if run.stopped:
+            raise KeyboardInterrupt
+        run.stopped = True
+        say(f"stopping {when} (again to stop at once)")
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
 @contextlib.contextmanager

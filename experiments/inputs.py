@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import signal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,18 +54,6 @@ class Inputs:
         """Names of the sections whose batches this run will draw."""
         own = () if self.config.teacher.path else ("teacher",)
         return (*own, "calibrate", "qat", *more)
-
-    def watch_signals(self) -> None:
-        """Ctrl-C or SIGTERM ends a training loop after its step; a second one ends at once."""
-
-        def stop(*_: Any) -> None:
-            if self.stopped:
-                raise KeyboardInterrupt
-            self.stopped = True
-            say("stopping at the next step or stage (again to stop at once)")
-
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
 
     def check(self) -> None:
         """Read the text and refuse what cannot work, before anything is written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,16 @@ class WandbLog:
         self.wandb = find_wandb()
         self.folder, self.project, self.config, self.resume = folder, project, config, resume
         self.run: Any = None
+        self.stages: set[str] = set()
 
     def add(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Send the values of one step of a stage."""
         if self.run is None:
             self.run = self._open()
         known = {f"{stage}/{name}": value for name, value in values.items()}
-        self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        if stage not in self.stages:
+            self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self.stages.add(stage)
         self.run.log({**known, f"{stage}/step": step})
 
     def _open(self) -> Any:
@@ -66,6 +70,6 @@ class WandbLog:
         return run
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left; in a `finally` after an exception the run counts as failed."""
         if self.run is not None:
-            self.run.finish()
+            self.run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)

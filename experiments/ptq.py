@@ -26,14 +26,14 @@ from rabit_jax.experiments.blockwise import (
     score_stage,
 )
 from rabit_jax.experiments.config import section_hash
-from rabit_jax.experiments.console import number, table
+from rabit_jax.experiments.console import table, watch_signals
 from rabit_jax.experiments.files import given_files, remove, write_text
 from rabit_jax.experiments.folder import RunFolder
 from rabit_jax.experiments.inputs import abstract_params
 from rabit_jax.experiments.machine import device, peak_memory, versions
 from rabit_jax.experiments.run_card import write_card
 from rabit_jax.experiments.settings import RunConfig
-from rabit_jax.experiments.summary import LABELS, parameters
+from rabit_jax.experiments.summary import LABELS, costs, parameters
 from rabit_jax.experiments.sweeps import FromCheckpoint, FromParams
 from rabit_jax.models import load_packed, packed_bytes
 from rabit_jax.models.checkpoint import open_checkpoint
@@ -49,7 +49,7 @@ def execute(config: RunConfig, arguments: argparse.Namespace) -> int:
         check_text(job)
         job.folder.open(arguments.resume)
         claim(job, arguments.resume)
-        job.watch_signals()
+        watch_signals(job, "after this block")
         try:
             quantise(job)
             pack_model(job)
@@ -214,11 +214,4 @@ def show(summary: dict[str, Any]) -> None:
         ("model", "perplexity", "bits per byte", "over teacher", "bits per weight"), rows,
         stdout=True,
     )
-    print(
-        f"packed file: {number(packed['bytes'])} bytes; 16-bit dense: "
-        f"{number(summary['dense']['bytes'])} bytes"
-    )
-    print(
-        f"time: {sum(summary['seconds'].values()):.0f} s; peak memory: "
-        f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"
-    )
+    print(costs(summary))

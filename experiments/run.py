@@ -30,13 +30,13 @@ from rabit_jax.experiments.config import (
     load_config,
     section_hash,
 )
-from rabit_jax.experiments.console import main_guard, number, say, table
+from rabit_jax.experiments.console import main_guard, say, table, watch_signals
 from rabit_jax.experiments.files import given_files
 from rabit_jax.experiments.folder import RunFolder
 from rabit_jax.experiments.inputs import Inputs, abstract_params
 from rabit_jax.experiments.machine import device, peak_memory, versions
 from rabit_jax.experiments.settings import RunConfig
-from rabit_jax.experiments.summary import summarise, table_rows, write_results
+from rabit_jax.experiments.summary import costs, summarise, table_rows, write_results
 from rabit_jax.train.sharding import make_mesh
 
 STAGES: dict[str, Callable] = {
@@ -156,7 +156,7 @@ def execute(arguments: argparse.Namespace) -> int:
     run = Inputs(config, folder)
     run.check()
     folder.open(arguments.resume)
-    run.watch_signals()
+    watch_signals(run, "at the next step or stage")
     try:
         records = run_stages(run, arguments.resume, set(arguments.force), arguments.until)
         if arguments.until != LAST:
@@ -190,16 +190,9 @@ def show(summary: dict) -> None:
         ],
         stdout=True,
     )
-    packed, closed = summary["packed"], summary["gap_closed"]
+    closed = summary["gap_closed"]
     print(f"gap to the teacher closed by QAT: {'-' if closed is None else f'{100 * closed:.0f}%'}")
-    print(
-        f"packed file: {number(packed['bytes'])} bytes; 16-bit dense: "
-        f"{number(summary['dense']['bytes'])} bytes"
-    )
-    print(
-        f"time: {sum(summary['seconds'].values()):.0f} s; peak memory: "
-        f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"
-    )
+    print(costs(summary))
 
 
 def parser() -> argparse.ArgumentParser:

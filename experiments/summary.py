@@ -9,6 +9,7 @@ from typing import Any
 
 from rabit_jax import ResidualSign, cost
 from rabit_jax.evaluate import weight_histogram
+from rabit_jax.experiments.console import number
 from rabit_jax.experiments.files import write_text
 from rabit_jax.experiments.inputs import Inputs
 from rabit_jax.experiments.machine import peak_memory
@@ -116,6 +117,16 @@ def table_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
         for key, label in LABELS.items()
         if key in summary
     ]
+
+
+def costs(summary: dict[str, Any]) -> str:
+    """Two lines of any summary: bytes of the packed and the dense model; time and memory."""
+    return (
+        f"packed file: {number(summary['packed']['bytes'])} bytes; 16-bit dense: "
+        f"{number(summary['dense']['bytes'])} bytes\n"
+        f"time: {sum(summary['seconds'].values()):.0f} s; peak memory: "
+        f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
 
 
 def write_results(run: Inputs, summary: dict[str, Any], samples: list[dict]) -> Path:

@@ -18,14 +18,15 @@ class Run:
         self.lines, self.axes, self.open = [], {}, True
 
     def define_metric(self, name, step_metric):
+        assert name not in self.axes
         self.axes[name] = step_metric
 
     def log(self, values):
         assert self.open
         self.lines.append(values)
 
-    def finish(self):
-        self.open = False
+    def finish(self, exit_code):
+        self.open, self.exit_code = False, exit_code
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ WATCHED = {"stage": "diagnostics", "during": "qat", "step": 5, "tokens": 320, "f
 
 
 def test_every_number_goes_to_its_stage_with_a_step_axis_of_its_own(runs, config):
-    folder = trained(config, False, QAT, WATCHED)
+    folder = trained(config, False, QAT, WATCHED, QAT)
     (run,) = runs
     assert (run.settings["project"], run.settings["name"]) == ("signs", "tiny")
     assert run.settings["config"]["qat"]["steps"] == config.qat.steps
@@ -68,9 +69,10 @@ def test_every_number_goes_to_its_stage_with_a_step_axis_of_its_own(runs, config
     assert run.lines == [
         {"qat/step": 10, "qat/tokens": 640, "qat/loss": 0.5},
         {"diagnostics/step": 5, "diagnostics/tokens": 320, "diagnostics/flip_rate": 0.01},
+        {"qat/step": 10, "qat/tokens": 640, "qat/loss": 0.5},
     ]
-    assert not run.open
-    assert folder.metrics() == [QAT, WATCHED]
+    assert not run.open and run.exit_code == 0
+    assert folder.metrics() == [QAT, WATCHED, QAT]
     assert len(list((folder.path / "tensorboard" / "qat").iterdir())) == 1
 
 
@@ -80,6 +82,18 @@ def test_a_resumed_run_goes_on_and_a_new_one_begins_anew(runs, config):
     trained(config, False, QAT)
     assert [run.settings["id"] for run in runs] == [None, "new-signs", None]
     assert all(run.settings["resume"] == "allow" for run in runs)
+
+
+def test_a_crashed_run_counts_as_failed(runs, config):
+    folder = RunFolder(config)
+    folder.open(False)
+    with pytest.raises(ZeroDivisionError):
+        try:
+            folder.log(QAT)
+            1 / 0  # noqa: B018
+        finally:
+            folder.close()
+    assert runs[0].exit_code == 1
 
 
 def test_a_run_that_skips_everything_opens_nothing(runs, config):

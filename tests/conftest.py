@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 
 GPU = os.environ.get("RABIT_GPU_TESTS") == "1"
@@ -66,6 +67,14 @@ def _llama(layers, width, hidden, vocabulary=32000):
         "final_norm": {"scale": array(d)},
         "head": {"kernel": array(d, v)},
     }
+
+
+@pytest.fixture(autouse=True)
+def _no_fetched_models():
+    """What one test fetched from its hub is not there for the next."""
+    yield
+    if hub := sys.modules.get("rabit_jax.models.hub"):
+        hub.fetch.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -13,8 +14,12 @@ _CARD = ["README.md", "LICENSE*"]
 _IGNORED = ["consolidated*", "original/*", "onnx/*"]
 
 
+@functools.cache
 def fetch(name: str) -> Path:
     """Where the hub's snapshot of a model lies, downloaded where it is missing.
+
+    The hub is asked once in a process: a long run reads one revision of config, weights and
+    tokenizer, whatever is pushed in the meantime.
 
     Raises:
       BadInput: no such model, a gated one, no way to reach the hub, a full disk.

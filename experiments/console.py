@@ -6,6 +6,7 @@ one exception. On a terminal progress is a bar, elsewhere at most a line every t
 
 import contextlib
 import errno
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -176,6 +177,8 @@ def main_guard(function: Callable[[], int | None], resumable: bool = False) -> i
     2 for `BadInput` and a full disk (one sentence on stderr); when interrupted 75 if the command
     is `resumable`, else 130; any other exception is a bug and propagates.
     """
+    # Of transformers a command uses the tokenizers; it would say on stderr that torch is missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     again = ", then continue with --resume" if resumable else ""
     try:
         return function() or 0

@@ -177,10 +177,12 @@ def _rope(family: str, raw: Mapping[str, Any]) -> tuple[float, RopeScaling | Non
     """Rotary base, scaling, and the base of local layers, from either spelling."""
     new, old = raw["rope_parameters"], raw["rope_scaling"]
     if family != "gemma3_text":
-        if new and old and new != old:
+        found = _one_rope(new or old or {}, raw, 10000.0)
+        if new and old and _one_rope({"rope_theta": new.get("rope_theta"), **old}, raw,
+                                     10000.0) != found:
             raise BadInput("unsupported config with both rope_parameters and a different "
                            "rope_scaling")
-        return *_one_rope(new or old or {}, raw, 10000.0), None
+        return *found, None
     new = new or {}
     if odd := sorted(set(new) - set(_LAYER_TYPES)):
         raise BadInput(f"unsupported rotary field {odd[0]} = {new[odd[0]]!r}: a {family} model has "

@@ -16,6 +16,9 @@ _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The `config.json` content, as transformers 5 writes it and loads it, of `config`.
 
+    The rotary base and the dtype stand there in the older spelling too: a program on transformers 4
+    would pass over `rope_parameters` and compute other logits without a word.
+
     `from_hf(to_hf(config)) == config`, but for `remat`, which is no property of the model.
 
     Raises:
@@ -35,7 +38,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "initializer_range": config.initializer_range, "bos_token_id": config.bos_id,
         "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
         "max_position_embeddings": config.max_position, "dtype": config.dtype,
-        **_family_to_hf(config),
+        **_family_to_hf(config), **_older_spelling(config),
     }
     if from_hf(raw) != dataclasses.replace(config, remat=False):
         raise BadInput(f"unsupported mixture: no {ARCHITECTURES[family]} of transformers has the "
@@ -62,6 +65,17 @@ def _family_to_hf(config: ModelConfig) -> dict[str, Any]:
     if family == "qwen3":
         raw["attention_bias"] = config.attention_bias
     return raw | _windows(config) | {"use_sliding_window": config.window is not None}
+
+
+def _older_spelling(config: ModelConfig) -> dict[str, Any]:
+    """What transformers 4 reads in place of `rope_parameters` and `dtype`."""
+    raw: dict[str, Any] = {"rope_theta": config.rope_theta, "torch_dtype": config.dtype}
+    if config.rope_scaling is not None:
+        rope = _full_rope(config)
+        raw["rope_scaling"] = {name: rope[name] for name in rope if name != "rope_theta"}
+    if config.local_rope_theta is not None:
+        raw["rope_local_base_freq"] = config.local_rope_theta
+    return raw
 
 
 def _windows(config: ModelConfig) -> dict[str, Any]:

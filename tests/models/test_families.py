@@ -138,7 +138,11 @@ def test_transformers_reads_what_we_write(name, given, tokens, tmp_path):
 def test_config_survives_the_way_out_and_back(name, given):
     config = given(name)[1].config
     assert from_hf(to_hf(config)) == config
-    assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
+    written = json.loads(json.dumps(to_hf(config)))
+    assert from_hf(written) == config
+    # What a program on transformers 4 reads: it knows neither of these fields.
+    older = {k: v for k, v in written.items() if k not in ("rope_parameters", "dtype")}
+    assert from_hf(older) == config
 
 
 @pytest.mark.parametrize("family", sorted({family for family, _ in CASES.values()}))

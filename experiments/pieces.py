@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from rabit_jax import BadInput, Stats
 from rabit_jax.experiments.files import remove, write_text
-from rabit_jax.models.packed_format import part_names
+from rabit_jax.models.packed_format import named_parts, part_names
 from rabit_jax.weights.packed_types import abstract_packed
 
 
@@ -82,8 +82,7 @@ class Pieces:
         for JSON."""
         arrays = {}
         for path, node in packed.items():
-            parts = zip(*map(jax.tree.leaves, (part_names(node), node)), strict=True)
-            arrays |= {f"{path}:{part}": np.asarray(value) for part, value in parts}
+            arrays |= {f"{path}:{part}": array for part, array in named_parts(node).items()}
         for path, one in (stats or {}).items():
             arrays |= {f"{path}:s_in": np.asarray(one.s_in), f"{path}:s_out": np.asarray(one.s_out)}
         headers = {path: node.header() for path, node in packed.items()}

@@ -121,7 +121,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Checkpoint]:
     """
     folder = find_folder(path)
     raw = read_json(folder / "config.json")
-    config = read_config(folder)
+    config = with_end_tokens(from_hf(raw), folder)
     tensors = _find_tensors(folder, multimodal="text_config" in raw)
     shapes = param_shapes(config)
     _check(tensors, shapes, config, folder)

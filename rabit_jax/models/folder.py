@@ -125,15 +125,23 @@ def write_folder(
                 text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
                 (new / name).write_text(text, encoding="utf-8")
             for name, tensors in shards:
-                save_file(tensors, new / name, metadata=metadata)
-                # safetensors leaves a file that its owner alone can read.
-                shutil.copymode(new / "config.json", new / name)
+                save_tensors(tensors, new / name, metadata)
                 del tensors  # or two shards are held while the next is made
             _save_tokenizer(new, tokenizer)
             _exchange(folder, new, Path(place) / "old")
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write model folder {folder}: {error}") from error
     return folder
+
+
+def save_tensors(tensors: dict[str, np.ndarray], file: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file with the permissions that a new file has here."""
+    # safetensors leaves a file that its owner alone can read.
+    usual = file.with_name(f"{file.name}.mode")
+    usual.touch()
+    save_file(tensors, file, metadata=metadata)
+    shutil.copymode(usual, file)
+    usual.unlink()
 
 
 def _exchange(folder: Path, new: Path, old: Path) -> None:

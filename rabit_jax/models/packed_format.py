@@ -149,6 +149,12 @@ def part_names(node: Any) -> Any:
     )
 
 
+def named_parts(node: Any) -> dict[str, np.ndarray]:
+    """The arrays of a packed node by their names within the module."""
+    names, arrays = (jax.tree.leaves(tree) for tree in (part_names(node), node))
+    return {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)}
+
+
 def module_names(path: str, shape: tuple[int, ...]) -> list[str]:
     """Hugging Face modules of the kernel at `path`: one per layer of a stack `[l, i, o]`."""
     layers = range(shape[0]) if path.startswith("layers/") else [None]

@@ -39,6 +39,7 @@ from rabit_jax.models.packed_format import (
     metadata,
     module_names,
     module_table,
+    named_parts,
     nearest_16bit,
     open_packed,
     packed_kernels,
@@ -217,10 +218,9 @@ def _tensors(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for path, leaf in leaves.items():
         stacked = path.startswith("layers/")
         if is_weight(leaf):
-            names, arrays = (jax.tree.leaves(tree) for tree in (part_names(leaf), leaf))
-            parts = {name: np.asarray(a) for name, a in zip(names, arrays, strict=True)}
+            parts = named_parts(leaf).items()
             for n, module in enumerate(module_names(path, leaf.shape)):
-                out |= {f"{module}.{p}": v[n] if stacked else v for p, v in parts.items()}
+                out |= {f"{module}.{name}": a[n] if stacked else a for name, a in parts}
             continue
         stored = nearest_16bit(leaf, path)
         names = tensor_names(path, stored.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from rabit_jax.errors import BadInput
-from rabit_jax.models.packed_format import PackedFile, metadata, open_packed, part_names
+from rabit_jax.models.folder import save_tensors
+from rabit_jax.models.packed_format import (
+    PackedFile,
+    metadata,
+    named_parts,
+    open_packed,
+    part_names,
+)
 from rabit_jax.weights.linear import is_weight
 from rabit_jax.weights.packed_types import abstract_packed, is_packed_node
 
@@ -56,8 +61,7 @@ def save_packed_params(file: str | Path, params: Any) -> Path:
             raise BadInput(f"{name} is a {type(leaf).__name__}, wanted a packed weight: pack the "
                            "params first")
         headers[name] = leaf.header()
-        parts = zip(jax.tree.leaves(part_names(leaf)), jax.tree.leaves(leaf), strict=True)
-        tensors |= {f"{name}.{part}": np.asarray(array) for part, array in parts}
+        tensors |= {f"{name}.{part}": array for part, array in named_parts(leaf).items()}
     if not headers:
         raise BadInput("the params hold no packed weight: convert and pack them first")
     tensors = {name: np.ascontiguousarray(a) if a.ndim else a for name, a in tensors.items()}
@@ -108,11 +112,7 @@ def _write(file: Path, tensors: dict[str, np.ndarray], header: dict[str, str]) -
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as place:
             new = Path(place) / file.name
-            save_file(tensors, new, metadata=header)
-            # safetensors leaves a file that its owner alone can read.
-            usual = Path(place) / "usual"
-            usual.touch()
-            shutil.copymode(usual, new)
+            save_tensors(tensors, new, header)
             new.replace(file)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write {file}: {error}") from error

@@ -234,51 +234,6 @@ def test_a_wrong_value_names_key_value_and_type(load, text, words):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("name: [a\nseed: 1", ["config.yaml", "line 2"]),
-        ("name: x\n\tseed: 1", ["config.yaml", "line 2"]),
-        ("name: x\nseed: 1\nseed: 2", ["line 3", "'seed'", "twice"]),
-        ("name: x\n? [a]\n: 1", ["line 2", "one word"]),
-        ("name: !!python/object:os.system x", ["line 1"]),
-    ],
-)
-def test_bad_yaml_names_the_line(load, text, words):
-    with pytest.raises(BadInput, match="not valid YAML") as error:
-        load(text)
-    for word in words:
-        assert word in str(error.value)
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(BadInput, match="nowhere.yaml: No such file"):
-        load_config(Config, tmp_path / "nowhere.yaml", [])
-    with pytest.raises(BadInput, match="directory"):
-        load_config(Config, tmp_path, [])
-    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9t\xe9")
-    with pytest.raises(BadInput, match="UTF-8"):
-        load_config(Config, tmp_path / "latin.yaml", [])
-
-
-def test_a_config_that_comes_with_the_package_is_taken_by_its_name(tmp_path, monkeypatch):
-    (tmp_path / "shipped" / "models").mkdir(parents=True)
-    (tmp_path / "shipped" / "small.yaml").write_text("name: shipped")
-    (tmp_path / "shipped" / "models" / "one-1.5b.yaml").write_text("name: nested")
-    monkeypatch.setattr("rabit_jax.experiments.config.SHIPPED", tmp_path / "shipped")
-    here = tmp_path / "here"
-    (here / "small").mkdir(parents=True)  # A folder of that name is no config.
-    monkeypatch.chdir(here)
-    for name in ("small", "small.yaml"):
-        assert load_config(Config, name).name == "shipped"
-    for name in ("models/one-1.5b", "models/one-1.5b.yaml"):
-        assert load_config(Config, name).name == "nested"
-    with pytest.raises(BadInput, match="no-such.* by its name: models/one-1.5b, small"):
-        load_config(Config, "no-such")
-    (here / "small.yaml").write_text("name: mine")
-    assert load_config(Config, "small.yaml").name == "mine"
-
-
-@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("seed", ["'seed'", "a.b=c"]),

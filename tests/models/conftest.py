@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from rabit_jax.models import Decoder, ModelConfig, init_params, param_shapes
+from rabit_jax.models import Decoder, ModelConfig, init_params, param_shapes, save_hf
 from rabit_jax.weights import PackedSign
 
 TINY = ModelConfig(
@@ -28,6 +28,13 @@ def model():
 @pytest.fixture(scope="session")
 def params():
     return jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))
+
+
+@pytest.fixture
+def folder(tmp_path, model, params):
+    """The tiny decoder as a Hugging Face folder."""
+    save_hf(tmp_path / "model", model, params)
+    return tmp_path / "model"
 
 
 @pytest.fixture(scope="session")

@@ -13,15 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from rabit_jax.errors import BadInput
 from rabit_jax.models import checkpoint as module
-from rabit_jax.models import load_hf, open_checkpoint, save_hf
+from rabit_jax.models import load_hf, open_checkpoint
 
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture
-def folder(tmp_path, model, params):
-    save_hf(tmp_path / "model", model, params)
-    return tmp_path / "model"
 
 
 def _edit(folder, change):

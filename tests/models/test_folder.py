@@ -11,16 +11,6 @@ from rabit_jax.errors import BadInput
 from rabit_jax.models import load_hf, save_hf
 
 
-@pytest.fixture
-def folder(tmp_path, model, params):
-    save_hf(tmp_path / "model", model, params)
-    return tmp_path / "model"
-
-
-def _same(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
-
-
 def test_a_failed_save_leaves_the_old_model_alone(folder, model, params, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -29,7 +19,7 @@ def test_a_failed_save_leaves_the_old_model_alone(folder, model, params, monkeyp
     with pytest.raises(BadInput, match="cannot write model folder .*No space left on device"):
         save_hf(folder, model, jax.tree.map(jnp.zeros_like, params))
     assert [f.name for f in folder.parent.iterdir()] == ["model"]
-    _same(load_hf(folder)[1], params)
+    jax.tree.map(np.testing.assert_array_equal, load_hf(folder)[1], params)
 
 
 def test_the_old_model_comes_back_where_the_new_one_cannot_take_its_place(
@@ -46,4 +36,4 @@ def test_the_old_model_comes_back_where_the_new_one_cannot_take_its_place(
     with pytest.raises(BadInput, match="cannot write model folder .*Input/output error"):
         save_hf(folder, model, jax.tree.map(jnp.zeros_like, params))
     assert [f.name for f in folder.parent.iterdir()] == ["model"]
-    _same(load_hf(folder)[1], params)
+    jax.tree.map(np.testing.assert_array_equal, load_hf(folder)[1], params)

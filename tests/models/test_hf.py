@@ -17,12 +17,6 @@ from rabit_jax.errors import BadInput
 from rabit_jax.models import hf_name, load_hf, save_hf
 
 
-@pytest.fixture
-def folder(tmp_path, model, params):
-    save_hf(tmp_path / "model", model, params)
-    return tmp_path / "model"
-
-
 def _same(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 

@@ -1,8 +1,8 @@
 """Sphinx extension: the pages that are made from the code, and docstrings as this code has them.
 
-Before the sources are read it writes `_generated/api/*.md`, a page for every room with every module
-in it, and `_generated/config.md`, every setting of a run and of an ablation with its type, default
-and what its class says about it. A room or a setting cannot be left out of the site.
+Before the sources are read it writes `_generated/api/*.md`, a page for every package with all of
+its modules, and `_generated/config.md`, every setting of a run and of an ablation with its type,
+default and what its class says about it. No package and no setting can be left out.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from typing import Any, Literal, get_args, get_origin
 import jax
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.ablation import Ablation
-from rabit_jax.experiments.coerce import MISSING, hints, unwrap, variants
-from rabit_jax.experiments.settings import RunConfig
+from rabit_jax.experiments.ablation.config import Ablation
+from rabit_jax.experiments.engine.config import MISSING, hints, unwrap, variants
+from rabit_jax.experiments.engine.settings import RunConfig
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-ROOMS = {
-    "weights": ("rabit_jax/weights", "Representations, the straight-through estimator, `convert`"),
-    "init": ("rabit_jax/init", "Calibration, importance, iterative residual SVID, the specs"),
-    "models": ("rabit_jax/models", "Decoder, Hugging Face and packed folders, the decode engine"),
+PACKAGES = {
+    "signs": ("rabit_jax/signs", "The coupled walk, its straight-through rules, SVID, importance"),
+    "weights": ("rabit_jax/weights", "Representations and their specs, `convert`, `describe`"),
+    "calibration": ("rabit_jax/calibration", "Channel statistics by probes, taps, or blocks"),
+    "models": ("rabit_jax/models", "Config, block, decoder, generation"),
+    "formats": ("rabit_jax/formats", "Hugging Face and packed folders, tokenizers, hub, cards"),
     "data": ("rabit_jax/data", "Text, tokeniser, token cache, deterministic batches"),
     "train": ("rabit_jax/train", "Losses, optimisers, the step, the loop, checkpoints, sharding"),
     "evaluate": ("rabit_jax/evaluate", "Perplexity, tasks, diagnostics, sign flips"),
@@ -44,7 +46,7 @@ def setup(app: Any) -> dict[str, bool]:
 
 def write_pages(folder: Path) -> None:
     """Write every generated page, only where it changed, so that Sphinx reads it only then."""
-    pages = {f"api/{room}.md": room_page(room) for room in ROOMS}
+    pages = {f"api/{package}.md": package_page(package) for package in PACKAGES}
     pages["config.md"] = config_page()
     for name, text in pages.items():
         file = folder / name
@@ -53,10 +55,10 @@ def write_pages(folder: Path) -> None:
             file.write_text(text, encoding="utf-8")
 
 
-def room_page(room: str) -> str:
-    """The API page of a room: a section for each of its modules."""
-    folder, about = ROOMS[room]
-    parts = [f"# {room}\n\n{about}.\n"]
+def package_page(package: str) -> str:
+    """The API page of a package: a section for each of its modules."""
+    folder, about = PACKAGES[package]
+    parts = [f"# {package}\n\n{about}.\n"]
     for file in sorted((ROOT / folder).rglob("*.py")):
         path = file.relative_to(ROOT).with_suffix("").parts
         path = path if path[0] == "rabit_jax" else ("rabit_jax", *path)

@@ -27,19 +27,29 @@ from typing import Any
 
 import jax
 
-from rabit_jax.data import load_tokenizer
 from rabit_jax.errors import BadInput
-from rabit_jax.evaluate import perplexity
+from rabit_jax.evaluate.perplexities import perplexity
 from rabit_jax.evaluate.texts import check_name, read_text, text_windows
-from rabit_jax.experiments.bench import Parser, report
-from rabit_jax.experiments.config import load_config
-from rabit_jax.experiments.console import EXIT_CODES, loading, main_guard, progress, say, table
-from rabit_jax.experiments.evaluate_tasks import load_tasks, make_row, task_rows
-from rabit_jax.experiments.files import write_text
-from rabit_jax.experiments.folder import RunFolder
-from rabit_jax.experiments.inputs import Inputs
-from rabit_jax.experiments.settings import RunConfig
-from rabit_jax.models import Decoder, find_folder, load_model
+from rabit_jax.experiments.engine.config import load_config
+from rabit_jax.experiments.engine.console import (
+    EXIT_CODES,
+    Parser,
+    loading,
+    main_guard,
+    progress,
+    say,
+    table,
+)
+from rabit_jax.experiments.engine.evaluate_tasks import load_tasks, make_row, task_rows
+from rabit_jax.experiments.engine.files import write_text
+from rabit_jax.experiments.engine.folder import RunFolder
+from rabit_jax.experiments.engine.inputs import Inputs
+from rabit_jax.experiments.engine.machine import report
+from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.formats.folder import find_folder
+from rabit_jax.formats.packed_model import load_model
+from rabit_jax.formats.tokenizer import load_tokenizer
+from rabit_jax.models.decoder import Decoder
 from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
 
 COLUMNS = ("name", "metric", "value", "stderr", "shots", "samples", "context")

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.console import EXIT_CODES, loading, main_guard, progress
-from rabit_jax.models import find_folder, load_model, param_shapes, save_hf, tensor_names
-from rabit_jax.models.card import CARD, base_and_licence, dense_card
+from rabit_jax.experiments.engine.console import EXIT_CODES, loading, main_guard, progress
+from rabit_jax.formats.folder import find_folder, read_generation
+from rabit_jax.formats.hf import save_hf
+from rabit_jax.formats.model_card import CARD, base_and_licence, dense_card
+from rabit_jax.formats.names import tensor_names
+from rabit_jax.formats.packed_model import load_model
 from rabit_jax.models.config import DTYPES
-from rabit_jax.models.folder import read_generation
+from rabit_jax.models.decoder import param_shapes
 
 EXAMPLES = """\
 examples:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rabit_jax import BadInput, __version__, cost, describe
-from rabit_jax.experiments.blockwise import (
+from rabit_jax.experiments.engine.blockwise import (
     Job,
     block_name,
     pack_model,
@@ -25,18 +25,18 @@ from rabit_jax.experiments.blockwise import (
     score,
     score_stage,
 )
-from rabit_jax.experiments.config import section_hash
-from rabit_jax.experiments.console import table, watch_signals
-from rabit_jax.experiments.files import given_files, remove, write_text
-from rabit_jax.experiments.folder import RunFolder
-from rabit_jax.experiments.inputs import abstract_params
-from rabit_jax.experiments.machine import device, peak_memory, versions
-from rabit_jax.experiments.run_card import write_card
-from rabit_jax.experiments.settings import RunConfig
-from rabit_jax.experiments.summary import LABELS, costs, parameters
-from rabit_jax.experiments.sweeps import FromCheckpoint, FromParams
-from rabit_jax.models import load_packed, packed_bytes
-from rabit_jax.models.checkpoint import open_checkpoint
+from rabit_jax.experiments.engine.config import section_hash
+from rabit_jax.experiments.engine.console import table, watch_signals
+from rabit_jax.experiments.engine.files import given_files, remove, write_text
+from rabit_jax.experiments.engine.folder import RunFolder
+from rabit_jax.experiments.engine.inputs import abstract_params
+from rabit_jax.experiments.engine.machine import device, peak_memory, versions
+from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.sweeps import FromCheckpoint, FromParams
+from rabit_jax.experiments.report.run_card import write_card
+from rabit_jax.experiments.report.summary import LABELS, costs, parameters
+from rabit_jax.formats.checkpoint import open_checkpoint
+from rabit_jax.formats.packed_model import load_packed, packed_bytes
 
 STAGES = ("forward", "head", "init", "pack")
 

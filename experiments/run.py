@@ -22,21 +22,22 @@ from collections.abc import Callable
 import jax
 
 from rabit_jax import BadInput, __version__, convert, describe
-from rabit_jax.experiments import ptq, stages
-from rabit_jax.experiments.config import (
+from rabit_jax.experiments import ptq
+from rabit_jax.experiments.engine import stages
+from rabit_jax.experiments.engine.config import (
     SHIPPED,
     config_parser,
     dump_yaml,
     load_config,
     section_hash,
 )
-from rabit_jax.experiments.console import main_guard, say, table, watch_signals
-from rabit_jax.experiments.files import given_files
-from rabit_jax.experiments.folder import RunFolder
-from rabit_jax.experiments.inputs import Inputs, abstract_params
-from rabit_jax.experiments.machine import device, peak_memory, versions
-from rabit_jax.experiments.settings import RunConfig
-from rabit_jax.experiments.summary import costs, summarise, table_rows, write_results
+from rabit_jax.experiments.engine.console import main_guard, say, table, watch_signals
+from rabit_jax.experiments.engine.files import given_files
+from rabit_jax.experiments.engine.folder import RunFolder
+from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
+from rabit_jax.experiments.engine.machine import device, peak_memory, versions
+from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.report.summary import costs, summarise, table_rows, write_results
 from rabit_jax.train.sharding import make_mesh
 
 STAGES: dict[str, Callable] = {

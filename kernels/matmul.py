@@ -27,7 +27,17 @@ from rabit_jax.kernels.activations import PLANE_INPUTS
 from rabit_jax.kernels.device import cuda_capability
 from rabit_jax.kernels.layout import packed_bytes, to_words
 
-IMPLS = ("reference", "unpacked", "cpu", "pallas_int8", "pallas_b1", "triton_int8", "triton_b1")
+# Where each lies below this folder; all but `reference` have the same `signs_matmul`.
+MODULES = {
+    "reference": "reference",
+    "unpacked": "unpacked",
+    "cpu": "cpu.bit_planes",
+    "pallas_int8": "gpu.pallas_int8",
+    "pallas_b1": "gpu.pallas_b1",
+    "triton_int8": "gpu.triton_int8",
+    "triton_b1": "gpu.triton_b1",
+}
+IMPLS = tuple(MODULES)
 # Rows up to which each kernel is chosen; above the last of a device the bits are unpacked.
 CPU_BATCH, B1_BATCH, INT8_BATCH = 8, 3, 32
 
@@ -174,7 +184,7 @@ def signs_matmul(
         from rabit_jax.kernels.reference import signs_matmul as run
 
         return run(u, bits, g, layer, rows)
-    module = import_module(f".{impl}", __package__)
+    module = import_module(f"rabit_jax.kernels.{MODULES[impl]}")
     if impl == "cpu" and bits.dtype == jnp.uint8:
         # Rows of bits have to be turned at every call: those of the one layer.
         bits, g = (jax.lax.dynamic_index_in_dim(a, layer) for a in (bits, g))
@@ -189,7 +199,7 @@ def chosen(batch: int, inputs: int, words: bool) -> str:
     where = jax.devices()[0].platform, cuda_capability(), batch, inputs, words
     name = choose(*where)
     if name == "triton_b1":
-        from rabit_jax.kernels.triton_b1 import works
+        from rabit_jax.kernels.gpu.triton_b1 import works
 
         name = choose(*where, b1_works=works(where[1]))
     return name

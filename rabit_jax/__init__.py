@@ -7,50 +7,39 @@ The params tree is the model state; a weight is a small pytree that knows how to
 everything here is a pure function over the tree.
 """
 
-from pathlib import Path
-
-# Installed, `kernels` and `experiments` lie in this folder; in a checkout they lie beside it.
-if not (Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(Path(__file__).parents[1]))
-
+from rabit_jax.calibration import calibrate, calibrate_flax
 from rabit_jax.errors import BadInput
-from rabit_jax.init import (
-    CodebookSpec,
-    DualBinarySpec,
-    FrozenPathSpec,
-    GroupUniformSpec,
-    IndependentSignSpec,
-    LowRankSignSpec,
-    ResidualSignSpec,
-    Stats,
-    UniformResidualSpec,
-    calibrate,
-    calibrate_flax,
-    residual,
-    scaled,
-    svid,
-)
-from rabit_jax.models import (
-    generate,
+from rabit_jax.formats import (
     load_hf,
     load_model,
     load_packed_params,
     save_hf,
     save_packed_params,
 )
+from rabit_jax.models import generate
+from rabit_jax.signs import Stats, effective_weight, svid
 from rabit_jax.weights import (
     LLAMA_LINEARS,
+    CodebookSpec,
+    DualBinarySpec,
+    FrozenPathSpec,
+    GroupUniformSpec,
     IndependentSign,
+    IndependentSignSpec,
+    LowRankSignSpec,
     PackedSign,
     ResidualSign,
+    ResidualSignSpec,
+    UniformResidualSpec,
     Weight,
     convert,
     cost,
     dense,
     describe,
-    effective_weight,
     linear,
     pack,
+    residual,
+    scaled,
 )
 
 __version__ = "0.1.0"

@@ -1,5 +1,7 @@
 """The one exception type for mistakes that a user can put right."""
 
+from __future__ import annotations
+
 
 class BadInput(ValueError):
     """Input that cannot be used: a wrong config, file, rule or shape.

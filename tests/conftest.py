@@ -28,6 +28,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 
+pytest_plugins = ["tests.references", "tests.small_models"]
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -73,7 +75,7 @@ def _llama(layers, width, hidden, vocabulary=32000):
 def _no_fetched_models():
     """What one test fetched from its hub is not there for the next."""
     yield
-    if hub := sys.modules.get("rabit_jax.models.hub"):
+    if hub := sys.modules.get("rabit_jax.formats.hub"):
         hub.fetch.cache_clear()
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rabit_jax.experiments.config import load_config
-from rabit_jax.experiments.settings import RunConfig
+from rabit_jax.experiments.engine.config import load_config
+from rabit_jax.experiments.engine.settings import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -25,14 +25,14 @@ def generated():
 
 
 def test_every_module_has_its_place_in_the_api(generated):
-    pages = "\n".join(generated.room_page(room) for room in generated.ROOMS)
+    pages = "\n".join(generated.package_page(name) for name in generated.PACKAGES)
     pages += (ROOT / "docs" / "api.md").read_text()
     for room in ("rabit_jax", "kernels", "experiments"):
         for file in (ROOT / room).rglob("*.py"):
             name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
             name = name if room == "rabit_jax" else f"rabit_jax.{name}"
             assert file.name == "__init__.py" or f".. automodule:: {name}\n" in pages, name
-    assert ".. autofunction:: rabit_jax.weights.ste.effective_weight\n" in pages
+    assert ".. autofunction:: rabit_jax.signs.ste.effective_weight\n" in pages
 
 
 def test_every_setting_is_told_with_its_default(generated):

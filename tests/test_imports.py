@@ -35,7 +35,7 @@ def modules():
 
 def test_all_modules_import_without_what_is_optional():
     names = list(modules())
-    assert "rabit_jax.weights.ste" in names and "rabit_jax.kernels.reference" in names
+    assert "rabit_jax.signs.ste" in names and "rabit_jax.kernels.reference" in names
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *names], cwd=ROOT, capture_output=True, text=True
     )

@@ -5,6 +5,8 @@ order), cleaned to prose and without repeated paragraphs. Sources are parsed, ne
 needs no network; the exact text depends on the version of Python that runs.
 """
 
+from __future__ import annotations
+
 import ast
 import functools
 import inspect

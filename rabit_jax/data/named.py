@@ -28,7 +28,6 @@ class Named:
     splits: tuple[str, ...] = ("train", "validation")
     joined: bool = False
 
-
 NAMED = {
     "wikitext2": Named(
         hub="Salesforce/wikitext",

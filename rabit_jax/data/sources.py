@@ -3,6 +3,8 @@
 A mix (`data.mix`) is read as a stream instead, see `mixed`.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable

@@ -23,7 +23,6 @@ from rabit_jax.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
 VERSION = 1  # of the cache's layout; a new number leaves old files unused
 CHUNK = 1 << 20  # characters tokenised at once
 

@@ -19,13 +19,13 @@ import numpy as np
 from flax import struct
 
 from rabit_jax.errors import BadInput
-from rabit_jax.weights.convert import leaves, map_leaves, weights_of
-from rabit_jax.weights.linear import Weight, is_weight, linear
-from rabit_jax.weights.ste import F32
+from rabit_jax.signs.ste import F32
+from rabit_jax.tree import is_weight, leaves, map_leaves, weights_of
+from rabit_jax.types import Weight
+from rabit_jax.weights.seam import linear
 
 Batch = Mapping[str, Any]
 Apply = Callable[[Any, Batch], jax.Array]
-
 NAMES = ("path_correlation", "residual_alignment", "slope", "relative_mse")
 
 
@@ -85,7 +85,6 @@ def _metered_forward(x, weights, moments, mask, drive, inputs):
 def _metered_backward(drive, inputs, sums, dy):
     dx = jnp.zeros((*dy.shape[:-1], inputs), dy.dtype)
     return dx, None, sums, None
-
 
 _metered.defvjp(_metered_forward, _metered_backward)
 

@@ -40,7 +40,6 @@ class Protocol:
     windows: int = 0
     drawn: bool = False
 
-
 # As the code of GPTQ (Frantar et al., arXiv 2210.17323) has it and most papers after it. Its `c4`
 # and `c4-new` give different figures on the same model.
 TEXTS = {

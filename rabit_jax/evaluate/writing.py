@@ -12,7 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rabit_jax.errors import BadInput
-from rabit_jax.models import Decoder, prepare, stream
+from rabit_jax.models.decoder import Decoder
+from rabit_jax.models.generation import stream
+from rabit_jax.models.prepared import prepare
 
 NEW_TOKENS = 256  # what the harness gives where a task names no number
 SHORTEST = 32

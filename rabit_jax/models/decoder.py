@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
+from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.layers import Block, Embed, Head, RMSNorm, soft_cap
 from rabit_jax.models.rotary import local_layers, make_context
@@ -103,3 +106,28 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     Works under `jit`, with `out_shardings` so that each leaf is created where it will live.
     """
     return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of `config`, by path: `{"embed/embedding": (v, d), ...}`."""
+    tree = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
+@functools.cache
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs `(i, o)` of each matrix of a block: `{"q": (d, n h), ...}`."""
+    shapes = param_shapes(config).items()
+    return {path.split("/")[2]: shape[1:] for path, shape in shapes
+            if path.startswith("layers/") and path.endswith("/kernel")}
+
+
+def check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises BadInput where params by path do not have the names and shapes of the config."""
+    if odd := sorted(set(leaves) ^ set(shapes)):
+        what = "extra" if odd[0] in leaves else "missing"
+        raise BadInput(f"{what} parameter {odd[0]}: the params do not fit the model's config")
+    for path, shape in shapes.items():
+        if tuple(leaves[path].shape) != shape:
+            raise BadInput(f"parameter {path} is {tuple(leaves[path].shape)}, the config wants "
+                           f"{shape}")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import linear_shapes
 from rabit_jax.models.layers import (
     activate,
     embed,
@@ -24,7 +25,6 @@ from rabit_jax.models.layers import (
     score_scale,
     soft_cap,
 )
-from rabit_jax.models.names import linear_shapes
 from rabit_jax.models.prepared import Engine, Rows, multiply, prepare
 from rabit_jax.models.rotary import Context, local_layers, positions, rotate, seen_from
 
@@ -32,7 +32,6 @@ __all__ = [
     "Cache", "Engine", "attend", "head_logits", "init_cache", "linears", "prepare", "step",
     "write_slots",
 ]
-
 Cache = dict[str, jax.Array]
 
 

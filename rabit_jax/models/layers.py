@@ -18,7 +18,8 @@ from einops import rearrange
 from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.rotary import Context, View, rotate
-from rabit_jax.weights.linear import is_weight, linear
+from rabit_jax.tree import is_weight
+from rabit_jax.weights.seam import linear
 
 
 def read_kernel(module: nn.Module, shape: tuple[int, int], std: float) -> Any:

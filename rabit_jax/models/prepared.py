@@ -16,11 +16,11 @@ from flax import struct
 from flax.traverse_util import flatten_dict
 
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.folder import check_params
-from rabit_jax.models.names import param_shapes
+from rabit_jax.models.decoder import check_params, param_shapes
+from rabit_jax.tree import is_weight
 from rabit_jax.weights.laid import lay
-from rabit_jax.weights.linear import is_weight, linear
-from rabit_jax.weights.packed import PackedSign
+from rabit_jax.weights.seam import linear
+from rabit_jax.weights.sign_paths import PackedSign
 
 # What reads the same input, and the bytes of fixed point its input gets on integer kernels: that of
 # `down` has outliers hundreds of times its mean, so it gets three.

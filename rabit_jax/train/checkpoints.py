@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 from rabit_jax.errors import BadInput
 
 logging.getLogger("absl").setLevel(logging.ERROR)
-
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 

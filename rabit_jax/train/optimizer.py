@@ -11,8 +11,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from rabit_jax.errors import BadInput
-from rabit_jax.weights.convert import map_leaves
-from rabit_jax.weights.linear import is_weight
+from rabit_jax.tree import is_weight, map_leaves
 
 ROLES = ("latent", "scale", "level", "matrix", "embedding", "head", "norm", "bias")
 FIXED = ("sign", "code")  # bits and integers: no gradient reaches them

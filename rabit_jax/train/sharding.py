@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rabit_jax.errors import BadInput
-from rabit_jax.weights.convert import map_leaves
-from rabit_jax.weights.linear import is_weight
+from rabit_jax.tree import is_weight, map_leaves
 
 AXES = ("data", "tensor")
 

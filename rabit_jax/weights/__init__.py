@@ -1,49 +1,61 @@
-"""Weight representations and the pure functions that map params trees to params trees."""
+"""Weight representations, and the pure functions that map params trees to params trees."""
 
-from rabit_jax.weights.codebook import Codebook
-from rabit_jax.weights.convert import LLAMA_LINEARS, convert, dense, match_rules, pack, weights_of
-from rabit_jax.weights.cost import Cost, cost
-from rabit_jax.weights.describe import describe
-from rabit_jax.weights.dual_binary import DualBinary
-from rabit_jax.weights.frozen import FrozenPath
-from rabit_jax.weights.group_uniform import GroupUniform
-from rabit_jax.weights.independent import IndependentSign, independent_weight
-from rabit_jax.weights.linear import Weight, is_weight, linear
-from rabit_jax.weights.low_rank import LowRankSign
-from rabit_jax.weights.packed import PackedSign
+from rabit_jax.types import Spec, Weight
+from rabit_jax.weights.codebook import Codebook, CodebookSpec
+from rabit_jax.weights.conversion import LLAMA_LINEARS, convert, dense, pack
+from rabit_jax.weights.costs import Cost, cost
+from rabit_jax.weights.description import describe
+from rabit_jax.weights.dual_binary import DualBinary, DualBinarySpec
+from rabit_jax.weights.frozen_path import FrozenPath, FrozenPathSpec
+from rabit_jax.weights.group_uniform import GroupUniform, GroupUniformSpec
+from rabit_jax.weights.independent_sign import IndependentSign, IndependentSignSpec
+from rabit_jax.weights.low_rank_sign import LowRankSign, LowRankSignSpec, rank_for_bits
+from rabit_jax.weights.representations import SPECS
 from rabit_jax.weights.reshaped import Reshaped
-from rabit_jax.weights.residual import ResidualSign
-from rabit_jax.weights.scaled import ScaledWeight
-from rabit_jax.weights.ste import coupled_signs, effective_weight
-from rabit_jax.weights.sum import SumWeight
-from rabit_jax.weights.uniform import UniformResidual
+from rabit_jax.weights.residual_sign import ResidualSign, ResidualSignSpec
+from rabit_jax.weights.rounding import round_to_nearest
+from rabit_jax.weights.scaled_weight import ScaledSpec, ScaledWeight, scaled
+from rabit_jax.weights.seam import linear
+from rabit_jax.weights.sign_paths import PackedSign
+from rabit_jax.weights.sum_weight import SumSpec, SumWeight, residual
+from rabit_jax.weights.uniform_residual import UniformResidual, UniformResidualSpec
 
 __all__ = [
     "LLAMA_LINEARS",
+    "SPECS",
     "Codebook",
+    "CodebookSpec",
     "Cost",
     "DualBinary",
+    "DualBinarySpec",
     "FrozenPath",
+    "FrozenPathSpec",
     "GroupUniform",
+    "GroupUniformSpec",
     "IndependentSign",
+    "IndependentSignSpec",
     "LowRankSign",
+    "LowRankSignSpec",
     "PackedSign",
     "Reshaped",
     "ResidualSign",
+    "ResidualSignSpec",
+    "ScaledSpec",
     "ScaledWeight",
+    "Spec",
+    "SumSpec",
     "SumWeight",
     "UniformResidual",
+    "UniformResidualSpec",
     "Weight",
     "convert",
     "cost",
-    "coupled_signs",
     "dense",
     "describe",
-    "effective_weight",
-    "independent_weight",
-    "is_weight",
     "linear",
-    "match_rules",
     "pack",
-    "weights_of",
+    "rank_for_bits",
+    "residual",
+    "round_to_nearest",
+    "scaled",
 ]

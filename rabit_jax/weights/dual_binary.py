@@ -1,19 +1,101 @@
-"""`DualBinary`: two binary planes with levels per group (DB-LLM, arXiv 2402.11960)."""
+"""DB-LLM: two {0, 1} planes with levels per group of inputs (arXiv 2402.11960)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rabit_jax.weights.convert import per_layer
-from rabit_jax.weights.groups import group_sum, spread
-from rabit_jax.weights.packed import pack_positive
-from rabit_jax.weights.packed_groups import GroupedPlanes, PackedDualBinary, to_half
-from rabit_jax.weights.ste import F32
+from rabit_jax.errors import BadInput
+from rabit_jax.signs.channel_importance import Stats, importance
+from rabit_jax.signs.groups import by_group, group_count, group_sum, spread
+from rabit_jax.signs.ste import F32
+from rabit_jax.tree import per_layer
+from rabit_jax.weights.group_levels import GroupedPlanes, abstract_planes, to_half, unpack_codes
+from rabit_jax.weights.sign_paths import SCALE_DTYPE, pack_positive
+
+FRACTIONS = 40
+
+
+@dataclass(frozen=True)
+class DualBinarySpec:
+    """Start of DB-LLM's flexible dual binarisation (arXiv 2402.11960): levels -s, 0, s, 2s.
+
+    `a_1 = 2 s`, `a_2 = -s`; s is that of `f max|w|`, f = 1/40, 2/40, ..., 1, with the least error
+    `sum_group d_in^2 (w - w_hat)^2`, `d_in = importance(s_in, a_in)`; every s belongs to one
+    output, so the importance of outputs changes nothing. The latent is the kernel.
+
+    Attributes:
+      group: inputs that share levels.
+      a_in: exponent of the input importance; 0 ignores it.
+
+    Example:
+      >>> node = DualBinarySpec(group=128).init(w)      # w: [..., i, o]
+      >>> node.a.shape                                  # [..., 2, ceil(i / 128), o]
+    """
+
+    group: int = 128
+    a_in: float = 0.5
+    type: Literal["dual_binary"] = field(default="dual_binary", kw_only=True)
+
+    def __post_init__(self):
+        """Raises BadInput for a setting out of its range."""
+        if self.group < 1:
+            raise BadInput(f"group is {self.group}: a group must hold at least 1 input")
+
+    def init(
+        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+    ) -> DualBinary:
+        """Kernel `[..., i, o]` -> `DualBinary`, searched layer by layer.
+
+        Args:
+          w: float `[..., i, o]`.
+          stats: calibration statistics `[..., i]`, `[..., o]`; None takes the plain squared error.
+          key: unused, nothing is random here.
+
+        Returns:
+          A node whose latent is a float32 copy of `w`.
+        """
+        s = _search(self, w, None if stats is None else stats.s_in)
+        return DualBinary(jnp.array(w, F32, copy=True), _levels(s), self.group)
+
+    def dense(self, node: DualBinary) -> jax.Array:
+        """`W_hat: [..., i, o]` float32."""
+        return node.dense()
+
+
+def _levels(s: jax.Array) -> jax.Array:
+    """`(2 s, -s)`: `[..., n, o]` -> `[..., 2, n, o]`."""
+    return jnp.stack([2 * s, -s], axis=-3)
+
+
+@partial(jax.jit, static_argnums=0)
+def _search(spec: DualBinarySpec, w: jax.Array, s_in: jax.Array | None) -> jax.Array:
+    """The best s of the grid, float32 `[..., n, o]`."""
+
+    def layer(w, d_in):
+        w, weight = w.astype(F32), jnp.square(d_in)[:, None]
+        largest = by_group(jnp.abs(w), spec.group).max(axis=-2)
+
+        def attempt(best, fraction):
+            s = fraction * largest
+            missed = jnp.square(w - dual_binary(w, _levels(s), spec.group))
+            error = group_sum(weight * missed, spec.group)
+            better = error < best[0]
+            return (jnp.where(better, error, best[0]), jnp.where(better, s, best[1])), None
+
+        shape = (group_count(w.shape[0], spec.group), w.shape[1])
+        start = jnp.full(shape, jnp.inf, F32), jnp.zeros(shape, F32)
+        fractions = jnp.arange(1, FRACTIONS + 1, dtype=F32) / FRACTIONS
+        return jax.lax.scan(attempt, start, fractions)[0][1]
+
+    d_in = jnp.ones(w.shape[:-1]) if s_in is None else importance(s_in, spec.a_in)
+    return per_layer(layer, w, d_in)
 
 
 @struct.dataclass
@@ -131,5 +213,68 @@ def _backward(group, dtype, residuals, cotangent):
     da = [group_sum(jnp.where(on, cotangent, 0), group) for on, _ in _terms(latent, a, group)]
     return cotangent.astype(latent.dtype), jnp.stack(da, axis=-3)
 
-
 dual_binary.defvjp(_forward, _backward)
+
+
+@struct.dataclass
+class PackedDualBinary(GroupedPlanes):
+    """`W_hat = a_1 b_1 + a_2 b_2` with `b` in {0, 1} as bit planes in the `rb256` layout.
+
+    Attributes:
+      bits: uint8 `[..., 2, o, 32 ceil(i / 256)]`.
+      a: float16 `[..., 2, n, o]` levels, `n = ceil(i / group)`.
+      group: inputs that share levels.
+      inputs: `i`.
+    """
+
+    bits: jax.Array
+    a: jax.Array
+    group: int = struct.field(pytree_node=False)
+    inputs: int = struct.field(pytree_node=False)
+
+    @property
+    def k(self) -> int:
+        """Number of binary paths, each a plane of bits."""
+        return 2
+
+    planes = k
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape `[..., i, o]` of the matrix."""
+        return (*self.a.shape[:-3], self.inputs, self.a.shape[-1])
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
+        return x @ self.dense().astype(x.dtype)
+
+    def paths(self) -> Iterator[jax.Array]:
+        """`a_1 b_1` and `a_2 b_2`, float32 `[..., i, o]`."""
+        for j in range(2):
+            level = spread(self.a[..., j, :, :].astype(F32), self.group, self.inputs)
+            yield level * unpack_codes(self.bits[..., j : j + 1, :, :], self.inputs)
+
+    def dense(self) -> jax.Array:
+        """`W_hat`, float32 `[..., i, o]`."""
+        return sum(self.paths())
+
+    def roles(self) -> PackedDualBinary:
+        """Leaf names for the mesh."""
+        return self.replace(bits="code", a="level")
+
+    def pack(self, name: str) -> PackedDualBinary:
+        """Itself: already packed."""
+        return self
+
+    def header(self) -> dict[str, Any]:
+        """What the packed file says of one matrix: `{"type": "dual_binary", "in", "out",
+        "group"}`."""
+        i, o = self.shape[-2:]
+        return {"type": "dual_binary", "in": i, "out": o, "group": self.group}
+
+    @classmethod
+    def abstract(cls, header: Mapping[str, Any]) -> PackedDualBinary:
+        """The node of one matrix as shapes and dtypes, from its `header`."""
+        i, o, group = header["in"], header["out"], header["group"]
+        level = jax.ShapeDtypeStruct((2, group_count(i, group), o), SCALE_DTYPE)
+        return cls(abstract_planes((2,), i, o), level, group, i)

@@ -1,23 +1,96 @@
-"""`GroupUniform`: evenly spaced levels per group of inputs, round-to-nearest made trainable."""
+"""Evenly spaced levels per group of inputs: round-to-nearest, as it is or trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rabit_jax.weights.convert import per_layer
-from rabit_jax.weights.groups import group_sum, spread
-from rabit_jax.weights.packed_groups import (
+from rabit_jax.errors import BadInput
+from rabit_jax.signs.channel_importance import Stats
+from rabit_jax.signs.groups import by_group, group_count, group_sum, spread
+from rabit_jax.signs.iterative_svid import SMALLEST
+from rabit_jax.signs.ste import F32, with_sign
+from rabit_jax.tree import per_layer
+from rabit_jax.weights.group_levels import (
     GroupedPlanes,
-    PackedGroupUniform,
+    abstract_planes,
     pack_codes,
     to_half,
+    unpack_codes,
 )
-from rabit_jax.weights.ste import F32, with_sign
+from rabit_jax.weights.sign_paths import SCALE_DTYPE
+
+
+@dataclass(frozen=True)
+class GroupUniformSpec:
+    """Asymmetric round-to-nearest: at the start `W_hat` is `init.rounding.round_to_nearest` of W.
+
+        s = (max - min) / (2^bits - 1),   c = -s round(-min / s)
+
+    over a group, the range widened to hold 0. The step is floored at 1e-4, which 16 bits can hold;
+    only groups narrower than three of these are rounded more coarsely for it.
+
+    Attributes:
+      bits: bits of a code, 1 to 8.
+      group: inputs that share a step and a lowest level.
+
+    Example:
+      >>> node = GroupUniformSpec(bits=2, group=128).init(w)      # w: [..., i, o]
+      >>> node.dense().shape == w.shape
+      True
+    """
+
+    bits: int = 2
+    group: int = 128
+    type: Literal["round_to_nearest"] = field(default="round_to_nearest", kw_only=True)
+
+    def __post_init__(self):
+        """Raises BadInput for a setting out of its range."""
+        if not 1 <= self.bits <= 8 or self.group < 1:
+            raise BadInput(
+                f"bits {self.bits}, group {self.group}: bits must lie in 1..8 and a group must "
+                "hold at least 1 input"
+            )
+
+    def init(
+        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+    ) -> GroupUniform:
+        """Kernel `[..., i, o]` -> `GroupUniform`, layer by layer.
+
+        Args:
+          w: float `[..., i, o]`.
+          stats: unused, the levels come from the range of the weights alone.
+          key: unused, nothing is random here.
+
+        Returns:
+          A node whose latent is a float32 copy of `w`.
+        """
+        s, c = _fit_levels(self, w)
+        return GroupUniform(jnp.array(w, F32, copy=True), s, c, self.group, self.bits)
+
+    def dense(self, node: GroupUniform) -> jax.Array:
+        """`W_hat: [..., i, o]` float32."""
+        return node.dense()
+
+
+@partial(jax.jit, static_argnums=0)
+def _fit_levels(spec: GroupUniformSpec, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Step and lowest level, each float32 `[..., n, o]`."""
+
+    def layer(w):
+        groups = by_group(w.astype(F32), spec.group)
+        low = jnp.minimum(groups.min(axis=-2), 0)
+        high = jnp.maximum(groups.max(axis=-2), 0)
+        s = jnp.maximum((high - low) / (2**spec.bits - 1), SMALLEST)
+        return s, -s * jnp.round(-low / s)
+
+    return per_layer(layer, w)
 
 
 @struct.dataclass
@@ -156,5 +229,77 @@ def _backward(group, bits, dtype, residuals, cotangent):
     ds, dc = group_sum(cotangent * codes, group), group_sum(cotangent, group)
     return cotangent.astype(latent.dtype), ds, dc
 
-
 group_uniform.defvjp(_forward, _backward)
+
+
+@struct.dataclass
+class PackedGroupUniform(GroupedPlanes):
+    """`W_hat = s q + c` with the codes `q` as bit planes in the `rb256` layout.
+
+    Attributes:
+      bits: uint8 `[..., bits, o, 32 ceil(i / 256)]`, plane p holds bit p of the codes.
+      s: float16 `[..., n, o]` steps, `n = ceil(i / group)`.
+      c: float16 `[..., n, o]` lowest levels.
+      group: inputs that share a step and a lowest level.
+      inputs: `i`.
+    """
+
+    bits: jax.Array
+    s: jax.Array
+    c: jax.Array
+    group: int = struct.field(pytree_node=False)
+    inputs: int = struct.field(pytree_node=False)
+
+    @property
+    def planes(self) -> int:
+        """Bit planes that are stored."""
+        return self.bits.shape[-3]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape `[..., i, o]` of the matrix."""
+        return (*self.s.shape[:-2], self.inputs, self.s.shape[-1])
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ W_hat`; `W_hat` is computed in float32 and rounded once to `x.dtype`."""
+        return x @ self.dense().astype(x.dtype)
+
+    def codes(self) -> jax.Array:
+        """`q`, uint8 `[..., i, o]`, 0 to `2^bits - 1`."""
+        return unpack_codes(self.bits, self.inputs)
+
+    def dense(self) -> jax.Array:
+        """`W_hat`, float32 `[..., i, o]`."""
+        s, c = (spread(v.astype(F32), self.group, self.inputs) for v in (self.s, self.c))
+        return s * self.codes() + c
+
+    def paths(self) -> Iterator[jax.Array]:
+        """`W_hat` as its only term, float32 `[..., i, o]`."""
+        yield self.dense()
+
+    def roles(self) -> PackedGroupUniform:
+        """Leaf names for the mesh."""
+        return self.replace(bits="code", s="scale", c="level")
+
+    def pack(self, name: str) -> PackedGroupUniform:
+        """Itself: already packed."""
+        return self
+
+    def header(self) -> dict[str, Any]:
+        """What the packed file says of one matrix: `{"type": "group_uniform", "in", "out", "bits",
+        "group"}`."""
+        i, o = self.shape[-2:]
+        return {
+            "type": "group_uniform",
+            "in": i,
+            "out": o,
+            "bits": self.planes,
+            "group": self.group,
+        }
+
+    @classmethod
+    def abstract(cls, header: Mapping[str, Any]) -> PackedGroupUniform:
+        """The node of one matrix as shapes and dtypes, from its `header`."""
+        i, o, group = header["in"], header["out"], header["group"]
+        level = jax.ShapeDtypeStruct((group_count(i, group), o), SCALE_DTYPE)
+        return cls(abstract_planes((header["bits"],), i, o), level, level, group, i)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rabit_jax.weights.convert import per_layer
-from rabit_jax.weights.packed import PackedSign, pack_positive
-from rabit_jax.weights.packed_low_rank import PackedLowRank
+from rabit_jax.tree import per_layer
+from rabit_jax.weights.low_rank_sign import PackedLowRank
+from rabit_jax.weights.sign_paths import PackedSign, pack_positive
 
 
 @struct.dataclass

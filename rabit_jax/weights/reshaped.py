@@ -97,7 +97,7 @@ class Reshaped:
     @classmethod
     def abstract(cls, header: Mapping[str, Any]) -> Reshaped:
         """The packed node of one kernel as shapes and dtypes, from its `header`."""
-        from rabit_jax.weights.packed_types import abstract_packed
+        from rabit_jax.weights.representations import abstract_packed
 
         inputs, outputs = (tuple(map(int, header[name])) for name in ("inputs", "outputs"))
         matrix = abstract_packed(header["matrix"])

@@ -4,7 +4,9 @@ import inspect
 
 import pytest
 
-from rabit_jax.data import DataConfig, documents, embedded, embedded_documents
+from rabit_jax.data import embedded
+from rabit_jax.data.embedded import embedded_documents
+from rabit_jax.data.sources import DataConfig, documents
 
 
 def plain(text):

@@ -6,17 +6,11 @@ import json
 
 import pytest
 
-from rabit_jax.data import (
-    NAMED,
-    DataConfig,
-    Part,
-    documents,
-    mixed,
-    named_text,
-    tokenise,
-    tokenise_stream,
-    train_tokenizer,
-)
+from rabit_jax.data.mix import Part
+from rabit_jax.data.named import NAMED, named_text
+from rabit_jax.data.sources import DataConfig, documents, mixed
+from rabit_jax.data.tokenizer import train_tokenizer
+from rabit_jax.data.tokens import tokenise, tokenise_stream
 from rabit_jax.errors import BadInput
 
 COMMIT = "0" * 40

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from rabit_jax.data import DataConfig, documents, files, unseen_documents
+from rabit_jax.data import files
+from rabit_jax.data.sources import DataConfig, documents, unseen_documents
 from rabit_jax.errors import BadInput
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rabit_jax.data import embedded_documents, load_tokenizer, save_tokenizer, train_tokenizer
+from rabit_jax.data.embedded import embedded_documents
+from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
+from rabit_jax.formats.tokenizer import load_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [

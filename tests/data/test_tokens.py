@@ -6,15 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from rabit_jax.data import (
-    batch,
-    counting,
-    token_cache,
-    tokenise,
-    tokens,
-    train_tokenizer,
-    windows,
-)
+from rabit_jax.data import counting, token_cache, tokens
+from rabit_jax.data.tokenizer import train_tokenizer
+from rabit_jax.data.tokens import batch, tokenise, windows
 from rabit_jax.errors import BadInput
 
 TEXTS = ["The first document, naïve.\n", "Another one here.", "", "The last one."]

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rabit_jax.models import Decoder, ModelConfig, init_params
-from rabit_jax.weights import ResidualSign
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import Decoder, init_params
+from rabit_jax.weights.residual_sign import ResidualSign
 
 TINY = ModelConfig(
     vocab_size=53, d_model=16, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=4, d_hidden=24,

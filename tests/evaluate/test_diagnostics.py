@@ -10,10 +10,13 @@ import pytest
 from flax import struct
 
 from rabit_jax.errors import BadInput
-from rabit_jax.evaluate import diagnose
-from rabit_jax.init.svid import svid
+from rabit_jax.evaluate.diagnostics import diagnose
+from rabit_jax.signs.iterative_svid import svid
 from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
-from rabit_jax.weights import ResidualSign, linear, pack, weights_of
+from rabit_jax.tree import weights_of
+from rabit_jax.weights.conversion import pack
+from rabit_jax.weights.residual_sign import ResidualSign
+from rabit_jax.weights.seam import linear
 
 PROJECTIONS = [f"layers/attn/{n}" for n in "qkvo"]
 PROJECTIONS += [f"layers/mlp/{n}" for n in ("gate", "up", "down")]

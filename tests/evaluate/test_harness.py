@@ -12,12 +12,14 @@ import yaml
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from rabit_jax.data import train_tokenizer
+from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.evaluate import writing
 from rabit_jax.evaluate.harness import HarnessModel
 from rabit_jax.evaluate.writing import Settings, Writer, settings_of
-from rabit_jax.models import ModelConfig, load_hf, param_shapes, save_hf
+from rabit_jax.formats.hf import load_hf, save_hf
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import param_shapes
 from rabit_jax.train.sharding import AXES
 
 pytest.importorskip("lm_eval", reason="the adapter is for lm-evaluation-harness")

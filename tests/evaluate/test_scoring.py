@@ -10,7 +10,7 @@ from rabit_jax import pack
 from rabit_jax.errors import BadInput
 from rabit_jax.evaluate.scoring import CHOICES, FEWEST, SHORTEST, Request, batches, score
 from rabit_jax.train.sharding import AXES, batch_sharding, make_mesh, param_shardings
-from rabit_jax.weights import dense
+from rabit_jax.weights.conversion import dense
 
 ROWS = 20  # more than there are requests: one shape for all calls
 

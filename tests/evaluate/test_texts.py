@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from rabit_jax.data import train_tokenizer
+from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.evaluate import texts
 

@@ -9,10 +9,11 @@ import yaml
 from flax.traverse_util import unflatten_dict
 
 from rabit_jax import save_hf
-from rabit_jax.data import train_tokenizer
+from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.experiments import run as command
-from rabit_jax.experiments.config import load_config
-from rabit_jax.models import ModelConfig, param_shapes
+from rabit_jax.experiments.engine.config import load_config
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import param_shapes
 
 NOUNS = "file list string module function object value error line number class method".split()
 VERBS = "returns raises reads writes calls takes holds opens closes finds".split()

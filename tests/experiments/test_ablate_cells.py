@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from rabit_jax.experiments import ablate
-from rabit_jax.experiments.ablation_cells import differing, make_plan
-from rabit_jax.experiments.config import load_config
-from rabit_jax.experiments.settings import RunConfig
+from rabit_jax.experiments.ablation.cells import differing, make_plan
+from rabit_jax.experiments.engine.config import load_config
+from rabit_jax.experiments.engine.settings import RunConfig
 
 CONFIGS = Path(ablate.__file__).parent / "configs"
 SMALL = {

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from rabit_jax.experiments import ablate
-from rabit_jax.experiments.ablation_cells import make_plan
-from rabit_jax.experiments.ablation_figures import band
-from rabit_jax.experiments.ablation_results import (
+from rabit_jax.experiments.ablation.cells import make_plan
+from rabit_jax.experiments.ablation.figures import band
+from rabit_jax.experiments.ablation.results import (
     METRICS,
     choose,
     collect,
@@ -24,7 +24,7 @@ from rabit_jax.experiments.ablation_results import (
     estimate,
     lookup,
 )
-from rabit_jax.experiments.config import dump_yaml
+from rabit_jax.experiments.engine.config import dump_yaml
 
 SEEDS = (0, 1, 2)
 CONFIG = {

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from rabit_jax import BadInput
-from rabit_jax.experiments import bench, bench_step, bench_svid
-from rabit_jax.experiments.console import main_guard
-from rabit_jax.models import init_params
+from rabit_jax.experiments.bench import __main__ as bench
+from rabit_jax.experiments.bench import step as bench_step
+from rabit_jax.experiments.bench import svid as bench_svid
+from rabit_jax.experiments.engine.console import main_guard
+from rabit_jax.models.decoder import init_params
 
 STEP = "step --width 64 --layers 1 --tokens 16 --vocab 32 --steps 3 --k 2 --gamma 0.5".split()
 SVID = "svid --shape 48x64 --check-shape 40x56 --rounds 3".split()

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from rabit_jax.data import train_tokenizer
+from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.experiments import generate as command
-from rabit_jax.experiments.continuing import Writer
-from rabit_jax.models import ModelConfig, generate, load_model, param_shapes, save_hf
-from rabit_jax.models.decode import _extend, _prefill
+from rabit_jax.experiments.engine.continuing import Writer
+from rabit_jax.formats.hf import save_hf
+from rabit_jax.formats.packed_model import load_model
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import param_shapes
+from rabit_jax.models.generation import _extend, _prefill, generate
 
 pytest.importorskip("jinja2", reason="chat templates are rendered by jinja2")
 

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.config import load_config
+from rabit_jax.experiments.engine.config import load_config
 
 
 @dataclass(frozen=True)

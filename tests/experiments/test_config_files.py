@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.config import load_config
+from rabit_jax.experiments.engine.config import load_config
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def test_a_config_that_comes_with_the_package_is_taken_by_its_name(tmp_path, mon
     (tmp_path / "shipped" / "models").mkdir(parents=True)
     (tmp_path / "shipped" / "small.yaml").write_text("name: shipped")
     (tmp_path / "shipped" / "models" / "one-1.5b.yaml").write_text("name: nested")
-    monkeypatch.setattr("rabit_jax.experiments.config.SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr("rabit_jax.experiments.engine.config.SHIPPED", tmp_path / "shipped")
     here = tmp_path / "here"
     (here / "small").mkdir(parents=True)  # A folder of that name is no config.
     monkeypatch.chdir(here)

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
-from rabit_jax.experiments.config import difference, dump_yaml, load_config, section_hash, to_dict
+from rabit_jax.experiments.engine.config import (
+    difference,
+    dump_yaml,
+    load_config,
+    section_hash,
+    to_dict,
+)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments import console
+from rabit_jax.experiments.engine import console
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from rabit_jax.data import train_tokenizer
-from rabit_jax.experiments import continuing
-from rabit_jax.experiments.continuing import Speed, Stopwatch, Text, pad_left, until_end
+from rabit_jax.data.tokenizer import train_tokenizer
+from rabit_jax.experiments.engine import continuing
+from rabit_jax.experiments.engine.continuing import Speed, Stopwatch, Text, pad_left, until_end
 
 
 @pytest.fixture(scope="module")

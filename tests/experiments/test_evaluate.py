@@ -15,12 +15,14 @@ from flax.traverse_util import unflatten_dict
 from transformers import PreTrainedTokenizerFast
 
 from rabit_jax import PackedSign
-from rabit_jax.data import train_tokenizer
+from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments import evaluate as command
-from rabit_jax.experiments import evaluate_tasks
-from rabit_jax.models import ModelConfig, load_model, param_shapes, save_hf
-from rabit_jax.models.packed_io import save_packed
+from rabit_jax.experiments.engine import evaluate_tasks
+from rabit_jax.formats.hf import save_hf
+from rabit_jax.formats.packed_model import load_model, save_packed
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import param_shapes
 
 CONFIG = ModelConfig(
     vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_hidden=48,

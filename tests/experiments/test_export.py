@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rabit_jax.data import train_tokenizer
+from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.experiments.export import main
+from rabit_jax.formats.hf import load_hf
+from rabit_jax.formats.model_card import base_and_licence
+from rabit_jax.formats.packed_model import load_packed, save_packed
 from rabit_jax.kernels.layout import packed_bytes
-from rabit_jax.models import Decoder, ModelConfig, load_hf, load_packed, param_shapes, save_packed
-from rabit_jax.models.card import base_and_licence
-from rabit_jax.weights import PackedSign, dense
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import Decoder, param_shapes
+from rabit_jax.weights.conversion import dense
+from rabit_jax.weights.sign_paths import PackedSign
 
 CONFIG = ModelConfig(vocab_size=300, d_model=40, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=10,
                      d_hidden=300, eos_ids=(0,), bos_id=0, max_position=32)

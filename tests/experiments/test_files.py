@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rabit_jax.experiments.files import given_files
+from rabit_jax.experiments.engine.files import given_files
 
 
 @pytest.fixture

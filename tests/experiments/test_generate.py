@@ -13,10 +13,12 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from rabit_jax import LLAMA_LINEARS, PackedSign
-from rabit_jax.data import train_tokenizer
+from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.experiments import generate as command
-from rabit_jax.models import Decoder, ModelConfig, param_shapes, save_hf
-from rabit_jax.models.packed_io import load_model, save_packed
+from rabit_jax.formats.hf import save_hf
+from rabit_jax.formats.packed_model import load_model, save_packed
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import Decoder, param_shapes
 
 CONFIG = ModelConfig(
     vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_hidden=48,

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
+from rabit_jax.formats.hf import load_hf, save_hf
+from rabit_jax.formats.packed_model import save_packed
 from rabit_jax.kernels.layout import packed_bytes
-from rabit_jax.models import ModelConfig, load_hf, param_shapes, save_hf, save_packed
-from rabit_jax.weights import PackedSign
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import param_shapes
+from rabit_jax.weights.sign_paths import PackedSign
 
 CONFIG = ModelConfig(vocab_size=300, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=16,
                      d_hidden=32, eos_ids=(0,), max_position=32)

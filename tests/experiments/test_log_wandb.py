@@ -8,8 +8,8 @@ import types
 import pytest
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.folder import RunFolder
-from rabit_jax.experiments.settings import RunConfig
+from rabit_jax.experiments.engine.folder import RunFolder
+from rabit_jax.experiments.engine.settings import RunConfig
 
 
 class Run:

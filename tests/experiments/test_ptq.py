@@ -19,19 +19,15 @@ from rabit_jax import (
     load_hf,
     pack,
 )
-from rabit_jax.data import (
-    DataConfig,
-    batch,
-    documents,
-    load_tokenizer,
-    tokenise,
-    windows,
-)
-from rabit_jax.evaluate import perplexity
-from rabit_jax.experiments import blockwise
-from rabit_jax.init import outliers, record_limbs
-from rabit_jax.models import load_packed, save_packed
-from rabit_jax.train import next_token_loss
+from rabit_jax.calibration import outliers
+from rabit_jax.calibration.outliers import record_limbs
+from rabit_jax.data.sources import DataConfig, documents
+from rabit_jax.data.tokens import batch, tokenise, windows
+from rabit_jax.evaluate.perplexities import perplexity
+from rabit_jax.experiments.engine import blockwise
+from rabit_jax.formats.packed_model import load_packed, save_packed
+from rabit_jax.formats.tokenizer import load_tokenizer
+from rabit_jax.train.losses import next_token_loss
 
 LAYERS, LENGTH, SEED = 3, 24, 5
 SPEC = ResidualSignSpec(k=2, rounds=4)

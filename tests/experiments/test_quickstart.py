@@ -10,9 +10,11 @@ import pytest
 
 from rabit_jax import dense
 from rabit_jax.experiments import run as command
-from rabit_jax.experiments.config import load_config
-from rabit_jax.experiments.settings import RunConfig
-from rabit_jax.models import init_cache, load_packed, prepare, step
+from rabit_jax.experiments.engine.config import load_config
+from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.formats.packed_model import load_packed
+from rabit_jax.models.engine import init_cache, step
+from rabit_jax.models.prepared import prepare
 
 FILE = Path(__file__).parents[2] / "experiments" / "configs" / "quickstart.yaml"
 

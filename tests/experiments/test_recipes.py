@@ -7,10 +7,11 @@ import jax
 import pytest
 import yaml
 
-from rabit_jax.experiments import config, run
-from rabit_jax.experiments.inputs import abstract_params
-from rabit_jax.experiments.settings import RunConfig
-from rabit_jax.models import read_config
+from rabit_jax.experiments import run
+from rabit_jax.experiments.engine import config
+from rabit_jax.experiments.engine.inputs import abstract_params
+from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.formats.checkpoint import read_config
 
 FILES = sorted(config.SHIPPED.glob("*.yaml"))
 TREES = {file: yaml.safe_load(file.read_text()) for file in FILES}

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from rabit_jax.experiments.figures import by_layer, curve, over_tokens, weight_histogram
-from rabit_jax.experiments.report import write_report
+from rabit_jax.experiments.report.figures import by_layer, curve, over_tokens, weight_histogram
+from rabit_jax.experiments.report.page import write_report
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 SECTIONS = ["results", "teacher", "qat", "paths", "time", "weights", "bytes", "samples"]
@@ -209,7 +209,7 @@ def test_a_failed_write_leaves_the_old_report_and_no_pieces(tmp_path, monkeypatc
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rabit_jax.experiments.files.os.replace", full)
+    monkeypatch.setattr("rabit_jax.experiments.engine.files.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         report(tmp_path, SUMMARY, [], None)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

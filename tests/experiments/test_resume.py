@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from rabit_jax.experiments import inputs
 from rabit_jax.experiments import run as command
-from rabit_jax.experiments.folder import RunFolder
-from rabit_jax.experiments.settings import RunConfig
+from rabit_jax.experiments.engine import inputs
+from rabit_jax.experiments.engine.folder import RunFolder
+from rabit_jax.experiments.engine.settings import RunConfig
 
 
 def ids(folder):

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from rabit_jax.experiments import run as command
-from rabit_jax.models import load_packed
+from rabit_jax.formats.packed_model import load_packed
 
 
 def test_a_run_leaves_what_the_contract_names(finished):

@@ -16,8 +16,8 @@ from rabit_jax import (
     residual,
     scaled,
 )
-from rabit_jax.experiments.config import dump_yaml, load_config
-from rabit_jax.experiments.settings import RunConfig
+from rabit_jax.experiments.engine.config import dump_yaml, load_config
+from rabit_jax.experiments.engine.settings import RunConfig
 
 
 def spec(*overrides, file=None):

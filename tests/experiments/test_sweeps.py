@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from rabit_jax import LLAMA_LINEARS, calibrate
-from rabit_jax.experiments.pieces import Pieces
-from rabit_jax.experiments.sweeps import FromParams, Sweep
-from rabit_jax.models import Decoder, ModelConfig, init_params
-from rabit_jax.train import next_token_loss
+from rabit_jax.experiments.engine.pieces import Pieces
+from rabit_jax.experiments.engine.sweeps import FromParams, Sweep
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import Decoder, init_params
+from rabit_jax.train.losses import next_token_loss
 
 LAYERS = 3
 RULES = [(LLAMA_LINEARS, "measure")]

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from rabit_jax import BadInput
-from rabit_jax.data import DataConfig, Part
-from rabit_jax.experiments.settings import Evaluate, Qat, RunConfig
-from rabit_jax.experiments.text import Text
+from rabit_jax.data.mix import Part
+from rabit_jax.data.sources import DataConfig
+from rabit_jax.experiments.engine.settings import Evaluate, Qat, RunConfig
+from rabit_jax.experiments.engine.text import Text
 from rabit_jax.train.sharding import make_mesh
 
 

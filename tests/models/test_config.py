@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from rabit_jax.errors import BadInput
-from rabit_jax.models import ModelConfig, RopeScaling, from_hf, to_hf
+from rabit_jax.formats.hf_config import from_hf, to_hf
+from rabit_jax.models.config import ModelConfig, RopeScaling
 
 BASE = {
     "model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96,

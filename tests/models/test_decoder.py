@@ -9,7 +9,8 @@ import pytest
 from flax import struct
 
 from rabit_jax.errors import BadInput
-from rabit_jax.models import Decoder, RopeScaling, init_params
+from rabit_jax.models.config import RopeScaling
+from rabit_jax.models.decoder import Decoder, init_params
 
 INIT = jax.jit(init_params, static_argnums=0)
 
@@ -78,7 +79,7 @@ def test_logits_and_hidden_match_a_float64_loop(config, tokens, apply, change):
 
 
 def test_params_tree_and_initial_scale(config, params):
-    from rabit_jax.models import param_shapes
+    from rabit_jax.models.decoder import param_shapes
 
     c = config
     shapes = param_shapes(c)

@@ -9,11 +9,13 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from rabit_jax.errors import BadInput
-from rabit_jax.models import Decoder, init_cache, prepare, step
 from rabit_jax.models import engine as engine_module
-from rabit_jax.weights import ResidualSign
+from rabit_jax.models.decoder import Decoder
+from rabit_jax.models.engine import init_cache, step
+from rabit_jax.models.prepared import prepare
 from rabit_jax.weights.laid import LaidLowRank, LaidSign
-from rabit_jax.weights.packed_low_rank import PackedLowRank
+from rabit_jax.weights.low_rank_sign import PackedLowRank
+from rabit_jax.weights.residual_sign import ResidualSign
 
 STEP = jax.jit(step, donate_argnums=2)
 

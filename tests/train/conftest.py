@@ -6,9 +6,12 @@ import pytest
 from jax.sharding import Mesh
 
 from rabit_jax import LLAMA_LINEARS, ResidualSignSpec, convert
-from rabit_jax.models import Decoder, ModelConfig, init_params
-from rabit_jax.train import OptimizerConfig, distillation_loss, make_trainer
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import Decoder, init_params
+from rabit_jax.train.losses import distillation_loss
+from rabit_jax.train.optimizer import OptimizerConfig
 from rabit_jax.train.sharding import AXES
+from rabit_jax.train.trainer import make_trainer
 
 CONFIG = ModelConfig(
     vocab_size=64,

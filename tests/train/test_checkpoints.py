@@ -7,8 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rabit_jax import BadInput, ResidualSign
-from rabit_jax.train import Checkpoints, abstract
-from rabit_jax.train.checkpoints import checksum
+from rabit_jax.train.checkpoints import Checkpoints, abstract, checksum
 
 
 def tree(seed=0):

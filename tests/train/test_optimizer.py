@@ -7,8 +7,15 @@ import optax
 import pytest
 
 from rabit_jax import BadInput, ResidualSign
-from rabit_jax.train import OptimizerConfig, make_optimizer, merge, partition, roles
-from rabit_jax.train.optimizer import learning_rate, project_scales
+from rabit_jax.train.optimizer import (
+    OptimizerConfig,
+    learning_rate,
+    make_optimizer,
+    merge,
+    partition,
+    project_scales,
+    roles,
+)
 
 STEPS = 100
 

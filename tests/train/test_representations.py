@@ -19,8 +19,10 @@ from rabit_jax import (
     residual,
     scaled,
 )
-from rabit_jax.train import Checkpoints, OptimizerConfig, abstract, make_trainer
+from rabit_jax.train.checkpoints import Checkpoints, abstract
+from rabit_jax.train.optimizer import OptimizerConfig
 from rabit_jax.train.sharding import param_shardings
+from rabit_jax.train.trainer import make_trainer
 
 LAYERS, I, O = 2, 64, 32
 PATH = "layers/mlp/up/kernel"

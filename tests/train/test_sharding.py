@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from rabit_jax import LLAMA_LINEARS, BadInput, ResidualSignSpec, calibrate, convert
-from rabit_jax.train import merge, next_token_loss, partition, roles
+from rabit_jax.train.losses import next_token_loss
+from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
 from rabit_jax.train.step import gradients
-from rabit_jax.weights import weights_of
+from rabit_jax.tree import weights_of
 
 GRIDS = [(8, 1), (1, 8), (2, 4)]
 RULES = [(LLAMA_LINEARS, ResidualSignSpec(k=2, rounds=10, tolerance=0.0))]

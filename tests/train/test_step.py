@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 
 from rabit_jax import BadInput
-from rabit_jax.train import (
-    Checkpoints,
-    Loop,
-    OptimizerConfig,
-    abstract,
-    make_trainer,
-    partition,
-    roles,
-    train,
-)
+from rabit_jax.train.checkpoints import Checkpoints, abstract
+from rabit_jax.train.loop import Loop, train
+from rabit_jax.train.optimizer import OptimizerConfig, partition, roles
 from rabit_jax.train.step import gradients, next_tokens, real_tokens
+from rabit_jax.train.trainer import make_trainer
 
 FREEZE = ("embedding", "head")
 

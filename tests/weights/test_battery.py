@@ -12,19 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rabit_jax.init import (
-    CodebookSpec,
-    DualBinarySpec,
-    FrozenPathSpec,
-    GroupUniformSpec,
-    LowRankSignSpec,
-    ResidualSignSpec,
-    UniformResidualSpec,
-    residual,
-    scaled,
-)
-from rabit_jax.weights import IndependentSign, ResidualSign, Weight, is_weight, linear
-from rabit_jax.weights.packed_types import abstract_packed, is_packed_node
+from rabit_jax.tree import is_weight
+from rabit_jax.types import Weight
+from rabit_jax.weights.codebook import CodebookSpec
+from rabit_jax.weights.dual_binary import DualBinarySpec
+from rabit_jax.weights.frozen_path import FrozenPathSpec
+from rabit_jax.weights.group_uniform import GroupUniformSpec
+from rabit_jax.weights.independent_sign import IndependentSign
+from rabit_jax.weights.low_rank_sign import LowRankSignSpec
+from rabit_jax.weights.representations import abstract_packed, is_packed_node
+from rabit_jax.weights.residual_sign import ResidualSign, ResidualSignSpec
+from rabit_jax.weights.scaled_weight import scaled
+from rabit_jax.weights.seam import linear
+from rabit_jax.weights.sum_weight import residual
+from rabit_jax.weights.uniform_residual import UniformResidualSpec
 
 LAYERS, I, O = 2, 40, 24
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from rabit_jax.errors import BadInput
-from rabit_jax.weights.codebook import Codebook
-from rabit_jax.weights.packed_codebook import PackedCodebook
+from rabit_jax.weights.codebook import Codebook, PackedCodebook
 
 STAGES, BITS, DIM, O = 2, 3, 4, 12
 ENTRIES = 2**BITS

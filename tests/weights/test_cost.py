@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rabit_jax import CodebookSpec, GroupUniformSpec, LowRankSignSpec, ResidualSignSpec, cost
-from rabit_jax.weights.cost import Cost, dense_cost
+from rabit_jax.weights.costs import Cost, dense_cost
 
 I, O = 256, 512
 

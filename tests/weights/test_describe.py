@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from rabit_jax import ResidualSign, ResidualSignSpec, convert, describe, pack
-from rabit_jax.weights import LLAMA_LINEARS
+from rabit_jax.weights.conversion import LLAMA_LINEARS
 
 
 def test_llama2_7b_at_two_bits_is_2_15_gb(llama_shapes):

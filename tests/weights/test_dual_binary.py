@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rabit_jax.errors import BadInput
-from rabit_jax.weights.dual_binary import DualBinary, dual_binary
-from rabit_jax.weights.packed_groups import PackedDualBinary, unpack_codes
+from rabit_jax.weights.dual_binary import DualBinary, PackedDualBinary, dual_binary
+from rabit_jax.weights.group_levels import unpack_codes
 
 GROUP = 16
 dense_of = jax.jit(lambda node: node.dense())

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rabit_jax.init import FrozenPathSpec, ResidualSignSpec
-from rabit_jax.train import partition, roles
-from rabit_jax.weights import FrozenPath
-from rabit_jax.weights.ste import STE
+from rabit_jax.signs.ste import STE
+from rabit_jax.train.optimizer import partition, roles
+from rabit_jax.weights.frozen_path import FrozenPath, FrozenPathSpec
+from rabit_jax.weights.residual_sign import ResidualSignSpec
 
 I, O = 24, 20
 

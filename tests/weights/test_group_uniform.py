@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rabit_jax.errors import BadInput
-from rabit_jax.weights.group_uniform import GroupUniform, group_uniform
-from rabit_jax.weights.packed_groups import PackedGroupUniform, pack_codes, unpack_codes
+from rabit_jax.weights.group_levels import pack_codes, unpack_codes
+from rabit_jax.weights.group_uniform import GroupUniform, PackedGroupUniform, group_uniform
 
 GROUP = 16
 dense_of = jax.jit(lambda node: node.dense())

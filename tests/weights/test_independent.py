@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rabit_jax import BadInput, IndependentSign, IndependentSignSpec, ResidualSignSpec, Stats
-from rabit_jax.weights import independent_weight
-from rabit_jax.weights.ste import STE
+from rabit_jax.signs.ste import STE
+from rabit_jax.weights.independent_sign import independent_weight
 
 I, O = 24, 20
 EACH_K = pytest.mark.parametrize("k", [1, 2, 3, 4])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from rabit_jax import BadInput
-from rabit_jax.weights import Weight, linear
-from rabit_jax.weights.cost import Cost
-from rabit_jax.weights.low_rank import FACTOR_STE, LowRankSign, factor_sign
-from rabit_jax.weights.packed_low_rank import PackedLowRank
+from rabit_jax.types import Weight
+from rabit_jax.weights.costs import Cost
+from rabit_jax.weights.low_rank_sign import FACTOR_STE, LowRankSign, PackedLowRank, factor_sign
+from rabit_jax.weights.seam import linear
 
 I, O, R = 24, 20, 8
 EACH_C = pytest.mark.parametrize("c", [1, 2])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from rabit_jax import BadInput
-from rabit_jax.weights import PackedSign, coupled_signs, pack
-from rabit_jax.weights.packed import balance
+from rabit_jax.signs.ste import coupled_signs
+from rabit_jax.weights.conversion import pack
+from rabit_jax.weights.sign_paths import PackedSign, balance
 
 EACH_K = pytest.mark.parametrize("k", [1, 2, 3, 4])
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rabit_jax.init import Stats, UniformResidualSpec
-from rabit_jax.weights import UniformResidual
+from rabit_jax.signs.channel_importance import Stats
+from rabit_jax.weights.uniform_residual import UniformResidual, UniformResidualSpec
 
 
 def make(k):

@@ -1,1 +1,0 @@
-"""Commands that run whole experiments: the library below knows nothing of them."""

@@ -1,0 +1,337 @@
+"""Whole decoding steps from random weights, packed against dense, through one engine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from rabit_jax.experiments.bench import decode as bench_parts
+from rabit_jax.kernels.bench import random_weights as bench_weights
+from rabit_jax.kernels.bench.machine import free_memory, last_level_cache
+
+if TYPE_CHECKING:
+    from rabit_jax.models.config import ModelConfig
+    from rabit_jax.models.prepared import Engine
+PARTS = ("step", "block linears", "attention", "head")
+MEMORY_SHARE = 0.8  # of the free memory, for all models at once
+ROTATIONS = 4
+COLUMNS = {
+    "model": "model", "layers": "layers", "batch": "batch", "context": "context", "impl": "impl",
+    "part": "part", "tokens_per_second": "tokens/s", "milliseconds": "ms", "spread": "spread",
+    "ratio_to_bf16": "x bf16", "ratio_to_f32": "x f32", "bytes": "bytes",
+    "bytes_over_bf16": "bytes/bf16",
+}
+
+
+def random_engine(config: ModelConfig, k: int | None) -> Engine:
+    """What `prepare` gives for a model of random weights, made without the params before it.
+
+    Args:
+      config: the decoder's.
+      k: sign paths of the packed block linears; None means dense ones.
+    """
+    found: dict[Any, jax.Array] = {}
+
+    def fill(leaf):
+        kind = leaf.shape, leaf.dtype
+        if kind in found:
+            return bench_weights.another(found[kind])
+        return found.setdefault(kind, bench_weights.random_like(leaf))
+
+    return jax.tree.map(fill, abstract_engine(config, k))
+
+
+def abstract_engine(config: ModelConfig, k: int | None) -> Engine:
+    """The shapes and dtypes of `random_engine`."""
+    from rabit_jax.models.decoder import param_shapes
+    from rabit_jax.models.prepared import prepare
+    from rabit_jax.weights.sign_paths import PackedSign
+
+    def param(path, shape):
+        if k is None or not (path.startswith("layers/") and path.endswith("/kernel")):
+            return jax.ShapeDtypeStruct(shape, config.dtype)
+        l, i, o = shape
+        one = PackedSign.abstract({"in": i, "out": o, "k": k})
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct((l, *a.shape), a.dtype), one)
+
+    params = {path: param(path, shape) for path, shape in param_shapes(config).items()}
+    return jax.eval_shape(partial(prepare, config), unflatten_dict(params, sep="/"))
+
+
+def measure(
+    model: str, config: ModelConfig, batches: Sequence[int], contexts: Sequence[int],
+    ks: Sequence[int], tokens: int, repeats: int,
+) -> list[dict[str, Any]]:
+    """The rows of a model at all batches and contexts.
+
+    Args:
+      model: its name, for the rows.
+      config: its sizes.
+      batches: rows decoded at once.
+      contexts: tokens before the last one.
+      ks: sign paths, one packed model for each.
+      tokens: of one timed call.
+      repeats: timed calls of each model and part.
+
+    Raises:
+      BadInput: a context too short for the tokens, or too little memory for all models at once.
+    """
+    from rabit_jax.errors import BadInput
+    from rabit_jax.experiments.engine.console import progress
+
+    if min(contexts) < tokens:
+        raise BadInput(f"--context is {min(contexts)}, wanted at least the {tokens} tokens of one "
+                       "timed call, see --tokens")
+    packed_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    kinds = {"dense_bf16": ("bfloat16", None), "dense_f32": ("float32", None)}
+    kinds |= {f"packed_k{k}": (packed_dtype, k) for k in ks}
+    engines = make({name: (replace(config, dtype=dtype), k) for name, (dtype, k) in kinds.items()})
+    places, rows = [(b, c) for b in batches for c in contexts], []
+    with progress("decoding", total=len(places) * repeats) as bar:
+        for n, (batch, context) in enumerate(places):
+            cases = {name: Decoding(engine, batch, context, tokens)
+                     for name, engine in engines.items()}
+            for done in range(repeats):
+                for case in cases.values():
+                    case.run()
+                bar.update(n * repeats + done + 1, batch=batch, context=context)
+            common = {"model": model, "layers": config.n_layers, "batch": batch,
+                      "context": context}
+            rows += [{**common, **row} for row in rows_of(cases, tokens)]
+    return rows
+
+
+def make(kinds: dict[str, tuple[ModelConfig, int | None]]) -> dict[str, Engine]:
+    """The engines by name, from config and k.
+
+    Raises:
+      BadInput: together they take more than `MEMORY_SHARE` of the free memory.
+    """
+    from rabit_jax.errors import BadInput
+    from rabit_jax.experiments.engine.console import say
+
+    sizes = {name: tree_bytes(abstract_engine(*kind)) for name, kind in kinds.items()}
+    free, total = free_memory(), sum(sizes.values())
+    if total > MEMORY_SHARE * free:
+        listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in sizes.items())
+        raise BadInput(f"the models take {listed}, and {free / 1e9:.1f} GB are free: take fewer "
+                       "layers with --layers")
+    engines = {name: random_engine(*kind) for name, kind in kinds.items()}
+    cache, _ = last_level_cache()
+    for name, engine in engines.items():
+        if (size := tree_bytes(engine.products)) <= ROTATIONS * cache:
+            say(f"{name}: the block linears take {size / 1e6:.0f} MB, no more than {ROTATIONS} "
+                f"last-level caches of {cache / 1e6:.0f} MB; part of them may stay there")
+    return jax.block_until_ready(engines)
+
+
+class Decoding:
+    """One engine at one batch and context: compiled programs and the seconds of their calls."""
+
+    def __init__(self, engine: Engine, batch: int, context: int, tokens: int) -> None:
+        from rabit_jax.models.engine import init_cache
+
+        self.engine, self.batch, self.context, self.tokens = engine, batch, context, tokens
+        c = engine.config
+        cache = jax.eval_shape(partial(init_cache, c, batch, context))
+        self.k, self.v = (bench_weights.normal(cache[n].shape, 1.0, cache[n].dtype)
+                          for n in "kv")
+        self.heads = {n: bench_weights.normal((batch, 1, m, c.head_dim), 1.0, c.dtype)
+                      for n, m in (("q", c.n_heads), ("k", c.n_kv_heads), ("v", c.n_kv_heads))}
+        self.x = bench_weights.normal((batch, 1, c.d_model), 1.0, c.dtype)
+        self.token = jnp.zeros(batch, jnp.int32)
+        self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+        self.run()
+        self.seconds = {part: [] for part in PARTS}
+
+    def run(self) -> None:
+        """One timed call of each part."""
+        timed = {"step": self._step, "block linears": self._linears,
+                 "attention": self._attention, "head": self._head}
+        for part, call in timed.items():
+            self.seconds[part].append(call())
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes that each part reads."""
+        engine = self.engine
+        found = {
+            "block linears": tree_bytes(engine.products),
+            "attention": tree_bytes((self.k, self.v)),
+            "head": tree_bytes(engine.embed if engine.head is None else engine.head),
+        }
+        return {"step": sum(found.values()), **found}
+
+    def _step(self) -> float:
+        """Seconds of one token of each row, within a loop of `tokens` of them."""
+        start = self.context - self.tokens
+        valid = np.tile(np.arange(self.context) < start, (self.batch, 1))
+        cache = {"k": self.k, "v": self.v, "valid": jnp.asarray(valid), "length": jnp.int32(start)}
+        seconds, (_, cache) = clock(
+            bench_parts.decode_tokens, self.engine, self.token, cache, self.tokens)
+        self.k, self.v = cache["k"], cache["v"]
+        return seconds / self.tokens
+
+    def _linears(self) -> float:
+        return clock(bench_parts.block_linears, self.engine, self.x)[0]
+
+    def _attention(self) -> float:
+        start = jnp.int32(self.context - 1)
+        seconds, (_, self.k, self.v) = clock(
+            bench_parts.attention, self.engine, self.heads, self.k, self.v, start)
+        return seconds
+
+    def _head(self) -> float:
+        return clock(bench_parts.head, self.engine, self.x[:, 0])[0]
+
+
+def clock(function: Callable, *arguments: Any) -> tuple[float, Any]:
+    """Seconds of a call until its result is there, and the result."""
+    jax.block_until_ready(arguments)
+    begin = time.perf_counter()
+    result = jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - begin, result
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, or of what `jax.eval_shape` gives for it."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def rows_of(cases: dict[str, Decoding], tokens: int) -> list[dict[str, Any]]:
+    """The rows of one batch and context; "dense_bf16" and "dense_f32" must be among the cases."""
+    medians = {name: {part: statistics.median(times) for part, times in case.seconds.items()}
+               for name, case in cases.items()}
+    sizes = {name: case.bytes() for name, case in cases.items()}
+    rows = []
+    for name, case in cases.items():
+        for part in PARTS:
+            seconds, size = medians[name][part], sizes[name][part]
+            lower, upper = np.percentile(case.seconds[part], (25, 75))
+            rows.append({
+                "impl": name, "part": part, "milliseconds": seconds * 1e3,
+                "tokens_per_second": case.batch / seconds if part == "step" else None,
+                "ratio_to_bf16": medians["dense_bf16"][part] / seconds,
+                "ratio_to_f32": medians["dense_f32"][part] / seconds,
+                "spread": float(upper - lower) * 1e3,
+                "repeats": len(case.seconds[part]), "tokens": tokens, "bytes": size,
+                "bytes_over_bf16": size / sizes["dense_bf16"][part],
+            })
+    return rows
+
+
+def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines below the table: how the figures were taken, and where dense float32 overtakes."""
+    repeats, tokens = rows[0]["repeats"], rows[0]["tokens"]
+    lines = [f"ms: median of {repeats} calls of {tokens} tokens that took turns, spread: their "
+             "interquartile range; x: time of the dense model over time of the row"]
+    steps = [row for row in rows if row["part"] == "step" and row["impl"].startswith("packed")]
+    for impl, context in dict.fromkeys((row["impl"], row["context"]) for row in steps):
+        here = sorted((row["batch"], row["ratio_to_f32"]) for row in steps
+                      if (row["impl"], row["context"]) == (impl, context))
+        slower = [batch for batch, ratio in here if ratio < 1]
+        found = f"at batch {slower[0]}" if slower else f"at no batch up to {here[-1][0]}"
+        lines.append(f"context {context}: dense_f32 overtakes {impl} {found}")
+    return lines
+
+
+if TYPE_CHECKING:
+    from rabit_jax.models.prepared import Engine
+
+
+@partial(jax.jit, static_argnums=3, donate_argnums=2)
+def decode_tokens(engine: Engine, token: jax.Array, cache: Any, count: int) -> tuple:
+    """`count` more tokens, the likeliest each: the last `[b]`, and the cache."""
+    from rabit_jax.models.engine import step
+
+    def one(_, state):
+        logits, cache = step(engine, state[0][:, None], state[1])
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(0, count, one, (token, cache))
+
+
+@jax.jit
+def block_linears(engine: Engine, x: jax.Array) -> jax.Array:
+    """The linears of all blocks in turn, without attention: `x: [b, 1, d]` -> the same."""
+    from rabit_jax.models.engine import linears
+
+    def block(layer, x):
+        q, k, v = linears(engine, ("q", "k", "v"), x, layer)
+        # A trace of k and v, or the compiler would leave them out.
+        trace = 1e-3 * (jnp.mean(k, axis=-1, keepdims=True) + jnp.mean(v, axis=-1, keepdims=True))
+        x = linears(engine, ("o",), q, layer)[0] + trace
+        gate, up = linears(engine, ("gate", "up"), x, layer)
+        x = linears(engine, ("down",), jax.nn.silu(gate) * up, layer)[0]
+        # Kept at size 1 through any number of layers, as norms and residuals do.
+        size = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True))
+        return (x.astype(jnp.float32) / (size + 1e-6)).astype(x.dtype)
+
+    return over_layers(engine, block, x)
+
+
+@partial(jax.jit, donate_argnums=(2, 3))
+def attention(
+    engine: Engine, heads: dict[str, jax.Array], k: jax.Array, v: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotation, cache and attention of all blocks for one token at slot `start`.
+
+    Args:
+      engine: for its config and how it goes through its layers.
+      heads: `q`, `k`, `v` `[b, 1, heads, h]` of the new token.
+      k, v: the cache `[l, b, n, s, h]`.
+      start: int32 scalar.
+
+    Returns:
+      `[b, 1, n g h]` and the cache.
+    """
+    from rabit_jax.models.engine import attend, write_slots
+    from rabit_jax.models.layers import score_scale
+    from rabit_jax.models.rotary import seen_from
+
+    slots, c = jnp.arange(k.shape[3]), engine.config
+    view = seen_from(c, start[None, None], start[None], slots, slots[None] >= 0).full
+
+    def block(layer, carry):
+        q, k_cache, v_cache = carry
+        k_cache = write_slots(k_cache, _rotated(heads["k"], view), layer, start)
+        v_cache = write_slots(v_cache, heads["v"], layer, start)
+        k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (k_cache, v_cache))
+        y = attend(_rotated(q, view), k, v, view.allowed, score_scale(c), c.attention_softcap)
+        # What one layer gives is asked of the next, so that none can be left out or moved.
+        return y.reshape(q.shape), k_cache, v_cache
+
+    y, k, v = over_layers(engine, block, (heads["q"], k, v))
+    return y.reshape(*y.shape[:2], -1), k, v
+
+
+def _rotated(x: jax.Array, view: Any) -> jax.Array:
+    from rabit_jax.models.rotary import rotate
+
+    return rotate(x, view)
+
+
+@jax.jit
+def head(engine: Engine, x: jax.Array) -> jax.Array:
+    """The likeliest token `[b]` of `x: [b, d]`."""
+    from rabit_jax.models.engine import head_logits
+
+    return jnp.argmax(head_logits(engine, x), axis=-1)
+
+
+def over_layers(engine: Engine, block: Callable, carry: Any) -> Any:
+    """`carry = block(layer, carry)` for all layers, in the way `step` goes through them."""
+    layers = engine.config.n_layers
+    if not any(isinstance(product, tuple) for product in engine.products.values()):
+        return jax.lax.fori_loop(0, layers, block, carry)
+    for layer in range(layers):
+        carry = block(layer, carry)
+    return carry

@@ -1,0 +1,277 @@
+"""The work of a post-training run: calibrate, initialise and pack block by block, then score."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from rabit_jax import BadInput, Stats, convert
+from rabit_jax.calibration.blockwise import init_block
+from rabit_jax.calibration.outliers import record_limbs
+from rabit_jax.data.tokens import TokenText
+from rabit_jax.evaluate.perplexities import from_nats
+from rabit_jax.experiments.engine.config import to_dict
+from rabit_jax.experiments.engine.console import progress
+from rabit_jax.experiments.engine.folder import RunFolder
+from rabit_jax.experiments.engine.inputs import abstract_params, write_stats
+from rabit_jax.experiments.engine.machine import peak_memory
+from rabit_jax.experiments.engine.measure import figures
+from rabit_jax.experiments.engine.pieces import Pieces
+from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.sweeps import FromCheckpoint, Source, Sweep
+from rabit_jax.experiments.engine.text import Text
+from rabit_jax.formats.checkpoint import Checkpoint
+from rabit_jax.formats.folder import read_generation, read_tokenizer
+from rabit_jax.formats.packed_model import save_packed
+from rabit_jax.tree import layer_keys, match_rules
+
+MODELS = ("teacher", "packed")
+
+
+class Job:
+    """A post-training run: its model, its text, and what of it lies on disk.
+
+    Attributes:
+      blocks: inputs, gradients and packed blocks.
+      scores: by model, states and results of its evaluation.
+      stopped: whether the run shall end after this block.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, checkpoint: Checkpoint):
+        """Reads nothing yet."""
+        self.config, self.folder, self.checkpoint = config, folder, checkpoint
+        self.text = Text(config, None)
+        self.blocks = Pieces(folder.path / "blocks")
+        self.scores = {name: Pieces(folder.path / "scores" / name) for name in MODELS}
+        self.stopped = False
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The model's own config with the run's compute dtype."""
+        found = self.checkpoint.config
+        return dataclasses.replace(found, dtype=self.config.compute.dtype or found.dtype)
+
+    @cached_property
+    def specs(self) -> dict[str, Any]:
+        """Spec by path of every kernel that will be packed."""
+        return match_rules(abstract_params(self.model_config), self.config.init.rules())
+
+    def abstract_student(self) -> Any:
+        """Shapes of the whole model, initialised and not yet packed."""
+        return jax.eval_shape(
+            lambda p: convert(p, self.config.init.rules()), abstract_params(self.model_config)
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokeniser; None where the folder has none and no text is read."""
+        return read_tokenizer(self.checkpoint.folder, self.checkpoint.config.vocab_size)
+
+    @cached_property
+    def calibration(self) -> Sweep | None:
+        """The passes over the calibration text; None where the run is data-free."""
+        section = self.config.calibrate
+        if section.mode == "none":
+            return None
+        size, seed = section.batch_size, self.config.seed + 1
+        steps = range(section.sequences // size)
+        found = np.concatenate([self.text.rows(section, step, seed) for step in steps])
+        return Sweep(self.model_config, FromCheckpoint(self.checkpoint), self.blocks, found,
+                     np.ones(found.shape, bool), size)
+
+    def texts(self) -> dict[str, TokenText]:
+        """The texts that models are scored on."""
+        found = {"held_out": self.text.held_out, "unseen": self.text.unseen}
+        return {name: text for name, text in found.items() if text}
+
+    @contextlib.contextmanager
+    def step(self, stage: str, n: int, tokens: int) -> Iterator[dict]:
+        """Time a piece of work and log it; fields put into the dict go into the line too."""
+        begin, fields = time.perf_counter(), {}
+        yield fields
+        seconds = time.perf_counter() - begin
+        self.folder.log({"stage": stage, "step": n, "tokens": tokens, "seconds": seconds,
+                         "peak_memory_bytes": peak_memory(), **fields})
+
+    def check_stop(self) -> None:
+        """Raise KeyboardInterrupt where a signal came."""
+        if self.stopped:
+            raise KeyboardInterrupt
+
+
+def block_name(n: int) -> str:
+    """Name of a packed block."""
+    return f"block-{n:03}.safetensors"
+
+
+def quantise(job: Job) -> None:
+    """Calibrate, initialise and pack every block that is not there yet."""
+    layers, blocks, sweep = job.model_config.n_layers, job.blocks, job.calibration
+    mode = job.config.calibrate.mode
+    order = list(range(layers))
+    if mode == "full":
+        order.reverse()
+    left = [n for n in order if not blocks.has(block_name(n))]
+    if sweep and left == order:
+        _start(job, sweep)
+    keys = layer_keys(
+        jax.random.key(job.config.seed), {path: (layers,) for path in job.specs}
+    )
+    with progress("calibrate and pack" if sweep else "pack", layers, layers - len(left)) as bar:
+        for done, n in enumerate(left, layers - len(left) + 1):
+            error = _quantise_block(job, sweep, n, keys)
+            bar.update(done, block=n, relative_error=error)
+            job.check_stop()
+    for n in range(layers + 1):
+        for kind in ("x", "dx"):
+            blocks.drop(f"{kind}-{n:03}")
+
+
+def _quantise_block(job: Job, sweep: Sweep | None, n: int, keys: dict) -> float:
+    """Block n from its params on disk to its packed file; returns its mean relative error."""
+    with job.step("init", n, sweep.tokens.size if sweep else 0) as fields:
+        params = FromCheckpoint(job.checkpoint).block(n)
+        begin = time.perf_counter()
+        stats = _statistics(job, sweep, n, params)
+        fields["calibrate_seconds"] = time.perf_counter() - begin
+        packed, errors = init_block(params, n, job.specs, stats, keys)
+        job.blocks.write_block(block_name(n), packed, stats, {"relative_error": errors})
+        fields["relative_error"] = sum(errors.values()) / len(errors)
+    if sweep:
+        job.blocks.drop(sweep.name("x", n))
+        job.blocks.drop(sweep.name("dx", n + 1))
+    return fields["relative_error"]
+
+
+def _statistics(job: Job, sweep: Sweep | None, n: int, params: Any) -> dict[str, Stats] | None:
+    """Statistics of one block, as the mode of the calibration asks."""
+    if sweep is None:
+        return None
+    section = job.config.calibrate
+    measure = sweep.backward if section.mode == "full" else sweep.inputs
+    return measure(n, params, tuple(job.specs), section.clip)
+
+
+def _start(job: Job, sweep: Sweep) -> None:
+    """What comes before the first packed block: the embedding, and for gradients the forward pass
+    and the head."""
+    section, layers, blocks = job.config.calibrate, job.model_config.n_layers, job.blocks
+    if not blocks.has(sweep.name("x", 0)):
+        _check_room(job, sweep)
+        sweep.embed()
+    if section.mode == "full" and not blocks.has(sweep.name("dx", layers)):
+        _forward(job, sweep, "forward", keep=True)
+        with job.step("head", layers, sweep.tokens.size):
+            key = jax.random.key(job.config.seed)
+            sweep.head_gradient(job.config.compute.chunk, section.labels, key)
+        blocks.drop(sweep.name("x", layers))
+
+
+def _forward(job: Job, sweep: Sweep, stage: str, keep: bool) -> None:
+    """The forward pass from the last state that is there; `keep` the states it passes."""
+    layers = sweep.config.n_layers
+    have = max(n for n in range(layers + 1) if sweep.pieces.has(sweep.name("x", n)))
+    with progress(stage.replace("_", " "), layers, have) as bar:
+        for n in range(have, layers):
+            with job.step(stage, n, sweep.tokens.size):
+                sweep.forward(n, sweep.source.block(n))
+            if not keep:
+                sweep.pieces.drop(sweep.name("x", n))
+            bar.update(n + 1)
+            job.check_stop()
+
+
+def _check_room(job: Job, sweep: Sweep) -> None:
+    """Raise BadInput where the states will not fit on the disk."""
+    states = job.model_config.n_layers + 3 if job.config.calibrate.mode == "full" else 2
+    needed = states * sweep.state_bytes()
+    free = shutil.disk_usage(job.blocks.folder).free
+    if needed > free:
+        raise BadInput(
+            f"the calibration keeps {needed / 1e9:.1f} GB of states in {job.blocks.folder}, where "
+            f"{free / 1e9:.1f} GB are free: set output to another disk, lower "
+            "calibrate.sequences or calibrate.length, or set calibrate.mode to activations"
+        )
+
+
+def pack_model(job: Job) -> None:
+    """Put the packed blocks together to the folder `packed/`, and keep the statistics beside it."""
+    folder, done = job.folder.path / "packed", job.blocks.record("packed.json")
+    if done and _size(folder) == done["bytes"]:
+        return
+    layers = job.model_config.n_layers
+    with job.step("pack", layers, 0), progress("pack", layers) as bar:
+        packed, stats = [], []
+        for n in range(layers):
+            one, measured, _ = job.blocks.read_block(block_name(n))
+            packed.append(one)
+            stats.append(measured)
+            bar.update(n + 1)
+        params = {path: _stacked(packed, path) if path in job.specs else job.checkpoint.read(path)
+                  for path in job.checkpoint.shapes}
+        params = unflatten_dict(params, sep="/")
+        if stats[0]:
+            stats = jax.tree.map(lambda *s: jnp.stack(s), *stats)
+            write_stats(job.folder.path / "calibration.safetensors", stats)
+            params = record_limbs(params, stats)
+        spec = {"spec": to_dict(job.config.init.spec)}
+        save_packed(
+            folder, job.checkpoint.config, params, job.tokenizer, spec,
+            read_generation(job.checkpoint.folder), job.config.teacher.path,
+        )
+    job.blocks.write_record("packed.json", {"bytes": _size(folder)})
+
+
+def _stacked(packed: list[dict[str, Any]], path: str) -> Any:
+    """The node `[l, i, o]` of a kernel; the layers are taken out of `packed`, or memory would hold
+    them twice."""
+    return jax.tree.map(lambda *layers: np.concatenate(layers), *(one.pop(path) for one in packed))
+
+
+def _size(folder: Any) -> int | None:
+    file = folder / "model.safetensors"
+    return file.stat().st_size if file.exists() else None
+
+
+def score(job: Job, label: str, source: Callable[[], Source]) -> dict:
+    """Perplexity of a model on each text, one block in memory; results that are there are read."""
+    found = {name: _score(job, label, name, text, source) for name, text in job.texts().items()}
+    return {**found.pop("held_out"), **found}
+
+
+def _score(
+    job: Job, label: str, name: str, text: TokenText, source: Callable[[], Source]
+) -> dict:
+    pieces, stage = job.scores[label], score_stage(label, name)
+    if record := pieces.record(f"{name}.json"):
+        return record
+    rows, size = job.text.windows(text), job.config.evaluate.batch_size
+    real = np.arange(len(rows) + -len(rows) % size) < len(rows)
+    tokens = np.pad(rows, ((0, len(real) - len(rows)), (0, 0)))
+    mask = np.repeat(real[:, None], tokens.shape[1], axis=1)
+    sweep = Sweep(job.model_config, source(), pieces, tokens, mask, size, f"{name}-")
+    states = [sweep.name("x", n) for n in range(job.model_config.n_layers + 1)]
+    if not any(map(pieces.has, states)):
+        sweep.embed()
+    _forward(job, sweep, stage, keep=False)
+    with job.step(stage, len(states), tokens.size):
+        nats = sweep.nats(job.config.compute.chunk)
+    found = figures(from_nats(nats, len(rows), rows.shape[1], text.bytes, len(text.tokens)))
+    pieces.write_record(f"{name}.json", found)
+    pieces.drop(states[-1])
+    return found
+
+
+def score_stage(label: str, name: str) -> str:
+    """How the lines of a score are named in metrics.jsonl, such as `perplexity_packed_unseen`."""
+    return f"perplexity_{label}" + ("" if name == "held_out" else f"_{name}")

@@ -1,0 +1,265 @@
+"""What the stages of a run share: mesh, text, tokens, and the models that earlier stages left on
+disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from rabit_jax import BadInput, Stats, convert
+from rabit_jax.data.tokens import batch
+from rabit_jax.experiments.engine.console import loading, progress, say
+from rabit_jax.experiments.engine.files import remove
+from rabit_jax.experiments.engine.folder import RunFolder
+from rabit_jax.experiments.engine.settings import RunConfig, Training
+from rabit_jax.experiments.engine.text import Text
+from rabit_jax.formats.checkpoint import read_config
+from rabit_jax.formats.hf import load_hf
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import Decoder, param_shapes
+from rabit_jax.train.checkpoints import Checkpoints, abstract
+from rabit_jax.train.loop import Loop, Watch, train
+from rabit_jax.train.optimizer import merge, partition, roles
+from rabit_jax.train.sharding import make_mesh, param_shardings
+from rabit_jax.tree import map_leaves, weights_of
+
+
+class Inputs:
+    """Text, models and mesh of a run, each loaded when first asked for."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder):
+        """Loads nothing but the mesh.
+
+        Raises:
+          BadInput: the mesh does not fit the devices, or a batch does not divide over it.
+        """
+        self.config, self.folder = config, folder
+        self.mesh = make_mesh(config.mesh)
+        self.text = Text(config, self.mesh)
+        self.stopped = False
+        rows = self.mesh.shape["data"]
+        for name in self._reads_text("evaluate"):
+            section = getattr(config, name)
+            piece = section.batch_size // getattr(section, "accumulate", 1)
+            if piece % rows:
+                raise BadInput(
+                    f"{name}.batch_size gives pieces of {piece} sequences for {rows} devices on "
+                    f"the data axis: make it a multiple of {rows}"
+                )
+
+    def _reads_text(self, *more: str) -> tuple[str, ...]:
+        """Names of the sections whose batches this run will draw."""
+        own = () if self.config.teacher.path else ("teacher",)
+        return (*own, "calibrate", "qat", *more)
+
+    def check(self) -> None:
+        """Read the text and refuse what cannot work, before anything is written.
+
+        Raises:
+          BadInput: text too short for a batch or a window, sequences longer than the model's,
+            rules or frozen roles that leave nothing to do.
+        """
+        config, text = self.config, self.text
+        lengths = {name: getattr(config, name).length for name in self._reads_text()}
+        prompts = [len(text.tokenizer(prompt)["input_ids"]) for prompt in config.generate.prompts]
+        if not all(prompts):
+            raise BadInput("generate.prompts holds an empty prompt: give it some text")
+        longest = max(prompts, default=0) + config.generate.max_new_tokens
+        every = {**lengths, "evaluate": config.evaluate.context, "generate": longest}
+        for name, length in every.items():
+            if length > self.model_config.max_position:
+                raise BadInput(
+                    f"{name} uses sequences of {length} tokens: the model has "
+                    f"{self.model_config.max_position} positions; make it shorter"
+                )
+        for name, length in lengths.items():
+            batch(text.train.tokens, 0, getattr(config, name).batch_size, length, config.seed)
+        found = min(len(text.windows()), config.evaluate.diagnostic_windows)
+        if found < self.mesh.shape["data"]:
+            raise BadInput(
+                f"the diagnostics have {found} windows for {self.mesh.shape['data']} devices on "
+                "the data axis: give more evaluation text or raise evaluate.diagnostic_windows"
+            )
+        self._check_student()
+
+    def _check_student(self) -> None:
+        student = self.abstract_student()
+        nodes = weights_of(student)
+        if not nodes:
+            raise BadInput("init.quantise and init.keep leave no kernel to quantise")
+        if other := [path for path in nodes if not re.fullmatch(r"layers/.*/kernel", path)]:
+            raise BadInput(
+                f"init.quantise selects {other[0]}: a run quantises the kernels of the blocks, "
+                "layers/.../kernel"
+            )
+        if not jax.tree.leaves(partition(student, roles(student), self._frozen)[0]):
+            raise BadInput(f"qat.optimizer.freeze {list(self._frozen)} leaves nothing to train")
+
+    # models
+
+    @property
+    def teacher_folder(self) -> str:
+        """Where the teacher lies."""
+        return self.config.teacher.path or str(self.folder.path / "teacher")
+
+    @cached_property
+    def model_config(self) -> ModelConfig:
+        """The teacher's shape with the run's compute settings."""
+        compute = self.config.compute
+        if self.config.teacher.path:
+            found = read_config(self.config.teacher.path)
+        else:
+            end = self.text.tokenizer.eos_token_id
+            found = ModelConfig(
+                vocab_size=len(self.text.tokenizer),
+                eos_ids=(end,),
+                bos_id=end,
+                **dataclasses.asdict(self.config.model),
+            )
+        return dataclasses.replace(found, dtype=compute.dtype or found.dtype, remat=compute.remat)
+
+    @cached_property
+    def model(self) -> Decoder:
+        """The decoder that teacher, student and packed model share."""
+        return Decoder(self.model_config)
+
+    @cached_property
+    def teacher(self) -> Any:
+        """Full-precision params, placed on the mesh as they are read."""
+        where = param_shardings(abstract_params(self.model_config), self.mesh)
+        with loading(self.teacher_folder) as done:
+            return load_hf(self.teacher_folder, shardings=where, done=done)[1]
+
+    @cached_property
+    def stats(self) -> dict[str, Stats]:
+        """Calibration statistics by path."""
+        file = self.folder.path / "calibration.safetensors"
+        try:
+            arrays = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"cannot read {file}: --force calibrate makes it again") from error
+        paths = sorted({name.rsplit(".", 1)[0] for name in arrays})
+        return {
+            p: Stats(
+                jax.numpy.asarray(arrays[f"{p}.s_in"]), jax.numpy.asarray(arrays[f"{p}.s_out"])
+            )
+            for p in paths
+        }
+
+    def save_stats(self, stats: dict[str, Stats]) -> None:
+        """Write what `stats` reads."""
+        write_stats(self.folder.path / "calibration.safetensors", stats)
+
+    def abstract_student(self) -> Any:
+        """Shapes and shardings of the student."""
+        shapes = jax.eval_shape(
+            lambda p: convert(p, self.config.init.rules()), abstract_params(self.model_config)
+        )
+        return abstract(shapes, param_shardings(shapes, self.mesh))
+
+    def save_init(self, student: Any) -> None:
+        """Keep the weight nodes of a fresh student; everything else is the teacher's."""
+        self._keep("init", weights_of(student))
+
+    @cached_property
+    def student_init(self) -> Any:
+        """The student as initialised."""
+        nodes = self._kept("init", weights_of(self.abstract_student()), "init")
+        return map_leaves(lambda path, leaf: nodes.get(path, leaf), self.teacher)
+
+    def save_student(self, trainable: Any) -> None:
+        """Keep what QAT trained."""
+        self._keep("student", trainable)
+
+    def _keep(self, name: str, tree: Any) -> None:
+        """Save a tree as the only checkpoint of its folder; an earlier attempt's is removed."""
+        remove(self.folder.checkpoints(name))
+        with Checkpoints(self.folder.checkpoints(name)) as kept:
+            kept.save(0, tree)
+
+    def _kept(self, name: str, target: Any, stage: str) -> Any:
+        with Checkpoints(self.folder.checkpoints(name)) as kept:
+            try:
+                return kept.restore(0, target)
+            except BadInput as error:
+                raise BadInput(f"{error}; --force {stage} makes it again") from error
+
+    @cached_property
+    def student(self) -> Any:
+        """The student after QAT."""
+        target, _ = partition(self.abstract_student(), roles(self.abstract_student()), self._frozen)
+        trainable = self._kept("student", target, "qat")
+        _, frozen = partition(self.student_init, roles(self.student_init), self._frozen)
+        return merge(trainable, frozen)
+
+    @property
+    def _frozen(self) -> tuple[str, ...]:
+        return self.config.qat.optimizer.freeze
+
+    def forget(self) -> None:
+        """Drop cached models, so that the next use reads what the last stage wrote."""
+        for name in ("teacher", "stats", "student_init", "student"):
+            self.__dict__.pop(name, None)
+
+    # shared work
+
+    def fit(
+        self, stage: str, section: Training, trainer: Any, resume: bool, watch: Watch | None = None
+    ) -> Any:
+        """Train one stage with checkpoints, metrics and a progress bar."""
+        tokens = section.batch_size * section.length
+        with Checkpoints(self.folder.checkpoints(stage)) as kept:
+            state = trainer.state
+            if resume and (found := kept.restore_last(abstract(state))):
+                # The fresh state would stand beside the restored one for the whole training.
+                jax.tree.map(lambda leaf: leaf.delete(), state)
+                state = found[1]
+            begin = int(state.step)
+            if resume:
+                say(f"{stage}: continuing after step {begin}")
+                self.folder.keep_metrics(stage, begin)
+            with progress(stage, section.steps, start=begin) as bar:
+                loop = Loop(
+                    stage,
+                    section.steps,
+                    tokens,
+                    log=self.folder.log,
+                    log_every=section.log_every,
+                    save_every=section.save_every,
+                    schedule=trainer.schedule,
+                    watch=watch,
+                    progress=lambda step, record: bar.update(
+                        step, loss=record["loss"], tokens_per_second=record["tokens_per_second"]
+                    ),
+                    stop=lambda: self.stopped,
+                )
+                batches = self.text.batches(section, self.config.seed)
+                return train(
+                    loop, trainer.step, state, trainer.frozen, trainer.teacher, batches, kept
+                )
+
+
+def write_stats(target: Path, stats: dict[str, Stats]) -> None:
+    """Write calibration statistics, whole or not at all."""
+    temporary = target.with_suffix(".part")
+    arrays = {
+        f"{p}.{n}": np.asarray(getattr(s, n)) for p, s in stats.items() for n in ("s_in", "s_out")
+    }
+    save_file(arrays, temporary)
+    temporary.replace(target)
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """Shapes of a decoder's float32 params, nested."""
+    from flax.traverse_util import unflatten_dict
+
+    shapes = {p: jax.ShapeDtypeStruct(s, "float32") for p, s in param_shapes(config).items()}
+    return unflatten_dict(shapes, sep="/")

@@ -1,0 +1,133 @@
+"""What a block-wise run keeps on disk: each piece is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rabit_jax import BadInput, Stats
+from rabit_jax.experiments.engine.files import remove, write_text
+from rabit_jax.formats.packed_file import named_parts, part_names
+from rabit_jax.weights.representations import abstract_packed
+
+
+class Pieces:
+    """A folder of arrays, packed blocks and records that belong to one `key`.
+
+    Every file is written beside its name and renamed, so a name that exists is complete.
+    """
+
+    def __init__(self, folder: Path):
+        """Nothing is read or written yet."""
+        self.folder = folder
+
+    def claim(self, key: str, resume: bool) -> bool:
+        """Keep the pieces that were made with `key`; others are removed. True if some are kept.
+
+        Raises:
+          BadInput: `resume`, and the pieces there were made with another key.
+        """
+        file = self.folder / "key"
+        found = file.read_text() if file.exists() else None
+        if found == key:
+            return True
+        if found and resume:
+            raise BadInput(
+                f"cannot resume {self.folder}: since it was stopped, what it reads has "
+                "changed (text, model files or the version of this package); put it back, or run "
+                "without --resume to start again"
+            )
+        remove(self.folder)
+        write_text(file, key)
+        return False
+
+    def has(self, name: str) -> bool:
+        """Whether a piece is complete."""
+        return (self.folder / name).exists()
+
+    def drop(self, name: str) -> None:
+        """Remove a piece; nothing there is fine."""
+        remove(self.folder / name)
+
+    # arrays, batch by batch
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Callable[[Any], None]]:
+        """Yields a function that appends an array; the piece is there when the block ends."""
+        with self._beside(name) as work, open(work, "wb") as file:
+            # Not a memory map: where the disk is full, writing to one kills the process.
+            yield lambda array: file.write(np.asarray(array).tobytes())
+
+    def reading(self, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[np.ndarray]:
+        """The arrays `shape` of a piece, one after another."""
+        kind = jnp.dtype(dtype)
+        count = int(np.prod(shape)) * kind.itemsize
+        with open(self.folder / name, "rb") as file:
+            while content := file.read(count):
+                yield np.frombuffer(content, kind).reshape(shape)
+
+    # packed blocks
+
+    def write_block(self, name: str, packed: dict, stats: dict | None, record: dict) -> None:
+        """Keep the packed nodes `[1, i, o]` of a block, its statistics `[i]`, `[o]`, and a record
+        for JSON."""
+        arrays = {}
+        for path, node in packed.items():
+            arrays |= {f"{path}:{part}": array for part, array in named_parts(node).items()}
+        for path, one in (stats or {}).items():
+            arrays |= {f"{path}:s_in": np.asarray(one.s_in), f"{path}:s_out": np.asarray(one.s_out)}
+        headers = {path: node.header() for path, node in packed.items()}
+        metadata = {"headers": json.dumps(headers), "record": json.dumps(record)}
+        with self._beside(name) as work:
+            save_file(arrays, work, metadata)
+
+    def read_block(self, name: str) -> tuple[dict, dict | None, dict]:
+        """What `write_block` kept; statistics None where there were none.
+
+        Raises:
+          BadInput: the file cannot be read.
+        """
+        try:
+            with safe_open(self.folder / name, framework="numpy") as file:
+                arrays = {key: file.get_tensor(key) for key in file.keys()}
+                header = {key: json.loads(text) for key, text in file.metadata().items()}
+        except (OSError, SafetensorError) as error:
+            raise BadInput(
+                f"cannot read {self.folder / name}: remove {self.folder} to start again"
+            ) from error
+        packed = {
+            path: jax.tree.map(lambda part, p=path: arrays[f"{p}:{part}"],
+                               part_names(abstract_packed(one)))
+            for path, one in header["headers"].items()
+        }
+        stats = {p: Stats(arrays[f"{p}:s_in"], arrays[f"{p}:s_out"])
+                 for p in packed if f"{p}:s_in" in arrays}
+        return packed, stats or None, header["record"]
+
+    # records
+
+    def write_record(self, name: str, record: dict) -> None:
+        """Keep a record as JSON."""
+        write_text(self.folder / name, json.dumps(record, indent=1))
+
+    def record(self, name: str) -> dict | None:
+        """A record, None where there is none."""
+        return json.loads((self.folder / name).read_text()) if self.has(name) else None
+
+    @contextlib.contextmanager
+    def _beside(self, name: str) -> Iterator[Path]:
+        work = self.folder / f".{name}.part"
+        try:
+            yield work
+            work.replace(self.folder / name)
+        finally:
+            work.unlink(missing_ok=True)

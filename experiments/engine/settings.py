@@ -1,0 +1,286 @@
+"""The schema of a run: what stands in a config file and what may be overridden as `a.b=c`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rabit_jax import LLAMA_LINEARS, BadInput, ResidualSignSpec
+from rabit_jax.data.sources import DataConfig
+from rabit_jax.train.optimizer import OptimizerConfig
+from rabit_jax.types import Spec
+
+
+def _at_least(section: str, least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise BadInput(f"{section}.{name} is {value}: it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How models run, whatever they were stored as.
+
+    Attributes:
+      dtype: dtype of the matrix products; "" takes the model's own.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+      chunk: positions per piece of the vocabulary projection; 0 takes a sequence at once.
+    """
+
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    remat: bool = False
+    chunk: int = 256
+
+    def __post_init__(self):
+        """Raises BadInput for a negative chunk."""
+        _at_least("compute", 0, chunk=self.chunk)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shape of a teacher that is trained here; unused where `teacher.path` names one.
+
+    Widths that are multiples of 256 pack without padding.
+    """
+
+    d_model: int = 256
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int = 4
+    head_dim: int = 64
+    d_hidden: int = 768
+    tied_head: bool = True
+    rope_theta: float = 10000.0
+    max_position: int = 2048
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training stage.
+
+    Attributes:
+      steps: optimiser steps.
+      batch_size: sequences per step.
+      length: tokens per sequence.
+      accumulate: pieces that a batch is cut into to save memory.
+      log_every: steps between lines of metrics.jsonl.
+      save_every: steps between checkpoints.
+      watch_every: steps between measurements on the evaluation text: perplexity, and for a
+        quantised student diagnostics and sign flips.
+      optimizer: optimiser, learning rates, what is frozen.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    length: int = 256
+    accumulate: int = 1
+    log_every: int = 10
+    save_every: int = 100
+    watch_every: int = 100
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self):
+        """Raises BadInput for sizes that cannot be."""
+        name = type(self).__name__.lower()
+        _at_least(name, 1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
+        _at_least(name, 1, log_every=self.log_every, save_every=self.save_every)
+        _at_least(name, 1, watch_every=self.watch_every)
+        _at_least(name, 2, length=self.length)
+        if self.batch_size % self.accumulate:
+            raise BadInput(
+                f"{name}.accumulate is {self.accumulate}: it must divide the batch of "
+                f"{self.batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class Teacher(Training):
+    """The full-precision model: a folder or hub id, or one trained here on the run's own text.
+
+    Attributes:
+      path: folder or hub id of a Llama-family model; "" trains a model of the section `model`.
+    """
+
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """The calibration pass.
+
+    Attributes:
+      mode: "full" measures inputs and output gradients; for task ptq also "activations", inputs
+        alone without a backward pass, or "none", which reads no text.
+      sequences: how many training windows it reads.
+      batch_size: sequences per gradient pass.
+      length: tokens per sequence.
+      labels: next tokens of the data, or drawn from the teacher.
+      clip: percentile at which the norms of single tokens are clipped; 100 does not clip.
+    """
+
+    mode: Literal["full", "activations", "none"] = "full"
+    sequences: int = 128
+    batch_size: int = 8
+    length: int = 256
+    labels: Literal["data", "sampled"] = "data"
+    clip: float = 100.0
+
+    def __post_init__(self):
+        """Raises BadInput for sizes that cannot be."""
+        _at_least("calibrate", 1, sequences=self.sequences, batch_size=self.batch_size)
+        _at_least("calibrate", 2, length=self.length)
+        if self.sequences % self.batch_size:
+            raise BadInput(
+                f"calibrate.sequences is {self.sequences}: it must be a multiple of the batch size "
+                f"{self.batch_size}"
+            )
+        if not 0 < self.clip <= 100:
+            raise BadInput(
+                f"calibrate.clip is {self.clip}: it is a percentile, above 0 and at most 100"
+            )
+
+
+@dataclass(frozen=True)
+class Init:
+    """What is quantised, and how it starts.
+
+    Attributes:
+      quantise: regular expressions on parameter paths such as "layers/attn/q/kernel".
+      keep: paths that stay as they are although `quantise` names them.
+      spec: representation and initialisation; `spec.type` names it, the other keys are its own.
+    """
+
+    quantise: tuple[str, ...] = (LLAMA_LINEARS,)
+    keep: tuple[str, ...] = ()
+    spec: Spec = field(default_factory=ResidualSignSpec)
+
+    def rules(self) -> list:
+        """The rules of `convert`."""
+        return [(pattern, None) for pattern in self.keep] + [
+            (pattern, self.spec) for pattern in self.quantise
+        ]
+
+
+@dataclass(frozen=True)
+class Qat(Training):
+    """Distillation of the quantised student.
+
+    Attributes:
+      gamma: weight of the hidden-state error, per token, summed over layers; 0 leaves it out.
+      project_scales: keep scales positive after every step.
+    """
+
+    gamma: float = 1.0
+    project_scales: bool = True
+    watch_every: int = 50
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(freeze=("embedding", "head"))
+    )
+
+    def __post_init__(self):
+        """Raises BadInput for values out of range."""
+        super().__post_init__()
+        if self.gamma < 0:
+            raise BadInput(f"qat.gamma is {self.gamma}: it must not be negative")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Perplexity and diagnostics on the evaluation text.
+
+    Attributes:
+      context: tokens per window; always stated with a perplexity.
+      batch_size: windows per pass.
+      windows: how many windows; 0 takes all.
+      watch_windows: how many windows the measurements during training read.
+      diagnostic_windows: how many windows the diagnostics read.
+      baselines: score greedy SVID and round-to-nearest too.
+      models: which models task ptq scores; where empty, no evaluation text is read.
+    """
+
+    context: int = 256
+    batch_size: int = 8
+    windows: int = 0
+    watch_windows: int = 64
+    diagnostic_windows: int = 16
+    baselines: bool = True
+    models: tuple[Literal["teacher", "packed"], ...] = ("teacher", "packed")
+
+    def __post_init__(self):
+        """Raises BadInput for sizes that cannot be."""
+        _at_least("evaluate", 2, context=self.context)
+        _at_least(
+            "evaluate", 1, batch_size=self.batch_size, diagnostic_windows=self.diagnostic_windows
+        )
+        _at_least("evaluate", 1, watch_windows=self.watch_windows)
+        _at_least("evaluate", 0, windows=self.windows)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Samples for the report.
+
+    Attributes:
+      prompts: what to continue.
+      max_new_tokens: length of each continuation.
+      temperature: 0 is greedy.
+      top_p: nucleus.
+    """
+
+    prompts: tuple[str, ...] = ("The function returns", "If the file does not exist,")
+    max_new_tokens: int = 48
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        """Raises BadInput for values out of range."""
+        _at_least("generate", 1, max_new_tokens=self.max_new_tokens)
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise BadInput(
+                "generate: temperature must not be negative and top_p must lie in (0, 1]"
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+      task: "qat" trains the quantised model; "ptq" packs a given one as it is initialised, block by
+        block from disk, and reads of the sections below data, teacher.path, compute, calibrate,
+        init and evaluate.
+      name: name of the run's folder.
+      output: where run folders lie.
+      seed: of initial weights, batches and samples.
+      mesh: devices per axis, such as {data: 2, tensor: 2}; empty puts all on data.
+      wandb: project of Weights & Biases that metrics are sent to as well; "" sends nothing.
+    """
+
+    task: Literal["qat", "ptq"] = "qat"
+    name: str = "run"
+    output: str = "runs"
+    seed: int = 0
+    mesh: dict[str, int] = field(default_factory=dict)
+    wandb: str = ""
+    compute: Compute = field(default_factory=Compute)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: Shape = field(default_factory=Shape)
+    teacher: Teacher = field(default_factory=Teacher)
+    calibrate: Calibrate = field(default_factory=Calibrate)
+    init: Init = field(default_factory=Init)
+    qat: Qat = field(default_factory=Qat)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    generate: Generate = field(default_factory=Generate)
+
+    def __post_init__(self):
+        """Raises BadInput for a name that is no folder name, or a negative seed."""
+        _at_least("run", 0, seed=self.seed)
+        if not self.name or "/" in self.name or self.name in (".", ".."):
+            raise BadInput(
+                f"name is {self.name!r}: it names the run's folder, so no '/' and not empty"
+            )
+        if self.task == "qat" and self.calibrate.mode != "full":
+            raise BadInput(
+                f"calibrate.mode is {self.calibrate.mode!r}: task qat needs 'full', the other "
+                "modes belong to task ptq"
+            )

@@ -1,0 +1,236 @@
+"""Passes over the blocks of a decoder with one block in memory, the states between them on disk.
+
+Each function below is compiled once and serves every block: which layer it is shows only in its
+arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from rabit_jax import Stats
+from rabit_jax.calibration.blockwise import Block, block_sums
+from rabit_jax.calibration.probes import added, root_mean
+from rabit_jax.evaluate.perplexities import features_nats
+from rabit_jax.experiments.engine.pieces import Pieces
+from rabit_jax.formats.checkpoint import Checkpoint
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import Decoder
+from rabit_jax.models.layers import Block as DecoderBlock
+from rabit_jax.models.rotary import local_layers, make_context
+from rabit_jax.signs.ste import F32
+from rabit_jax.train.losses import features_loss
+
+
+class Source(Protocol):
+    """Where params come from, part by part."""
+
+    def block(self, n: int) -> Any:
+        """Params of one block under `layers`, without the axis of layers."""
+
+    def ends(self, *names: str) -> Any:
+        """Those of `embed`, `final_norm`, `head` that are asked for and there."""
+
+
+@dataclass(frozen=True)
+class FromCheckpoint:
+    """Full-precision params, read from the checkpoint's files at every call, float32."""
+
+    checkpoint: Checkpoint
+
+    def block(self, n: int) -> Any:
+        """Params of one block."""
+        return self._read([p for p in self.checkpoint.shapes if p.startswith("layers/")], n)
+
+    def ends(self, *names: str) -> Any:
+        """Params outside the blocks."""
+        return self._read([p for p in self.checkpoint.shapes if p.split("/")[0] in names])
+
+    def _read(self, paths: list[str], layer: int | None = None) -> Any:
+        found = {p: jnp.asarray(self.checkpoint.read(p, layer)) for p in paths}
+        return unflatten_dict(found, sep="/")
+
+
+@dataclass(frozen=True)
+class FromParams:
+    """Params in memory, such as those of a packed model."""
+
+    params: Any
+
+    def block(self, n: int) -> Any:
+        """Params of one block."""
+        return {"layers": jax.tree.map(lambda a: a[n], self.params["layers"])}
+
+    def ends(self, *names: str) -> Any:
+        """Params outside the blocks."""
+        return {name: self.params[name] for name in names if name in self.params}
+
+
+def head_names(config: ModelConfig) -> tuple[str, ...]:
+    """The params that final norm and head read."""
+    return ("final_norm", "embed" if config.tied_head else "head")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The passes of one model over rows of tokens, all in batches of one shape.
+
+    The state `x-<n>` is the input of block n, `x-<l>` the output of the last, and `dx-<n>` the
+    gradient of the summed next-token cross-entropy by it; all in the compute dtype, so nothing is
+    lost on the way through the disk.
+
+    Attributes:
+      config: of the decoder.
+      source: of its params.
+      pieces: where states are kept.
+      tokens: int32 `[n, t]`, n a multiple of `batch_size`.
+      mask: bool `[n, t]`, True for real tokens.
+      batch_size: rows of a batch.
+      prefix: of the names of states.
+    """
+
+    config: ModelConfig
+    source: Source
+    pieces: Pieces
+    tokens: np.ndarray
+    mask: np.ndarray
+    batch_size: int
+    prefix: str = ""
+
+    def name(self, kind: str, n: int) -> str:
+        """Name of a state: `kind` is x or dx."""
+        return f"{self.prefix}{kind}-{n:03}"
+
+    def embed(self) -> None:
+        """Makes `x-000`."""
+        ends = self.source.ends("embed")
+        with self.pieces.writing(self.name("x", 0)) as write:
+            for batch in self._batches():
+                write(_embed(self.config, ends, batch["tokens"]))
+
+    def forward(self, n: int, params: Any) -> None:
+        """Makes `x-<n + 1>` from `x-<n>`."""
+        with self.pieces.writing(self.name("x", n + 1)) as write:
+            for batch, x in zip(self._batches(), self._states("x", n), strict=True):
+                write(_forward(self.config, params, x, self._local(n), batch["mask"]))
+
+    def inputs(self, n: int, params: Any, paths: Collection[str], clip: float) -> dict[str, Stats]:
+        """Makes `x-<n + 1>` and returns the statistics of block n with `s_out = 1`."""
+        total = None
+        with self.pieces.writing(self.name("x", n + 1)) as write:
+            for batch, x in zip(self._batches(), self._states("x", n), strict=True):
+                y, sums = _forward_sums(
+                    self.config, params, x, self._local(n), batch["mask"], paths, clip
+                )
+                write(y)
+                total = added(total, sums)
+        return root_mean(total, int(self.mask.sum()))
+
+    def head_gradient(self, chunk: int, labels: str, key: jax.Array) -> None:
+        """Makes `dx-<l>` from `x-<l>`; batch by batch the key is folded with its first row."""
+        last, ends = self.config.n_layers, self.source.ends(*head_names(self.config))
+        with self.pieces.writing(self.name("dx", last)) as write:
+            states = zip(self._batches(), self._states("x", last), strict=True)
+            for step, (batch, x) in enumerate(states):
+                own = jax.random.fold_in(key, step * self.batch_size)
+                write(_head_gradient(self.config, ends, x, batch, own, chunk, labels))
+
+    def backward(
+        self, n: int, params: Any, paths: Collection[str], clip: float
+    ) -> dict[str, Stats]:
+        """Makes `dx-<n>` from `x-<n>` and `dx-<n + 1>`; returns the statistics of block n."""
+        total = None
+        with self.pieces.writing(self.name("dx", n)) as write:
+            states = zip(
+                self._batches(), self._states("x", n), self._states("dx", n + 1), strict=True
+            )
+            for batch, x, dy in states:
+                dx, sums = _backward(
+                    self.config, params, x, dy, self._local(n), batch["mask"], paths, clip
+                )
+                write(dx)
+                total = added(total, sums)
+        return root_mean(total, int(self.mask.sum()))
+
+    def nats(self, chunk: int) -> float:
+        """Summed cross-entropy of the rows that have real tokens, from `x-<l>`, in float64."""
+        last, ends = self.config.n_layers, self.source.ends(*head_names(self.config))
+        states = zip(self._batches(), self._states("x", last), strict=True)
+        return sum(float(_nats(self.config, ends, x, batch, chunk)) for batch, x in states)
+
+    def state_bytes(self) -> int:
+        """Bytes of one state."""
+        return self.tokens.size * self.config.d_model * jnp.dtype(self.config.dtype).itemsize
+
+    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
+        for begin in range(0, len(self.tokens), self.batch_size):
+            rows = slice(begin, begin + self.batch_size)
+            yield {"tokens": self.tokens[rows], "mask": self.mask[rows]}
+
+    def _states(self, kind: str, n: int) -> Iterator[np.ndarray]:
+        shape = (self.batch_size, self.tokens.shape[1], self.config.d_model)
+        return self.pieces.reading(self.name(kind, n), shape, self.config.dtype)
+
+    def _local(self, n: int) -> np.ndarray:
+        return local_layers(self.config)[n]
+
+
+def _block(config: ModelConfig, local: jax.Array, mask: jax.Array) -> Block:
+    context = make_context(config, mask)
+
+    def run(params: Any, x: jax.Array) -> jax.Array:
+        return DecoderBlock(config).apply({"params": params["layers"]}, x, local, context)[0]
+
+    return run
+
+
+@partial(jax.jit, static_argnames="config")
+def _embed(config, ends, tokens):
+    return Decoder(config).apply({"params": ends}, tokens, method="embedded")
+
+
+@partial(jax.jit, static_argnames="config")
+def _forward(config, params, x, local, mask):
+    return _block(config, local, mask)(params, x)
+
+
+@partial(jax.jit, static_argnames=("config", "paths", "clip"))
+def _forward_sums(config, params, x, local, mask, paths, clip):
+    block = _block(config, local, mask)
+    y, _, sums = block_sums(block, params, x, jnp.zeros_like(x), mask, paths, clip)
+    # As sums of squares of 1, whose root mean square is 1 and changes no importance.
+    count = jnp.sum(mask.astype(F32))
+    return y, {p: Stats(s.s_in, jnp.full_like(s.s_out, count)) for p, s in sums.items()}
+
+
+@partial(jax.jit, static_argnames=("config", "paths", "clip"))
+def _backward(config, params, x, dy, local, mask, paths, clip):
+    _, dx, sums = block_sums(_block(config, local, mask), params, x, dy, mask, paths, clip)
+    return dx, sums
+
+
+@partial(jax.jit, static_argnames=("config", "chunk", "labels"))
+def _head_gradient(config, ends, x, batch, key, chunk, labels):
+    model, variables = Decoder(config), {"params": ends}
+
+    def loss(x):
+        features = model.apply(variables, x, method="normed")
+        head = partial(model.apply, variables, method="head")
+        return features_loss(head, features, batch, chunk, labels, key)[0]
+
+    return jax.grad(loss)(x)
+
+
+@partial(jax.jit, static_argnames=("config", "chunk"))
+def _nats(config, ends, x, batch, chunk):
+    model = Decoder(config)
+    features = model.apply({"params": ends}, x, method="normed")
+    return features_nats(model, ends, features, batch["tokens"], batch["mask"][:, :1], chunk)

@@ -1,0 +1,128 @@
+"""The text of a run: documents, tokeniser, tokens, batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rabit_jax import BadInput
+from rabit_jax.data.sources import documents, mixed, unseen_documents
+from rabit_jax.data.tokenizer import train_tokenizer
+from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows
+from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.formats.folder import find_folder
+from rabit_jax.formats.tokenizer import load_tokenizer, save_tokenizer
+from rabit_jax.train.sharding import batch_sharding
+
+
+class Text:
+    """Documents and tokens of a run, each read when first asked for."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        """Reads nothing yet."""
+        self.config, self.mesh = config, mesh
+
+    @cached_property
+    def documents(self) -> tuple[list[str], list[str]]:
+        """Training and evaluation documents; a mix has none in memory."""
+        return documents(self.config.data)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The teacher's tokeniser; if it is trained here, a byte-level BPE of the training text."""
+        if path := self.config.teacher.path:
+            found = load_tokenizer(find_folder(path))
+            if found is None:
+                raise BadInput(
+                    f"teacher.path {path} has no tokeniser: add its tokenizer.json to the folder"
+                )
+            return found
+        data = self.config.data
+        if data.source == "mix":
+            parts, recipe = mixed(data, "train")
+            texts, key = (t for part, _ in parts() for t in part), json.dumps(recipe)
+        else:
+            texts = self.documents[0]
+            key = "\0".join(texts)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        place = Path(data.cache) / f"tokenizer-{data.vocab_size}-{digest}"
+        if not (place / "tokenizer.json").exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+                new = Path(temporary) / "new"
+                save_tokenizer(train_tokenizer(texts, data.vocab_size), new)
+                if place.exists():
+                    shutil.rmtree(place)
+                new.rename(place)
+        return load_tokenizer(place)
+
+    @cached_property
+    def train(self) -> TokenText:
+        """Tokens of the training text."""
+        return self._tokens("train", lambda: self.documents[0])
+
+    @cached_property
+    def held_out(self) -> TokenText:
+        """Tokens of the evaluation text."""
+        return self._tokens("eval", lambda: self.documents[1])
+
+    @cached_property
+    def unseen(self) -> TokenText | None:
+        """Tokens of the text that is scored apart, if the config names one."""
+        data = self.config.data
+        if not (data.mix_unseen or data.unseen_files):
+            return None
+        return self._tokens("unseen", lambda: unseen_documents(data, sum(self.documents, [])))
+
+    def _tokens(self, side: str, texts: Callable[[], list[str]]) -> TokenText:
+        data = self.config.data
+        what = {"train": "training text", "eval": "evaluation text", "unseen": "unseen text"}[side]
+        if data.source == "mix":
+            found = tokenise_stream(*mixed(data, side), self.tokenizer, data.cache, what)
+        else:
+            found = tokenise(texts(), self.tokenizer, data.cache, what)
+        # what stages depend on: the same text with begin tokens is another input
+        return replace(found, digest=f"{found.digest}-begin") if data.begin else found
+
+    def _begun(self, rows: np.ndarray) -> np.ndarray:
+        """Windows `[n, t]` with the begin token first, where the config asks for it."""
+        if not self.config.data.begin:
+            return rows
+        begin = self.tokenizer.bos_token_id
+        if begin is None:
+            raise BadInput("data.begin is true but the tokeniser has no begin token; leave it out")
+        rows = rows.copy()
+        rows[:, 0] = begin
+        return rows
+
+    def windows(self, text: TokenText | None = None) -> np.ndarray:
+        """Windows `[n, t]` of a text; by default of the evaluation text."""
+        text = text or self.held_out
+        found = windows(text.tokens, self.config.evaluate.context)
+        return self._begun(found[: self.config.evaluate.windows or None])
+
+    def batches(self, section: Any, seed: int) -> Callable[[int], dict]:
+        """Step -> batch on the mesh, for a section with `batch_size` and `length`."""
+        where = batch_sharding(self.mesh)
+
+        def at(step: int) -> dict:
+            return jax.device_put({"tokens": self.rows(section, step, seed)}, where)
+
+        return at
+
+    def rows(self, section: Any, step: int, seed: int) -> np.ndarray:
+        """The batch `[b, t]` of one step, on the host."""
+        return self._begun(
+            batch(self.train.tokens, step, section.batch_size, section.length, seed)
+        )

@@ -1,0 +1,142 @@
+"""`summary.json` and `report.html` from what the stages recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rabit_jax import ResidualSign, cost
+from rabit_jax.evaluate.sign_statistics import weight_histogram
+from rabit_jax.experiments.engine.console import number
+from rabit_jax.experiments.engine.files import write_text
+from rabit_jax.experiments.engine.inputs import Inputs
+from rabit_jax.experiments.engine.machine import peak_memory
+from rabit_jax.experiments.report.page import write_report
+from rabit_jax.experiments.report.run_card import write_card
+from rabit_jax.tree import weights_of
+
+
+def gap_closed(teacher: float, start: float, end: float) -> float | None:
+    """Share of the log-perplexity gap between `start` and the teacher that `end` has closed."""
+    gap = math.log(start) - math.log(teacher)
+    return 1 - (math.log(end) - math.log(teacher)) / gap if gap > 0 else None
+
+
+def summarise(run: Inputs, records: dict[str, dict], command: str) -> dict[str, Any]:
+    """The nested summary; keys are those other tools read, so they do not change."""
+    results = {name: record["result"] for name, record in records.items()}
+    measured, packed = results["evaluate"], dict(results["pack"])
+    dense = packed.pop("dense_bytes")
+    return {
+        "name": run.config.name,
+        "command": command,
+        "seed": run.config.seed,
+        **{
+            name: measured[name]
+            for name in ("teacher", "greedy", "round_to_nearest", "init", "qat")
+            if name in measured
+        },
+        "packed": packed,
+        "dense": {"bytes": dense},
+        "unigram_nats": measured["unigram_nats"],
+        "gap_closed": gap_closed(*(measured[n]["ppl"] for n in ("teacher", "init", "qat"))),
+        "diagnostics": {"init": results["init"]["diagnostics"], **measured["diagnostics"]},
+        "relative_error": {
+            "init": results["init"]["relative_error"],
+            "qat": measured["relative_error"],
+        },
+        "disordered": measured["disordered"],
+        **training_figures(run, records["qat"]),
+        "cost": cost(run.abstract_student())._asdict(),
+        "tokens": {name: r["tokens"] for name, r in results.items() if "tokens" in r},
+        "seconds": {name: record["seconds"] for name, record in records.items()},
+        "peak_memory_bytes": max(
+            [peak_memory(), *(r.get("peak_memory_bytes", 0) for r in records.values())]
+        ),
+        "parameters": parameters(run),
+        "versions": records["qat"]["versions"],
+        "device": records["qat"]["device"],
+        "spec": str(run.config.init.spec),
+    }
+
+
+def training_figures(run: Inputs, record: dict[str, Any]) -> dict[str, Any]:
+    """What QAT cost and did: sign flips per step, seconds a step, bytes of process and state."""
+    lines = run.folder.metrics()
+    flips = [f for line in lines if (f := line.get("flip_rate")) is not None]
+    speeds = [line["tokens_per_second"] for line in lines if line["stage"] == "qat"]
+    section = run.config.qat
+    speed = speeds[-1] if speeds else 0
+    return {
+        "flip_rate": sum(flips) / len(flips) if flips else None,
+        "step_seconds": section.batch_size * section.length / speed if speed else None,
+        "training_memory_bytes": record["peak_memory_bytes"],
+        "state_bytes": record["result"]["state_bytes"],
+    }
+
+
+def parameters(run: Inputs) -> dict[str, int]:
+    """Numbers of weights: all, outside embedding and head, and quantised."""
+    from rabit_jax.experiments.engine.inputs import abstract_params
+    from rabit_jax.tree import leaves
+
+    sizes = {path: leaf.size for path, leaf in leaves(abstract_params(run.model_config))}
+    outer = sum(n for path, n in sizes.items() if path.startswith(("embed/", "head/")))
+    quantised = sum(math.prod(w.shape) for w in weights_of(run.abstract_student()).values())
+    return {
+        "total": sum(sizes.values()),
+        "non_embedding": sum(sizes.values()) - outer,
+        "quantised": quantised,
+    }
+
+LABELS = {
+    "teacher": "teacher, full precision",
+    "round_to_nearest": "round to nearest, group 128",
+    "greedy": "greedy SVID",
+    "init": "calibrated init",
+    "qat": "after QAT",
+    "packed": "packed",
+}
+
+
+def table_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results table: one row per model."""
+    bits = {"teacher": 32.0, "round_to_nearest": 2.25}
+    quantised = summary["packed"]["bits_per_weight"]
+    return [
+        {
+            "name": label,
+            "ppl": summary[key]["ppl"],
+            "bits_per_byte": summary[key]["bits_per_byte"],
+            "ppl_over_teacher": summary[key]["ppl"] / summary["teacher"]["ppl"] - 1,
+            "bits_per_weight": bits.get(key, quantised),
+        }
+        for key, label in LABELS.items()
+        if key in summary
+    ]
+
+
+def costs(summary: dict[str, Any]) -> str:
+    """Two lines of any summary: bytes of the packed and the dense model; time and memory."""
+    return (
+        f"packed file: {number(summary['packed']['bytes'])} bytes; 16-bit dense: "
+        f"{number(summary['dense']['bytes'])} bytes\n"
+        f"time: {sum(summary['seconds'].values()):.0f} s; peak memory: "
+        f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+
+
+def write_results(run: Inputs, summary: dict[str, Any], samples: list[dict]) -> Path:
+    """Write `summary.json`, the packed model's card and `report.html`, whose path is returned."""
+    folder = run.folder.path
+    write_text(folder / "summary.json", json.dumps(summary, indent=1))
+    write_card(run.config, run.folder.path, summary)
+    nodes = weights_of(run.student).items()
+    path = next((p for p, w in nodes if isinstance(w, ResidualSign)), None)
+    layer = run.model_config.n_layers // 2
+    histogram = None if path is None else weight_histogram(run.student, path, layer)
+    return write_report(
+        folder, summary, run.folder.metrics(), histogram, samples, table_rows(summary)
+    )

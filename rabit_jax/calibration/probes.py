@@ -1,0 +1,205 @@
+"""Calibration by probes: channel statistics of every kernel from one gradient pass.
+
+A probe stands in for a kernel and multiplies like it. Two extra leaves, all zero, have as their
+"gradient" the sums of x^2 per input channel and of (dL/dy)^2 per output channel, so one `jit(grad)`
+collects the statistics of all layers through scan, remat and any mesh, without touching the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from rabit_jax.errors import BadInput
+from rabit_jax.signs.channel_importance import Stats
+from rabit_jax.signs.ste import F32
+from rabit_jax.tree import Rules, leaves, map_leaves, match_rules
+
+Batch = Mapping[str, Any]
+
+# A gradient that vanishes in exact arithmetic, such as that of the KL to the model itself, measures
+# about 1e-7 in float32; that of the summed cross-entropy about 1.
+NOISE = 1e-6
+
+
+@struct.dataclass
+class Probe:
+    """A kernel that measures what flows through it.
+
+    Attributes:
+      kernel: float `[..., i, o]`.
+      sum_x2: float32 zeros `[..., i]`; its cotangent is `sum_t mask_t x_t^2`.
+      sum_dy2: float32 zeros `[..., o]`; its cotangent is `sum_t (dL/dy_t)^2`.
+      mask: float32 `[..., b, t]`, 1 for real tokens: at padding dL/dy is zero but x is not.
+      clip: percentile of the token norms at which single tokens are clipped; 100 clips nothing.
+    """
+
+    kernel: jax.Array
+    sum_x2: jax.Array
+    sum_dy2: jax.Array
+    mask: jax.Array
+    clip: float = struct.field(pytree_node=False, default=100.0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape `[..., i, o]` of the kernel."""
+        return self.kernel.shape
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ kernel` for `x: [b, t, i]`; BadInput where x has other tokens than the mask."""
+        if x.shape[:-1] != self.mask.shape:
+            raise BadInput(
+                f"a kernel {list(self.kernel.shape)} got inputs {list(x.shape)} for a mask "
+                f"{list(self.mask.shape)}: calibration measures kernels that see every token once"
+            )
+        return _probed(x, self.kernel, self.sum_x2, self.sum_dy2, self.mask, self.clip)
+
+    def dense(self) -> jax.Array:
+        """The kernel."""
+        return self.kernel
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _probed(x, kernel, sum_x2, sum_dy2, mask, clip):
+    return x @ kernel.astype(x.dtype)
+
+
+def _probed_forward(x, kernel, sum_x2, sum_dy2, mask, clip):
+    return _probed(x, kernel, sum_x2, sum_dy2, mask, clip), (x, kernel, mask)
+
+
+def _probed_backward(clip, residuals, dy):
+    x, kernel, mask = residuals
+    dx = jnp.einsum("...o,io->...i", dy, kernel.astype(dy.dtype))
+    x2, dy2 = (_square_sum(a.astype(F32), mask, clip) for a in (x, dy))
+    return dx, jnp.zeros_like(kernel), x2, dy2, jnp.zeros_like(mask)
+
+
+def _square_sum(a: jax.Array, mask: jax.Array, clip: float) -> jax.Array:
+    squares = jnp.square(a) * mask[..., None]
+    if clip < 100:
+        norms = jnp.sqrt(jnp.sum(squares, axis=-1))
+        limit = jnp.nanquantile(jnp.where(mask > 0, norms, jnp.nan), clip / 100)
+        shrink = jnp.minimum(1.0, limit / jnp.maximum(norms, jnp.finfo(F32).tiny))
+        squares *= jnp.square(shrink)[..., None]
+    return jnp.sum(squares, axis=tuple(range(a.ndim - 1)))
+
+_probed.defvjp(_probed_forward, _probed_backward)
+
+
+def zero_sums(params: Any, paths: Collection[str]) -> dict[str, Stats]:
+    """Zeros in the shapes of the statistics of the kernels `[..., i, o]` at `paths`."""
+    shapes = {path: leaf.shape for path, leaf in leaves(params) if path in paths}
+    return {p: Stats(jnp.zeros(s[:-1]), jnp.zeros((*s[:-2], s[-1]))) for p, s in shapes.items()}
+
+
+def insert_probes(params: Any, sums: Mapping[str, Stats], mask: jax.Array, clip: float) -> Any:
+    """The tree with a `Probe` in place of each kernel that `sums` names.
+
+    The gradient of a loss by `sums`, zeros, is then what the probes measure. `mask: [b, t]`.
+    """
+
+    def replace(path: str, leaf: Any) -> Any:
+        if path not in sums:
+            return leaf
+        stacked = jnp.broadcast_to(
+            mask.astype(F32).reshape((1,) * (leaf.ndim - 2) + mask.shape),
+            (*leaf.shape[:-2], *mask.shape),
+        )
+        return Probe(leaf, sums[path].s_in, sums[path].s_out, stacked, clip)
+
+    return map_leaves(replace, params)
+
+
+def calibrate(
+    loss: Callable[[Any, Batch], jax.Array],
+    params: Any,
+    batches: Iterable[Batch],
+    rules: Rules,
+    *,
+    clip: float = 100.0,
+    shardings: Any = None,
+    batch_sharding: Any = None,
+) -> dict[str, Stats]:
+    """Root mean square of the inputs and of the output gradients of every selected kernel.
+
+        s_in[c] = sqrt(mean_t x_t[c]^2),   s_out[c] = sqrt(mean_t (dL/dy_t[c])^2)
+
+    Means over real tokens, sums in float32. `L` should be the SUMMED next-token cross-entropy of
+    the full-precision model: the mean over tokens would scale the squares by 1/N^2, and the KL to
+    the model itself has no gradient.
+
+    Args:
+      loss: `loss(params, batch) -> scalar`; the model must multiply through `linear(x, w)`.
+      params: full-precision params.
+      batches: dicts with `tokens: [b, t]` and `mask: [b, t]` bool (True for real tokens), all of
+        one shape; whatever else `loss` reads may stand beside them.
+      rules: those of `convert`; kernels whose rule names a spec are measured.
+      clip: percentile of the token norms above which a token's contribution is scaled down.
+      shardings: shardings of `params` on a mesh, None for one device.
+      batch_sharding: sharding of every batch entry, None for one device.
+
+    Returns:
+      `{path: Stats(s_in [..., i], s_out [..., o])}`.
+
+    Raises:
+      BadInput: no batch, or the statistics of a kernel are all zero or not finite.
+    """
+    zeros = zero_sums(params, match_rules(params, rules))
+
+    def sums(params, batch):
+        return jax.grad(lambda z: loss(insert_probes(params, z, batch["mask"], clip), batch))(zeros)
+
+    if shardings is not None:
+        replicated = jax.sharding.NamedSharding(batch_sharding.mesh, jax.sharding.PartitionSpec())
+        sums = jax.jit(sums, in_shardings=(shardings, batch_sharding), out_shardings=replicated)
+    else:
+        sums = jax.jit(sums)
+
+    total, tokens = None, 0
+    for batch in batches:
+        total = added(total, sums(params, batch))
+        tokens += int(np.sum(batch["mask"]))
+    return root_mean(total, tokens)
+
+
+def added(total: dict[str, Stats] | None, sums: dict[str, Stats]) -> dict[str, Stats]:
+    """The sums of the batches so far, None for none, and of one more; float64 on the host."""
+    found = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
+    return found if total is None else jax.tree.map(np.add, total, found)
+
+
+def root_mean(total: dict[str, Stats] | None, tokens: int) -> dict[str, Stats]:
+    """`sqrt(sum / tokens)` in float32.
+
+    Raises:
+      BadInput: no token, or the statistics of a kernel are all zero or not finite.
+    """
+    if not tokens:
+        raise BadInput("calibration saw no token: give it at least one batch with real tokens")
+    stats = jax.tree.map(lambda s: jnp.asarray(np.sqrt(s / tokens), F32), total)
+    for path, s in stats.items():
+        _check(path, s)
+    return stats
+
+
+def _check(path: str, stats: Stats) -> None:
+    for name, s in (("inputs", stats.s_in), ("output gradients", stats.s_out)):
+        layers = np.asarray(s).reshape(-1, s.shape[-1])
+        if not np.isfinite(layers).all():
+            raise BadInput(
+                f"calibration of {path}: the statistics of its {name} are not finite; check the "
+                "model's loss on this text, or calibrate in float32"
+            )
+        if (layers.max(axis=1) < NOISE).any():
+            raise BadInput(
+                f"calibration of {path}: the statistics of its {name} are all zero or rounding "
+                "noise; the loss must be the cross-entropy of the full-precision model and the "
+                "mask must keep some tokens"
+            )

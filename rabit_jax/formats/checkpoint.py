@@ -1,0 +1,221 @@
+"""Safetensors checkpoints read one parameter at a time, each tensor checked by name.
+
+A shard is mapped into memory anew for each piece that is read and let go after it: pages of a file
+that stays mapped count as this process's memory until the machine runs short of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from rabit_jax.errors import BadInput
+from rabit_jax.formats.folder import FILE, find_folder, finite_as, read_generation, read_json
+from rabit_jax.formats.hf_config import from_hf, token_ids
+from rabit_jax.formats.hub import first_line
+from rabit_jax.formats.names import hf_name, tensor_names
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import param_shapes
+
+INDEX = f"{FILE}.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+PIECE_BYTES = 1 << 23
+# A checkpoint of text and images keeps its language model under another name, older files first.
+_RENAMED = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."),
+            ("model.language_model.", "model."))
+_IMAGES = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.",
+           "model.multi_modal_projector.")
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies: the shard, its name there, shape and dtype as safetensors spells it."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"tensor {self.name} in {self.file}"
+
+    def pieces(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """The tensor as slices of its first axis, each of about `PIECE_BYTES`.
+
+        Raises:
+          BadInput: the shard can no longer be read.
+        """
+        row_bytes = max(1, int(np.prod(self.shape[1:])) * (8 if self.dtype == "F64" else 4))
+        step = max(1, PIECE_BYTES // row_bytes)
+        for begin in range(0, self.shape[0], step):
+            rows = slice(begin, min(begin + step, self.shape[0]))
+            with _opened(self.file) as shard:
+                piece = shard.get_slice(self.name)[rows]
+            yield rows, piece
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose tensors are all there, in the right shapes.
+
+    Attributes:
+      folder: where it lies.
+      config: of the decoder.
+      shapes: shape of each parameter by path, as `names.param_shapes` gives them.
+      tensors: where each Hugging Face tensor of the language model lies, by name.
+    """
+
+    folder: Path
+    config: ModelConfig
+    shapes: dict[str, tuple[int, ...]]
+    tensors: dict[str, Stored]
+
+    def read(self, path: str, layer: int | None = None, dtype: Any = "float32") -> np.ndarray:
+        """One parameter in this package's layout.
+
+        Host memory beyond the result is one piece of a tensor, some `PIECE_BYTES`.
+
+        Args:
+          path: such as `layers/attn/q/kernel`.
+          layer: of a stacked parameter, that layer alone; None gives the whole stack.
+          dtype: of the result.
+
+        Returns:
+          `[l, ...]` for a stack, else `[...]`; a kernel is `[..., i, o]`, torch's `[o, i]`
+          transposed.
+
+        Raises:
+          BadInput: a value that is NaN or infinite, or leaves the range of `dtype`; the tensor is
+            named.
+
+        Example:
+          >>> with open_checkpoint("runs/mine/teacher") as checkpoint:
+          ...     q = checkpoint.read("layers/attn/q/kernel", layer=3)
+        """
+        shape, stacked = self.shapes[path], path.startswith("layers/")
+        names = [name for name, _ in tensor_names(path, shape)]
+        if layer is not None:
+            names, shape = [names[layer]], (1, *shape[1:])
+        out = np.empty(shape, dtype)
+        for row, name in zip(out if stacked else out[None], names, strict=True):
+            torch_layout = row.T if path.endswith("/kernel") else row
+            for rows, piece in self.tensors[name].pieces():
+                torch_layout[rows] = finite_as(piece, out.dtype, self.tensors[name].label)
+        return out if layer is None else out[0]
+
+
+@contextlib.contextmanager
+def open_checkpoint(path: str | Path) -> Iterator[Checkpoint]:
+    """Opens a model folder, or a model on the hub by its id; its values are read by `read`.
+
+    Raises:
+      BadInput: no such folder or hub model, an unsupported config (the message begins with
+        `unsupported`), a shard that is missing or truncated, or a missing, extra or misshapen
+        tensor; each by name.
+    """
+    folder = find_folder(path)
+    raw = read_json(folder / "config.json")
+    config = with_end_tokens(from_hf(raw), folder)
+    tensors = _find_tensors(folder, multimodal="text_config" in raw)
+    shapes = param_shapes(config)
+    _check(tensors, shapes, config, folder)
+    yield Checkpoint(folder, config, shapes, tensors)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The config of a folder or hub id, with the end tokens of generation_config.json if any.
+
+    Raises:
+      BadInput: no such model, or a config that cannot be read or is not supported.
+    """
+    folder = find_folder(path)
+    return with_end_tokens(from_hf(read_json(folder / "config.json")), folder)
+
+
+def with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The config with the end tokens of generation_config.json where the folder has them."""
+    ids = read_generation(folder).get("eos_token_id")
+    return config if ids is None else dataclasses.replace(config, eos_ids=token_ids(ids))
+
+
+def _find_tensors(folder: Path, multimodal: bool) -> dict[str, Stored]:
+    """Where each tensor of the language model lies, by its plain name."""
+    found = {}
+    for file in _shards(folder):
+        with _opened(file) as shard:
+            for name in shard.keys():
+                if multimodal and name.startswith(_IMAGES):
+                    continue
+                info = shard.get_slice(name)
+                plain = _plain(name) if multimodal else name
+                found[plain] = Stored(file, name, tuple(info.get_shape()), info.get_dtype())
+    return found
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if (folder / FILE).exists():
+        return [folder / FILE]
+    if index.exists():
+        table = read_json(index).get("weight_map")
+        names = set(table.values()) if isinstance(table, dict) else set()
+        if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+            raise BadInput(f"{index} has no weight_map from tensors to files of this folder: "
+                           "fetch it again")
+        return [folder / name for name in sorted(names)]
+    raise BadInput(f"{folder} holds no {FILE} and no {INDEX}: convert the model to safetensors, or "
+                   "take one that has them")
+
+
+def _plain(name: str) -> str:
+    for prefix, wanted in _RENAMED:
+        if name.startswith(prefix):
+            return wanted + name.removeprefix(prefix)
+    return name
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="numpy") as shard:
+            yield shard
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot read shard {file} ({first_line(error)}), it is missing or "
+                       "damaged: fetch it again") from error
+
+
+def _check(
+    tensors: dict[str, Stored], shapes: dict[str, tuple[int, ...]], config: ModelConfig,
+    folder: Path,
+) -> None:
+    """Raises BadInput for the first tensor that is missing, misshapen or not asked for."""
+    wanted = dict(pair for path, shape in shapes.items() for pair in tensor_names(path, shape))
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise BadInput(f"missing tensor {name} {list(shape)} in {folder}")
+        found = tensors[name]
+        if found.shape != shape or found.dtype not in FLOATS:
+            raise BadInput(f"tensor {found.name} in {folder} is {found.dtype} {list(found.shape)}, "
+                           f"wanted {list(shape)} of float32, bfloat16 or float16")
+    for name in sorted(set(tensors) - set(wanted)):
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if not (name == "lm_head.weight" and config.tied_head and _same(tensors, name)):
+            raise BadInput(f"extra tensor {tensors[name].name} in {folder}, config.json asks for "
+                           "none of that name")
+
+
+def _same(tensors: dict[str, Stored], head: str) -> bool:
+    """Whether a stored head is the embedding that the config ties it to."""
+    one, other = tensors[head], tensors[hf_name("embed/embedding")]
+    if one.shape != other.shape:
+        return False
+    pairs = zip(one.pieces(), other.pieces(), strict=False)
+    return all(np.array_equal(a, b) for (_, a), (_, b) in pairs)

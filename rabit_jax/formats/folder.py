@@ -1,0 +1,185 @@
+"""Model folders: found on disk or on the hub, and written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from rabit_jax.errors import BadInput
+from rabit_jax.formats.hub import ID, fetch, first_line
+from rabit_jax.formats.tokenizer import load_tokenizer
+
+FILE = "model.safetensors"
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder itself, or where the hub's snapshot of that id lies (downloaded where missing).
+
+    Raises:
+      BadInput: no such folder, and no such model on the hub or no way to reach it.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not ID.fullmatch(str(path)):
+        raise BadInput(f"no model folder {path}")
+    return fetch(str(path))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; BadInput where it cannot be read or is no object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {file}: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{file} holds a {type(content).__name__}, wanted a JSON object")
+    return content
+
+
+def json_files(
+    raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """config.json and generation_config.json by name.
+
+    Args:
+      raw: content of config.json; its begin and end tokens are those of generation too.
+      generation: further content of generation_config.json, such as the source model's sampling.
+    """
+    ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
+    return {"config.json": dict(raw), "generation_config.json": {**(generation or {}), **ids}}
+
+
+def read_generation(folder: str | Path) -> dict[str, Any]:
+    """Content of a local model folder's generation_config.json, `{}` where it has none."""
+    file = Path(folder) / "generation_config.json"
+    return read_json(file) if file.exists() else {}
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a local model folder, None where it has none.
+
+    Raises:
+      BadInput: its files cannot be read, or it makes tokens that the model does not have.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return None
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    # Gemma 3 1B's own tokenizer has a placeholder for images past the model's vocabulary. What is
+    # added but neither begins nor ends a text nor stands in the chat template is no danger.
+    used = f"{tokenizer.bos_token} {tokenizer.eos_token} {tokenizer.chat_template}"
+    beyond = [i for token, i in vocabulary.items()
+              if i >= vocab_size and (token not in added or token in used)]
+    if beyond:
+        raise BadInput(f"the tokenizer in {folder} has token ids up to {max(beyond)}, the model's "
+                       f"vocabulary ends at {vocab_size - 1}: put the tokenizer of this model "
+                       "there")
+    return tokenizer
+
+
+def write_folder(
+    folder: str | Path, shards: Iterable[tuple[str, dict[str, np.ndarray]]],
+    metadata: dict[str, str], files: Mapping[str, Any], tokenizer: Any,
+) -> Path:
+    """Writes a model folder beside its target and renames it; a model folder there is replaced.
+
+    Args:
+      folder: the target.
+      shards: name and tensors of each safetensors file, taken one by one as they are written.
+      metadata: header of each of these.
+      files: by file name, a text or JSON content.
+      tokenizer: of transformers, a plain `tokenizers.Tokenizer`, or None.
+
+    Raises:
+      BadInput: the target exists and is no model folder, or it cannot be written (a full disk).
+    """
+    folder = Path(folder)
+    if folder.exists() and not _replaceable(folder):
+        raise BadInput(f"{folder} exists and is not a model folder, choose another place to save")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
+            new = Path(place) / "new"
+            new.mkdir()
+            for name, content in files.items():
+                text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+                (new / name).write_text(text, encoding="utf-8")
+            for name, tensors in shards:
+                save_tensors(tensors, new / name, metadata)
+                del tensors  # or two shards are held while the next is made
+            _save_tokenizer(new, tokenizer)
+            _exchange(folder, new, Path(place) / "old")
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot write model folder {folder}: {error}") from error
+    return folder
+
+
+def save_tensors(tensors: dict[str, np.ndarray], file: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file with the permissions that a new file has here."""
+    # safetensors leaves a file that its owner alone can read.
+    usual = file.with_name(f"{file.name}.mode")
+    usual.touch()
+    save_file(tensors, file, metadata=metadata)
+    shutil.copymode(usual, file)
+    usual.unlink()
+
+
+def _exchange(folder: Path, new: Path, old: Path) -> None:
+    """Puts `new` where `folder` is, and the old one back where that fails."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds a config.json and safetensors."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def finite_as(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """`value` in `dtype`, contiguous.
+
+    Raises:
+      BadInput: a value is not finite there; the message begins with `name`.
+    """
+    dtype = np.dtype(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = np.ascontiguousarray(value, dtype)
+    # The bits without the sign are in the order of the magnitudes, with NaN above infinity.
+    kind = np.dtype(f"uint{8 * dtype.itemsize}")
+    infinity = np.array(np.inf, dtype).view(kind)
+    if np.max(out.view(kind) & kind.type(np.iinfo(kind).max // 2), initial=0) < infinity:
+        return out
+    if np.isfinite(value).all():
+        raise BadInput(f"{name} holds a value beyond the range of {dtype.name}: take bfloat16 or "
+                       "float32")
+    raise BadInput(f"{name} holds NaN or infinity: the file is damaged or its training diverged")
+
+
+def _replaceable(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
+
+
+def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    if tokenizer is None:
+        return
+    if not hasattr(tokenizer, "save_pretrained"):
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,322 @@
+"""What a file of packed weights holds: names, shapes, headers and checksums."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from rabit_jax.errors import BadInput
+from rabit_jax.formats.folder import save_tensors
+from rabit_jax.formats.names import hf_name, tensor_names
+from rabit_jax.tree import is_weight
+from rabit_jax.weights.representations import abstract_packed, is_packed_node
+
+METHOD, FORMAT, VERSION = "rabit", "rb256", 3
+_DTYPES = {"uint8": "U8", "float16": "F16"}
+OTHERS = ("F16", "BF16")
+_BYTES = {"U8": 1, "F16": 2, "BF16": 2}
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """An open file of format `rb256` whose header has been read.
+
+    Attributes:
+      path: where it lies.
+      config: the model's config.json as the header repeats it.
+      modules: `header()` of each packed linear, by Hugging Face module name.
+      sha256: checksum of each tensor, by name.
+      tensors: the open safetensors handle.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    modules: dict[str, dict[str, Any]]
+    sha256: dict[str, str]
+    tensors: Any
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor.
+
+        Raises:
+          BadInput: its bytes are not those that were written.
+        """
+        value = self.tensors.get_tensor(name)
+        if checksum(value) != self.sha256.get(name):
+            raise BadInput(f"tensor {name} in {self.path} is altered, its checksum differs from "
+                           "the one in the header: fetch the file again")
+        return value
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor, by name."""
+        found = {name: self.tensors.get_slice(name) for name in self.tensors.keys()}
+        return {n: prod(s.get_shape()) * _BYTES[s.get_dtype()] for n, s in found.items()}
+
+
+@contextlib.contextmanager
+def open_packed(path: Path) -> Iterator[PackedFile]:
+    """Opens a file and reads its header; no tensor is read yet.
+
+    Raises:
+      BadInput: no such file, a truncated one, another format or version, or a damaged header.
+    """
+    try:
+        tensors = safe_open(path, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot read {path}, it is missing, truncated or damaged: fetch it again "
+                       f"({str(error).splitlines()[0]})") from error
+    with tensors:
+        header = tensors.metadata() or {}
+        check_version(header, str(path))
+        try:
+            parts = [dict(json.loads(header[name])) for name in ("config", "modules", "sha256")]
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"the header of {path} is damaged ({error}): fetch it again") from error
+        for name in ("config", "modules"):
+            if text_checksum(header[name]) != parts[2].get(name):
+                raise BadInput(f"the header of {path} is altered, the checksum of its {name} "
+                               "differs: fetch it again")
+        yield PackedFile(path, *parts, tensors)
+
+
+def check_version(found: Mapping[str, Any], where: str) -> None:
+    """Raises BadInput unless `found` names the format and the version that are read here."""
+    pair = found.get("format"), str(found.get("version"))
+    if pair != (FORMAT, str(VERSION)):
+        raise BadInput(f"{where} has format {pair[0]!r} version {pair[1]}, this program reads "
+                       f"{FORMAT!r} version {VERSION}: pack the model again or update the program")
+
+
+def metadata(
+    config: Mapping[str, Any], modules: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[str, str]:
+    """The metadata of the header, for a parsed config.json and all tensors of the file."""
+    texts = {"config": json.dumps(config), "modules": json.dumps(modules)}
+    sha256 = {name: text_checksum(text) for name, text in texts.items()}
+    sha256 |= {name: checksum(value) for name, value in tensors.items()}
+    return {"format": FORMAT, "version": str(VERSION), **texts, "sha256": json.dumps(sha256)}
+
+
+def text_checksum(text: str) -> str:
+    """SHA-256, in hexadecimal, of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def checksum(value: np.ndarray) -> str:
+    """SHA-256, in hexadecimal, of dtype, shape and bytes (row-major, little endian) of a tensor.
+
+    The text hashed before the bytes is such as `float16[2, 64]`.
+    """
+    digest = hashlib.sha256(f"{value.dtype}{list(value.shape)}".encode())
+    digest.update(np.ascontiguousarray(value).view(np.uint8))
+    return digest.hexdigest()
+
+
+def part_names(node: Any) -> Any:
+    """The tree of a packed node with each array replaced by its name within the module."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), node
+    )
+
+
+def named_parts(node: Any) -> dict[str, np.ndarray]:
+    """The arrays of a packed node by their names within the module."""
+    names, arrays = (jax.tree.leaves(tree) for tree in (part_names(node), node))
+    return {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)}
+
+
+def module_names(path: str, shape: tuple[int, ...]) -> list[str]:
+    """Hugging Face modules of the kernel at `path`: one per layer of a stack `[l, i, o]`."""
+    layers = range(shape[0]) if path.startswith("layers/") else [None]
+    return [hf_name(path.removesuffix("/kernel"), layer) for layer in layers]
+
+
+def module_table(shapes: Shapes, headers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`modules` of the header: `headers` holds that of each packed kernel, by path."""
+    return {
+        module: header
+        for path, header in headers.items() for module in module_names(path, shapes[path])
+    }
+
+
+def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, Any]:
+    """Each packed kernel by path, one matrix of it as shapes and dtypes.
+
+    Raises:
+      BadInput: the header's modules are not those of a model of these shapes.
+    """
+    kernels = {path: module_names(path, shape)[0] for path, shape in shapes.items()
+               if path.endswith("/kernel")}
+    headers = {p: file.modules[m] for p, m in kernels.items() if m in file.modules}
+    nodes = {}
+    for path, header in headers.items():
+        try:
+            nodes[path] = abstract_packed(header)
+        except BadInput as error:
+            raise BadInput(f"module {kernels[path]} in {file.path}: {error}; pack the model again "
+                           "or update the program") from None
+        if nodes[path].shape != shapes[path][-2:]:
+            raise BadInput(f"module {kernels[path]} in {file.path} is {list(nodes[path].shape)}, "
+                           f"the config asks for {list(shapes[path][-2:])}: pack it again")
+    wanted = module_table(shapes, headers)
+    for name in [*wanted, *file.modules]:
+        if file.modules.get(name) != wanted.get(name):
+            raise BadInput(f"module {name} in {file.path} is {file.modules.get(name)}, the config "
+                           f"and the other layers ask for {wanted.get(name)}: pack it again")
+    return nodes
+
+
+def check_tensors(file: PackedFile, shapes: Shapes, nodes: Mapping[str, Any]) -> None:
+    """Raises BadInput, with its name, for a tensor that is missing, misshapen or not asked for."""
+    wanted = dict(_wanted(shapes, nodes))
+    found = set(file.tensors.keys())
+    for name, (shape, dtypes) in wanted.items():
+        if name not in found:
+            raise BadInput(f"missing tensor {name} {list(shape)} in {file.path}")
+        stored = file.tensors.get_slice(name)
+        if tuple(stored.get_shape()) != shape or stored.get_dtype() not in dtypes:
+            raise BadInput(f"tensor {name} in {file.path} is {stored.get_dtype()} "
+                           f"{stored.get_shape()}, wanted {' or '.join(dtypes)} {list(shape)}")
+    if extra := sorted(found - set(wanted)):
+        raise BadInput(f"extra tensor {extra[0]} in {file.path}, the config asks for none of that "
+                       "name")
+
+
+def _wanted(shapes: Shapes, nodes: Mapping[str, Any]) -> Iterator[tuple[str, tuple]]:
+    """Name and `(shape, dtypes)` of every tensor of the file."""
+    for path, shape in shapes.items():
+        if path not in nodes:
+            yield from ((name, (inner, OTHERS)) for name, inner in tensor_names(path, shape))
+            continue
+        parts = jax.tree.leaves(part_names(nodes[path]))
+        leaves = jax.tree.leaves(nodes[path])
+        for module in module_names(path, shape):
+            for part, leaf in zip(parts, leaves, strict=True):
+                yield f"{module}.{part}", (leaf.shape, (_DTYPES[str(leaf.dtype)],))
+
+
+def nearest_16bit(value: Any, name: str) -> np.ndarray:
+    """`value` in float16 or bfloat16, whichever has the smaller largest error; float16 on a tie.
+
+    So a model trained in bfloat16 is stored exactly, and a small float32 one with float16's three
+    more bits, unless a value lies beyond float16's range.
+
+    Raises:
+      BadInput: a value is not finite; the message begins with `name`.
+    """
+    wide = np.asarray(value).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = [wide.astype(jnp.dtype(dtype)) for dtype in ("float16", "bfloat16")]
+        errors = [np.max(np.abs(r.astype(np.float32) - wide), initial=0) for r in rounded]
+    best = int(np.argmin(errors))
+    if not np.isfinite(errors[best]):
+        raise BadInput(f"{name} holds a value that is not finite or leaves the range of bfloat16, "
+                       "it cannot be stored: look where the training went wrong")
+    return rounded[best]
+
+
+def save_packed_params(file: str | Path, params: Any) -> Path:
+    """Writes packed params of a model that is not ours: the file knows nothing of the model.
+
+    One tensor for each array of a packed weight, `block/fc/kernel.bits`, and one for each other
+    parameter in the dtype that it has. Written beside the target and renamed.
+
+    Args:
+      file: where to write, usually `*.safetensors`; replaced if it exists.
+      params: nested dicts (keys: text or whole numbers), packed; see `rabit_jax.pack`.
+
+    Returns:
+      The file.
+
+    Raises:
+      BadInput: something else than nested dicts, two parameters of one path (a key with "/"), a
+        weight that is not packed, no packed weight at all, or no room.
+
+    Example:
+      >>> save_packed_params("vit.safetensors", pack(student))
+      >>> logits = model.apply({"params": dense(load_packed_params("vit.safetensors"))}, x)
+    """
+    file = Path(file)
+    keys, tensors, headers = {}, {}, {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]:
+        own = [_key(entry) for entry in path]
+        name = "/".join(map(str, own))
+        if name in keys:
+            raise BadInput(f"two parameters have the path {name}: {keys[name]} and {own}; rename "
+                           "one of them")
+        keys[name] = own
+        if not is_weight(leaf):
+            tensors[name] = np.asarray(leaf)
+            continue
+        if not is_packed_node(leaf):
+            raise BadInput(f"{name} is a {type(leaf).__name__}, wanted a packed weight: pack the "
+                           "params first")
+        headers[name] = leaf.header()
+        tensors |= {f"{name}.{part}": array for part, array in named_parts(leaf).items()}
+    if not headers:
+        raise BadInput("the params hold no packed weight: convert and pack them first")
+    tensors = {name: np.ascontiguousarray(a) if a.ndim else a for name, a in tensors.items()}
+    _write(file, tensors, metadata({"params": keys}, headers, tensors))
+    return file
+
+
+def load_packed_params(file: str | Path) -> dict[str, Any]:
+    """Reads and verifies what `save_packed_params` wrote: the same tree, to the bit.
+
+    Raises:
+      BadInput: no such file, a truncated or altered one, another format or version, or the file of
+        a packed language model.
+    """
+    params: dict[str, Any] = {}
+    with open_packed(Path(file)) as packed:
+        paths = packed.config.get("params")
+        if paths is None:
+            raise BadInput(f"{file} is that of a language model: read its folder by load_packed")
+        for name, keys in paths.items():
+            branch = params
+            for key in keys[:-1]:
+                branch = branch.setdefault(key, {})
+            branch[keys[-1]] = _read_params(packed, name)
+    return params
+
+
+def _key(entry: Any) -> str | int:
+    key = getattr(entry, "key", None)
+    if not isinstance(entry, jax.tree_util.DictKey) or not isinstance(key, str | int):
+        raise BadInput(f"the params have the entry {entry}, wanted nested dicts with keys that are "
+                       "text or whole numbers; of an NNX model take nnx.to_pure_dict(state)")
+    return key
+
+
+def _read_params(packed: PackedFile, name: str) -> Any:
+    try:
+        if name not in packed.modules:
+            return jnp.asarray(packed.read(name))
+        names = part_names(abstract_packed(packed.modules[name]))
+        return jax.tree.map(lambda part: jnp.asarray(packed.read(f"{name}.{part}")), names)
+    except SafetensorError as error:
+        raise BadInput(f"{packed.path} lacks a tensor of {name}: fetch it again") from error
+
+
+def _write(file: Path, tensors: dict[str, np.ndarray], header: dict[str, str]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as place:
+            new = Path(place) / file.name
+            save_tensors(tensors, new, header)
+            new.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot write {file}: {error}") from error

@@ -1,0 +1,252 @@
+"""Packed models as folders: written, read and measured; the file is that of `packed_format`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rabit_jax.errors import BadInput
+from rabit_jax.formats.checkpoint import with_end_tokens
+from rabit_jax.formats.folder import (
+    FILE,
+    find_folder,
+    json_files,
+    read_json,
+    read_tokenizer,
+    write_folder,
+)
+from rabit_jax.formats.hf import load_hf
+from rabit_jax.formats.hf_config import from_hf, to_hf
+from rabit_jax.formats.model_card import CARD, packed_card
+from rabit_jax.formats.names import tensor_names
+from rabit_jax.formats.packed_file import (
+    FORMAT,
+    METHOD,
+    VERSION,
+    PackedFile,
+    check_tensors,
+    check_version,
+    metadata,
+    module_names,
+    module_table,
+    named_parts,
+    nearest_16bit,
+    open_packed,
+    packed_kernels,
+    part_names,
+)
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import Decoder, check_params, param_shapes
+from rabit_jax.tree import is_weight
+from rabit_jax.weights.description import describe
+from rabit_jax.weights.representations import abstract_packed, is_packed_node
+
+
+def save_packed(
+    folder: str | Path, config: ModelConfig, params: Any, tokenizer: Any = None,
+    extra: Mapping[str, Any] | None = None, generation: Mapping[str, Any] | None = None,
+    base: str | None = None,
+) -> Path:
+    """Writes a packed model: config.json, model.safetensors, generation_config.json, tokenizer.
+
+    Beside them lies a model card, README.md. All is written beside the target and renamed, so
+    nothing half-written stays; a model folder of that name is replaced. What is not packed
+    (embedding, norms, head, biases) is stored in float16 or bfloat16, whichever is closer to it.
+
+    Args:
+      folder: where to write.
+      config: of the decoder.
+      params: its params, some or all kernels as packed weight nodes; see `rabit_jax.pack`.
+      tokenizer: of transformers, or a plain `tokenizers.Tokenizer`.
+      extra: JSON fields to keep beside the format in `quantization_config` of config.json, such
+        as the spec that the weights were trained with.
+      generation: content of generation_config.json beside the begin and end tokens.
+      base: the model that was quantised, a hub id or what a reader would call it, for the card.
+
+    Returns:
+      The folder.
+
+    Raises:
+      BadInput: params that do not fit the config, hold no packed or an unpacked weight node, or a
+        value that is not finite; a target that is no model folder; no room.
+
+    Example:
+      >>> folder = save_packed("runs/mine/packed", model.config, pack(params), tokenizer)
+      >>> model, params, tokenizer = load_packed(folder)
+    """
+    leaves, shapes = flatten_dict(params, sep="/"), param_shapes(config)
+    check_params(leaves, shapes)
+    headers = _headers(leaves)
+    tensors = _tensors(leaves)
+    raw = to_hf(config)
+    header = metadata(raw, module_table(shapes, headers), tensors)
+    types = sorted({one["type"] for one in headers.values()})
+    quantization = {**(extra or {}), "quant_method": METHOD, "format": FORMAT, "version": VERSION,
+                    "types": types}
+    files = json_files(raw, generation)
+    files["config.json"]["quantization_config"] = quantization
+    sizes = describe(params)
+    files[CARD] = packed_card(Path(folder).name, sizes.bits_per_weight,
+                              sizes.stored_bits_per_weight, base)
+    return write_folder(folder, [(FILE, tensors)], header, files, tokenizer)
+
+
+def load_packed(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
+    """Reads and verifies a packed model.
+
+    Args:
+      folder: written by `save_packed`, or the id of such a model on the hub.
+
+    Returns:
+      `(Decoder, params, tokenizer)` as `load_hf` gives them, but packed kernels are packed weight
+      nodes stacked over layers, and the rest stays in the 16-bit dtype of the file.
+
+    Raises:
+      BadInput: no such folder or no packed model in it, a truncated or altered file, an unknown
+        version, a missing, extra or misshapen tensor; each by name; a tokenizer of another model.
+    """
+    folder = find_folder(folder)
+    raw = read_json(folder / "config.json")
+    if not is_packed(raw):
+        raise BadInput(f"{folder} holds no packed model: the quantization_config of config.json "
+                       f"names no quant_method {METHOD!r}")
+    check_version(raw.pop("quantization_config"), f"{folder / 'config.json'}")
+    config = with_end_tokens(from_hf(raw), folder)
+    tokenizer = read_tokenizer(folder, config.vocab_size)
+    with open_packed(folder / FILE) as file:
+        _check_config(file, raw, folder)
+        shapes = param_shapes(config)
+        nodes = packed_kernels(file, shapes)
+        check_tensors(file, shapes, nodes)
+        params = {path: _read(file, path, s, nodes.get(path)) for path, s in shapes.items()}
+    return Decoder(config), unflatten_dict(params, sep="/"), tokenizer
+
+
+def load_model(
+    folder: str | Path, done: Callable[[int, int], None] = lambda ready, total: None
+) -> tuple[Decoder, dict[str, Any], Any]:
+    """Reads a model to run it, packed or dense as its config.json says.
+
+    Dense params come in the dtype that config.json names for the matrix products, so that both
+    kinds hold in memory what they would hold when deployed.
+
+    Args:
+      folder: of a model, or its hub id.
+      done: as for `load_hf`, of a dense model; a packed one is read in one go.
+
+    Returns:
+      `(Decoder, params, tokenizer)`; see `load_packed` and `load_hf` for them and for what raises.
+    """
+    folder = find_folder(folder)
+    raw = read_json(folder / "config.json")
+    if is_packed(raw):
+        return load_packed(folder)
+    return load_hf(folder, dtype=from_hf(raw).dtype, done=done)
+
+
+def is_packed(raw: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json is that of a packed model."""
+    quantization = raw.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+
+
+def packed_bytes(folder: str | Path) -> dict[str, float]:
+    """Sizes of a packed model, counted from its file.
+
+    Returns:
+      `linear_bytes`: bits, codes and scales of the packed linears, padding included;
+      `other_bytes`: all other tensors; `file_bytes`: of model.safetensors; `weights`: how many
+      weights the packed linears have; `stored_bits_per_weight = 8 linear_bytes / weights`, for k
+      sign paths
+      `k + 16 k (i + o) / (i o)` where i is a multiple of 256 and more where it is padded to one.
+
+    Raises:
+      BadInput: a file that is missing, truncated or of another format.
+    """
+    path = Path(folder) / FILE
+    try:
+        with open_packed(path) as file:
+            sizes, modules = file.sizes(), file.modules
+        parts = ((m, jax.tree.leaves(part_names(abstract_packed(h)))) for m, h in modules.items())
+        linear = sum(sizes[f"{module}.{part}"] for module, names in parts for part in names)
+        weights = sum(m["in"] * m["out"] for m in modules.values())
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"the header of {path} names {error}, which the file lacks: fetch it "
+                       "again") from error
+    return {
+        "linear_bytes": linear, "other_bytes": sum(sizes.values()) - linear,
+        "file_bytes": path.stat().st_size, "weights": weights,
+        "stored_bits_per_weight": 8 * linear / weights,
+    }
+
+
+def _headers(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Header of each packed kernel, by path; refuses weight nodes that this file cannot hold."""
+    nodes = {path: leaf for path, leaf in leaves.items() if is_weight(leaf)}
+    if not nodes:
+        raise BadInput("the params hold no packed weight: pack them, or save a dense model by "
+                       "save_hf")
+    for path, node in nodes.items():
+        if not is_packed_node(node):
+            raise BadInput(f"{path} is a {type(node).__name__}, wanted a packed weight: pack the "
+                           "params first")
+        _check_parts(path, node)
+    return {path: node.header() for path, node in nodes.items()}
+
+
+def _check_parts(path: str, node: Any) -> None:
+    """Raises BadInput for an array that is not what the node's own header announces."""
+    one, lead = abstract_packed(node.header()), node.shape[:-2]
+    names = jax.tree.leaves(part_names(one))
+    for name, wanted, found in zip(names, *map(jax.tree.leaves, (one, node)), strict=True):
+        if found.shape != (*lead, *wanted.shape) or found.dtype != wanted.dtype:
+            raise BadInput(f"{path} has {name} {found.dtype}{list(found.shape)}, wanted "
+                           f"{wanted.dtype}{[*lead, *wanted.shape]}")
+
+
+def _tensors(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """All tensors of the file, by name."""
+    out = {}
+    for path, leaf in leaves.items():
+        stacked = path.startswith("layers/")
+        if is_weight(leaf):
+            parts = named_parts(leaf).items()
+            for n, module in enumerate(module_names(path, leaf.shape)):
+                out |= {f"{module}.{name}": a[n] if stacked else a for name, a in parts}
+            continue
+        stored = nearest_16bit(leaf, path)
+        names = tensor_names(path, stored.shape)
+        for (name, _), row in zip(names, stored if stacked else [stored], strict=True):
+            out[name] = np.ascontiguousarray(row.T if path.endswith("/kernel") else row)
+    return out
+
+
+def _check_config(file: PackedFile, raw: Mapping[str, Any], folder: Path) -> None:
+    """A config.json edited after packing would silently give other text."""
+    for name in {**raw, **file.config}:
+        found, wanted = raw.get(name), file.config.get(name)
+        if found != wanted:
+            raise BadInput(f"{name} is {found!r} in {folder / 'config.json'} and {wanted!r} in the "
+                           f"header of {FILE}: restore config.json")
+
+
+def _read(file: PackedFile, path: str, shape: tuple[int, ...], node: Any) -> Any:
+    """One parameter: an array, or the packed weight that `node` outlines, stacked over layers."""
+    if node is not None:
+        modules = module_names(path, shape)
+        return jax.tree.map(
+            lambda part: _stack([file.read(f"{module}.{part}") for module in modules], path),
+            part_names(node),
+        )
+    rows = [file.read(name) for name, _ in tensor_names(path, shape)]
+    return _stack([row.T for row in rows] if path.endswith("/kernel") else rows, path)
+
+
+def _stack(rows: list[np.ndarray], path: str) -> jnp.ndarray:
+    return jnp.asarray(np.stack(rows) if path.startswith("layers/") else rows[0])

@@ -1,0 +1,271 @@
+"""Text generation: prefill, then one token at a time from a key-value cache, all on the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from rabit_jax.errors import BadInput
+from rabit_jax.models.decoder import Decoder
+from rabit_jax.models.engine import Cache, init_cache, step
+from rabit_jax.models.prepared import Engine, prepare
+
+# Tokens that the device makes between two that the host may look at.
+CHUNK = 16
+
+
+class Choice(NamedTuple):
+    """What is fixed when the loop is compiled: how tokens are chosen, and what ends a row."""
+
+    mode: str
+    eos: tuple[int, ...]
+
+
+@struct.dataclass
+class State:
+    """The loop between two tokens.
+
+    Attributes:
+      count: scalar int32, new tokens so far.
+      token: `[b]` int32, the last one of each row.
+      done: `[b]` bool, which rows have ended.
+      broken: scalar int32, the number of the new token whose logits were not finite; 0 for none.
+      cache: of `step`.
+      key: for the next token.
+    """
+
+    count: jax.Array
+    token: jax.Array
+    done: jax.Array
+    broken: jax.Array
+    cache: Cache
+    key: jax.Array
+
+
+def generate(
+    model: Decoder,
+    params: Any,
+    tokens: jax.Array,
+    mask: jax.Array | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    eos_ids: Sequence[int] = (),
+) -> jax.Array:
+    """Continues a batch of prompts; params may be dense, in training form, packed or prepared.
+
+    Args:
+      model: the decoder; `model.config.eos_ids` holds its own end tokens.
+      params: its params tree, or what `prepare` made of it: for more than one call, prepare once.
+      tokens: `[b, t]` int prompts, shorter ones padded on the left.
+      mask: `[b, t]` bool, True for real tokens; None means all real.
+      max_new_tokens: number of tokens to append, at least 1.
+      temperature: 0 takes the likeliest token; else samples from `softmax(logits / temperature)`.
+      top_p: samples only from the smallest set of likeliest tokens whose probability reaches it.
+      key: for sampling; the same key gives the same text.
+      eos_ids: a row ends at any of these, and the loop when all rows have ended.
+
+    Returns:
+      `[b, max_new_tokens]` int32; after its end a row is filled with the first of `eos_ids`, or
+      with 0.
+
+    Raises:
+      BadInput: an empty prompt, padding on the right, token ids outside the vocabulary, more
+        tokens than the model has positions, settings out of range, params that do not fit the
+        model, or logits that are not finite.
+
+    Example:
+      >>> engine = prepare(model.config, params)
+      >>> generate(model, engine, jnp.array([[1, 5, 9]]), max_new_tokens=4).shape
+      (1, 4)
+    """
+    settings = (max_new_tokens, temperature, top_p, key, eos_ids)
+    chunks = stream(model, params, tokens, mask, *settings, chunk=max_new_tokens)
+    out = np.concatenate(list(chunks), axis=1)
+    fill = _fill(tuple(eos_ids))
+    missing = max_new_tokens - out.shape[1]
+    return jnp.asarray(np.pad(out, ((0, 0), (0, missing)), constant_values=fill))
+
+
+def stream(
+    model: Decoder,
+    params: Any,
+    tokens: jax.Array,
+    mask: jax.Array | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    eos_ids: Sequence[int] = (),
+    chunk: int = CHUNK,
+) -> Iterator[np.ndarray]:
+    """The tokens of `generate` as they come: the first after the prefill, then chunk by chunk.
+
+    Args:
+      chunk: tokens that the device makes at a stretch, without waiting for the host.
+      model, params, tokens, mask, max_new_tokens, temperature, top_p, key, eos_ids: as for
+        `generate`.
+
+    Returns:
+      An iterator over int32 `[b, n]`, n = 1 at first and then at most `chunk`; it ends with
+      `max_new_tokens` or when all rows have ended. Rows that end before others are filled.
+
+    Raises:
+      BadInput: as `generate`; logits that are not finite are told when their turn comes.
+
+    Example:
+      >>> for new in stream(model, params, tokens, eos_ids=model.config.eos_ids):
+      ...     print(new.tolist())
+    """
+    tokens, mask = _prompt(model, tokens, mask, max_new_tokens)
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise BadInput(f"temperature {temperature} and top_p {top_p}: wanted temperature >= 0 and "
+                       "0 < top_p <= 1")
+    if chunk < 1:
+        raise BadInput(f"chunk is {chunk}, wanted at least 1 token")
+    if temperature > 0 and key is None:
+        raise BadInput("sampling with temperature > 0 wants a key, such as jax.random.key(0)")
+    key = jax.random.key(0) if key is None else key
+    mode = "greedy" if temperature == 0 else ("sample" if top_p == 1 else "nucleus")
+    choice = Choice(mode, tuple(int(i) for i in eos_ids))
+    engine = params if isinstance(params, Engine) else prepare(model.config, params)
+    heat = jnp.float32(temperature), jnp.float32(top_p)
+    return _chunks(engine, tokens, mask, key, heat, choice, max_new_tokens, chunk)
+
+
+def _chunks(
+    engine: Engine, tokens: np.ndarray, mask: np.ndarray, key: jax.Array,
+    heat: tuple[jax.Array, jax.Array], choice: Choice, most: int, chunk: int,
+) -> Iterator[np.ndarray]:
+    """The body of `stream`."""
+    state = _prefill(engine, tokens, mask, key, heat, choice, tokens.shape[1] + most)
+    new, made, done = _fetch(engine, state.token[:, None], state)
+    yield new
+    while made < most and not done:
+        stop, before = np.int32(min(made + chunk, most)), made
+        new, state = _extend(engine, state, heat, stop, choice, chunk)
+        new, made, done = _fetch(engine, new, state)
+        yield new[:, : made - before]
+
+
+@functools.partial(jax.jit, static_argnames=("choice", "slots"))
+def _prefill(
+    engine: Engine, tokens: jax.Array, mask: jax.Array, key: jax.Array,
+    heat: tuple[jax.Array, jax.Array], choice: Choice, slots: int,
+) -> State:
+    """The state after the first new token."""
+    b = tokens.shape[0]
+    zero = jnp.int32(0)
+    cache = init_cache(engine.config, b, slots)
+    empty = State(zero, jnp.zeros(b, jnp.int32), jnp.zeros(b, bool), zero, cache, key)
+    return _advance(engine, empty, tokens, mask, heat, choice)
+
+
+@functools.partial(jax.jit, static_argnames=("choice", "chunk"), donate_argnames="state")
+def _extend(
+    engine: Engine, state: State, heat: tuple[jax.Array, jax.Array], stop: jax.Array,
+    choice: Choice, chunk: int,
+) -> tuple[jax.Array, State]:
+    """At most `chunk` more tokens, `[b, chunk]` int32, until the count is `stop`; the new state.
+
+    The cache is donated: the loop writes it in place from one call to the next.
+    """
+    first = state.count
+    new = jnp.full((state.token.shape[0], chunk), _fill(choice.eos), jnp.int32)
+
+    def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
+        state = carry[1]
+        return (state.count < stop) & ~state.done.all() & (state.broken == 0)
+
+    def extend(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+        new, state = carry
+        after = _advance(engine, state, state.token[:, None], None, heat, choice)
+        at = (0, state.count - first)
+        return jax.lax.dynamic_update_slice(new, after.token[:, None], at), after
+
+    return jax.lax.while_loop(unfinished, extend, (new, state))
+
+
+def _advance(
+    engine: Engine, state: State, tokens: jax.Array, mask: jax.Array | None,
+    heat: tuple[jax.Array, jax.Array], choice: Choice,
+) -> State:
+    """The state with `tokens: [b, t]` in the cache and one token more."""
+    key, now = jax.random.split(state.key)
+    logits, cache = step(engine, tokens, state.cache, mask)
+    token = jnp.where(state.done, _fill(choice.eos), pick(logits, now, choice.mode, *heat))
+    count = state.count + 1
+    finite = jnp.isfinite(logits).all(axis=-1) | state.done
+    broken = jnp.where(finite.all(), state.broken, count)
+    ended = (token[:, None] == jnp.array(choice.eos, jnp.int32)[None]).any(axis=1)
+    return State(count, token, state.done | ended, broken, cache, key)
+
+
+def _fill(eos: tuple[int, ...]) -> int:
+    return eos[0] if eos else 0
+
+
+def _fetch(engine: Engine, new: jax.Array, state: State) -> tuple[np.ndarray, int, bool]:
+    """New tokens, how many there are by now, and whether all rows have ended, from the device.
+
+    Raises:
+      BadInput: logits that were not finite.
+    """
+    new, count, done, broken = jax.device_get((new, state.count, state.done, state.broken))
+    if broken:
+        raise BadInput(f"the logits hold NaN or infinity at new token {broken}: the weights are "
+                       f"damaged or overflow {engine.config.dtype}, pack or load them again")
+    return new, int(count), bool(done.all())
+
+
+def _prompt(
+    model: Decoder, tokens: Any, mask: Any, max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts and their mask as `[b, t]` int32 and bool, checked."""
+    c = model.config
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size:
+        raise BadInput(f"empty prompt: tokens have shape {tokens.shape}, wanted [b, t] with at "
+                       "least one token in each row")
+    mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+    if mask.shape != tokens.shape or not mask[:, -1].all():
+        raise BadInput(f"mask {mask.shape} for prompts {tokens.shape}: wanted the same shape, rows "
+                       "padded on the left and none empty")
+    if tokens.min() < 0 or tokens.max() >= c.vocab_size:
+        raise BadInput(f"prompt holds token id {tokens.max()} or {tokens.min()}, the vocabulary "
+                       f"has 0..{c.vocab_size - 1}; use the model's own tokenizer")
+    longest = int(mask.sum(axis=1).max())
+    if max_new_tokens < 1 or longest + max_new_tokens > c.max_position:
+        raise BadInput(f"{longest} prompt tokens and {max_new_tokens} new ones, the model has "
+                       f"{c.max_position} positions and makes at least 1; ask for fewer")
+    return tokens.astype(np.int32), mask
+
+
+def pick(
+    logits: jax.Array, key: jax.Array, mode: str, temperature: jax.Array, top_p: jax.Array
+) -> jax.Array:
+    """One token per row of float32 `logits: [b, v]`, as `[b]` int32.
+
+    `mode` is "greedy" (argmax), "sample" (all of `softmax(logits / temperature)`) or "nucleus"
+    (its likeliest tokens until their probability reaches `top_p`, renormalised).
+    """
+    if mode == "greedy":
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    if mode == "sample":
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    p = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p
+    # The likeliest token always stays, whatever rounding does to its `before`.
+    keep = (before < top_p) | (jnp.arange(p.shape[-1]) == 0)[None]
+    rank = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf))
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -1,0 +1,37 @@
+"""Channel importance: from calibration statistics to the diagonal preconditioner of the SVID."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rabit_jax.signs.ste import F32
+
+FLOOR = 1e-4
+
+
+@struct.dataclass
+class Stats:
+    """Second moments of one kernel over the calibration tokens.
+
+    Attributes:
+      s_in: float32 `[..., i]`, root mean square of each input channel.
+      s_out: float32 `[..., o]`, root mean square over tokens of the loss gradient at each output.
+    """
+
+    s_in: jax.Array
+    s_out: jax.Array
+
+
+def importance(s: jax.Array, exponent: float, shrinkage: float = 0.0) -> jax.Array:
+    """`d = (s' / geometric_mean(s'))^exponent`, `s' = (1 - shrinkage) s + shrinkage mean(s)`.
+
+    Channels are floored at 1e-4 of the mean, so that a dead one divides by nothing. Scale-free: the
+    loss may be summed or averaged. `s: [..., i]` -> `[..., i]` float32.
+    """
+    s = s.astype(F32)
+    mean = jnp.mean(s, axis=-1, keepdims=True)
+    s = jnp.maximum((1 - shrinkage) * s + shrinkage * mean, FLOOR * mean)
+    log = jnp.log(s)
+    return jnp.exp(exponent * (log - jnp.mean(log, axis=-1, keepdims=True)))

@@ -1,0 +1,178 @@
+"""The coupled forward of RaBiT and its straight-through backward (arXiv 2602.05367, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+F32 = jnp.float32
+SIGN_BIT = 0x80000000
+
+# What the backward takes sign(V) for, see `path_slope`.
+Ste = Literal["identity", "scaled", "clipped", "smooth"]
+STE = get_args(Ste)
+
+
+def outer(h: jax.Array, g: jax.Array) -> jax.Array:
+    """`h g^T`: `[..., i]`, `[..., o]` -> `[..., i, o]`."""
+    return h[..., :, None] * g[..., None, :]
+
+
+def with_sign(step: jax.Array, positive: jax.Array) -> jax.Array:
+    """`+step` where `positive`, else `-step`, as an integer operation on the sign bit.
+
+    The integer form keeps the compiler from contracting the product inside `step` with the
+    subtraction that follows it: a fused multiply-add rounds once where the plain form rounds
+    twice, so two compilations of one formula could disagree about the next path's signs.
+    """
+    bits = jax.lax.bitcast_convert_type(step, jnp.uint32)
+    flipped = jnp.where(positive, bits, bits ^ jnp.uint32(SIGN_BIT))
+    return jax.lax.bitcast_convert_type(flipped, F32)
+
+
+def coupled(latent: jax.Array, g: jax.Array, h: jax.Array) -> Iterator[tuple]:
+    """Walk the residual chain; the one place where signs are derived.
+
+        R_0 = W;  B_i = sign(R_{i-1});  W_hat_i = h_i B_i g_i;  R_i = R_{i-1} - W_hat_i
+
+    with sign(0) = +1, in float32 whatever the latent is stored in. The forward, the backward,
+    `pack`, the initialisation and the sign-flip counter all read their signs here.
+
+    Args:
+      latent: `[..., i, o]` float32 or bfloat16.
+      g: `[..., k, o]` float32 output ("row") scales.
+      h: `[..., k, i]` float32 input ("column") scales.
+
+    Yields:
+      For each path `(positive, term)`: bool `[..., i, o]`, True where `B_i = +1`, and
+      `W_hat_i` float32 `[..., i, o]`.
+    """
+    residual = latent.astype(F32)
+    for i in range(g.shape[-2]):
+        positive = residual >= 0
+        term = with_sign(outer(h[..., i, :], g[..., i, :]), positive)
+        yield positive, term
+        residual = residual - term
+
+
+def coupled_signs(latent: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
+    """The signs of all paths: bool `[..., k, i, o]`, True for +1."""
+    return jnp.stack([positive for positive, _ in coupled(latent, g, h)], axis=-3)
+
+
+def path_slope(v: jax.Array, a: jax.Array, ste: str) -> jax.Array:
+    """`d(a sign(v)) / dv` as a straight-through rule takes it, float32, shape of `v`.
+
+        identity   1                    as if a sign(v) were v (the published rule of RaBiT)
+        scaled     a                    as if sign(v) were v
+        clipped    1 where |v| <= |a|   as if a sign(v) were v cut at -a and a
+        smooth     1 / cosh(v / a)^2    as if a sign(v) were a tanh(v / a)
+
+    `v: [..., i, o]` is what the sign is taken of, `a: [..., i, o]` the path's scale `h g^T`.
+    """
+    v = v.astype(F32)
+    if ste == "scaled":
+        return a
+    if ste == "clipped":
+        return (jnp.abs(v) <= jnp.abs(a)).astype(F32)
+    if ste == "smooth":
+        return 1 / jnp.square(jnp.cosh(v / a))
+    return jnp.ones_like(v)
+
+
+def _coupled_slope(latent: jax.Array, g: jax.Array, h: jax.Array, ste: str) -> jax.Array:
+    """`dW_hat / dW = 1 - prod_i (1 - s_i)` by the chain rule through the residuals.
+
+    With `s_i` the slope of path i at `R_{i-1}`: `dW_hat_i = s_i dR_{i-1}`, `dR_i = (1 - s_i)
+    dR_{i-1}`. Slopes of 1 give 1; clipped ones give 1 where `|W| <= a_1 + ... + a_k`.
+    """
+    left, residual = jnp.ones(latent.shape, F32), latent.astype(F32)
+    for i, (_, term) in enumerate(coupled(latent, g, h)):
+        left = left * (1 - path_slope(residual, outer(h[..., i, :], g[..., i, :]), ste))
+        residual = residual - term
+    return 1 - left
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def effective_weight(
+    latent: jax.Array, g: jax.Array, h: jax.Array, dtype=F32, ste: str = "identity"
+) -> jax.Array:
+    """`W_hat = sum_i diag(h_i) B_i diag(g_i)` with the signs `B_i` of the coupled forward.
+
+    Backward, with `G = dL/dW_hat` (the published one, `ste="identity"`):
+
+        dL/dW = G;   dL/dg_i[o] = sum_in G B_i h_i;   dL/dh_i[in] = sum_out G B_i g_i
+
+    Other rules change the first alone: `dL/dW = (1 - prod_i (1 - s_i)) G`, `s_i` by `path_slope`.
+
+    The signs are constants of the backward and are derived again in it, so the residuals are the
+    inputs and nothing else.
+
+    Args:
+      latent: `[..., i, o]` float32 or bfloat16.
+      g: `[..., k, o]` float32.
+      h: `[..., k, i]` float32.
+      dtype: dtype of the result; sums are taken in float32 and rounded once.
+      ste: straight-through rule, one of `STE`.
+
+    Returns:
+      `[..., i, o]` in `dtype`.
+
+    Example:
+      >>> w = jnp.array([[0.9, -0.2]])
+      >>> effective_weight(w, g=jnp.array([[1.0, 1.0], [1.0, 1.0]]), h=jnp.array([[0.5], [0.25]]))
+      Array([[ 0.75, -0.25]], dtype=float32)
+    """
+    return sum(term for _, term in coupled(latent, g, h)).astype(dtype)
+
+
+def _forward(latent, g, h, dtype, ste):
+    return effective_weight(latent, g, h, dtype, ste), (latent, g, h)
+
+
+def _backward(dtype, ste, residuals, cotangent):
+    latent, g, h = residuals
+    cotangent = cotangent.astype(F32)
+    signs = (positive for positive, _ in coupled(latent, g, h))
+    through = cotangent if ste == "identity" else cotangent * _coupled_slope(latent, g, h, ste)
+    return through.astype(latent.dtype), *scale_gradients(cotangent, signs, g, h)
+
+
+def scale_gradients(
+    cotangent: jax.Array, signs: Iterable[jax.Array], g: jax.Array, h: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`dg_i[o] = sum_in G B_i h_i`, `dh_i[in] = sum_out G B_i g_i`, one path after another.
+
+    `cotangent: [..., i, o]` float32 `G`; `signs`: bool `[..., i, o]` per path, True for +1. Returns
+    `[..., k, o]` and `[..., k, i]` float32.
+    """
+    dg, dh = [], []
+    for i, positive in enumerate(signs):
+        signed = with_sign(cotangent, positive)
+        dg.append(jnp.einsum("...io,...i->...o", signed, h[..., i, :]))
+        dh.append(jnp.einsum("...io,...o->...i", signed, g[..., i, :]))
+    return jnp.stack(dg, axis=-2), jnp.stack(dh, axis=-2)
+
+effective_weight.defvjp(_forward, _backward)
+
+
+def flips(before: jax.Array, after: jax.Array) -> jax.Array:
+    """Share of signs that differ, per path: bool `[..., k, i, o]` twice -> `[..., k]` float32."""
+    return jnp.mean(before ^ after, axis=(-2, -1), dtype=F32)
+
+
+def disordered(g: jax.Array, h: jax.Array) -> jax.Array:
+    """Share of elements whose scale products do not fall, `a_i <= a_{i+1}` or `a_i <= 0`.
+
+    There the 2^k levels are no longer a nearest rounding of the latent. `g: [..., k, o]`,
+    `h: [..., k, i]` -> `[...]` float32; 0 for a healthy k = 1.
+    """
+    a = outer(h, g)
+    falls = jnp.all(a > 0, axis=-3)
+    for i in range(g.shape[-2] - 1):
+        falls &= a[..., i, :, :] > a[..., i + 1, :, :]
+    return jnp.mean(~falls, axis=(-2, -1), dtype=F32)

@@ -1,0 +1,146 @@
+"""Params trees: paths of leaves, rules on paths, maps over leaves and over stacked layers.
+
+A params tree is a nested dict whose leaves are arrays and weight nodes; a weight node is one leaf.
+Imports nothing of the package but `BadInput`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rabit_jax.errors import BadInput
+
+
+def is_weight(x: Any) -> bool:
+    """Whether `x` is a weight node: the test that stops tree functions from entering it."""
+    return hasattr(type(x), "matmul") and hasattr(type(x), "dense")
+Rules = Sequence[tuple[str, Any]]
+
+
+def path_name(path: tuple) -> str:
+    """A key path as "layers/attn/q/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves(params: Any) -> Iterator[tuple[str, Any]]:
+    """`(path, leaf)` of a params tree; a weight node is one leaf."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)
+    return ((path_name(path), leaf) for path, leaf in flat)
+
+
+def map_leaves(function: Callable[[str, Any], Any], params: Any, *rest: Any) -> Any:
+    """Apply `function(path, leaf, ...)` to every array and weight node of the tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaf: function(path_name(path), *leaf), params, *rest, is_leaf=is_weight
+    )
+
+
+def weights_of(params: Any) -> dict[str, Any]:
+    """The weight nodes of a tree by path."""
+    return {path: leaf for path, leaf in leaves(params) if is_weight(leaf)}
+
+
+def per_layer(function: Callable, *arrays: Any) -> Any:
+    """Apply a function of one matrix over all leading axes, one layer at a time.
+
+    `lax.map`, not `vmap`: the peak memory is that of one layer. The number of leading axes is read
+    off the first array, a matrix `[..., i, o]`.
+    """
+    lead = arrays[0].shape[:-2]
+    if not lead:
+        return function(*arrays)
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), arrays)
+    out = jax.lax.map(lambda a: function(*a), flat)
+    return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), out)
+
+
+def match_rules(params: Any, rules: Rules) -> dict[str, Any]:
+    """Decide each leaf's spec: the first rule `(regex, spec or None)` that fullmatches its path.
+
+    Returns:
+      `{path: spec}` of the leaves whose rule names a spec.
+
+    Raises:
+      BadInput: a rule matches no path, names one layer of a stack, or selects something that is no
+        matrix or is a weight node already.
+    """
+    found = dict(leaves(params))
+    chosen: dict[str, Any] = {}
+    for pattern, spec in rules:
+        hits = [path for path in found if _fullmatch(pattern, path)]
+        if not hits:
+            raise BadInput(_no_match(pattern, found))
+        for path in hits:
+            chosen.setdefault(path, spec)
+    selected = {path: spec for path, spec in chosen.items() if spec is not None}
+    for path in selected:
+        _check_matrix(path, found[path])
+    return selected
+
+
+def _fullmatch(pattern: str, path: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise BadInput(f"rule {pattern!r} is no regular expression: {error}") from None
+
+
+def _check_matrix(path: str, leaf: Any) -> None:
+    if is_weight(leaf):
+        raise BadInput(
+            f"{path} is a {type(leaf).__name__} already: convert the full-precision params"
+        )
+    if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise BadInput(
+            f"{path} is {leaf.dtype}{list(leaf.shape)}, no float matrix [..., in, out]: "
+            "narrow the rule that selects it"
+        )
+
+
+def _no_match(pattern: str, found: Mapping[str, Any]) -> str:
+    unstacked = re.sub(
+        r"(?<=[A-Za-z])_\d+(?=/)", "", re.sub(r"/(\\d\+|\[[\d-]+\]|\d+)(?=/)", "", pattern)
+    )
+    for path, leaf in found.items():
+        if unstacked != pattern and len(leaf.shape) > 2 and _fullmatch(unstacked, path):
+            return (
+                f"rule {pattern!r} names one layer of a stack: {path} holds all {leaf.shape[0]} "
+                f"layers in one array {list(leaf.shape)}, and a rule applies to the whole of it; "
+                f"write {unstacked!r}"
+            )
+    kernels = [path for path, leaf in found.items() if getattr(leaf, "ndim", 2) >= 2]
+    nearest = difflib.get_close_matches(pattern, kernels, n=3, cutoff=0) or kernels[:3]
+    return f"rule {pattern!r} matches no parameter; the nearest paths are {', '.join(nearest)}"
+
+
+def layer_keys(key: Any, lead: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """PRNG keys by path, one for each matrix of a kernel, in the shape of its leading axes `lead`.
+
+    So a layer draws the same numbers whether it is converted alone or in its stack.
+    """
+    own = {path: jax.random.fold_in(key, n) for n, path in enumerate(lead)}
+    return {path: split_key(own[path], axes) if axes else own[path] for path, axes in lead.items()}
+
+
+def split_key(key: Any, lead: Sequence[int]) -> jax.Array:
+    """PRNG keys of shape `lead`: `key` itself where it holds them already, else one split so."""
+    key = _typed(key)
+    return key if key.ndim else jax.random.split(key, tuple(lead))
+
+
+def fold_key(key: Any, n: int) -> jax.Array:
+    """`jax.random.fold_in(key, n)` of one key, or of each of an array of them."""
+    key = _typed(key)
+    folded = jax.vmap(lambda one: jax.random.fold_in(one, n))(key.reshape(-1))
+    return folded.reshape(key.shape)
+
+
+def _typed(key: Any) -> jax.Array:
+    raw = not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(key) if raw else key

@@ -1,0 +1,83 @@
+"""Pure functions from params tree to params tree: `convert`, `dense` and `pack`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from rabit_jax.errors import BadInput
+from rabit_jax.tree import Rules, is_weight, layer_keys, leaves, map_leaves, match_rules
+from rabit_jax.weights.reshaped import in_shape, matrix_shape
+
+LLAMA_LINEARS = r"layers/(attn/[qkvo]|mlp/(gate|up|down))/kernel"
+
+
+def convert(
+    params: Any,
+    rules: Rules,
+    stats: Mapping[str, Any] | None = None,
+    key: Any = None,
+    done: Callable[[str], None] | None = None,
+) -> Any:
+    """Replace the kernels that the rules select by weight nodes; everything else stays as it is.
+
+    Args:
+      params: tree of arrays, for example that of any Flax model; kernels `[..., i, o]`, leading
+        axes are stacked layers.
+      rules: `[(regex, spec or None)]`; the first that fullmatches a path wins, None keeps the
+        array.
+      stats: `{path: Stats}` from `calibrate` or `calibrate_flax`; without them every channel is
+        equally important. They also tell which axes of an `nn.DenseGeneral` kernel, such as
+        `[d, heads, head_dim]`, are its inputs: its node is then a `Reshaped` matrix.
+      key: PRNG key for specs that draw random numbers.
+      done: called with a kernel's path when its node is ready, for a progress bar.
+
+    Returns:
+      The tree with `spec.init(kernel, stats, key)` in place of each selected kernel.
+
+    Raises:
+      BadInput: see `match_rules`; or `stats` lacks a selected kernel.
+
+    Example:
+      >>> student = convert(params, [(LLAMA_LINEARS, ResidualSignSpec(k=2))], stats)
+    """
+    selected = match_rules(params, rules)
+    missing = sorted(set(selected) - set(stats)) if stats is not None else []
+    if missing:
+        raise BadInput(f"no calibration statistics for {missing[0]}: calibrate with the same rules")
+    found = dict(leaves(params))
+    shapes = {p: matrix_shape(p, found[p].shape, stats and stats[p]) for p in selected}
+    keys = {} if key is None else layer_keys(key, {p: shapes[p][:-2] for p in selected})
+
+    def replace(path: str, leaf: Any) -> Any:
+        if path not in selected:
+            return leaf
+        matrix = leaf if leaf.shape == shapes[path] else leaf.reshape(shapes[path])
+        node = selected[path].init(matrix, None if stats is None else stats[path], keys.get(path))
+        node = in_shape(node, leaf.shape)
+        if done is not None:
+            jax.block_until_ready(node)
+            done(path)
+        return node
+
+    return map_leaves(replace, params)
+
+
+def dense(params: Any) -> Any:
+    """The tree with every weight node replaced by the matrix it multiplies by.
+
+    Differentiable: gradients reach the latents by the node's straight-through rule, so a model that
+    knows nothing of weight nodes trains through `model.apply({"params": dense(params)}, ...)`.
+    """
+    return map_leaves(lambda _, leaf: leaf.dense() if is_weight(leaf) else leaf, params)
+
+
+def pack(params: Any) -> Any:
+    """The tree with every weight node in its deployed form (bits and 16-bit scales).
+
+    Raises:
+      BadInput: a scale leaves the 16-bit range; the message names the layer.
+    """
+    return map_leaves(lambda path, leaf: leaf.pack(path) if is_weight(leaf) else leaf, params)

@@ -1,0 +1,144 @@
+"""`describe`: what a params tree holds, in bits and bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rabit_jax.tree import is_weight, leaves
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: its path, representation, dense shape, and sizes.
+
+    `bits_per_weight` is nominal, `stored_bits_per_weight` counts padding; `trained_bytes` is what
+    the leaves hold now, `deployed_bytes` what the packed file stores (arrays: 2 bytes an element).
+    """
+
+    path: str
+    representation: str
+    shape: tuple[int, ...]
+    k: int | None
+    bits_per_weight: float
+    stored_bits_per_weight: float
+    trained_bytes: int
+    deployed_bytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """Rows and totals of a params tree; printing it shows the table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def quantised(self) -> tuple[Row, ...]:
+        """The rows that are weight nodes."""
+        return tuple(row for row in self.rows if row.representation != "array")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Nominal bits per weight over the weight nodes, weighted by their sizes."""
+        return _mean(self.quantised, "bits_per_weight")
+
+    @property
+    def stored_bits_per_weight(self) -> float:
+        """Bits per weight over the weight nodes with the padding of the file."""
+        return _mean(self.quantised, "stored_bits_per_weight")
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of all leaves as they are."""
+        return sum(row.trained_bytes for row in self.rows)
+
+    @property
+    def deployed_bytes(self) -> int:
+        """Bytes of the deployed model, what is not quantised in 16 bits."""
+        return sum(row.deployed_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        """The table as text."""
+        wide = max([14, *(len(r.representation) for r in self.rows)])
+        long = max([32, *(len(r.path) for r in self.rows)])
+        head = (
+            f"{'path':{long}} {'representation':{wide}} {'shape':18} {'k':>2} {'bits/w':>7} "
+            f"{'trained':>9} {'deployed':>9}"
+        )
+        body = [
+            f"{r.path:{long}} {r.representation:{wide}} {str(list(r.shape)):18} {r.k or '-':>2} "
+            f"{r.bits_per_weight:7.3f} {_size(r.trained_bytes):>9} {_size(r.deployed_bytes):>9}"
+            for r in self.rows
+        ]
+        average = f"{self.bits_per_weight:.3f}" if self.quantised else ""
+        total = (
+            f"{'total':{long}} {'':{wide}} {'':18} {'':>2} {average:>7} "
+            f"{_size(self.trained_bytes):>9} {_size(self.deployed_bytes):>9}"
+        )
+        return "\n".join([head, *body, total])
+
+
+def _mean(rows: tuple[Row, ...], field: str) -> float:
+    total = sum(prod(row.shape) for row in rows)
+    return (
+        sum(getattr(row, field) * prod(row.shape) for row in rows) / total
+        if total
+        else float("nan")
+    )
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def leaf_bytes(tree: Any) -> int:
+    """Bytes of all arrays (or abstract arrays) of a tree."""
+    return sum(prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def describe(params: Any) -> Description:
+    """Path, representation, shape, k, bits per weight and bytes of every parameter.
+
+    Args:
+      params: tree of arrays and weight nodes; abstract shapes (`jax.eval_shape`) will do.
+
+    Returns:
+      A `Description`; `print` it, or read `rows`, `bits_per_weight`, `deployed_bytes`.
+    """
+    return Description(tuple(_row(path, leaf) for path, leaf in leaves(params)))
+
+
+def _row(path: str, leaf: Any) -> Row:
+    size = prod(leaf.shape)
+    trained = leaf_bytes(leaf)
+    if not is_weight(leaf):
+        return Row(
+            path,
+            "array",
+            leaf.shape,
+            None,
+            8.0 * jnp.dtype(leaf.dtype).itemsize,
+            16.0,
+            trained,
+            2 * size,
+        )
+    stored = leaf.deployed_bytes()
+    return Row(
+        path,
+        # A kernel of several axes is told by its shape: what matters is how its matrix is stored.
+        type(getattr(leaf, "matrix", leaf)).__name__,
+        leaf.shape,
+        getattr(leaf, "k", None),
+        leaf.bits_per_weight(),
+        8 * stored / size,
+        trained,
+        stored,
+    )

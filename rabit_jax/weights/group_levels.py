@@ -1,0 +1,88 @@
+"""What weights with levels per group of inputs share once packed: bit planes, 16-bit levels."""
+
+from __future__ import annotations
+
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rabit_jax.errors import BadInput
+from rabit_jax.signs.groups import group_count
+from rabit_jax.weights.costs import Cost
+from rabit_jax.weights.sign_paths import SCALE_DTYPE, pack_positive
+
+
+class GroupedPlanes:
+    """Mixin of weights with two levels per group of `group` inputs and `planes` planes of bits.
+
+    Trained or packed, sizes and costs are those of the packed form.
+    """
+
+    def bits_per_weight(self) -> float:
+        """Nominal bits per weight once packed, `planes + 32 n / i`; padding on disk comes on top
+        where 256 does not divide i."""
+        i = self.shape[-2]
+        return self.planes + 32 * group_count(i, self.group) / i
+
+    def deployed_bytes(self) -> int:
+        """Bytes once packed, padding of the inputs to 256 included."""
+        from rabit_jax.kernels.layout import packed_bytes
+
+        *lead, i, o = self.shape
+        return prod(lead) * o * (self.planes * packed_bytes(i) + 4 * group_count(i, self.group))
+
+    def cost(self) -> Cost:
+        """Cost per token, computed on the planes of {0, 1}.
+
+        Additions: the inputs that a plane selects, `planes i o`, and one for each plane, group and
+        output that joins the groups' sums, `planes n o`. Multiplications: the two levels of a group
+        times its sums, `2 n o`. What is shared by all outputs, the sum of the inputs of a group, is
+        left out; so are shifts.
+        """
+        *lead, i, o = self.shape
+        layers, n = prod(lead), group_count(i, self.group)
+        additions = layers * self.planes * (i + n) * o
+        return Cost(layers * 2 * n * o, additions, 0, self.deployed_bytes())
+
+
+def pack_codes(codes: jax.Array, bits: int) -> jax.Array:
+    """Codes below `2^bits`, uint8 `[..., i, o]` -> planes `[..., bits, o, 32 ceil(i / 256)]`."""
+    return jnp.stack([pack_positive((codes >> p & 1).astype(bool)) for p in range(bits)], axis=-3)
+
+
+def unpack_codes(bits: jax.Array, inputs: int) -> jax.Array:
+    """Planes uint8 `[..., bits, o, 32 ceil(i / 256)]` -> codes uint8 `[..., i, o]`."""
+    from rabit_jax.kernels.layout import unpack_bits
+
+    planes = (unpack_bits(bits[..., p, :, :], inputs) << p for p in range(bits.shape[-3]))
+    return jnp.swapaxes(sum(planes), -1, -2)
+
+
+def abstract_planes(lead: tuple[int, ...], inputs: int, outputs: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of packed planes `[*lead, o, 32 ceil(i / 256)]`."""
+    from rabit_jax.kernels.layout import packed_bytes
+
+    return jax.ShapeDtypeStruct((*lead, outputs, packed_bytes(inputs)), jnp.uint8)
+
+
+def to_half(values: jax.Array, label: str, name: str, scale: bool = False) -> jax.Array:
+    """Round to float16 and check that 16 bits hold the values.
+
+    Raises:
+      BadInput: a value is or would become infinite or NaN, or, of a `scale`, 0, negative or
+        subnormal; the message names the layer and the value.
+    """
+    wide, half = np.asarray(values, np.float32), values.astype(SCALE_DTYPE)
+    rounded = np.asarray(half, np.float32)
+    least = float(np.finfo(np.float16).tiny) if scale else -np.inf
+    bad = np.argwhere(~(np.isfinite(rounded) & (rounded >= least)))
+    if len(bad):
+        what, wanted = ("scale", "6.1e-05 to 65504") if scale else ("level", "-65504 to 65504")
+        raise BadInput(
+            f"{name}: {what} {label}{bad[0].tolist()} is {wide[tuple(bad[0])]:.3g} ({len(bad)} of "
+            f"{wide.size} leave what float16 holds here, {wanted}): train with a lower rate, or "
+            "initialise this layer again"
+        )
+    return half

@@ -1,0 +1,135 @@
+"""RaBiT: one latent from which all sign paths are derived in turn (arXiv 2602.05367)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rabit_jax.signs.channel_importance import Stats
+from rabit_jax.signs.ste import F32, coupled, coupled_signs, effective_weight, outer
+from rabit_jax.tree import per_layer
+from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, check_choice, round_scales
+
+
+@dataclass(frozen=True)
+class ResidualSignSpec(SignFit):
+    """Function-preserving initialisation of RaBiT (arXiv 2602.05367, section 4).
+
+    The latent is the kernel itself; the scales are fitted by iterative residual SVID to
+    `diag(s_in^a_in) W diag(s_out^a_out)` and mapped back. k = 1 is OneBit (arXiv 2402.11295).
+
+    Attributes:
+      latent_dtype: "float32" or "bfloat16". Scales are float32 always.
+      The others are those of `SignFit`: k, a_in, a_out, shrinkage, rounds, tolerance, ste.
+
+    Example:
+      >>> node = ResidualSignSpec(k=2).init(w)      # w: [..., i, o]
+      >>> node.dense().shape == w.shape
+      True
+    """
+
+    latent_dtype: str = "float32"
+    type: Literal["residual"] = field(default="residual", kw_only=True)
+
+    def __post_init__(self):
+        """Raises BadInput for a setting out of its range."""
+        super().__post_init__()
+        check_choice("latent_dtype", self.latent_dtype, ("float32", "bfloat16"))
+
+    def init(
+        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+    ) -> ResidualSign:
+        """Kernel `[..., i, o]` -> `ResidualSign`, fitted layer by layer.
+
+        Args:
+          w: float `[..., i, o]`; sharded arrays stay where they live.
+          stats: calibration statistics `[..., i]`, `[..., o]`; None fits the plain squared error.
+          key: unused, nothing is random here.
+
+        Returns:
+          A node whose latent is a copy of `w` in `latent_dtype`.
+        """
+        latent = jnp.array(w, self.latent_dtype, copy=True)
+        return ResidualSign(latent, *self.scales(latent, stats), self.ste)
+
+    def dense(self, node: ResidualSign) -> jax.Array:
+        """`W_hat: [..., i, o]` float32."""
+        return node.dense()
+
+
+@struct.dataclass
+class ResidualSign(SignPaths):
+    """`W_hat = sum_i diag(h_i) B_i diag(g_i)`, `B_i = sign(W - W_hat_1 - ... - W_hat_{i-1})`.
+
+    Attributes:
+      latent: `W`, float32 or bfloat16 `[..., i, o]`, the only large trainable array.
+      g: float32 `[..., k, o]` output scales ("row scale").
+      h: float32 `[..., k, i]` input scales ("column scale").
+      ste: straight-through rule of the latent, see `ste.path_slope`.
+
+    Example:
+      >>> node = ResidualSign(latent=w, g=jnp.ones((2, 64)), h=jnp.full((2, 32), 0.1))
+      >>> y = linear(x, node)      # [..., 32] -> [..., 64]
+    """
+
+    latent: jax.Array
+    g: jax.Array
+    h: jax.Array
+    ste: str = struct.field(pytree_node=False, default="identity")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape `[..., i, o]` of the matrix."""
+        return self.latent.shape
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
+        return x @ effective_weight(self.latent, self.g, self.h, x.dtype, self.ste)
+
+    def dense(self) -> jax.Array:
+        """`W_hat`, float32 `[..., i, o]`."""
+        return effective_weight(self.latent, self.g, self.h, ste=self.ste)
+
+    def positive(self) -> jax.Array:
+        """Signs as bool `[..., k, i, o]`, True for +1."""
+        return coupled_signs(self.latent, self.g, self.h)
+
+    def paths(self) -> Iterator[jax.Array]:
+        """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
+        return (term for _, term in coupled(self.latent, self.g, self.h))
+
+    def roles(self) -> ResidualSign:
+        """Leaf names for the optimiser and the mesh."""
+        return self.replace(latent="latent", g="scale", h="scale")
+
+    def pack(self, name: str) -> PackedSign:
+        """Derive the bits from the float32 scales, then round the balanced scales to 16 bits.
+
+        Raises:
+          BadInput: a scale leaves the float16 range; the message begins with `name`.
+        """
+        return PackedSign(
+            _derive_bits(self.latent, self.g, self.h), *round_scales(name, g=self.g, h=self.h)
+        )
+
+    def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> ResidualSign:
+        """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
+        latent = (self.latent.astype(F32) * outer(d_in, d_out)).astype(self.latent.dtype)
+        return self.replace(
+            latent=latent, g=self.g * d_out[..., None, :], h=self.h * d_in[..., None, :]
+        )
+
+
+@jax.jit
+def _derive_bits(latent: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
+    from rabit_jax.kernels.layout import pack_bits
+
+    def layer(*node):
+        return jnp.stack([pack_bits(positive.T) for positive, _ in coupled(*node)])
+
+    return per_layer(layer, latent, g, h)

@@ -1,0 +1,168 @@
+"""A weight between two diagonals, and the spec that fits in the preconditioned space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rabit_jax.errors import BadInput
+from rabit_jax.signs.channel_importance import Stats
+from rabit_jax.signs.ste import F32, outer
+from rabit_jax.types import Spec
+from rabit_jax.weights.costs import Cost
+from rabit_jax.weights.residual_sign import ResidualSignSpec
+from rabit_jax.weights.seam import times
+from rabit_jax.weights.sign_paths import SCALE_DTYPE, importances, round_scales
+
+
+@dataclass(frozen=True)
+class ScaledSpec:
+    """Fit in the preconditioned space and map back: what `scaled(spec, a_in, a_out)` makes.
+
+        node = spec.init(diag(d_in) W diag(d_out));  W_hat = diag(1 / d_in) node diag(1 / d_out)
+
+    with `d = importance(s, a)`. The inner spec sees no statistics: the importance is in the matrix
+    already. A node with scales along both sides takes the diagonals into them; the others (groups,
+    codebooks) are wrapped, and the 16 (i + o) bits counted.
+
+    Attributes:
+      spec: what is fitted.
+      a_in: exponent of the input importance; 0 ignores it.
+      a_out: exponent of the output importance; 0 ignores it.
+      shrinkage: how far the importances are drawn to their mean, 0 to 1.
+    """
+
+    spec: Spec = field(default_factory=ResidualSignSpec)
+    a_in: float = 0.5
+    a_out: float = 0.5
+    shrinkage: float = 0.0
+    type: Literal["scaled"] = field(default="scaled", kw_only=True)
+
+    def __post_init__(self):
+        """Raises BadInput for a setting out of its range."""
+        if not 0 <= self.shrinkage <= 1:
+            raise BadInput(f"shrinkage is {self.shrinkage}: it must lie in 0..1")
+
+    def init(self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None) -> Any:
+        """Kernel `[..., i, o]` -> the inner spec's node between its diagonals.
+
+        Without `stats` the importances are 1.
+        """
+        d_in, d_out = importances(self, w.shape, stats)
+        node = self.spec.init(w.astype(F32) * outer(d_in, d_out), None, key)
+        return rescaled(node, 1 / d_in, 1 / d_out)
+
+    def dense(self, node: Any) -> jax.Array:
+        """`W_hat: [..., i, o]` float32."""
+        return node.dense()
+
+
+def scaled(spec: Spec, a_in: float = 0.5, a_out: float = 0.5) -> ScaledSpec:
+    """`spec` fitted in the metric of the channel importances, see `ScaledSpec`.
+
+    Example:
+      >>> spec = scaled(LowRankSignSpec(bits=0.55), a_in=0.5, a_out=0.5)
+      >>> student = convert(params, [(LLAMA_LINEARS, spec)], stats)
+    """
+    return ScaledSpec(spec, a_in, a_out)
+
+
+@struct.dataclass
+class ScaledWeight:
+    """`diag(d_in) W_hat diag(d_out)`: how a group quantiser is fitted in a preconditioned space.
+
+    Attributes:
+      inner: a weight node `[..., i, o]`, trained or packed.
+      d_in: `[..., i]` positive; float32 in training, float16 packed.
+      d_out: `[..., o]` positive, same dtype.
+    """
+
+    inner: Any
+    d_in: jax.Array
+    d_out: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape `[..., i, o]` of the matrix."""
+        return self.inner.shape
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`((x * d_in) @ W_hat) * d_out` in `x.dtype`."""
+        y = self.inner.matmul(times(x, self.d_in).astype(x.dtype))
+        return times(y, self.d_out).astype(x.dtype)
+
+    def dense(self) -> jax.Array:
+        """The scaled matrix, float32 `[..., i, o]`."""
+        return self.inner.dense() * self._scale()
+
+    def paths(self) -> Iterator[jax.Array]:
+        """The scaled paths of the inner weight, float32 `[..., i, o]`."""
+        return (path * self._scale() for path in self.inner.paths())
+
+    def roles(self) -> ScaledWeight:
+        """Leaf names for the optimiser and the mesh."""
+        return ScaledWeight(self.inner.roles(), d_in="scale", d_out="scale")
+
+    def pack(self, name: str) -> ScaledWeight:
+        """Pack the inner weight, and round the balanced diagonals to 16 bits.
+
+        Raises:
+          BadInput: a scale leaves the float16 range; the message begins with `name`.
+        """
+        return ScaledWeight(
+            self.inner.pack(name), *round_scales(name, d_in=self.d_in, d_out=self.d_out)
+        )
+
+    def bits_per_weight(self) -> float:
+        """Nominal bits per weight: those of the inner weight, and `16 (i + o) / (i o)`."""
+        i, o = self.shape[-2:]
+        return self.inner.bits_per_weight() + 16 * (i + o) / (i * o)
+
+    def deployed_bytes(self) -> int:
+        """Bytes once packed: those of the inner weight, and 2 for each scale."""
+        *lead, i, o = self.shape
+        return self.inner.deployed_bytes() + 2 * prod(lead) * (i + o)
+
+    def cost(self) -> Cost:
+        """Cost per token: the inner weight's, and `i + o` multiplications a layer."""
+        *lead, i, o = self.shape
+        own = prod(lead) * (i + o)
+        return Cost.sum((self.inner.cost(), Cost(own, 0, 0, 2 * own)))
+
+    def header(self) -> dict[str, Any]:
+        """What the packed file says of one matrix: `{"type": "scaled", "in", "out", "inner"}`."""
+        i, o = self.shape[-2:]
+        return {"type": "scaled", "in": i, "out": o, "inner": self.inner.header()}
+
+    @classmethod
+    def abstract(cls, header: Mapping[str, Any]) -> ScaledWeight:
+        """The packed node of one matrix as shapes and dtypes, from its `header`."""
+        from rabit_jax.weights.representations import abstract_packed
+
+        d_in, d_out = (jax.ShapeDtypeStruct((header[n],), SCALE_DTYPE) for n in ("in", "out"))
+        return cls(abstract_packed(header["inner"]), d_in, d_out)
+
+    def _scale(self) -> jax.Array:
+        return outer(self.d_in.astype(F32), self.d_out.astype(F32))
+
+
+def rescaled(node: Any, d_in: jax.Array, d_out: jax.Array) -> Any:
+    """The weight of `diag(d_in) W_hat diag(d_out)`.
+
+    A node with scales along both sides takes the diagonals in, at no cost; any other is wrapped in
+    a `ScaledWeight`, which stores them.
+
+    Args:
+      node: a trainable weight node `[..., i, o]`.
+      d_in: `[..., i]` positive float32.
+      d_out: `[..., o]` positive float32.
+    """
+    if hasattr(node, "rescaled"):
+        return node.rescaled(d_in, d_out)
+    return ScaledWeight(node, jnp.asarray(d_in, F32), jnp.asarray(d_out, F32))

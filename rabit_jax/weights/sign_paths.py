@@ -1,0 +1,262 @@
+"""What weights of k sign matrices with row and column scales share; `PackedSign` deploys them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from rabit_jax.errors import BadInput
+from rabit_jax.signs.channel_importance import Stats, importance
+from rabit_jax.signs.iterative_svid import svid
+from rabit_jax.signs.ste import F32, STE, Ste, outer
+from rabit_jax.tree import per_layer
+from rabit_jax.weights.costs import Cost
+
+
+class SignPaths:
+    """Mixin of weights `sum_i diag(h_i) B_i diag(g_i)` with `g: [..., k, o]`, `h: [..., k, i]`.
+
+    They all pack into the same form, so sizes and costs follow from the shape and k alone.
+    """
+
+    @property
+    def k(self) -> int:
+        """Number of sign paths."""
+        return self.g.shape[-2]
+
+    def signs(self) -> jax.Array:
+        """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
+        return plus_minus(self.positive())
+
+    def bits_per_weight(self) -> float:
+        """Nominal bits per weight once packed, `k + 16 k (i + o) / (i o)`, padding left out."""
+        i, o = self.shape[-2:]
+        return self.k + 16 * self.k * (i + o) / (i * o)
+
+    def deployed_bytes(self) -> int:
+        """Bytes once packed, padding of the inputs to 256 included."""
+        from rabit_jax.kernels.layout import packed_bytes
+
+        *lead, i, o = self.shape
+        return prod(lead) * self.k * (o * packed_bytes(i) + 2 * (i + o))
+
+    def cost(self) -> Cost:
+        """Cost per token: `k (i + o)` multiplications and `k i o` additions a layer.
+
+        The additions within a path are `i - 1` for each output, and one more joins the paths.
+        """
+        *lead, i, o = self.shape
+        paths = prod(lead) * self.k
+        return Cost(paths * (i + o), paths * i * o, 0, self.deployed_bytes())
+
+
+def plus_minus(positive: jax.Array) -> jax.Array:
+    """Bool, True for +1 -> int8, each -1 or +1."""
+    return positive.astype(jnp.int8) * 2 - 1
+SCALE_DTYPE = jnp.float16
+
+
+@struct.dataclass
+class PackedSign(SignPaths):
+    """`W_hat = sum_i diag(h_i) B_i diag(g_i)` with `B_i` packed in the `rb256` layout.
+
+    Attributes:
+      bits: uint8 `[..., k, o, 32 ceil(i / 256)]`.
+      g: float16 `[..., k, o]`.
+      h: float16 `[..., k, i]`.
+      limbs: bytes of fixed point that integer kernels give each activation, 2 or 3, as
+        `init.record_limbs` chose it; None leaves it to them.
+    """
+
+    bits: jax.Array
+    g: jax.Array
+    h: jax.Array
+    limbs: int | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape `[..., i, o]` of the matrix."""
+        return (*self.g.shape[:-2], self.h.shape[-1], self.g.shape[-1])
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat`."""
+        from rabit_jax.kernels.matmul import packed_matmul
+
+        return packed_matmul(x, self.bits, self.g, self.h, limbs=self.limbs or 2)
+
+    def positive(self) -> jax.Array:
+        """Signs as bool `[..., k, i, o]`, True for +1."""
+        from rabit_jax.kernels.layout import unpack_bits
+
+        return jnp.swapaxes(unpack_bits(self.bits, self.shape[-2]), -1, -2).astype(bool)
+
+    def paths(self) -> Iterator[jax.Array]:
+        """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
+        signs = self.signs()
+        for i in range(self.k):
+            scales = outer(self.h[..., i, :].astype(F32), self.g[..., i, :].astype(F32))
+            yield signs[..., i, :, :] * scales
+
+    def dense(self) -> jax.Array:
+        """`W_hat`, float32 `[..., i, o]`."""
+        return sum(self.paths())
+
+    def roles(self) -> PackedSign:
+        """Leaf names for the mesh."""
+        return self.replace(bits="sign", g="scale", h="scale")
+
+    def pack(self, name: str) -> PackedSign:
+        """Itself: already packed."""
+        return self
+
+    def header(self) -> dict[str, Any]:
+        """What the packed file says of one matrix: `{"type": "sign", "in", "out", "k"}`.
+
+        And `"limbs"`, where they were chosen.
+        """
+        i, o = self.shape[-2:]
+        limbs = {} if self.limbs is None else {"limbs": self.limbs}
+        return {"type": "sign", "in": i, "out": o, "k": self.k, **limbs}
+
+    @classmethod
+    def abstract(cls, header: Mapping[str, Any]) -> PackedSign:
+        """The node of one matrix as shapes and dtypes, from its `header`."""
+        from rabit_jax.kernels.layout import packed_bytes
+
+        i, o, k = header["in"], header["out"], header["k"]
+        shapes = {"bits": (k, o, packed_bytes(i)), "g": (k, o), "h": (k, i)}
+        dtypes = {"bits": jnp.uint8, "g": SCALE_DTYPE, "h": SCALE_DTYPE}
+        limbs = header.get("limbs")
+        if limbs not in (None, 2, 3):
+            raise ValueError(f"limbs {limbs}")
+        arrays = {n: jax.ShapeDtypeStruct(s, dtypes[n]) for n, s in shapes.items()}
+        return cls(**arrays, limbs=limbs)
+
+
+def pack_positive(positive: jax.Array) -> jax.Array:
+    """Bool `[..., i, o]`, True for +1 -> `rb256` bits, uint8 `[..., o, 32 ceil(i / 256)]`."""
+    from rabit_jax.kernels.layout import pack_bits
+
+    return per_layer(lambda one: pack_bits(one.T), positive)
+
+
+@jax.jit
+def balance(*scales: jax.Array) -> tuple[jax.Array, ...]:
+    """Give the scales of each path equal geometric means; their product is unchanged.
+
+    The 16-bit range then serves all of them equally. float32, such as `g: [..., k, o]`,
+    `h: [..., k, i]`.
+    """
+    log_means = [jnp.mean(jnp.log(jnp.abs(s)), axis=-1, keepdims=True) for s in scales]
+    wanted = sum(log_means) / len(scales)
+    return tuple(s * jnp.exp(wanted - m) for s, m in zip(scales, log_means, strict=True))
+
+
+def round_scales(name: str, **scales: jax.Array) -> tuple[jax.Array, ...]:
+    """Balance the scales of a weight, `g=..., h=...`, and round them to float16.
+
+    Raises:
+      BadInput: a scale is or would become 0, subnormal, infinite or NaN; the message names the
+        layer and the scale.
+    """
+    _check_scales(scales, name, float(np.finfo(np.float32).tiny))
+    rounded = tuple(s.astype(SCALE_DTYPE) for s in balance(*scales.values()))
+    labelled = dict(zip(scales, rounded, strict=True))
+    _check_scales(labelled, name, float(np.finfo(np.float16).tiny))
+    return rounded
+
+
+def _check_scales(scales: Mapping[str, jax.Array], name: str, smallest: float) -> None:
+    for label, scale in scales.items():
+        values = np.asarray(scale, np.float32)
+        bad = np.argwhere(~((np.abs(values) >= smallest) & np.isfinite(values)))
+        if len(bad):
+            raise BadInput(
+                f"{name}: scale {label}{bad[0].tolist()} becomes {values[tuple(bad[0])]:.3g} in "
+                f"float16 ({len(bad)} of {values.size} leave the normal range 6.1e-05 to 65504): "
+                "keep scales positive while training, or initialise this layer again"
+            )
+
+
+@dataclass(frozen=True)
+class SignFit:
+    """Settings of the preconditioned iterative residual SVID (arXiv 2602.05367, section 4).
+
+    The scales are fitted to `diag(s_in^a_in) W diag(s_out^a_out)` and mapped back.
+
+    Attributes:
+      k: number of sign paths, 1 to 4.
+      a_in: exponent of the input importance; 0 ignores it.
+      a_out: exponent of the output importance; 0 ignores it.
+      shrinkage: how far the importances are drawn to their mean, 0 to 1.
+      rounds: most refinement rounds; 0 is greedy SVID.
+      tolerance: share of the error below which a round's gain ends the rounds.
+      ste: straight-through rule of the latents, see `weights.ste.path_slope`.
+    """
+
+    k: int = 2
+    a_in: float = 0.5
+    a_out: float = 0.5
+    shrinkage: float = 0.0
+    rounds: int = 80
+    tolerance: float = 1e-3
+    ste: Ste = "identity"
+
+    def __post_init__(self):
+        """Raises BadInput for a setting out of its range."""
+        if self.k not in (1, 2, 3, 4):
+            raise BadInput(f"k is {self.k}: the number of sign paths must be 1, 2, 3 or 4")
+        if self.rounds < 0 or self.tolerance < 0 or not 0 <= self.shrinkage <= 1:
+            raise BadInput(
+                f"rounds {self.rounds}, tolerance {self.tolerance}, shrinkage {self.shrinkage}: "
+                "rounds and tolerance must not be negative, shrinkage must lie in 0..1"
+            )
+        check_choice("ste", self.ste, STE)
+
+    def scales(self, w: jax.Array, stats: Stats | None) -> tuple[jax.Array, jax.Array]:
+        """Scales `g: [..., k, o]`, `h: [..., k, i]` float32 of `w: [..., i, o]`, layer by layer."""
+        return fit_layers(_svid_scales, self, w, stats)
+
+
+def check_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
+    """Raise BadInput where a setting is none of its choices."""
+    if found not in choices:
+        raise BadInput(f"{name} is {found!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def _svid_scales(fit: SignFit, w: jax.Array, d_in: jax.Array, d_out: jax.Array) -> tuple:
+    found = svid(w, fit.k, d_in, d_out, rounds=fit.rounds, tolerance=fit.tolerance)
+    return found.g, found.h
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def fit_layers(method: Callable, fit: Any, w: jax.Array, stats: Stats | None) -> Any:
+    """`method(fit, w, d_in, d_out)` of every matrix of a stack, one layer at a time.
+
+    Args:
+      method: of one matrix `[i, o]` and its importances `[i]`, `[o]`.
+      fit: settings with `a_in`, `a_out` and `shrinkage`.
+      w: `[..., i, o]` float.
+      stats: calibration statistics `[..., i]`, `[..., o]`; None gives importances of 1.
+    """
+    d_in, d_out = importances(fit, w.shape, stats)
+    return per_layer(partial(method, fit), w, d_in, d_out)
+
+
+def importances(
+    fit: Any, shape: tuple[int, ...], stats: Stats | None
+) -> tuple[jax.Array, jax.Array]:
+    """The diagonals `d_in: [..., i]`, `d_out: [..., o]` float32 of a spec's preconditioner."""
+    *lead, i, o = shape
+    if stats is None:
+        stats = Stats(jnp.ones((*lead, i)), jnp.ones((*lead, o)))
+    d_in = importance(stats.s_in, fit.a_in, fit.shrinkage)
+    return d_in, importance(stats.s_out, fit.a_out, fit.shrinkage)

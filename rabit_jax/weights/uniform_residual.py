@@ -1,0 +1,153 @@
+"""The residual chain with evenly spaced levels: one scale pair for all paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rabit_jax.signs.channel_importance import Stats
+from rabit_jax.signs.iterative_svid import TINY, floored, rank1
+from rabit_jax.signs.ste import F32, outer
+from rabit_jax.weights.residual_sign import ResidualSign
+from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, fit_layers
+
+
+@dataclass(frozen=True)
+class UniformResidualSpec(SignFit):
+    """One scale pair, fitted like those of `ResidualSignSpec`; the settings are those of `SignFit`.
+
+    Starts from the first path of greedy SVID. Each round derives the signs by the coupled forward,
+    `C = sum_i 2^(1-i) B_i`, and refits `W ~ C * (h g^T)` by weighted alternating least squares:
+
+        h_i = sum_o W C g / sum_o C^2 g^2;   g_o = sum_i W C h / sum_i C^2 h^2
+
+    Example:
+      >>> node = UniformResidualSpec(k=2).init(w)      # w: [..., i, o]
+    """
+
+    type: Literal["uniform"] = field(default="uniform", kw_only=True)
+
+    def init(
+        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+    ) -> UniformResidual:
+        """Kernel `[..., i, o]` -> `UniformResidual`, fitted layer by layer.
+
+        Args:
+          w: float `[..., i, o]`.
+          stats: calibration statistics `[..., i]`, `[..., o]`; None fits the plain squared error.
+          key: unused, nothing is random here.
+        """
+        g, h = fit_layers(_fit_layer, self, w, stats)
+        return UniformResidual(jnp.array(w, F32, copy=True), g, h, self.k, self.ste)
+
+    def dense(self, node: UniformResidual) -> jax.Array:
+        """`W_hat: [..., i, o]` float32."""
+        return node.dense()
+
+
+def _fit_layer(fit: UniformResidualSpec, w: jax.Array, d_in: jax.Array, d_out: jax.Array) -> tuple:
+    """`g: [1, o]`, `h: [1, i]` of one matrix; the best round is kept."""
+    p = w.astype(F32) * outer(d_in, d_out)
+    magnitude = jnp.abs(p)
+
+    def levels(g, h):
+        """`C` of the current scales: `W_hat / (h g^T)`."""
+        return UniformResidual(p, g[None], h[None], fit.k).dense() / outer(h, g)
+
+    def error(g, h):
+        return jnp.sum(jnp.square(p - levels(g, h) * outer(h, g)))
+
+    def step(state):
+        count, g, h, before, _, best = state
+        c = levels(g, h)
+        pc, cc = p * c, jnp.square(c)
+        h = floored(pc @ g / jnp.maximum(cc @ jnp.square(g), TINY))
+        g = floored(h @ pc / jnp.maximum(jnp.square(h) @ cc, TINY))
+        now = error(g, h)
+        best = jax.tree.map(lambda a, b: jnp.where(now < best[0], a, b), (now, g, h), best)
+        return count + 1, g, h, now, before - now, best
+
+    def gaining(state):
+        count, _, _, now, gain, _ = state
+        return (count < fit.rounds) & ((gain > fit.tolerance * now) | (fit.tolerance == 0))
+
+    g, h = rank1(magnitude, jnp.mean(magnitude, axis=1), 1e-4)
+    start = error(g, h)
+    state = (jnp.int32(0), g, h, start, jnp.asarray(jnp.inf, F32), (start, g, h))
+    *_, (_, g, h) = jax.lax.while_loop(gaining, step, state)
+    return (g / d_out)[None], (h / d_in)[None]
+
+
+@struct.dataclass
+class UniformResidual(SignPaths):
+    """`ResidualSign` with every path's scale half of that before: `a_i = a / 2^(i-1)`.
+
+        W_hat = sum_i 2^(1-i) diag(h) B_i diag(g),  B_i = sign(W - W_hat_1 - ... - W_hat_{i-1})
+
+    For k = 2 the levels are -3a/2, -a/2, a/2, 3a/2: a uniform 2-bit quantiser with a rank-1 scale.
+    Beside `ResidualSign` it tells what one shared latent brings from what free scales bring.
+
+    Attributes:
+      latent: `W`, float32 or bfloat16 `[..., i, o]`.
+      g: float32 `[..., 1, o]` output scale ("row scale") of the first path.
+      h: float32 `[..., 1, i]` input scale ("column scale").
+      k: number of sign paths.
+      ste: straight-through rule of the latent, see `ste.path_slope`.
+    """
+
+    latent: jax.Array
+    g: jax.Array
+    h: jax.Array
+    k: int = struct.field(pytree_node=False, default=2)
+    ste: str = struct.field(pytree_node=False, default="identity")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape `[..., i, o]` of the matrix."""
+        return self.latent.shape
+
+    def free(self) -> ResidualSign:
+        """The same weight with a scale pair for every path: `g_i = g / 2^(i-1)`, `h_i = h`."""
+        lead = (1,) * (self.g.ndim - 2)
+        halves = 0.5 ** jnp.arange(self.k, dtype=F32).reshape(*lead, self.k, 1)
+        return ResidualSign(
+            self.latent, self.g * halves, jnp.repeat(self.h, self.k, axis=-2), self.ste
+        )
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
+        return self.free().matmul(x)
+
+    def dense(self) -> jax.Array:
+        """`W_hat`, float32 `[..., i, o]`; gradients as in `ste.effective_weight`."""
+        return self.free().dense()
+
+    def positive(self) -> jax.Array:
+        """Signs as bool `[..., k, i, o]`, True for +1."""
+        return self.free().positive()
+
+    def paths(self) -> Iterator[jax.Array]:
+        """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
+        return self.free().paths()
+
+    def roles(self) -> UniformResidual:
+        """Leaf names for the optimiser and the mesh."""
+        return self.replace(latent="latent", g="scale", h="scale")
+
+    def pack(self, name: str) -> PackedSign:
+        """As `ResidualSign`: the packed form stores, and is counted with, a pair for each path.
+
+        Raises:
+          BadInput: a scale leaves the float16 range; the message begins with `name`.
+        """
+        return self.free().pack(name)
+
+    def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> UniformResidual:
+        """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
+        node = ResidualSign(self.latent, self.g, self.h).rescaled(d_in, d_out)
+        return self.replace(latent=node.latent, g=node.g, h=node.h)

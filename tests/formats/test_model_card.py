@@ -1,0 +1,78 @@
+"""Model cards: front matter, figures, and code that runs."""
+
+import contextlib
+import io
+import re
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+
+from rabit_jax.formats.model_card import base_and_licence, dense_card, packed_card
+from rabit_jax.formats.packed_model import save_packed
+
+
+@pytest.fixture
+def folder(tmp_path, small, random_packed, words):
+    tokenizer = words("The", "list", *[f"w{n}" for n in range(small.vocab_size - 2)])
+    return save_packed(tmp_path / "mine", small, random_packed(small), tokenizer,
+                       generation={"temperature": 0.6}, base="org/teacher")
+
+
+def test_a_saved_model_has_a_card(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "org/teacher", "base_model_relation": "quantized",
+        "library_name": "rabit_jax", "pipeline_tag": "text-generation",
+        "tags": ["rabit", "residual-binarisation", "quantized", "jax"]}
+    assert card.text.lstrip().startswith("# mine\n\nResidual binarisation of org/teacher:")
+    shapes = [(40, 40), (40, 20), (40, 20), (40, 40), (40, 300), (40, 300), (300, 40)]
+    weights = sum(i * o for i, o in shapes)
+    for bits in (sum(2 * i * o + 32 * (i + o) for i, o in shapes),
+                 sum(2 * o * -(-i // 256) * 256 + 32 * (i + o) for i, o in shapes)):
+        assert f": {bits / weights:.4g}\n" in card.text
+    assert "licence: not known here" in card.text
+    assert '"temperature": 0.6' in (folder / "generation_config.json").read_text()
+    assert base_and_licence(folder) == ("org/teacher", None)
+
+
+@pytest.mark.more
+def test_the_code_on_a_card_runs(folder):
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code.replace("FOLDER", str(folder)), {})  # noqa: S102
+    assert out.getvalue().strip()
+
+
+def test_what_is_known_stands_on_the_card(tmp_path):
+    text = packed_card("mine", 2.19, 2.25, "runs/teacher", "apache-2.0",
+                       [("base", "8.00", "0.9", 128)], {"tokens": "qat 5"})
+    (tmp_path / "README.md").write_text(text)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.license == "apache-2.0" and data.base_model == "runs/teacher"
+    assert "| base | 8.00 | 0.9 | 128 |" in text and "* tokens: qat 5" in text
+    assert "* licence: apache-2.0" in text
+
+
+def test_a_local_base_is_no_hub_id(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    for base in (str(tmp_path / "teacher"), "./teacher", "teacher/of/mine", "teacher"):
+        (tmp_path / "README.md").write_text(packed_card("mine", 2, 2, base))
+        assert base_and_licence(tmp_path) == (None, None)
+        assert f"Residual binarisation of {base}" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", [None, "", "no front matter", "---\n: [\n---\n", "---\n- a\n---"])
+def test_cards_that_say_nothing(tmp_path, text):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert base_and_licence(tmp_path) == (None, None)
+
+
+def test_dense_card(tmp_path):
+    (tmp_path / "README.md").write_text(dense_card("d", "org/p", "float32", "org/base", "mit"))
+    assert base_and_licence(tmp_path) == ("org/base", "mit")
+    text = (tmp_path / "README.md").read_text()
+    assert "dense form of org/p" in text and "AutoModelForCausalLM" in text
+    assert np.char.count(text, "\n---\n") == 1

@@ -1,0 +1,106 @@
+"""Every packed weight in a file: written, counted byte by byte, read back, and refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from rabit_jax import (
+    LLAMA_LINEARS,
+    BadInput,
+    CodebookSpec,
+    DualBinarySpec,
+    GroupUniformSpec,
+    LowRankSignSpec,
+    ResidualSignSpec,
+    convert,
+    describe,
+    pack,
+    residual,
+    scaled,
+)
+from rabit_jax.formats import packed_model as io
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import Decoder, init_params
+from rabit_jax.weights.representations import abstract_packed, is_packed_node
+
+CONFIG = ModelConfig(vocab_size=32, d_model=256, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=128,
+                     d_hidden=256, tied_head=True)
+SPECS = {
+    "sign": ResidualSignSpec(k=2, rounds=0),
+    "low_rank": LowRankSignSpec(rank=16),
+    "group_uniform": GroupUniformSpec(group=64),
+    "dual_binary": DualBinarySpec(group=64),
+    "codebook": CodebookSpec(dim=1, bits=1, iterations=1),
+    "sum": residual(LowRankSignSpec(rank=8), ResidualSignSpec(k=1, rounds=0)),
+    "scaled": scaled(GroupUniformSpec(group=64)),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return jax.jit(lambda key: init_params(CONFIG, key))(jax.random.key(0))
+
+
+@pytest.fixture(params=SPECS, scope="module")
+def written(request, teacher, tmp_path_factory):
+    """Type, packed params and the folder that they were written to."""
+    packed = pack(convert(teacher, [(LLAMA_LINEARS, SPECS[request.param])]))
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    return request.param, packed, io.save_packed(folder, CONFIG, packed)
+
+
+def test_what_is_read_is_what_was_written(written):
+    kind, packed, folder = written
+    model, read, _ = io.load_packed(folder)
+    wanted, found = packed["layers"], read["layers"]
+    assert jax.tree.structure(found) == jax.tree.structure(wanted) and model.config == CONFIG
+    for name in ("attn", "mlp"):
+        jax.tree.map(np.testing.assert_array_equal, found[name], wanted[name])
+    raw = json.loads((folder / "config.json").read_text())
+    assert raw["quantization_config"]["types"] == [kind]
+
+
+def test_bits_per_weight_are_the_bytes_of_the_file(written):
+    _, packed, folder = written
+    with safe_open(folder / io.FILE, "numpy") as file:
+        modules = json.loads(file.metadata()["modules"])
+        sizes = {name: file.get_tensor(name).nbytes for name in file.keys()}
+    counted = sum(
+        size for name, size in sizes.items() if any(name.startswith(f"{m}.") for m in modules)
+    )
+    described = describe(packed)
+    weights = 2 * 7 * 256 * 256
+    assert len(modules) == 14
+    # All widths are multiples of 256, so nothing is padded: nominal and stored are the same.
+    assert described.bits_per_weight == pytest.approx(8 * counted / weights, rel=1e-12)
+    assert io.packed_bytes(folder)["linear_bytes"] == counted
+
+
+def test_a_sum_computes_what_its_terms_do(teacher, tmp_path):
+    packed = pack(convert(teacher, [(LLAMA_LINEARS, SPECS["sum"])]))
+    folder = io.save_packed(tmp_path / "model", CONFIG, packed)
+    _, read, _ = io.load_packed(folder)
+    tokens = jnp.arange(12).reshape(2, 6)
+    run = jax.jit(lambda p: Decoder(CONFIG).apply({"params": p}, tokens))
+    dense = jax.tree.map(
+        lambda w: w.dense() if is_packed_node(w) else w.astype(jnp.float32), read,
+        is_leaf=is_packed_node,
+    )
+    np.testing.assert_allclose(run(read), run(dense), atol=2e-3)
+
+
+@pytest.mark.parametrize(("header", "said"), [
+    ({"type": "ternary"}, "type 'ternary': the types are sign, low_rank"),
+    ({"in": 4}, "type None"),
+    ([], "type None"),
+    ({"type": "sign", "in": 4, "out": 4}, "sign weight is damaged .'k'."),
+    ({"type": "group_uniform", "in": 4, "out": 4, "bits": 2, "group": 0}, "is damaged"),
+    ({"type": "sum", "in": 4, "out": 4, "terms": [{"type": "nothing"}]}, "type 'nothing'"),
+], ids=str)
+def test_damaged_headers_are_refused(header, said):
+    with pytest.raises(BadInput, match=said):
+        abstract_packed(header)

@@ -48,28 +48,19 @@ def load_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] 
     Raises:
       BadInput: no such file, not YAML, an unknown key, a wrong type, a missing value.
     """
-    return build(cls, load_tree(cls, file, overrides))
+    tree = {} if file is None else read_yaml(file)
+    return build(cls, with_overrides(cls, tree, overrides))
 
 
-def load_tree(cls: type, file: str | Path | None, overrides: Sequence[str] = ()) -> Tree:
-    """Return the raw tree of a config file with overrides of `cls` in it, not yet validated.
-
-    Raises:
-      BadInput: no such file, not YAML, or an override of an unknown key.
-    """
-    tree = {} if file is None else _read_yaml(_config_file(Path(file)))
-    override(cls, tree, overrides)
-    return tree
-
-
-def override(cls: type, tree: Tree, overrides: Sequence[str]) -> None:
-    """Write overrides `a.b=c` into a raw tree; each value is read by the type of its field.
+def with_overrides(cls: type, tree: Tree, overrides: Sequence[str]) -> Tree:
+    """Return a raw tree with overrides `a.b=c` of `cls`, each value read by the type of its field.
 
     Raises:
       BadInput: an override of another form or of an unknown key.
     """
     for text in overrides:
-        _apply(cls, tree, text)
+        tree = _with_override(cls, tree, text)
+    return tree
 
 
 def _config_file(file: Path) -> Path:
@@ -200,7 +191,13 @@ def _too_large(source: str) -> BadInput:
     )
 
 
-def _read_yaml(file: Path) -> Tree:
+def read_yaml(name: str | Path) -> Tree:
+    """Return the raw tree of a config file, or of the config of that name in the package.
+
+    Raises:
+      BadInput: no such file, not YAML, or no mapping.
+    """
+    file = _config_file(Path(name))
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -212,26 +209,27 @@ def _read_yaml(file: Path) -> Tree:
     return tree or {}
 
 
-def _apply(cls: type, tree: Tree, text: str) -> None:
-    """Write one `a.b=c` into the raw tree."""
+def _with_override(cls: type, tree: Tree, text: str) -> Tree:
     dotted, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not dotted:
         raise BadInput(f"the override {text!r} is not of the form a.b=c, such as qat.steps=400")
-    wanted, base = cls, None
-    *sections, last = dotted.split(".")
-    for name in sections:
+    wanted, base, path = cls, None, dotted.split(".")
+    root = section = dict(tree)
+    for depth, name in enumerate(path, 1):
         wanted, base = child(wanted, name), default(wanted, name, base)
         if wanted is None:
             raise unknown(cls, dotted)
-        if tree.get(name) is None:
-            tree[name] = dict(base) if isinstance(base, dict) else {}
-        if not isinstance(tree[name], dict):
-            raise wrong(name, tree[name], wanted)
-        tree = tree[name]
-    wanted = child(wanted, last)
-    if wanted is None:
-        raise unknown(cls, dotted)
-    tree[last] = _parse_override(value, wanted, text)
+        if depth == len(path):
+            section[name] = _parse_override(value, wanted, text)
+            break
+        below = section.get(name)
+        if below is None:
+            below = base if isinstance(base, dict) else {}
+        if not isinstance(below, dict):
+            raise wrong(".".join(path[:depth]), below, wanted)
+        section[name] = dict(below)  # a copy: an alias in the file may share it
+        section = section[name]
+    return root
 
 
 def _parse_override(text: str, wanted: Annotation, override: str) -> Any:

@@ -369,7 +369,7 @@ def named(wanted: Annotation) -> str:
         items = named(args[0]).replace("a mapping", "mappings", 1)
         name = f"a list of {items}, such as {example(kind)}"
     elif origin is tuple:
-        name = f"a list of {len(args)} values, such as {example(kind)}"
+        name = f"{len(args)} values, such as {example(kind)}"
     elif origin is dict:
         name = f"a mapping of names to {named(args[1])}, such as {example(kind)}"
     elif is_section(kind):

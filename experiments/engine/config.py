@@ -72,9 +72,9 @@ def _config_file(file: Path) -> Path:
     if file.exists():
         return file
     raise BadInput(
-        f"cannot read the config file {file}: No such file or directory"
-        f"{did_you_mean(name, shipped)}; give the path of a YAML file, or a config that comes with "
-        f"the package by its name: {', '.join(sorted(shipped))}"
+        f"cannot read the config file {file}: No such file or directory; give the path of a YAML "
+        f"file, or a config that comes with the package by its name: {', '.join(sorted(shipped))}"
+        f"{did_you_mean(name, shipped)}"
     )
 
 
@@ -138,6 +138,15 @@ def section_hash(*objects: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """The safe loader, but a key given twice is an error: YAML itself lets the last one win."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        # PyYAML lets pass what int(), date() and its own tables raise of a malformed scalar.
+        except (ValueError, LookupError, AttributeError):
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{shown(node.value)} is no {kind} (put it in quotes if it is text)"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
@@ -157,12 +166,9 @@ def _parse_yaml(text: str, source: str) -> Any:
         node = loader.get_single_node()
         _check_size(node, source)
         return loader.construct_document(node) if node else None
-    except BadInput:
-        raise
     except RecursionError:
         raise _too_large(source) from None
-    # PyYAML lets what `int`, `date` and the like raise of a malformed scalar pass.
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]

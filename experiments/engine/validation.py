@@ -267,15 +267,18 @@ def _refusal(cls: type, error: ErrorDetails) -> BadInput:
     if isinstance(reason, BadInput):
         return BadInput(f"{key}: {reason}" if key else str(reason))
     if kind == _UNKNOWN:
-        return unknown(cls, key)
+        return _nested(key, str(loc[-1])) if "." in str(loc[-1]) else unknown(cls, key)
     if loc and loc[-1] == "[key]":
-        return wrong(_place(cls, loc[:-2])[0], value, str)
+        key, _ = _place(cls, loc[:-2])
+        return BadInput(f"the config key {key!r} has the name {shown(value)} in it: quote the name")
     if kind == "missing" and isinstance(loc[-1], int):  # a list that is too short
         key, wanted = _place(cls, loc[:-1])
         return wrong(key, value, wanted)
     if kind == "missing":
-        given = f"give it {named(wanted)}, such as {loc[-1]}: {example(wanted)}"
-        return BadInput(f"the config key {key!r} is missing: {given}")
+        return BadInput(
+            f"the config key {key!r} is missing: give it {named(wanted)}, such as {loc[-1]}: "
+            f"{example(wanted)}"
+        )
     if kind.startswith("union_tag"):
         return wrong(f"{key}.type", value.get("type"), Literal[tuple(variants(unwrap(wanted)[0]))])
     if kind in _RANGES:
@@ -297,6 +300,14 @@ def _place(cls: type, loc: Iterable[int | str]) -> tuple[str, Annotation]:
         else:
             key, wanted = f"{key}.{part}" if key else str(part), child(kind, str(part))
     return key, wanted
+
+
+def _nested(key: str, name: str) -> BadInput:
+    section, _, last = name.rpartition(".")
+    return BadInput(
+        f"unknown config key {key!r}: a file has its sections nested, as in "
+        f"{section}: {{{last}: ...}}"
+    )
 
 
 def unknown(cls: type, key: str) -> BadInput:
@@ -342,10 +353,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def wrong(key: str, value: object, wanted: Annotation) -> BadInput:
     """Return the error for a value of a wrong type; where text is wanted it says to quote."""
     kind, _ = unwrap(wanted)
-    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-    hint = ""
-    if isinstance(value, str):
+    origin = typing.get_origin(kind)
+    choices = typing.get_args(kind) if origin is Literal else ()
+    hint = f", such as {example(kind)}" if origin in (tuple, dict) else ""
+    if isinstance(value, str) and choices:
         hint = did_you_mean(value, map(str, choices))
+    elif kind is float and str(value).strip(".").lower() == "nan":
+        hint = " other than nan"
     elif (kind is str or any(isinstance(c, str) for c in choices)) and isinstance(value, bool):
         hint = " (YAML reads a bare yes, no, on or off as true or false: quote the word)"
     elif kind is str and value is not None and not isinstance(value, list | dict):
@@ -366,12 +380,11 @@ def named(wanted: Annotation) -> str:
     if origin is Literal:
         name = f"one of {', '.join(map(repr, args))}"
     elif origin is tuple and args[-1] is Ellipsis:
-        items = named(args[0]).replace("a mapping", "mappings", 1)
-        name = f"a list of {items}, such as {example(kind)}"
+        name = f"a list of {named(args[0])}".replace("of a mapping", "of mappings")
     elif origin is tuple:
-        name = f"{len(args)} values, such as {example(kind)}"
+        name = f"{len(args)} values"
     elif origin is dict:
-        name = f"a mapping of names to {named(args[1])}, such as {example(kind)}"
+        name = f"a mapping of names to {named(args[1])}"
     elif is_section(kind):
         name = f"a mapping with the keys {', '.join(hints(kind))}"
     elif members := variants(kind):
@@ -393,7 +406,7 @@ def example(wanted: Annotation) -> str:
     if origin is dict:
         return f"{{name: {example(args[1])}}}"
     if is_section(kind) or variants(kind):
-        return f"{{{next(iter(variants(kind) and ['type'] or hints(kind)))}: ...}}"
+        return f"{{{next(iter(hints(kind))) if is_section(kind) else 'type'}: ...}}"
     return _EXAMPLES[kind]
 
 

@@ -86,7 +86,7 @@ def measure(
       BadInput: a context too short for the tokens, or too little memory for all models at once.
     """
     from rabit_jax.errors import BadInput
-    from rabit_jax.experiments.engine.console import progress
+    from rabit_jax.progress import progress
 
     if min(contexts) < tokens:
         raise BadInput(f"--context is {min(contexts)}, wanted at least the {tokens} tokens of one "
@@ -117,7 +117,7 @@ def make(kinds: dict[str, tuple[ModelConfig, int | None]]) -> dict[str, Engine]:
       BadInput: together they take more than `MEMORY_SHARE` of the free memory.
     """
     from rabit_jax.errors import BadInput
-    from rabit_jax.experiments.engine.console import say
+    from rabit_jax.progress import say
 
     sizes = {name: tree_bytes(abstract_engine(*kind)) for name, kind in kinds.items()}
     free, total = free_memory(), sum(sizes.values())

@@ -228,7 +228,7 @@ def save(result: dict[str, Any], mode: str) -> None:
     The file holds `{"products": ..., "decode": ..., "aot": ...}`, each the JSON object of a run
     with the version of the driver; a mode replaces what it wrote before.
     """
-    from rabit_jax.experiments.engine.console import say
+    from rabit_jax.progress import say
 
     name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
     file = RESULTS / f"{name}.json"

@@ -64,7 +64,7 @@ def measure(
     Raises:
       BadInput: not enough memory for one weight of each kind.
     """
-    from rabit_jax.experiments.engine.console import progress, say
+    from rabit_jax.progress import progress, say
 
     cache, source = last_level_cache()
     say(f"last-level cache {cache / 1e6:.0f} MB ({source}); a call that does nothing takes "
@@ -183,7 +183,7 @@ def row(case: Any, bandwidth: float, medians: dict[str, float]) -> dict[str, Any
 
 def rotate(cases: Sequence[Any], cache: int) -> None:
     """Give each case its rotation, see `copies_of`; say where memory did not allow it."""
-    from rabit_jax.experiments.engine.console import say
+    from rabit_jax.progress import say
 
     products = [len(case.xs) for case in cases]
     wanted, given = copies_of([case.bytes for case in cases], products, cache, free_memory())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rabit_jax import BadInput, __version__, cost, describe
+from rabit_jax.atomic import remove, write_text
 from rabit_jax.experiments.engine.blockwise import (
     Job,
     block_name,
@@ -27,7 +28,6 @@ from rabit_jax.experiments.engine.blockwise import (
 )
 from rabit_jax.experiments.engine.config import section_hash
 from rabit_jax.experiments.engine.console import table, watch_signals
-from rabit_jax.experiments.engine.files import given_files, remove, write_text
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import abstract_params
 from rabit_jax.experiments.engine.machine import device, peak_memory, versions
@@ -36,6 +36,7 @@ from rabit_jax.experiments.engine.sweeps import FromCheckpoint, FromParams
 from rabit_jax.experiments.report.run_card import write_card
 from rabit_jax.experiments.report.summary import LABELS, costs, parameters
 from rabit_jax.formats.checkpoint import open_checkpoint
+from rabit_jax.formats.folder import fingerprint
 from rabit_jax.formats.packed_model import load_packed, packed_bytes
 
 STAGES = ("forward", "head", "init", "pack")
@@ -112,7 +113,7 @@ def claim(job: Job, resume: bool) -> None:
     """Keep the pieces on disk that this run would make again the same, remove the others."""
     c = job.config
     text = None if c.calibrate.mode == "none" else job.text.train.digest
-    files = given_files(c.teacher.path)
+    files = fingerprint(c.teacher.path)
     key = section_hash(
         __version__, "ptq", c.calibrate, c.init, c.compute, c.seed, text, files
     )

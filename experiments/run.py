@@ -31,13 +31,14 @@ from rabit_jax.experiments.engine.config import (
     load_config,
     section_hash,
 )
-from rabit_jax.experiments.engine.console import main_guard, say, table, watch_signals
-from rabit_jax.experiments.engine.files import given_files
+from rabit_jax.experiments.engine.console import main_guard, table, watch_signals
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.machine import device, peak_memory, versions
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.report.summary import costs, summarise, table_rows, write_results
+from rabit_jax.formats.folder import fingerprint
+from rabit_jax.progress import say
 from rabit_jax.train.sharding import make_mesh
 
 STAGES: dict[str, Callable] = {
@@ -58,7 +59,7 @@ def stage_key(run: Inputs, name: str, ids: dict[str, str]) -> str:
     held_out = [t.digest for t in (run.text.held_out, run.text.unseen) if t]
     parts = {
         "teacher": lambda: (
-            given_files(c.teacher.path)
+            fingerprint(c.teacher.path)
             if c.teacher.path
             else (c.teacher, c.model, c.compute, c.seed, text)
         ),

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rabit_jax.experiments.bench import decode, kernels, step, svid
-from rabit_jax.experiments.engine.console import EXIT_CODES, Parser, main_guard, say, table
+from rabit_jax.experiments.engine.console import EXIT_CODES, Parser, main_guard, table
 from rabit_jax.experiments.engine.machine import report
 from rabit_jax.kernels.bench import aot
 from rabit_jax.kernels.bench.machine import driver
+from rabit_jax.progress import say
 
 # Each is a module with EXAMPLES, add_options(parser), measure(options) -> rows, COLUMNS (key of a
 # row -> head of its column in the table) and remarks(rows) -> lines below the table.

@@ -24,7 +24,6 @@ from rabit_jax.experiments.bench.shapes import (
     numbers,
     positive,
 )
-from rabit_jax.experiments.engine.console import progress, say
 from rabit_jax.kernels.bench.machine import free_memory, last_level_cache
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
@@ -32,6 +31,7 @@ from rabit_jax.models.engine import attend, head_logits, init_cache, linears, st
 from rabit_jax.models.layers import score_scale
 from rabit_jax.models.prepared import Engine, prepare
 from rabit_jax.models.rotary import rotate, seen_from
+from rabit_jax.progress import progress, say
 from rabit_jax.weights.sign_paths import PackedSign
 
 EXAMPLES = """examples:

@@ -35,12 +35,12 @@ from rabit_jax.experiments.bench.shapes import (
     parse_shapes,
     positive,
 )
-from rabit_jax.experiments.engine.console import progress, say
 from rabit_jax.kernels.bench import gemlite_case
 from rabit_jax.kernels.bench.case import Case, activations
 from rabit_jax.kernels.bench.machine import Copy, call_seconds, free_memory, last_level_cache
 from rabit_jax.kernels.matmul import IMPLS, chosen
 from rabit_jax.models.prepared import multiply
+from rabit_jax.progress import progress, say
 
 EXAMPLES = """examples:
   python -m experiments.bench kernels --shapes llama2-7b --batch 1,2,4,8

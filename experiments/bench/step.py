@@ -28,9 +28,9 @@ import jax
 
 from rabit_jax import LLAMA_LINEARS, IndependentSignSpec, ResidualSignSpec, convert
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import Progress, progress, say
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, init_params
+from rabit_jax.progress import Progress, progress, say
 from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.optimizer import OptimizerConfig, make_optimizer, partition, roles
 from rabit_jax.train.step import Loss, init_state, make_step

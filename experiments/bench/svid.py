@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import say
+from rabit_jax.progress import say
 from rabit_jax.signs.iterative_svid import Svid, svid
 
 EXAMPLES = """examples:

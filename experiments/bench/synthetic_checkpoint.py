@@ -25,11 +25,12 @@ from rabit_jax.data.embedded import embedded_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.bench.shapes import MODELS, model_config
-from rabit_jax.experiments.engine.console import main_guard, progress
+from rabit_jax.experiments.engine.console import main_guard
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.names import tensor_names
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
+from rabit_jax.progress import progress
 
 SHARD_BYTES = 10**9
 OUTLIERS, GAIN = 4, 8.0

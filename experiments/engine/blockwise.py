@@ -21,7 +21,6 @@ from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.perplexities import from_nats
 from rabit_jax.experiments.engine.config import to_dict
-from rabit_jax.experiments.engine.console import progress
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import abstract_params, write_stats
 from rabit_jax.experiments.engine.machine import peak_memory
@@ -33,6 +32,7 @@ from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import Checkpoint
 from rabit_jax.formats.folder import read_generation, read_tokenizer
 from rabit_jax.formats.packed_model import save_packed
+from rabit_jax.progress import progress
 from rabit_jax.tree import layer_keys, match_rules
 
 MODELS = ("teacher", "packed")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rabit_jax import BadInput
+from rabit_jax.atomic import remove, write_text
 from rabit_jax.experiments.engine.config import difference, dump_yaml, load_config, to_dict
-from rabit_jax.experiments.engine.console import say
-from rabit_jax.experiments.engine.files import remove, write_text
 from rabit_jax.experiments.engine.log_wandb import WandbLog
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.formats.model_card import CARD
+from rabit_jax.progress import say
 
 # What a stage leaves on disk and later ones read: it is complete only while these are whole.
 LEAVES = {

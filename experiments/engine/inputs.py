@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from rabit_jax import BadInput, Stats, convert
+from rabit_jax.atomic import remove, write_tensors
 from rabit_jax.data.tokens import batch
-from rabit_jax.experiments.engine.console import loading, progress, say
-from rabit_jax.experiments.engine.files import remove
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.settings import RunConfig, Training
 from rabit_jax.experiments.engine.text import Text
@@ -25,6 +24,7 @@ from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.hf import load_hf
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, param_shapes
+from rabit_jax.progress import loading, progress, say
 from rabit_jax.train.checkpoints import Checkpoints, abstract
 from rabit_jax.train.loop import Loop, Watch, train
 from rabit_jax.train.optimizer import merge, partition, roles
@@ -249,12 +249,10 @@ class Inputs:
 
 def write_stats(target: Path, stats: dict[str, Stats]) -> None:
     """Write calibration statistics, whole or not at all."""
-    temporary = target.with_suffix(".part")
     arrays = {
         f"{p}.{n}": np.asarray(getattr(s, n)) for p, s in stats.items() for n in ("s_in", "s_out")
     }
-    save_file(arrays, temporary)
-    temporary.replace(target)
+    write_tensors(target, arrays)
 
 
 def abstract_params(config: ModelConfig) -> Any:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.files import write_text
 
 ID = "wandb-id"
 

@@ -11,8 +11,8 @@ import numpy as np
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.diagnostics import diagnose
 from rabit_jax.evaluate.perplexities import Perplexity, perplexity
-from rabit_jax.experiments.engine.console import progress
 from rabit_jax.experiments.engine.inputs import Inputs
+from rabit_jax.progress import progress
 from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.sharding import batch_sharding
 from rabit_jax.tree import map_leaves, weights_of

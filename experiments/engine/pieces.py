@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rabit_jax import BadInput, Stats
-from rabit_jax.experiments.engine.files import remove, write_text
+from rabit_jax.atomic import remove, replacing, write_tensors, write_text
 from rabit_jax.formats.packed_file import named_parts, part_names
 from rabit_jax.weights.representations import abstract_packed
 
@@ -63,7 +62,7 @@ class Pieces:
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Callable[[Any], None]]:
         """Yields a function that appends an array; the piece is there when the block ends."""
-        with self._beside(name) as work, open(work, "wb") as file:
+        with replacing(self.folder / name) as work, open(work, "wb") as file:
             # Not a memory map: where the disk is full, writing to one kills the process.
             yield lambda array: file.write(np.asarray(array).tobytes())
 
@@ -87,8 +86,7 @@ class Pieces:
             arrays |= {f"{path}:s_in": np.asarray(one.s_in), f"{path}:s_out": np.asarray(one.s_out)}
         headers = {path: node.header() for path, node in packed.items()}
         metadata = {"headers": json.dumps(headers), "record": json.dumps(record)}
-        with self._beside(name) as work:
-            save_file(arrays, work, metadata)
+        write_tensors(self.folder / name, arrays, metadata)
 
     def read_block(self, name: str) -> tuple[dict, dict | None, dict]:
         """What `write_block` kept; statistics None where there were none.
@@ -122,12 +120,3 @@ class Pieces:
     def record(self, name: str) -> dict | None:
         """A record, None where there is none."""
         return json.loads((self.folder / name).read_text()) if self.has(name) else None
-
-    @contextlib.contextmanager
-    def _beside(self, name: str) -> Iterator[Path]:
-        work = self.folder / f".{name}.part"
-        try:
-            yield work
-            work.replace(self.folder / name)
-        finally:
-            work.unlink(missing_ok=True)

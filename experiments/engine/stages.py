@@ -14,7 +14,6 @@ from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.evaluate.perplexities import unigram_entropy
 from rabit_jax.evaluate.sign_statistics import disordered_share, mean_flip_rate, snapshot
 from rabit_jax.experiments.engine.config import to_dict
-from rabit_jax.experiments.engine.console import progress
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.measure import (
     diagnostics,
@@ -29,6 +28,7 @@ from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packe
 from rabit_jax.models.decoder import init_params
 from rabit_jax.models.generation import generate
 from rabit_jax.models.prepared import Engine, prepare
+from rabit_jax.progress import progress
 from rabit_jax.train.loop import Watch
 from rabit_jax.train.losses import distillation_loss, next_token_loss
 from rabit_jax.train.optimizer import merge

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -17,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rabit_jax import BadInput
+from rabit_jax.atomic import replacing
 from rabit_jax.data.sources import documents, mixed, unseen_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows
@@ -58,13 +57,8 @@ class Text:
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         place = Path(data.cache) / f"tokenizer-{data.vocab_size}-{digest}"
         if not (place / "tokenizer.json").exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
-                new = Path(temporary) / "new"
+            with replacing(place) as new:
                 save_tokenizer(train_tokenizer(texts, data.vocab_size), new)
-                if place.exists():
-                    shutil.rmtree(place)
-                new.rename(place)
         return load_tokenizer(place)
 
     @cached_property

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rabit_jax import ResidualSign, cost
+from rabit_jax.atomic import write_text
 from rabit_jax.evaluate.sign_statistics import weight_histogram
-from rabit_jax.experiments.engine.console import number
-from rabit_jax.experiments.engine.files import write_text
 from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.experiments.engine.machine import peak_memory
 from rabit_jax.experiments.report.page import write_report
 from rabit_jax.experiments.report.run_card import write_card
+from rabit_jax.progress import number
 from rabit_jax.tree import weights_of
 
 

@@ -31,8 +31,9 @@ from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.sweeps import FromCheckpoint, Source, Sweep
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import Checkpoint
-from rabit_jax.formats.folder import read_generation, read_tokenizer
+from rabit_jax.formats.folder import read_generation
 from rabit_jax.formats.packed_model import save_packed
+from rabit_jax.formats.tokenizer import read_tokenizer
 from rabit_jax.tree import layer_keys, match_rules
 
 MODELS = ("teacher", "packed")

@@ -18,8 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rabit_jax.errors import BadInput
+from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.formats.folder import save_tensors
-from rabit_jax.formats.names import hf_name, tensor_names
 from rabit_jax.tree import is_weight
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
 

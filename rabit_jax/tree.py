@@ -1,7 +1,7 @@
 """Params trees: paths of leaves, rules on paths, maps over leaves and over stacked layers.
 
 A params tree is a nested dict whose leaves are arrays and weight nodes; a weight node is one leaf.
-Imports nothing of the package but `BadInput`.
+Imports nothing of the package but `BadInput` and the named types.
 """
 
 from __future__ import annotations
@@ -9,18 +9,20 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
+from rabit_jax.types import Array, Params, Shape, Spec, Weight
+
+Rules: TypeAlias = Sequence[tuple[str, Spec | None]]
 
 
-def is_weight(x: Any) -> bool:
+def is_weight(x: Any) -> TypeGuard[Weight]:
     """Whether `x` is a weight node: the test that stops tree functions from entering it."""
     return hasattr(type(x), "matmul") and hasattr(type(x), "dense")
-Rules = Sequence[tuple[str, Any]]
 
 
 def path_name(path: tuple) -> str:
@@ -41,7 +43,7 @@ def map_leaves(function: Callable[[str, Any], Any], params: Any, *rest: Any) -> 
     )
 
 
-def weights_of(params: Any) -> dict[str, Any]:
+def weights_of(params: Params) -> dict[str, Weight]:
     """The weight nodes of a tree by path."""
     return {path: leaf for path, leaf in leaves(params) if is_weight(leaf)}
 
@@ -60,7 +62,7 @@ def per_layer(function: Callable, *arrays: Any) -> Any:
     return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), out)
 
 
-def match_rules(params: Any, rules: Rules) -> dict[str, Any]:
+def match_rules(params: Params, rules: Rules) -> dict[str, Spec]:
     """Decide each leaf's spec: the first rule `(regex, spec or None)` that fullmatches its path.
 
     Returns:
@@ -71,7 +73,7 @@ def match_rules(params: Any, rules: Rules) -> dict[str, Any]:
         matrix or is a weight node already.
     """
     found = dict(leaves(params))
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Spec | None] = {}
     for pattern, spec in rules:
         hits = [path for path in found if _fullmatch(pattern, path)]
         if not hits:
@@ -119,7 +121,7 @@ def _no_match(pattern: str, found: Mapping[str, Any]) -> str:
     return f"rule {pattern!r} matches no parameter; the nearest paths are {', '.join(nearest)}"
 
 
-def layer_keys(key: Any, lead: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def layer_keys(key: Array, lead: Mapping[str, Shape]) -> dict[str, Array]:
     """PRNG keys by path, one for each matrix of a kernel, in the shape of its leading axes `lead`.
 
     So a layer draws the same numbers whether it is converted alone or in its stack.
@@ -128,19 +130,19 @@ def layer_keys(key: Any, lead: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return {path: split_key(own[path], axes) if axes else own[path] for path, axes in lead.items()}
 
 
-def split_key(key: Any, lead: Sequence[int]) -> jax.Array:
+def split_key(key: Array, lead: Sequence[int]) -> Array:
     """PRNG keys of shape `lead`: `key` itself where it holds them already, else one split so."""
     key = _typed(key)
     return key if key.ndim else jax.random.split(key, tuple(lead))
 
 
-def fold_key(key: Any, n: int) -> jax.Array:
+def fold_key(key: Array, n: int) -> Array:
     """`jax.random.fold_in(key, n)` of one key, or of each of an array of them."""
     key = _typed(key)
     folded = jax.vmap(lambda one: jax.random.fold_in(one, n))(key.reshape(-1))
     return folded.reshape(key.shape)
 
 
-def _typed(key: Any) -> jax.Array:
+def _typed(key: Array) -> Array:
     raw = not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return jax.random.wrap_key_data(key) if raw else key

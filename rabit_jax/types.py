@@ -23,21 +23,26 @@ class Weight(Protocol):
     """A matrix `[..., i, o]` in some representation; a `flax.struct` dataclass whose leaves are
     arrays.
 
+    `weights.leaves.WeightNode` derives most of it from the declared axes of the arrays.
     Leading axes are stacked layers. `shape` is that of the dense matrix.
     """
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape `[..., i, o]` of the matrix that the node stands for."""
+        ...
 
     def matmul(self, x: Array) -> Array:
         """`x @ W_hat` for `x: [..., i]`, giving `[..., o]` in `x.dtype`; no leading weight axes."""
+        ...
 
     def dense(self) -> Array:
         """`W_hat: [..., i, o]` float32, exactly what the deployed model multiplies by."""
+        ...
 
     def paths(self) -> Iterator[Array]:
         """The terms `W_hat_1, ..., W_hat_k` of `W_hat`, each `[..., i, o]`, one at a time."""
+        ...
 
     def roles(self) -> Any:
         """The same node with each leaf named for the optimiser and the mesh.
@@ -45,18 +50,23 @@ class Weight(Protocol):
         "latent": a large trainable array; "scale": a small one, kept positive; "level": a small one
         of either sign; "sign" and "code": bits and integers, which no training changes.
         """
+        ...
 
     def pack(self, name: str) -> Any:
         """The deployed form, itself a weight; `name` opens the message of what cannot be packed."""
+        ...
 
     def bits_per_weight(self) -> float:
         """Bits per weight once packed, all scales, levels and tables counted, padding not."""
+        ...
 
     def deployed_bytes(self) -> int:
         """Bytes of all arrays once packed, padding included; from the shapes alone."""
+        ...
 
     def cost(self) -> Any:
         """Operations and bytes per token once packed, a `weights.cost.Cost`; from the shapes."""
+        ...
 
 
 @runtime_checkable
@@ -65,6 +75,8 @@ class Spec(Protocol):
 
     def init(self, w: Array, stats: Any = None, key: Array | None = None) -> Any:
         """Kernel `[..., i, o]`, calibration statistics, PRNG key -> a trainable weight node."""
+        ...
 
     def dense(self, node: Any) -> Array:
         """`W_hat: [..., i, o]` float32 of a node that this spec made."""
+        ...

@@ -79,7 +79,9 @@ def _metered(x, weights, moments, mask, drive, inputs):
 
 def _metered_forward(x, weights, moments, mask, drive, inputs):
     # Measured here and not in the backward, so that these few numbers are all that is kept for it.
-    return _metered(x, weights, moments, mask, drive, inputs), _sums(x, *weights, mask)
+    teacher, student = weights
+    sums = _sums(x, teacher, student, mask)
+    return _metered(x, weights, moments, mask, drive, inputs), sums
 
 
 def _metered_backward(drive, inputs, sums, dy):

@@ -88,7 +88,8 @@ def open_packed(path: Path) -> Iterator[PackedFile]:
             if text_checksum(header[name]) != parts[2].get(name):
                 raise BadInput(f"the header of {path} is altered, the checksum of its {name} "
                                "differs: fetch it again")
-        yield PackedFile(path, *parts, tensors)
+        config, modules, sha256 = parts
+        yield PackedFile(path, config, modules, sha256, tensors)
 
 
 def check_version(found: Mapping[str, Any], where: str) -> None:
@@ -120,7 +121,7 @@ def checksum(value: np.ndarray) -> str:
     The text hashed before the bytes is such as `float16[2, 64]`.
     """
     digest = hashlib.sha256(f"{value.dtype}{list(value.shape)}".encode())
-    digest.update(np.ascontiguousarray(value).view(np.uint8))
+    digest.update(np.ascontiguousarray(value).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Float
 
 from rabit_jax.signs.ste import F32
+from rabit_jax.types import Array
 
 FLOOR = 1e-4
 
@@ -20,15 +21,17 @@ class Stats:
       s_out: float32 `[..., o]`, root mean square over tokens of the loss gradient at each output.
     """
 
-    s_in: jax.Array
-    s_out: jax.Array
+    s_in: Float[Array, "*l i"]
+    s_out: Float[Array, "*l o"]
 
 
-def importance(s: jax.Array, exponent: float, shrinkage: float = 0.0) -> jax.Array:
+def importance(
+    s: Float[Array, "*l n"], exponent: float, shrinkage: float = 0.0
+) -> Float[Array, "*l n"]:
     """`d = (s' / geometric_mean(s'))^exponent`, `s' = (1 - shrinkage) s + shrinkage mean(s)`.
 
     Channels are floored at 1e-4 of the mean, so that a dead one divides by nothing. Scale-free: the
-    loss may be summed or averaged. `s: [..., i]` -> `[..., i]` float32.
+    loss may be summed or averaged. The result is float32.
     """
     s = s.astype(F32)
     mean = jnp.mean(s, axis=-1, keepdims=True)

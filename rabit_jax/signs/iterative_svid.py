@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from rabit_jax.signs.ste import F32, coupled, outer, with_sign
+from rabit_jax.types import Array
 
 FLOOR = 1e-2
 SMALLEST = 1e-4  # float16 is normal from 6.1e-5
@@ -22,13 +24,15 @@ class Svid(NamedTuple):
     refinement rounds were run.
     """
 
-    g: jax.Array
-    h: jax.Array
-    error: jax.Array
-    rounds: jax.Array
+    g: Float[Array, "k o"]
+    h: Float[Array, "k i"]
+    error: Float[Array, ""]
+    rounds: Int[Array, ""]
 
 
-def rank1(m: jax.Array, h: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
+def rank1(
+    m: Float[Array, "i o"], h: Float[Array, " i"], tolerance: float
+) -> tuple[Float[Array, " o"], Float[Array, " i"]]:
     """Best rank-1 approximation `m ~ h g^T` by alternating least squares from a warm start.
 
         g <- m^T h / |h|^2;   h <- m g / |g|^2
@@ -63,36 +67,39 @@ def rank1(m: jax.Array, h: jax.Array, tolerance: float) -> tuple[jax.Array, jax.
     return floored(g * ratio), floored(h / ratio)
 
 
-def _fit(m: jax.Array, v: jax.Array) -> jax.Array:
+def _fit(m: Array, v: Array) -> Array:
     """Least squares `argmin_u |m - u v^T|`; 0 where `v` is."""
     return m @ v / jnp.maximum(jnp.vdot(v, v), TINY)
 
 
-def floored(scale: jax.Array) -> jax.Array:
-    """Positive scales `[n]` kept at 1% of their mean and at 1e-4, as `rank1` needs them."""
+def floored(scale: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Positive scales kept at 1% of their mean and at 1e-4, as `rank1` needs them."""
     return jnp.maximum(scale, jnp.maximum(FLOOR * jnp.mean(jnp.abs(scale)), SMALLEST))
 
 
-def _residual(w: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
+def _residual(w: Array, g: Array, h: Array) -> Array:
     for _, term in coupled(w, g, h):
         w = w - term
     return w
 
 
-def relative_error(w: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
-    """`|W - W_hat|^2 / |W|^2` with the signs of the coupled forward; `w: [i, o]` -> scalar
-    float32."""
+def relative_error(
+    w: Float[Array, "i o"], g: Float[Array, "k o"], h: Float[Array, "k i"]
+) -> Float[Array, ""]:
+    """`|W - W_hat|^2 / |W|^2` with the signs of the coupled forward, in float32."""
     w = w.astype(F32)
     return jnp.sum(jnp.square(_residual(w, g, h))) / jnp.maximum(jnp.sum(jnp.square(w)), TINY)
 
 
-def _aligned(w: jax.Array, g: jax.Array, h: jax.Array, i: int) -> jax.Array:
+def _aligned(w: Array, g: Array, h: Array, i: int) -> Array:
     """`E_i * B_i` with `E_i = W - sum_{j != i} W_hat_j`: equal to `R_k B_i + h_i g_i^T`."""
     signs = [positive for positive, _ in coupled(w, g, h)]
     return with_sign(_residual(w, g, h), signs[i]) + outer(h[i], g[i])
 
 
-def greedy(w: jax.Array, k: int, tolerance: float) -> tuple[jax.Array, jax.Array]:
+def greedy(
+    w: Float[Array, "i o"], k: int, tolerance: float
+) -> tuple[Float[Array, "k o"], Float[Array, "k i"]]:
     """Greedy SVID: each path takes the rank-1 fit of the absolute residual of those before it."""
     g, h = [], []
     residual = w
@@ -106,8 +113,8 @@ def greedy(w: jax.Array, k: int, tolerance: float) -> tuple[jax.Array, jax.Array
 
 
 def refine(
-    w: jax.Array, g: jax.Array, h: jax.Array, tolerance: float
-) -> tuple[jax.Array, jax.Array]:
+    w: Float[Array, "i o"], g: Float[Array, "k o"], h: Float[Array, "k i"], tolerance: float
+) -> tuple[Float[Array, "k o"], Float[Array, "k i"]]:
     """One round: for every path in turn, derive ALL signs from `w`, then refit that path's pair.
 
     The refit is the rank-1 approximation of `E_i * B_i` with the signs held. Since the signs are
@@ -122,10 +129,10 @@ def refine(
 
 
 def svid(
-    w: jax.Array,
+    w: Float[Array, "i o"],
     k: int,
-    d_in: jax.Array | None = None,
-    d_out: jax.Array | None = None,
+    d_in: Float[Array, " i"] | None = None,
+    d_out: Float[Array, " o"] | None = None,
     rounds: int = 80,
     tolerance: float = 1e-3,
     power_tolerance: float = 1e-4,

@@ -10,6 +10,8 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float
 
 from rabit_jax.types import Array
 
@@ -21,7 +23,7 @@ Ste = Literal["identity", "scaled", "clipped", "smooth"]
 STE = get_args(Ste)
 
 
-def outer(h: jax.Array, g: jax.Array) -> jax.Array:
+def outer(h: Float[Array, "*l i"], g: Float[Array, "*l o"]) -> Float[Array, "*l i o"]:
     """`h g^T`: `[..., i]`, `[..., o]` -> `[..., i, o]`."""
     return h[..., :, None] * g[..., None, :]
 
@@ -31,7 +33,7 @@ def summed(terms: Iterable[Array]) -> Array:
     return functools.reduce(operator.add, terms)
 
 
-def with_sign(step: jax.Array, positive: jax.Array) -> jax.Array:
+def with_sign(step: Float[Array, "*n"], positive: Bool[Array, "*n"]) -> Float[Array, "*n"]:
     """`+step` where `positive`, else `-step`, as an integer operation on the sign bit.
 
     The integer form keeps the compiler from contracting the product inside `step` with the
@@ -43,7 +45,9 @@ def with_sign(step: jax.Array, positive: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(flipped, F32)
 
 
-def coupled(latent: jax.Array, g: jax.Array, h: jax.Array) -> Iterator[tuple]:
+def coupled(
+    latent: Float[Array, "*l i o"], g: Float[Array, "*l k o"], h: Float[Array, "*l k i"]
+) -> Iterator[tuple[Bool[Array, "*l i o"], Float[Array, "*l i o"]]]:
     """Walk the residual chain; the one place where signs are derived.
 
         R_0 = W;  B_i = sign(R_{i-1});  W_hat_i = h_i B_i g_i;  R_i = R_{i-1} - W_hat_i
@@ -68,12 +72,16 @@ def coupled(latent: jax.Array, g: jax.Array, h: jax.Array) -> Iterator[tuple]:
         residual = residual - term
 
 
-def coupled_signs(latent: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
-    """The signs of all paths: bool `[..., k, i, o]`, True for +1."""
+def coupled_signs(
+    latent: Float[Array, "*l i o"], g: Float[Array, "*l k o"], h: Float[Array, "*l k i"]
+) -> Bool[Array, "*l k i o"]:
+    """The signs of all paths, True for +1."""
     return jnp.stack([positive for positive, _ in coupled(latent, g, h)], axis=-3)
 
 
-def path_slope(v: jax.Array, a: jax.Array, ste: str) -> jax.Array:
+def path_slope(
+    v: Float[Array, "*l i o"], a: Float[Array, "*l i o"], ste: str
+) -> Float[Array, "*l i o"]:
     """`d(a sign(v)) / dv` as a straight-through rule takes it, float32, shape of `v`.
 
         identity   1                    as if a sign(v) were v (the published rule of RaBiT)
@@ -93,7 +101,7 @@ def path_slope(v: jax.Array, a: jax.Array, ste: str) -> jax.Array:
     return jnp.ones_like(v)
 
 
-def _coupled_slope(latent: jax.Array, g: jax.Array, h: jax.Array, ste: str) -> jax.Array:
+def _coupled_slope(latent: Array, g: Array, h: Array, ste: str) -> Array:
     """`dW_hat / dW = 1 - prod_i (1 - s_i)` by the chain rule through the residuals.
 
     With `s_i` the slope of path i at `R_{i-1}`: `dW_hat_i = s_i dR_{i-1}`, `dR_i = (1 - s_i)
@@ -108,8 +116,12 @@ def _coupled_slope(latent: jax.Array, g: jax.Array, h: jax.Array, ste: str) -> j
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def effective_weight(
-    latent: jax.Array, g: jax.Array, h: jax.Array, dtype=F32, ste: str = "identity"
-) -> jax.Array:
+    latent: Float[Array, "*l i o"],
+    g: Float[Array, "*l k o"],
+    h: Float[Array, "*l k i"],
+    dtype: DTypeLike = F32,
+    ste: str = "identity",
+) -> Float[Array, "*l i o"]:
     """`W_hat = sum_i diag(h_i) B_i diag(g_i)` with the signs `B_i` of the coupled forward.
 
     Backward, with `G = dL/dW_hat` (the published one, `ste="identity"`):
@@ -152,12 +164,14 @@ def _backward(dtype, ste, residuals, cotangent):
 
 
 def scale_gradients(
-    cotangent: jax.Array, signs: Iterable[jax.Array], g: jax.Array, h: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    cotangent: Float[Array, "*l i o"],
+    signs: Iterable[Bool[Array, "*l i o"]],
+    g: Float[Array, "*l k o"],
+    h: Float[Array, "*l k i"],
+) -> tuple[Float[Array, "*l k o"], Float[Array, "*l k i"]]:
     """`dg_i[o] = sum_in G B_i h_i`, `dh_i[in] = sum_out G B_i g_i`, one path after another.
 
-    `cotangent: [..., i, o]` float32 `G`; `signs`: bool `[..., i, o]` per path, True for +1. Returns
-    `[..., k, o]` and `[..., k, i]` float32.
+    `cotangent` is `G` in float32; `signs` are those of each path, True for +1.
     """
     dg, dh = [], []
     for i, positive in enumerate(signs):
@@ -169,12 +183,14 @@ def scale_gradients(
 effective_weight.defvjp(_forward, _backward)
 
 
-def flips(before: jax.Array, after: jax.Array) -> jax.Array:
-    """Share of signs that differ, per path: bool `[..., k, i, o]` twice -> `[..., k]` float32."""
+def flips(
+    before: Bool[Array, "*l k i o"], after: Bool[Array, "*l k i o"]
+) -> Float[Array, "*l k"]:
+    """Share of signs that differ, per path, float32."""
     return jnp.mean(before ^ after, axis=(-2, -1), dtype=F32)
 
 
-def disordered(g: jax.Array, h: jax.Array) -> jax.Array:
+def disordered(g: Float[Array, "*l k o"], h: Float[Array, "*l k i"]) -> Float[Array, "*l"]:
     """Share of elements whose scale products do not fall, `a_i <= a_{i+1}` or `a_i <= 0`.
 
     There the 2^k levels are no longer a nearest rounding of the latent. `g: [..., k, o]`,

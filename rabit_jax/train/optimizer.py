@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from rabit_jax.errors import BadInput
 from rabit_jax.tree import is_weight, map_leaves
+from rabit_jax.types import Params
 
 ROLES = ("latent", "scale", "level", "matrix", "embedding", "head", "norm", "bias")
 FIXED = ("sign", "code")  # bits and integers: no gradient reaches them
@@ -69,7 +71,7 @@ class OptimizerConfig:
                 raise BadInput(f"{name} is {getattr(self, name)}: it must be {wanted}")
 
 
-def roles(params: Any) -> Any:
+def roles(params: Params) -> Params:
     """The tree of role names with the structure of `params`.
 
     A weight node names its own leaves ("latent"; "scale", kept positive; "level", of either sign;
@@ -132,7 +134,7 @@ def make_optimizer(config: OptimizerConfig, names: Any, steps: int) -> optax.Gra
     """
     matrix = learning_rate(config, config.lr, steps)
     other = learning_rate(config, config.scale_lr or config.lr, steps)
-    adam = {"b1": config.beta1, "b2": config.beta2}
+    adam: dict[str, Any] = {"b1": config.beta1, "b2": config.beta2}
     labels = jax.tree.map(lambda n: "matrix" if n in MUON_ROLES else "other", names)
     if config.name == "muon":
         move = optax.contrib.muon(
@@ -143,7 +145,8 @@ def make_optimizer(config: OptimizerConfig, names: Any, steps: int) -> optax.Gra
         )
     else:
         move = optax.adamw(matrix, weight_decay=config.weight_decay, **adam)
-    parts = {"matrix": move, "other": optax.adamw(other, weight_decay=0.0, **adam)}
+    rest = optax.adamw(other, weight_decay=0.0, **adam)
+    parts: dict[Hashable, optax.GradientTransformation] = {"matrix": move, "other": rest}
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     return optax.chain(*clip, optax.partition(parts, labels))
 

@@ -96,7 +96,7 @@ def weight_shardings(node: Weight, axes: Axes, mesh: Mesh) -> Any:
         axes_in, axes_out = (a if a and own[0] % mesh.shape[a] == 0 else None for a, own in sides)
         matrix = weight_shardings(node.matrix, (axes_in, axes_out), mesh)
         return node.replace(matrix=matrix)
-    split = dict(zip(("i", "o"), axes, strict=True))
+    split = {"i": axes[0], "o": axes[1]}
 
     def place(declared: Leaf, array: Array) -> NamedSharding:
         names = declared.names

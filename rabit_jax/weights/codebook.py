@@ -16,7 +16,7 @@ from flax import struct
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.iterative_svid import SMALLEST
-from rabit_jax.signs.ste import F32
+from rabit_jax.signs.ste import F32, summed
 from rabit_jax.tree import per_layer, split_key
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
@@ -84,7 +84,8 @@ class CodebookSpec:
           A node without latent: its codes are fixed from here on.
         """
         key = jax.random.key(0) if key is None else key
-        return Codebook(*_fit(self, w, stats, key), w.shape[-2])
+        codes, codebooks, g = _fit(self, w, stats, key)
+        return Codebook(codes, codebooks, g, w.shape[-2])
 
     def dense(self, node: Codebook) -> jax.Array:
         """`W_hat: [..., i, o]` float32."""
@@ -195,6 +196,14 @@ def _einsum(equation: str, *arrays: jax.Array) -> jax.Array:
 class CodebookSum(WeightNode):
     """Base of weights with `codebooks: [..., stages, entries, d]`, `g: [..., o]` and `inputs`."""
 
+    codebooks: Array
+    g: Array
+    inputs: int
+
+    def _terms(self) -> Iterator[Array]:
+        """What each stage adds before the output scales, float32 `[..., i, o]`."""
+        raise NotImplementedError
+
     @property
     def k(self) -> int:
         """Number of stages."""
@@ -202,7 +211,7 @@ class CodebookSum(WeightNode):
 
     def dense(self) -> jax.Array:
         """`W_hat`, float32 `[..., i, o]`; differentiable in `codebooks` and `g`."""
-        return self.g[..., None, :].astype(F32) * sum(self._terms())
+        return self.g[..., None, :].astype(F32) * summed(self._terms())
 
     def paths(self) -> Iterator[jax.Array]:
         """What each stage adds, `g C_s`, float32 `[..., i, o]`."""

@@ -91,7 +91,7 @@ def _mean(rows: tuple[Row, ...], field: str) -> float:
     )
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"

@@ -14,7 +14,7 @@ from flax import struct
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.groups import by_group, group_count, group_sum, spread
-from rabit_jax.signs.ste import F32
+from rabit_jax.signs.ste import F32, summed
 from rabit_jax.tree import per_layer
 from rabit_jax.types import Array
 from rabit_jax.weights.group_levels import GroupedPlanes, to_half, unpack_codes
@@ -100,8 +100,19 @@ def _search(spec: DualBinarySpec, w: jax.Array, s_in: jax.Array | None) -> jax.A
     return per_layer(layer, w, d_in)
 
 
+class TwoPlanes(GroupedPlanes):
+    """Base of the trained and the packed form: two binary paths, each a plane of bits."""
+
+    @property
+    def k(self) -> int:
+        """Number of binary paths."""
+        return 2
+
+    planes = k
+
+
 @struct.dataclass
-class PackedDualBinary(GroupedPlanes):
+class PackedDualBinary(TwoPlanes):
     """`W_hat = a_1 b_1 + a_2 b_2` with `b` in {0, 1} as bit planes in the `rb256` layout.
 
     Attributes:
@@ -116,7 +127,6 @@ class PackedDualBinary(GroupedPlanes):
     group: int = size("group")
     inputs: int = size("i")
 
-    k = planes = 2
     header_type = "dual_binary"
     header_sizes = {"group": "group"}
 
@@ -127,9 +137,8 @@ class PackedDualBinary(GroupedPlanes):
             yield level * unpack_codes(self.bits[..., j : j + 1, :, :], self.inputs)
 
 
-
 @struct.dataclass
-class DualBinary(GroupedPlanes):
+class DualBinary(TwoPlanes):
     """`W_hat = a_1 b_1 + a_2 b_2` with `b` in {0, 1} and `a` per group of inputs and output.
 
         b_1 = H(w - (a_1 + a_2) / 2),   b_2 = H(-(w - a_1 b_1 - a_2 / 2)),   H(0) = 1
@@ -150,12 +159,7 @@ class DualBinary(GroupedPlanes):
     a: Array = leaf("level", "2 i//group o")
     group: int = size("group", default=128)
 
-    k = planes = 2  # binary paths, each a plane of bits
     packed = PackedDualBinary
-
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
-        return x @ dual_binary(self.latent, self.a, self.group, x.dtype)
 
     def dense(self) -> jax.Array:
         """`W_hat`, float32 `[..., i, o]`."""
@@ -217,7 +221,7 @@ def dual_binary(latent: jax.Array, a: jax.Array, group: int = 128, dtype=F32) ->
       >>> dual_binary(w, a=jnp.array([[[1.0]], [[-0.5]]])).T
       Array([[1. , 0. , 0.5]], dtype=float32)
     """
-    return sum(term for _, term in _terms(latent, a, group)).astype(dtype)
+    return summed(term for _, term in _terms(latent, a, group)).astype(dtype)
 
 
 def _forward(latent, a, group, dtype):

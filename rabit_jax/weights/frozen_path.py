@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rabit_jax.signs.channel_importance import Stats
-from rabit_jax.signs.ste import F32, outer, path_slope, scale_gradients, with_sign
+from rabit_jax.signs.ste import F32, outer, path_slope, scale_gradients, summed, with_sign
 from rabit_jax.types import Array
 from rabit_jax.weights.independent_sign import residuals
 from rabit_jax.weights.leaves import leaf
@@ -74,10 +74,6 @@ class FrozenPath(SignPaths):
 
     packed = PackedSign
 
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
-        return x @ frozen_weight(self.frozen, self.latent, self.g, self.h, self.ste, x.dtype)
-
     def dense(self) -> jax.Array:
         """`W_hat`, float32 `[..., i, o]`."""
         return frozen_weight(self.frozen, self.latent, self.g, self.h, self.ste)
@@ -96,7 +92,8 @@ class FrozenPath(SignPaths):
         Raises:
           BadInput: a scale leaves the float16 range; the message begins with `name`.
         """
-        return PackedSign(pack_positive(self.positive()), *round_scales(name, g=self.g, h=self.h))
+        g, h = round_scales(name, g=self.g, h=self.h)
+        return PackedSign(pack_positive(self.positive()), g, h)
 
     def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> FrozenPath:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
@@ -143,7 +140,7 @@ def frozen_weight(
     Returns:
       `[..., i, o]` in `dtype`.
     """
-    return sum(_terms(frozen, latent, g, h)).astype(dtype)
+    return summed(_terms(frozen, latent, g, h)).astype(dtype)
 
 
 def _forward(frozen, latent, g, h, ste, dtype):

@@ -123,7 +123,6 @@ class PackedGroupUniform(GroupedPlanes):
         yield self.dense()
 
 
-
 @struct.dataclass
 class GroupUniform(GroupedPlanes):
     """`W_hat = s q + c`, `q = clip(round((W - c) / s), 0, 2^bits - 1)`, s and c per group.
@@ -147,10 +146,6 @@ class GroupUniform(GroupedPlanes):
     bits: int = size("b", default=2)
 
     packed = PackedGroupUniform
-
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ W_hat`; `W_hat` is computed in float32 and rounded once to `x.dtype`."""
-        return x @ group_uniform(self.latent, self.s, self.c, self.group, self.bits, x.dtype)
 
     def dense(self) -> jax.Array:
         """`W_hat`, float32 `[..., i, o]`."""

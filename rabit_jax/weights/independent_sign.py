@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rabit_jax.signs.channel_importance import Stats
-from rabit_jax.signs.ste import F32, coupled, outer, path_slope, scale_gradients, with_sign
+from rabit_jax.signs.ste import F32, coupled, outer, path_slope, scale_gradients, summed, with_sign
 from rabit_jax.tree import per_layer
 from rabit_jax.types import Array
 from rabit_jax.weights.leaves import leaf
@@ -93,10 +93,6 @@ class IndependentSign(SignPaths):
 
     packed = PackedSign
 
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
-        return x @ independent_weight(self.latents, self.g, self.h, self.ste, x.dtype)
-
     def dense(self) -> jax.Array:
         """`W_hat`, float32 `[..., i, o]`."""
         return independent_weight(self.latents, self.g, self.h, self.ste)
@@ -115,7 +111,8 @@ class IndependentSign(SignPaths):
         Raises:
           BadInput: a scale leaves the float16 range; the message begins with `name`.
         """
-        return PackedSign(pack_positive(self.latents >= 0), *round_scales(name, g=self.g, h=self.h))
+        g, h = round_scales(name, g=self.g, h=self.h)
+        return PackedSign(pack_positive(self.positive()), g, h)
 
     def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> IndependentSign:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
@@ -160,7 +157,7 @@ def independent_weight(
     Returns:
       `[..., i, o]` in `dtype`.
     """
-    return sum(_terms(latents, g, h)).astype(dtype)
+    return summed(_terms(latents, g, h)).astype(dtype)
 
 
 def _forward(latents, g, h, ste, dtype):

@@ -88,6 +88,11 @@ def size(axis: str, **default: Any) -> Any:
     return struct.field(pytree_node=False, metadata={"axis": axis}, **default)
 
 
+def part(many: bool = False) -> Any:
+    """A field of a weight node that holds another, or a tuple of `many`."""
+    return struct.field(metadata={"many": many})
+
+
 def axis_size(axis: str, sizes: Sizes) -> int:
     """The size of an axis of this module's notation, from those of the named axes.
 
@@ -103,8 +108,8 @@ def axis_size(axis: str, sizes: Sizes) -> int:
     if _is_packed(axis):
         return packed_bytes(axis_size(axis.removesuffix("/8"), sizes))
     if "//" in axis:
-        whole, part = axis.split("//")
-        return -(-axis_size(whole, sizes) // axis_size(part, sizes))
+        whole, group = axis.split("//")
+        return -(-axis_size(whole, sizes) // axis_size(group, sizes))
     if "^" in axis:
         base, exponent = axis.split("^")
         return axis_size(base, sizes) ** axis_size(exponent, sizes)
@@ -120,8 +125,8 @@ def _is_packed(axis: str) -> bool:
 class WeightNode:
     """Base of weight nodes, `flax.struct` dataclasses whose arrays are declared by `leaf`.
 
-    Other fields are static, or hold weight nodes (one, or a tuple of them). All of `shape` and the
-    methods here read the declaration alone, so they work on abstract arrays too.
+    Other fields are static, or hold weight nodes and are declared by `part`. Shapes, sizes, roles
+    and headers read the declaration alone, so they work on abstract arrays too.
 
     Attributes:
       packed: class of the deployed form; None for the class itself.
@@ -225,9 +230,7 @@ class WeightNode:
             elif "axis" in field.metadata:
                 values[field.name] = sizes[field.metadata["axis"]]
             elif _holds_parts(field):
-                held = header[field.name]
-                many = isinstance(held, list)
-                values[field.name] = tuple(map(read, held)) if many else read(held)  # pyright: ignore
+                values[field.name] = _read_parts(field, header[field.name], read)
         node = cls(**values)
         for one in (node, *parts(node)):
             if one.shape != (sizes["i"], sizes["o"]):
@@ -255,13 +258,12 @@ def declaration(node: Any) -> Any:
 def _declared(node: WeightNode, field: dataclasses.Field) -> Any:
     if "leaf" in field.metadata:
         return field.metadata["leaf"]
-    held = getattr(node, field.name)
-    if not all(map(is_weight, jax.tree.leaves(held, is_leaf=is_weight))):
+    if not _holds_parts(field):
         raise BadInput(
             f"{type(node).__name__}.{field.name} is an array of unknown role and axes: declare it, "
             f'such as {field.name}: Array = leaf("latent", "i o")'
         )
-    return jax.tree.map(declaration, held, is_leaf=is_weight)
+    return jax.tree.map(declaration, getattr(node, field.name), is_leaf=is_weight)
 
 
 def parts(node: WeightNode) -> list[WeightNode]:
@@ -275,7 +277,13 @@ def _fields(node: Any) -> tuple[dataclasses.Field, ...]:
 
 
 def _holds_parts(field: dataclasses.Field) -> bool:
-    return field.metadata.get("pytree_node", True) and "leaf" not in field.metadata
+    return "many" in field.metadata
+
+
+def _read_parts(field: dataclasses.Field, held: Any, read: Callable[[Header], Any] | None) -> Any:
+    if read is None or isinstance(held, list) != field.metadata["many"]:
+        raise ValueError(f"{field.name} is {held!r}")
+    return tuple(map(read, held)) if field.metadata["many"] else read(held)
 
 
 def _arrays(node: WeightNode) -> Iterator[tuple[Any, Leaf]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from math import floor, prod
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -282,8 +282,8 @@ class LowRankSign(LowRankProduct):
 
         Scales are applied in float32, products taken in `x.dtype`, copies summed in float32.
         """
-        u, v = (factor_sign(latent, self.ste, x.dtype) for latent in (self.u, self.v))
-        total = 0.0
+        u, v = self._factors(x.dtype)
+        total = jnp.zeros((), F32)
         for n in range(self.k):
             inner = times(x, self.h[n]).astype(x.dtype) @ u[n]
             total += times(times(inner, self.l[n]).astype(x.dtype) @ v[n], self.g[n])
@@ -291,8 +291,12 @@ class LowRankSign(LowRankProduct):
 
     def paths(self) -> Iterator[jax.Array]:
         """The term of each copy, float32 `[..., i, o]`."""
-        u, v = (factor_sign(latent, self.ste) for latent in (self.u, self.v))
+        u, v = self._factors(F32)
         return low_rank_terms(u, v, self.h, self.l, self.g)
+
+    def _factors(self, dtype: Any) -> tuple[Array, Array]:
+        """`sign(U)`, `sign(V)` in `dtype`, differentiable by the rule `ste`."""
+        return factor_sign(self.u, self.ste, dtype), factor_sign(self.v, self.ste, dtype)
 
     def positive(self) -> jax.Array:
         """Signs of `U` stacked over those of `V^T`, bool `[..., c, i + o, r]`, True for +1."""

@@ -10,7 +10,7 @@ import jax
 from flax import struct
 
 from rabit_jax.errors import BadInput
-from rabit_jax.weights.leaves import Header, WeightNode
+from rabit_jax.weights.leaves import Header, WeightNode, part
 
 
 @struct.dataclass
@@ -31,7 +31,7 @@ class Reshaped(WeightNode):
       (64, 4, 16)
     """
 
-    matrix: Any
+    matrix: Any = part()
     inputs: tuple[int, ...] = struct.field(pytree_node=False)
     outputs: tuple[int, ...] = struct.field(pytree_node=False)
 
@@ -89,7 +89,9 @@ class Reshaped(WeightNode):
     def abstract(cls, header: Header, read: Callable[[Header], Any] | None = None) -> Reshaped:
         """The packed node of one kernel as shapes and dtypes, from its `header`."""
         inputs, outputs = (tuple(map(int, header[name])) for name in ("inputs", "outputs"))
-        matrix = read(header["matrix"])  # pyright: ignore
+        if read is None:
+            raise ValueError("the matrix of a reshaped weight needs a reader")
+        matrix = read(header["matrix"])
         if matrix.shape != (prod(inputs), prod(outputs)):
             raise ValueError(f"axes {inputs} and {outputs} of a matrix {matrix.shape}")
         return cls(matrix, inputs, outputs)
@@ -117,7 +119,8 @@ def matrix_shape(path: str, shape: tuple[int, ...], stats: Any) -> tuple[int, ..
 
 def in_shape(node: Any, shape: tuple[int, ...]) -> Any:
     """The node of a matrix `[..., i, o]` as one of a kernel of that shape."""
-    return node if node.shape == shape else Reshaped(node, *split_axes(shape, node.shape))
+    sides = None if node.shape == shape else split_axes(shape, node.shape)
+    return node if sides is None else Reshaped(node, *sides)
 
 
 def split_axes(shape: tuple[int, ...], matrix: tuple[int, ...]) -> tuple | None:

@@ -86,10 +86,6 @@ class ResidualSign(SignPaths):
 
     packed = PackedSign
 
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
-        return x @ effective_weight(self.latent, self.g, self.h, x.dtype, self.ste)
-
     def dense(self) -> jax.Array:
         """`W_hat`, float32 `[..., i, o]`."""
         return effective_weight(self.latent, self.g, self.h, ste=self.ste)
@@ -108,9 +104,9 @@ class ResidualSign(SignPaths):
         Raises:
           BadInput: a scale leaves the float16 range; the message begins with `name`.
         """
-        return PackedSign(
-            _derive_bits(self.latent, self.g, self.h), *round_scales(name, g=self.g, h=self.h)
-        )
+        bits = _derive_bits(self.latent, self.g, self.h)
+        g, h = round_scales(name, g=self.g, h=self.h)
+        return PackedSign(bits, g, h)
 
     def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> ResidualSign:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""

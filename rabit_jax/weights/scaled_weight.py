@@ -16,7 +16,7 @@ from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, outer
 from rabit_jax.types import Array, Spec
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import WeightNode, leaf
+from rabit_jax.weights.leaves import WeightNode, leaf, part
 from rabit_jax.weights.residual_sign import ResidualSignSpec
 from rabit_jax.weights.seam import times
 from rabit_jax.weights.sign_paths import importances, round_scales
@@ -84,7 +84,7 @@ class ScaledWeight(WeightNode):
       d_out: `[..., o]` positive, same dtype.
     """
 
-    inner: Any
+    inner: Any = part()
     d_in: Array = leaf("scale", "i")
     d_out: Array = leaf("scale", "o")
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from rabit_jax.tree import is_weight
-from rabit_jax.types import Weight
+from rabit_jax.types import Array, Weight
 
 
-def linear(x: jax.Array, w: jax.Array | Weight) -> jax.Array:
+def linear(x: Array, w: Array | Weight) -> Array:
     """`x @ w` for an array or a weight node.
 
     Args:
@@ -19,9 +18,11 @@ def linear(x: jax.Array, w: jax.Array | Weight) -> jax.Array:
     Returns:
       `[..., o]` in `x.dtype`.
     """
-    return w.matmul(x) if is_weight(w) else x @ jnp.asarray(w, x.dtype)
+    if is_weight(w):
+        return w.matmul(x)
+    return x @ jnp.asarray(w, x.dtype)
 
 
-def times(x: jax.Array, scale: jax.Array) -> jax.Array:
+def times(x: Array, scale: Array) -> Array:
     """`x * scale` along the last axis: `[..., n]` by `[n]`."""
     return x * scale.reshape(*(1,) * (x.ndim - 1), -1)

@@ -17,7 +17,7 @@ from rabit_jax.signs.ste import F32, summed
 from rabit_jax.tree import fold_key
 from rabit_jax.types import Spec
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import WeightNode
+from rabit_jax.weights.leaves import WeightNode, part
 from rabit_jax.weights.scaled_weight import rescaled
 
 
@@ -44,9 +44,9 @@ class SumSpec:
     ) -> SumWeight:
         """Kernel `[..., i, o]` -> `SumWeight`; every part sees the same statistics."""
         terms, rest = [], w.astype(F32)
-        for n, part in enumerate(self.parts):
+        for n, spec in enumerate(self.parts):
             own = None if key is None else fold_key(key, n)
-            terms.append(part.init(rest, stats, own))
+            terms.append(spec.init(rest, stats, own))
             rest = rest - terms[-1].dense()
         return SumWeight(tuple(terms))
 
@@ -77,7 +77,7 @@ class SumWeight(WeightNode):
       ['LowRankSign', 'ResidualSign']
     """
 
-    terms: tuple[Any, ...]
+    terms: tuple[Any, ...] = part(many=True)
 
     header_type = "sum"
 

@@ -118,10 +118,6 @@ class UniformResidual(SignPaths):
             self.latent, self.g * halves, jnp.repeat(self.h, self.k, axis=-2), self.ste
         )
 
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
-        return self.free().matmul(x)
-
     def dense(self) -> jax.Array:
         """`W_hat`, float32 `[..., i, o]`; gradients as in `ste.effective_weight`."""
         return self.free().dense()

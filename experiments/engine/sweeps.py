@@ -36,9 +36,11 @@ class Source(Protocol):
 
     def block(self, n: int) -> Params:
         """Params of one block under `layers`, without the axis of layers."""
+        ...
 
     def ends(self, *names: str) -> Params:
         """Those of `embed`, `final_norm`, `head` that are asked for and there."""
+        ...
 
 
 @dataclass(frozen=True)

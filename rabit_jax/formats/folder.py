@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError
@@ -73,6 +73,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Any:
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         return None
+    tokenizer = cast(Any, tokenizer)
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     # Gemma 3 1B's own tokenizer has a placeholder for images past the model's vocabulary. What is
     # added but neither begins nor ends a text nor stands in the chat template is no danger.

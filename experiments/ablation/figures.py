@@ -45,7 +45,7 @@ def _measured(results: Results, label: str) -> list[Lines]:
     """What was measured during training, one list of lines per complete seed."""
     folders = (RunFolder(c.config) for c, found in results.cells if c.row == label and found)
     return [
-        [line for line in folder.metrics() if line.get("stage") == "diagnostics"]
+        [line for line in folder.metrics.lines() if line.get("stage") == "diagnostics"]
         for folder in folders
     ]
 

@@ -18,7 +18,7 @@ from rabit_jax.experiments.ablation.results import (
 )
 from rabit_jax.experiments.ablation.runner import described, last_line
 from rabit_jax.experiments.engine.config import to_dict
-from rabit_jax.experiments.engine.console import number
+from rabit_jax.progress import number
 
 LR = "qat.optimizer.lr"
 

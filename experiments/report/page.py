@@ -9,8 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from rabit_jax.experiments.engine.console import number
-from rabit_jax.experiments.engine.files import write_text
+from rabit_jax.atomic import write_text
 from rabit_jax.experiments.report.figures import (
     DIAGNOSTICS,
     by_layer,
@@ -18,6 +17,7 @@ from rabit_jax.experiments.report.figures import (
     over_tokens,
     weight_histogram,
 )
+from rabit_jax.progress import number
 
 Lines = Sequence[Mapping[str, Any]]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rabit_jax import __version__
-from rabit_jax.experiments.engine.console import number
-from rabit_jax.experiments.engine.files import write_text
+from rabit_jax.atomic import write_text
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.formats.folder import find_folder
 from rabit_jax.formats.model_card import CARD, base_and_licence, packed_card
+from rabit_jax.progress import number
 
 
 def write_card(config: RunConfig, folder: Path, summary: dict[str, Any]) -> Path:

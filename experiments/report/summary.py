@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rabit_jax import ResidualSign, cost
+from rabit_jax.atomic import write_text
 from rabit_jax.evaluate.sign_statistics import weight_histogram
-from rabit_jax.experiments.engine.console import number
-from rabit_jax.experiments.engine.files import write_text
 from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.experiments.engine.machine import peak_memory
+from rabit_jax.experiments.engine.ptq import Job
 from rabit_jax.experiments.report.page import write_report
 from rabit_jax.experiments.report.run_card import write_card
+from rabit_jax.progress import number
 from rabit_jax.tree import weights_of
 
 
@@ -64,7 +65,7 @@ def summarise(run: Inputs, records: dict[str, dict], command: str) -> dict[str, 
 
 def training_figures(run: Inputs, record: dict[str, Any]) -> dict[str, Any]:
     """What QAT cost and did: sign flips per step, seconds a step, bytes of process and state."""
-    lines = run.folder.metrics()
+    lines = run.folder.metrics.lines()
     flips = [f for line in lines if (f := line.get("flip_rate")) is not None]
     speeds = [line["tokens_per_second"] for line in lines if line["stage"] == "qat"]
     section = run.config.qat
@@ -77,7 +78,7 @@ def training_figures(run: Inputs, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def parameters(run: Inputs) -> dict[str, int]:
+def parameters(run: Inputs | Job) -> dict[str, int]:
     """Numbers of weights: all, outside embedding and head, and quantised."""
     from rabit_jax.experiments.engine.inputs import abstract_params
     from rabit_jax.tree import leaves
@@ -138,5 +139,5 @@ def write_results(run: Inputs, summary: dict[str, Any], samples: list[dict]) -> 
     layer = run.model_config.n_layers // 2
     histogram = None if path is None else weight_histogram(run.student, path, layer)
     return write_report(
-        folder, summary, run.folder.metrics(), histogram, samples, table_rows(summary)
+        folder, summary, run.folder.metrics.lines(), histogram, samples, table_rows(summary)
     )

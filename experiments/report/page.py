@@ -118,6 +118,7 @@ def write_report(
         [line for line in metrics if line.get("stage") == stage]
         for stage in ("teacher", "qat", "diagnostics")
     )
+    dense, packed = (_get(summary, name, "bytes") for name in ("dense", "packed"))
     page = environment(TEMPLATES).get_template("report.html.j2")
     text = page.render(
         title=Path(folder).resolve().name,
@@ -131,7 +132,8 @@ def write_report(
         histogram=histogram,
         weight_figure=histogram and weight_histogram("Weights and levels", histogram),
         sizes=_sizes(summary),
-        bars=_bars(summary),
+        bars=_bars(dense, packed) if dense and packed else [],
+        smaller=dense / packed if dense and packed else 0,
         samples=samples,
         made=_made(summary),
     )
@@ -211,12 +213,10 @@ def _sizes(summary: Summary) -> Table:
     return Table(["", ""], rows)
 
 
-def _bars(summary: Summary) -> list[tuple[str, int, float]]:
-    """Name, bytes and width in per cent of the page of the dense and the packed model."""
-    sizes = {name: _get(summary, name, "bytes") for name in ("dense", "packed")}
-    if not all(sizes.values()):
-        return []
-    return [(name, size, 55 * size / max(sizes.values())) for name, size in sizes.items()]
+def _bars(dense: int, packed: int) -> list[tuple[str, str, str]]:
+    """Name, megabytes and width in per cent of the page of the dense and the packed model."""
+    sizes, whole = {"dense": dense, "packed": packed}, max(dense, packed)
+    return [(name, number(n / 1e6), f"{55 * n / whole:.1f}") for name, n in sizes.items()]
 
 
 def _made(summary: Summary) -> list[tuple[str, str]]:

@@ -109,6 +109,7 @@ def parameters(run: Inputs) -> dict[str, int]:
 
 def table_rows(summary: Summary) -> list[ResultRow]:
     """The results table: one row per model."""
+    packed_bits: float = summary["packed"]["bits_per_weight"]
     bits = {"teacher": 32.0, "round_to_nearest": 2.25}
     return [
         ResultRow(
@@ -116,7 +117,7 @@ def table_rows(summary: Summary) -> list[ResultRow]:
             ppl=summary[key]["ppl"],
             bits_per_byte=summary[key]["bits_per_byte"],
             ppl_over_teacher=summary[key]["ppl"] / summary["teacher"]["ppl"] - 1,
-            bits_per_weight=bits.get(key, summary["packed"]["bits_per_weight"]),
+            bits_per_weight=bits.get(key, packed_bits),
         )
         for key, label in LABELS.items()
         if key in summary

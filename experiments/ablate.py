@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rabit_jax import BadInput
+from rabit_jax.atomic import write_text
 from rabit_jax.experiments.ablation.cells import Plan, differing, make_plan
 from rabit_jax.experiments.ablation.figures import figures
 from rabit_jax.experiments.ablation.results import Results, collect
@@ -29,10 +30,10 @@ from rabit_jax.experiments.ablation.tables import (
     results_table,
 )
 from rabit_jax.experiments.engine.config import config_parser, dump_yaml
-from rabit_jax.experiments.engine.console import main_guard, number, say, table
-from rabit_jax.experiments.engine.files import write_text
+from rabit_jax.experiments.engine.console import main_guard, table
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs
+from rabit_jax.progress import number, say
 
 
 def execute(arguments: argparse.Namespace, command: Sequence[str]) -> int:

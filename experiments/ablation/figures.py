@@ -47,7 +47,7 @@ def _diagnostics(results: Results, label: str) -> list[Lines]:
     """The diagnostics taken during training, one list of lines per complete seed."""
     configs = (c.config for c, found in results.cells if c.row == label and found and c.config)
     return [
-        [line for line in RunFolder(config).metrics() if line.get("stage") == "diagnostics"]
+        [line for line in RunFolder(config).metrics.lines() if line.get("stage") == "diagnostics"]
         for config in configs
     ]
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from rabit_jax import BadInput
+from rabit_jax.atomic import remove, write_text
 from rabit_jax.experiments.ablation.cells import Cell
 from rabit_jax.experiments.engine.config import dump_yaml, load_config, section_hash
-from rabit_jax.experiments.engine.console import number, progress, say
-from rabit_jax.experiments.engine.files import given_files, remove, write_text
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.formats.folder import fingerprint
+from rabit_jax.progress import number, progress, say
 
 RUN = (sys.executable, "-m", "rabit_jax.experiments.run")
 LOG = "log.txt"
@@ -63,7 +64,7 @@ def _teacher_digest(config: RunConfig) -> str:
     path = config.teacher.path
     if not path or not Path(path).expanduser().is_dir():
         return ""
-    return f"# teacher {section_hash(given_files(path))[:16]}\n"
+    return f"# teacher {section_hash(fingerprint(path))[:16]}\n"
 
 
 def read_summary(cell: Cell) -> Summary | None:

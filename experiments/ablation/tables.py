@@ -12,9 +12,9 @@ from rabit_jax.experiments.ablation.cells import Row
 from rabit_jax.experiments.ablation.results import METRICS, Estimate, Results, comparisons
 from rabit_jax.experiments.ablation.runner import Summary, cell_name, last_line, lookup
 from rabit_jax.experiments.engine.config import to_dict
-from rabit_jax.experiments.engine.console import number
 from rabit_jax.experiments.report.page import TEMPLATES
 from rabit_jax.formats.rendering import environment
+from rabit_jax.progress import number
 
 LR = "qat.optimizer.lr"
 

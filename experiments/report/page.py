@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from rabit_jax.experiments.engine.console import number
-from rabit_jax.experiments.engine.files import write_text
+from rabit_jax.atomic import write_text
 from rabit_jax.experiments.report.figures import (
     DIAGNOSTICS,
     Lines,
@@ -22,6 +21,7 @@ from rabit_jax.experiments.report.figures import (
     weight_histogram,
 )
 from rabit_jax.formats.rendering import environment
+from rabit_jax.progress import number
 
 TEMPLATES = Path(__file__).with_name("templates")
 # `summary.json` as it is read: nested dicts of numbers, strings and nulls.
@@ -61,7 +61,7 @@ _SIZES = (
 )
 
 
-class ResultRow(TypedDict, total=False):
+class ResultRow(TypedDict):
     """One model of the results table; `ppl_over_teacher` is a share, 0.08 for 8% more."""
 
     name: str

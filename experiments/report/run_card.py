@@ -9,14 +9,14 @@ import dataclasses
 from pathlib import Path
 
 from rabit_jax import __version__
+from rabit_jax.atomic import write_text
 from rabit_jax.data.sources import DataConfig
-from rabit_jax.experiments.engine.console import number
-from rabit_jax.experiments.engine.files import write_text
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.report.page import Summary
 from rabit_jax.formats.folder import find_folder
 from rabit_jax.formats.model_card import CARD, base_and_licence, packed_card
 from rabit_jax.formats.rendering import code, plain
+from rabit_jax.progress import number
 
 
 def write_card(config: RunConfig, folder: Path, summary: Summary) -> Path:

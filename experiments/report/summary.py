@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rabit_jax import ResidualSign, cost
+from rabit_jax.atomic import write_text
 from rabit_jax.evaluate.sign_statistics import weight_histogram
-from rabit_jax.experiments.engine.console import number
-from rabit_jax.experiments.engine.files import write_text
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.machine import peak_memory
+from rabit_jax.experiments.engine.ptq import Job
+from rabit_jax.experiments.engine.stages import Record
 from rabit_jax.experiments.report.page import (
     Histogram,
     ResultRow,
@@ -22,10 +23,9 @@ from rabit_jax.experiments.report.page import (
     write_report,
 )
 from rabit_jax.experiments.report.run_card import write_card
+from rabit_jax.progress import number
 from rabit_jax.tree import leaves, weights_of
 
-# What a stage leaves in `stages/<name>.json`.
-Record = Mapping[str, Any]
 LABELS = {
     "teacher": "teacher, full precision",
     "round_to_nearest": "round to nearest, group 128",
@@ -82,7 +82,7 @@ def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[
 
 def training_figures(run: Inputs, record: Record) -> dict[str, float | None]:
     """Of QAT: share of signs flipped per step, seconds per step, bytes of process and state."""
-    lines = run.folder.metrics()
+    lines = run.folder.metrics.lines()
     flips = [f for line in lines if (f := line.get("flip_rate")) is not None]
     speeds = [line["tokens_per_second"] for line in lines if line["stage"] == "qat"]
     section = run.config.qat
@@ -95,7 +95,7 @@ def training_figures(run: Inputs, record: Record) -> dict[str, float | None]:
     }
 
 
-def parameters(run: Inputs) -> dict[str, int]:
+def parameters(run: Inputs | Job) -> dict[str, int]:
     """Numbers of weights: all, outside embedding and head, and quantised."""
     sizes = {path: leaf.size for path, leaf in leaves(abstract_params(run.model_config))}
     outer = sum(n for path, n in sizes.items() if path.startswith(("embed/", "head/")))
@@ -140,7 +140,7 @@ def write_results(run: Inputs, summary: Summary, samples: Sequence[Sample]) -> P
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     write_card(run.config, folder, summary)
     return write_report(
-        folder, summary, run.folder.metrics(), _histogram(run), samples, table_rows(summary)
+        folder, summary, run.folder.metrics.lines(), _histogram(run), samples, table_rows(summary)
     )
 
 

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from rabit_jax.data.embedded import embedded_documents
 from rabit_jax.data.files import file_documents
@@ -18,7 +18,8 @@ from rabit_jax.data.hub import hub_documents
 from rabit_jax.data.mix import Part, identity, stream
 from rabit_jax.errors import BadInput
 
-SOURCES = ("embedded", "files", "hub", "mix")
+Source = Literal["embedded", "files", "hub", "mix"]
+SOURCES = get_args(Source)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class DataConfig:
       cache: Folder of the token cache.
     """
 
-    source: str = "embedded"
+    source: Source = "embedded"
     mix: tuple[Part, ...] = ()
     mix_eval: tuple[Part, ...] = ()
     mix_unseen: tuple[Part, ...] = ()

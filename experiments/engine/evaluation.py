@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import Mesh
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, first_line
 from rabit_jax.evaluate.perplexities import perplexity
 from rabit_jax.evaluate.texts import text_windows
 from rabit_jax.experiments.engine.config import load_config
@@ -29,7 +29,6 @@ from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.formats.folder import find_folder
-from rabit_jax.formats.hub import first_line
 from rabit_jax.formats.packed_model import load_model
 from rabit_jax.formats.tokenizer import load_tokenizer
 from rabit_jax.models.decoder import Decoder

@@ -42,8 +42,9 @@ from rabit_jax.experiments.engine.stages import Ids, Record, Stage
 from rabit_jax.experiments.engine.sweeps import FromCheckpoint, FromParams, Source, Sweep
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import Checkpoint
-from rabit_jax.formats.folder import fingerprint, read_generation, read_tokenizer
+from rabit_jax.formats.folder import fingerprint, read_generation
 from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packed
+from rabit_jax.formats.tokenizer import read_tokenizer
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.progress import progress
 from rabit_jax.tree import layer_keys, match_rules

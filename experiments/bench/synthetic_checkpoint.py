@@ -26,8 +26,8 @@ from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.bench.shapes import MODELS, model_config
 from rabit_jax.experiments.engine.console import main_guard
+from rabit_jax.formats.families import tensor_names
 from rabit_jax.formats.hf import save_hf
-from rabit_jax.formats.names import tensor_names
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
 from rabit_jax.progress import progress

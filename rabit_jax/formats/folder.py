@@ -12,9 +12,9 @@ import numpy as np
 from safetensors import SafetensorError
 
 from rabit_jax.atomic import replacing, write_tensors, write_text
-from rabit_jax.errors import BadInput
-from rabit_jax.formats.hub import ID, fetch, first_line
-from rabit_jax.formats.tokenizer import load_tokenizer
+from rabit_jax.errors import BadInput, first_line
+from rabit_jax.formats.hub import ID, fetch
+from rabit_jax.formats.tokenizer import save_tokenizer
 
 FILE = "model.safetensors"
 EDGE = 1 << 16  # bytes at either end of a file that tell it from another
@@ -64,28 +64,6 @@ def read_generation(folder: str | Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def read_tokenizer(folder: Path, vocab_size: int) -> Any:
-    """The tokenizer of a local model folder, None where it has none.
-
-    Raises:
-      BadInput: its files cannot be read, or it makes tokens that the model does not have.
-    """
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        return None
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    # Gemma 3 1B's own tokenizer has a placeholder for images past the model's vocabulary. What is
-    # added but neither begins nor ends a text nor stands in the chat template is no danger.
-    used = f"{tokenizer.bos_token} {tokenizer.eos_token} {tokenizer.chat_template}"
-    beyond = [i for token, i in vocabulary.items()
-              if i >= vocab_size and (token not in added or token in used)]
-    if beyond:
-        raise BadInput(f"the tokenizer in {folder} has token ids up to {max(beyond)}, the model's "
-                       f"vocabulary ends at {vocab_size - 1}: put the tokenizer of this model "
-                       "there")
-    return tokenizer
-
-
 def write_folder(
     folder: str | Path, shards: Iterable[tuple[str, dict[str, np.ndarray]]],
     metadata: dict[str, str], files: Mapping[str, Any], tokenizer: Any,
@@ -114,7 +92,8 @@ def write_folder(
             for name, tensors in shards:
                 write_tensors(new / name, tensors, metadata)
                 del tensors  # or two shards are held while the next is made
-            _save_tokenizer(new, tokenizer)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, new)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write model folder {folder}: {error}") from error
     return folder
@@ -166,13 +145,3 @@ def finite_as(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
 
 def _replaceable(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
-
-
-def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
-    if tokenizer is None:
-        return
-    if not hasattr(tokenizer, "save_pretrained"):
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    tokenizer.save_pretrained(str(folder))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from rabit_jax.atomic import write_tensors
 from rabit_jax.errors import BadInput
-from rabit_jax.formats.names import hf_name, tensor_names
+from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.tree import is_weight
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
 

@@ -13,8 +13,8 @@ from numbers import Real
 from typing import Any
 
 from rabit_jax.errors import BadInput, first_line
-from rabit_jax.experiments.engine.console import progress, say
 from rabit_jax.models.decoder import Decoder
+from rabit_jax.progress import progress, say
 
 RESAMPLES = 1000
 

@@ -11,14 +11,15 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from rabit_jax.data.embedded import embedded_documents
 from rabit_jax.data.mix import Part, identity, stream
 from rabit_jax.data.readers import file_documents, hub_documents
 from rabit_jax.errors import BadInput
 
-SOURCES = ("embedded", "files", "hub", "mix")
+Source = Literal["embedded", "files", "hub", "mix"]
+SOURCES = get_args(Source)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class DataConfig:
       cache: Folder of the token cache.
     """
 
-    source: str = "embedded"
+    source: Source = "embedded"
     mix: tuple[Part, ...] = ()
     mix_eval: tuple[Part, ...] = ()
     mix_unseen: tuple[Part, ...] = ()

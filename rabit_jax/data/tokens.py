@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from rabit_jax.atomic import write_text
 from rabit_jax.data.token_cache import Digest, build, check_tokenizer, head, read_header
 from rabit_jax.errors import BadInput
 
@@ -103,9 +103,7 @@ def tokenise_stream(
     header = _recalled(side)
     if header is None:
         header = _build(cache_dir, parts(), tokenizer, what)
-        new = side.with_suffix(f".{uuid.uuid4().hex}")
-        new.write_text(json.dumps({"digest": header["digest"], "recipe": recipe}, indent=1))
-        new.replace(side)
+        write_text(side, json.dumps({"digest": header["digest"], "recipe": recipe}, indent=1))
     return _opened(cache_dir, header)
 
 

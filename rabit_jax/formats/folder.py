@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
+from rabit_jax.atomic import replacing, write_tensors, write_text
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.formats.hub import ID, fetch
 from rabit_jax.formats.tokenizer import save_tokenizer
 
 FILE = "model.safetensors"
+EDGE = 1 << 16  # bytes at either end of a file that tell it from another
 
 
 def find_folder(path: str | Path) -> Path:
@@ -84,45 +84,38 @@ def write_folder(
     if folder.exists() and not _replaceable(folder):
         raise BadInput(f"{folder} exists and is not a model folder, choose another place to save")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
-            new = Path(place) / "new"
+        with replacing(folder) as new:
             new.mkdir()
             for name, content in files.items():
                 text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-                (new / name).write_text(text, encoding="utf-8")
+                write_text(new / name, text)
             for name, tensors in shards:
-                save_tensors(tensors, new / name, metadata)
+                write_tensors(new / name, tensors, metadata)
                 del tensors  # or two shards are held while the next is made
             if tokenizer is not None:
                 save_tokenizer(tokenizer, new)
-            _exchange(folder, new, Path(place) / "old")
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write model folder {folder}: {error}") from error
     return folder
 
 
-def save_tensors(tensors: dict[str, np.ndarray], file: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file with the permissions that a new file has here."""
-    # safetensors leaves a file that its owner alone can read.
-    usual = file.with_name(f"{file.name}.mode")
-    usual.touch()
-    save_file(tensors, file, metadata=metadata)
-    shutil.copymode(usual, file)
-    usual.unlink()
+def fingerprint(path: str | Path) -> list[tuple[str, int, str]]:
+    """Name, size and digest of each file of a model folder or hub id, without its card.
 
-
-def _exchange(folder: Path, new: Path, old: Path) -> None:
-    """Puts `new` where `folder` is, and the old one back where that fails."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
+    Of a large file the digest covers the first and last 64 kB: reading all of a model would take
+    minutes at every start of a run.
+    """
+    found = []
+    for file in sorted(find_folder(path).glob("*")):
+        if not file.is_file() or file.name == "README.md":
+            continue
+        size = file.stat().st_size
+        with open(file, "rb") as content:
+            digest = hashlib.sha256(content.read(EDGE))
+            content.seek(max(EDGE, size - EDGE))
+            digest.update(content.read())
+        found.append((file.name, size, digest.hexdigest()))
+    return found
 
 
 def is_model_folder(folder: Path) -> bool:

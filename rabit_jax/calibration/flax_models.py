@@ -1,7 +1,7 @@
 """Calibration of any Flax model, whose layers need not know of weight nodes.
 
 A tap (`calibration.taps`) measures each selected layer. In Linen it replaces the kernel in the
-params and an interceptor finds it there; in NNX it is put beside the kernel in a copy of the module.
+params, where an interceptor finds it; in NNX it is put beside the kernel in a copy of the module.
 The model itself is not changed.
 """
 
@@ -129,7 +129,7 @@ def _taps(
     return taps
 
 
-def _stacked(mask: Float[Array, "..."], lead: Shape) -> Float[Array, "..."]:
+def _stacked(mask: Float[Array, ...], lead: Shape) -> Float[Array, ...]:
     return jnp.broadcast_to(mask.reshape((1,) * len(lead) + mask.shape), (*lead, *mask.shape))
 
 

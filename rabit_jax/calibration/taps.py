@@ -53,8 +53,8 @@ class Tap:
 
 
 def measure(
-    layer: Layer, x: Float[Array, "..."], y: Float[Array, "..."], tap: Tap
-) -> Float[Array, "..."]:
+    layer: Layer, x: Float[Array, ...], y: Float[Array, ...], tap: Tap
+) -> Float[Array, ...]:
     """The outputs y, whose gradient by `tap.sums` is `(sum x^2, sum (dL/dy)^2, positions)`.
 
     Args:

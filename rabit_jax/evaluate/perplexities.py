@@ -102,7 +102,7 @@ def from_nats(
     return Perplexity(ppl, mean, bits, scored, context)
 
 
-def unigram_entropy(tokens: Int[np.ndarray, "..."], vocab: int) -> float:
+def unigram_entropy(tokens: Int[np.ndarray, ...], vocab: int) -> float:
     """Entropy in nats of the token frequencies, `- sum_v p_v ln p_v`.
 
     This is the cross-entropy of a model that predicts the frequencies whatever the context.

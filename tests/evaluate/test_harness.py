@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.evaluate import batched_generation
-from rabit_jax.evaluate.harness import HarnessModel
 from rabit_jax.evaluate.batched_generation import BatchGenerator, Settings, settings_of
+from rabit_jax.evaluate.harness import HarnessModel
 from rabit_jax.formats.hf import load_hf, save_hf
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -15,6 +15,9 @@ from rabit_jax.models.decoder import Decoder
 from rabit_jax.progress import progress
 from rabit_jax.train.sharding import batch_sharding, param_shardings
 from rabit_jax.types import Params, Tokenizer
+
+# `(context and continuation as texts, or None; tokens of the context; tokens of the continuation)`
+Tokenised = tuple[tuple[str, str] | None, list[int], list[int]]
 
 _missing: ImportError | None = None
 if TYPE_CHECKING:
@@ -86,7 +89,7 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
+        self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
         """The tokens of a text, with the special tokens that the tokenizer itself adds.
 
@@ -151,33 +154,31 @@ class HarnessModel(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
-        **_: Any,
+        self, requests: Sequence[Tokenised], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
         """`(log-probability, is_greedy)` of continuations; called by the harness's loglikelihood.
 
         Args:
-          requests: `(texts or None, context tokens, continuation tokens)`.
+          requests: see `Tokenised`.
           disable_tqdm: no progress bar.
         """
-        found: list[Any] = [None] * len(requests)
+        found: dict[int, tuple[float, bool]] = {}
         wanted = [self._request(*request) for request in requests]
-        done = 0
         with progress("log-probabilities", len(requests), hidden=disable_tqdm) as bar:
             for pairs in score(
                 self.model, self.params, wanted, batch_size=self.batch_size, chunk=self.chunk,
                 longest=self.max_length, batch_sharding=self.rows,
             ):
                 for index, answer in pairs:
-                    found[index] = tuple(answer)
-                    if requests[index][0] is not None:
-                        self.cache_hook.add_partial(
-                            "loglikelihood", requests[index][0], found[index])
-                done += len(pairs)
-                bar.update(done)
-        return found
+                    found[index] = (answer.logprob, answer.greedy)
+                    if texts := requests[index][0]:
+                        self.cache_hook.add_partial("loglikelihood", texts, found[index])
+                bar.update(len(found))
+        return [found[index] for index in range(len(requests))]
 
-    def _request(self, texts: Any, context: list[int], continuation: list[int]) -> Request:
+    def _request(
+        self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]
+    ) -> Request:
         """The tokens to score, cut at the left to `max_length` inputs and one predicted token."""
         if not context or not 0 < len(continuation) <= self.max_length:
             raise BadInput(
@@ -203,12 +204,11 @@ class HarnessModel(TemplateLM):
           BadInput: settings that are not implemented, such as `num_beams`, or a `max_gen_toks` that
             leaves no token of `max_length` for the prompt.
         """
-        found: list[Any] = [None] * len(requests)
+        found: dict[int, str] = {}
         groups: dict[Settings, list[int]] = {}
         for index, request in enumerate(requests):
             settings = settings_of(request.args[1], self.max_length)
             groups.setdefault(settings, []).append(index)
-        done = 0
         with progress("generation", len(requests), hidden=disable_tqdm) as bar:
             for settings, indices in groups.items():
                 most = self.max_length - settings.new_tokens
@@ -221,9 +221,8 @@ class HarnessModel(TemplateLM):
                     for i, text in zip(part, texts, strict=True):
                         found[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    done += len(part)
-                    bar.update(done)
-        return found
+                    bar.update(len(found))
+        return [found[index] for index in range(len(requests))]
 
 
 def require_harness() -> None:
@@ -234,7 +233,8 @@ def require_harness() -> None:
 
 
 def _check(
-    model: Decoder, tokenizer: Any, batch_size: int, max_length: int | None, mesh: Mesh | None
+    model: Decoder, tokenizer: Tokenizer | None, batch_size: int, max_length: int | None,
+    mesh: Mesh | None,
 ) -> None:
     if tokenizer is None or tokenizer.eos_token_id is None:
         what = "no tokenizer" if tokenizer is None else "a tokenizer without an end-of-text token"

@@ -132,11 +132,11 @@ def head_of(model: nn.Module, params: Params) -> Head:
 
 
 def _features(
-    model: nn.Module, params: Params, batch: Batch, hidden_states: bool = False
+    model: nn.Module, params: Params, batch: Batch, **options: bool
 ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t d"]]:
-    """`(inputs of the head, hidden states of the layers if wanted)`."""
-    arguments = (batch["tokens"], batch.get("mask"), hidden_states)
-    found = model.apply({"params": params}, *arguments, method="features")
+    """`(inputs of the head, hidden states of the layers)`, the latter with `hidden_states=True`."""
+    tokens, mask = batch["tokens"], batch.get("mask")
+    found = model.apply({"params": params}, tokens, mask, method="features", **options)
     return cast(tuple[Array, Array], found)
 
 
@@ -211,13 +211,12 @@ def distillation_loss(
     Returns:
       `{"loss", "kl", "hidden_mse"}`, scalar float32 sums.
     """
-    mask, hidden_states = _real(batch), gamma > 0
-    student, student_hidden = _features(model, params, batch, hidden_states)
-    taught, taught_hidden = jax.lax.stop_gradient(_features(model, teacher, batch, hidden_states))
-    kl = summed_kl(head_of(model, params), head_of(model, teacher), student, taught, mask, chunk)
-    hidden = (
-        summed_hidden_error(student_hidden, taught_hidden, mask)
-        if hidden_states
-        else jnp.zeros((), F32)
+    mask, heads = _real(batch), (head_of(model, params), head_of(model, teacher))
+    student, student_hidden = _features(model, params, batch, hidden_states=gamma > 0)
+    taught, taught_hidden = jax.lax.stop_gradient(
+        _features(model, teacher, batch, hidden_states=gamma > 0)
     )
+    kl, hidden = summed_kl(*heads, student, taught, mask, chunk), jnp.zeros((), F32)
+    if gamma > 0:
+        hidden = summed_hidden_error(student_hidden, taught_hidden, mask)
     return {"loss": kl + gamma * hidden, "kl": kl, "hidden_mse": hidden}

@@ -75,7 +75,7 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
 
 def linears(config: ModelConfig, model: str) -> list[Shape]:
     """The products of a block as the decode engine joins them: q, k, v; o; gate, up; down."""
-    from rabit_jax.models.decoder import linear_shapes
+    from rabit_jax.models.block import linear_shapes
     from rabit_jax.models.prepared import GROUPS
 
     shapes = linear_shapes(config)

@@ -12,14 +12,15 @@ import importlib
 import inspect
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import jax
+from pydantic import TypeAdapter
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.ablation.config import Ablation
-from rabit_jax.experiments.engine.config import MISSING, hints, unwrap, variants
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.validation import MISSING, hints, is_section, unwrap, variants
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -110,7 +111,7 @@ def sections(cls: type, key: str, base: Any, told: dict[type, str]) -> list[str]
         inner = unwrap(kind)[0]
         repeated = get_origin(inner) is tuple
         item = get_args(inner)[0] if repeated else inner
-        nested = [m for m in variants(item).values() or [item] if dataclasses.is_dataclass(m)]
+        nested = [m for m in variants(item).values() or [item] if is_section(m)]
         place = f"{dotted}[]" if repeated else dotted
         # A choice of classes, or of what a list holds, is told where it first stands.
         known = nested if repeated or len(nested) > 1 or base is None else []
@@ -128,7 +129,7 @@ def sections(cls: type, key: str, base: Any, told: dict[type, str]) -> list[str]
     title = f"### `{key}`: {cls.__name__}\n" if key else ""
     head = "| key | type | default | what it is |\n|---|---|---|---|\n"
     table = head + "\n".join(rows) + "\n" if rows else ""
-    summary, _, _ = inspect.getdoc(cls).partition("\n\n")
+    summary, _, _ = (inspect.getdoc(cls) or "").partition("\n\n")
     return [title, f"{markdown(summary)}\n", table, *below]
 
 
@@ -153,13 +154,22 @@ def descriptions(cls: type) -> dict[str, str]:
     return found
 
 
+BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "maximum": "at most"}
+
+
 def type_name(kind: Any) -> str:
-    """The type of a field for people."""
+    """The type of a field for people, with its bounds."""
+    if get_origin(kind) is Annotated:
+        schema = TypeAdapter(kind).json_schema()
+        bounds = [f"{word} {schema[name]:g}" for name, word in BOUNDS.items() if name in schema]
+        return ", ".join([type_name(get_args(kind)[0]), *bounds])
     inner, optional = unwrap(kind)
     if variants(inner):
         text = "a choice by `type`"
     elif get_origin(inner) is tuple:
         text = f"list of {type_name(get_args(inner)[0])}"
+    elif get_origin(inner) is dict:
+        text = f"mapping of names to {type_name(get_args(inner)[1])}"
     elif get_origin(inner) is Literal:
         text = ", ".join(f"`{choice!r}`" for choice in get_args(inner))
     else:
@@ -170,7 +180,8 @@ def type_name(kind: Any) -> str:
 
 def default_of(field: dataclasses.Field) -> Any:
     """What a field is without being set, MISSING where it must be."""
-    return field.default if field.default_factory is MISSING else field.default_factory()
+    factory = field.default_factory
+    return field.default if factory is MISSING else factory()
 
 
 def shown(value: Any) -> str:

@@ -27,21 +27,13 @@ from typing import Any
 
 import jax
 
+from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
 from rabit_jax.evaluate.perplexities import perplexity
 from rabit_jax.evaluate.texts import check_name, read_text, text_windows
 from rabit_jax.experiments.engine.config import load_config
-from rabit_jax.experiments.engine.console import (
-    EXIT_CODES,
-    Parser,
-    loading,
-    main_guard,
-    progress,
-    say,
-    table,
-)
+from rabit_jax.experiments.engine.console import EXIT_CODES, Parser, main_guard, table
 from rabit_jax.experiments.engine.evaluate_tasks import load_tasks, make_row, task_rows
-from rabit_jax.experiments.engine.files import write_text
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.experiments.engine.machine import report
@@ -50,6 +42,7 @@ from rabit_jax.formats.folder import find_folder
 from rabit_jax.formats.packed_model import load_model
 from rabit_jax.formats.tokenizer import load_tokenizer
 from rabit_jax.models.decoder import Decoder
+from rabit_jax.progress import loading, progress, say
 from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
 
 COLUMNS = ("name", "metric", "value", "stderr", "shots", "samples", "context")

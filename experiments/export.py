@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import EXIT_CODES, loading, main_guard, progress
+from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard
+from rabit_jax.formats.families import tensor_names
 from rabit_jax.formats.folder import find_folder, read_generation
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.model_card import CARD, base_and_licence, dense_card
-from rabit_jax.formats.names import tensor_names
 from rabit_jax.formats.packed_model import load_model
 from rabit_jax.models.config import DTYPES
 from rabit_jax.models.decoder import param_shapes
+from rabit_jax.progress import loading, progress
 
 EXAMPLES = """\
 examples:

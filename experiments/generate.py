@@ -14,10 +14,11 @@ import jax
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.chat import chat
-from rabit_jax.experiments.engine.console import EXIT_CODES, loading, main_guard, say
+from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard
 from rabit_jax.experiments.engine.continuing import Text, Writer
 from rabit_jax.formats.packed_model import load_model
 from rabit_jax.models.prepared import prepare
+from rabit_jax.progress import loading, say
 
 NEW_TOKENS, NEW_TOKENS_CHAT = 64, 512
 EXAMPLES = """\

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard, say, table
+from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard, table
 from rabit_jax.formats.checkpoint import open_checkpoint
 from rabit_jax.formats.folder import is_model_folder, read_json
 from rabit_jax.formats.hub import ID, why
 from rabit_jax.formats.packed_model import is_packed, packed_bytes
+from rabit_jax.progress import say
 
 EXAMPLES = """\
 examples:

@@ -80,7 +80,8 @@ def _plane_words(v: jax.Array, n: int) -> jax.Array:
     padded = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, pad)])
     blocks = padded.reshape(*v.shape[:-1], 1, -1, 8, BLOCK_BYTES)
     shifts = jnp.arange(n).reshape((1,) * (v.ndim - 1) + (n, 1, 1))
-    rows = sum(((blocks[..., j, :] >> shifts) & 1) << j for j in range(8)).astype(jnp.uint8)
+    bits = (((blocks[..., j, :] >> shifts) & 1) << j for j in range(8))
+    rows = sum(bits, start=jnp.int32(0)).astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(rows.reshape(*rows.shape[:-1], -1, 4), jnp.uint32)
     return words.reshape(*words.shape[:-2], -1)
 

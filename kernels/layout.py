@@ -31,7 +31,7 @@ def pack_bits(positive: jax.Array) -> jax.Array:
     pad = -positive.shape[-1] % BLOCK
     padded = jnp.pad(positive, [(0, 0)] * (positive.ndim - 1) + [(0, pad)])
     planes = padded.reshape(*padded.shape[:-1], -1, 8, BLOCK_BYTES).astype(jnp.uint8)
-    packed = sum(planes[..., p, :] << p for p in range(8))
+    packed = sum((planes[..., p, :] << p for p in range(8)), start=jnp.uint8(0))
     return packed.reshape(*packed.shape[:-2], -1)
 
 
@@ -48,11 +48,8 @@ def to_words(bits: jax.Array) -> jax.Array:
 
     The form in which a CPU multiplies: its vector unit runs along the outputs.
     """
-    return jnp.swapaxes(_as_words(bits), -1, -2)
-
-
-def _as_words(bits: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(bits.reshape(*bits.shape[:-1], -1, 4), jnp.uint32)
+    words = jax.lax.bitcast_convert_type(bits.reshape(*bits.shape[:-1], -1, 4), jnp.uint32)
+    return jnp.swapaxes(words, -1, -2)
 
 
 def from_words(words: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """The packed products and the choice of their implementation by device, batch and shape.
 
-All but "unpacked", which multiplies by one dense matrix, are modules with
+All but "unpacked", which multiplies by one dense matrix, have the function
 
     signs_matmul(u, bits, g, layer, rows, limbs) -> y
 
@@ -17,27 +17,27 @@ the Pallas kernels from stacks of 2 to 4 GiB, whose offsets they cannot hold.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
+from rabit_jax.kernels import reference
 from rabit_jax.kernels.activations import PLANE_INPUTS
-from rabit_jax.kernels.device import cuda_capability
+from rabit_jax.kernels.gpu.device import cuda_capability
 from rabit_jax.kernels.layout import packed_bytes, to_words
 
-# Where each lies below this folder; all but `reference` have the same `signs_matmul`.
+# The module of each kernel below this folder; imported on use, because Triton and Pallas take
+# a second to import. "reference" and "unpacked" are functions of `reference`.
 MODULES = {
-    "reference": "reference",
-    "unpacked": "unpacked",
     "cpu": "cpu.bit_planes",
     "pallas_int8": "gpu.pallas_int8",
     "pallas_b1": "gpu.pallas_b1",
     "triton_int8": "gpu.triton_int8",
     "triton_b1": "gpu.triton_b1",
 }
-IMPLS = tuple(MODULES)
+IMPLS = ("reference", "unpacked", *MODULES)
 # Rows up to which each kernel is chosen; above the last of a device the bits are unpacked.
 CPU_BATCH, B1_BATCH, INT8_BATCH = 8, 3, 32
 
@@ -70,8 +70,9 @@ def choose(
 
 
 def packed_matmul(
-    x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array, *, layer: jax.Array | None = None,
-    rows: tuple[int, ...] | None = None, limbs: int = 2, impl: str | None = None,
+    x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array, *,
+    layer: jax.Array | int | None = None, rows: tuple[int, ...] | None = None, limbs: int = 2,
+    impl: str | None = None,
 ) -> jax.Array:
     """`y = sum_k g_k * ((h_k * x) B_k)` from packed signs.
 
@@ -105,14 +106,12 @@ def packed_matmul(
         h = h[:, :, None]
     rows = rows or (g.shape[-1],)
     _check(x, bits, g, h, rows, limbs)
-    x, g, h = (_no_derivative(a) for a in (x, g, h))
+    x, g, h = map(_without_derivative, (x, g, h))
     flat = x.reshape(-1, x.shape[-1])
-    impl = impl or chosen(*flat.shape, bits.dtype == jnp.uint32)
+    impl = impl or chosen(flat.shape[0], flat.shape[1], bits.dtype == jnp.uint32)
     layer = jnp.asarray(layer, jnp.int32)
     if impl == "unpacked":
-        from rabit_jax.kernels.unpacked import packed_matmul as unpacked
-
-        y = unpacked(flat, bits, g, h, layer, rows)
+        y = reference.unpacked_matmul(flat, bits, g, h, layer, rows)
     else:
         one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
         u = _scaled(flat[:, None, None], one[None], impl)
@@ -122,7 +121,7 @@ def packed_matmul(
 
 def packed_low_rank_matmul(
     x: jax.Array, u_bits: jax.Array, v_bits: jax.Array, h: jax.Array, l: jax.Array, g: jax.Array,
-    *, layer: jax.Array | None = None, limbs: int = 2, impl: str | None = None,
+    *, layer: jax.Array | int | None = None, limbs: int = 2, impl: str | None = None,
 ) -> jax.Array:
     """`y = sum_c ((((x * h_c) U_c) * l_c) V_c) * g_c` from packed signs of rank-r factors.
 
@@ -151,9 +150,9 @@ def packed_low_rank_matmul(
     joined, rows = l.reshape(l.shape[0], 1, copies * r), (r,) * copies
     _check(x, u_bits, joined, h[:, None], rows, limbs)
     _check(l[:, 0], v_bits, g, l[:, :, None], g.shape[-1:], limbs)
-    x, h, joined, g = (_no_derivative(a) for a in (x, h, joined, g))
+    x, h, joined, g = map(_without_derivative, (x, h, joined, g))
     flat = x.reshape(-1, x.shape[-1])
-    impl = impl or chosen(*flat.shape, u_bits.dtype == jnp.uint32)
+    impl = impl or chosen(flat.shape[0], flat.shape[1], u_bits.dtype == jnp.uint32)
     # Each copy multiplies other activations, so one dense tile cannot hold both.
     impl = "reference" if impl == "unpacked" else impl
     layer = jnp.asarray(layer, jnp.int32)
@@ -181,14 +180,12 @@ def signs_matmul(
     if impl not in IMPLS:
         raise BadInput(f"impl is {impl!r}: choose {', '.join(IMPLS)}")
     if impl == "reference":
-        from rabit_jax.kernels.reference import signs_matmul as run
-
-        return run(u, bits, g, layer, rows)
+        return reference.signs_matmul(u, bits, g, layer, rows)
     module = import_module(f"rabit_jax.kernels.{MODULES[impl]}")
     if impl == "cpu" and bits.dtype == jnp.uint8:
         # Rows of bits have to be turned at every call: those of the one layer.
         bits, g = (jax.lax.dynamic_index_in_dim(a, layer) for a in (bits, g))
-        bits, layer = to_words(bits), 0
+        bits, layer = to_words(bits), jnp.int32(0)
     elif impl != "cpu" and bits.dtype == jnp.uint32:
         raise BadInput(f"bits lie as the CPU's words, {impl} wants uint8 rows: lay them for a GPU")
     return module.signs_matmul(u.astype(jnp.float32), bits, g, layer, rows, limbs)
@@ -221,12 +218,17 @@ def _check(x: Any, bits: Any, g: Any, h: Any, rows: tuple[int, ...], limbs: int)
         raise BadInput(f"x is {x.dtype}, wanted float16, bfloat16 or float32")
 
 
+def _without_derivative(x: jax.Array) -> jax.Array:
+    """`x`; a derivative through it raises BadInput."""
+    return cast(jax.Array, _identity(x))
+
+
 @jax.custom_jvp
-def _no_derivative(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
-@_no_derivative.defjvp
+@_identity.defjvp
 def _refuse(primals: Any, tangents: Any) -> Any:
     raise BadInput("packed signs cannot be differentiated: train a ResidualSign or another "
                    "trainable weight, and pack it afterwards")

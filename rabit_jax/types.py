@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Array: TypeAlias = jax.Array
 Shape: TypeAlias = tuple[int, ...]
 Tokens: TypeAlias = jax.Array  # int32 `[b, t]`
 Params: TypeAlias = dict[str, Any]  # nested dicts whose leaves are arrays and weight nodes
+Json: TypeAlias = dict[str, Any]  # a JSON object
+Tokenizer: TypeAlias = "PreTrainedTokenizerFast"
 
 
 @runtime_checkable

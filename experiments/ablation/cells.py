@@ -15,8 +15,9 @@ from typing import Literal
 
 from rabit_jax import BadInput
 from rabit_jax.experiments.ablation.config import Ablation, Overrides, Search
-from rabit_jax.experiments.engine.config import difference, dump_yaml, load_config
+from rabit_jax.experiments.engine.config import difference, dump_yaml, read_yaml, with_overrides
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.validation import build
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Plan:
     def _cell(
         self,
         row: Row,
-        kind: str,
+        kind: Literal["search", "cell"],
         folder: Path,
         value: float | None,
         config: RunConfig | None,
@@ -142,15 +143,14 @@ def make_plan(file: str | Path, overrides: Sequence[str] = ()) -> Plan:
       BadInput: what `load_config` and the classes here refuse; an override of a row that is wrong;
         two rows that are the same run or would share a folder.
     """
-    ablation = load_config(Ablation, file, overrides)
+    tree = with_overrides(Ablation, read_yaml(file), overrides)
+    ablation = build(Ablation, tree)
 
     def resolve(where: str, settings: Sequence[str]) -> RunConfig:
         try:
-            wanted = [f"run.{setting}" for setting in settings]
-            return load_config(Ablation, file, [*overrides, *wanted]).run
+            return build(RunConfig, with_overrides(RunConfig, tree.get("run") or {}, settings))
         except BadInput as error:
-            said = str(error).removeprefix("run.").replace("'run.", "'")
-            raise BadInput(f"{where}: {said}") from None
+            raise BadInput(f"{where}: {error}") from None
 
     if search := ablation.search:
         for choice in _choices(search).values():
@@ -193,7 +193,9 @@ def _row(
         return Row(label, slug, single, {None: config}, {})
     short = f"qat.steps={max(1, round(search.steps * config.qat.steps))}"
     choices = _choices(search).items()
-    full = {value: resolve(where, (*settings, choice)) for value, choice in choices}
+    full: dict[float | None, RunConfig] = {
+        value: resolve(where, (*settings, choice)) for value, choice in choices
+    }
     trials = {value: resolve(where, (*settings, short, choice)) for value, choice in choices}
     return Row(label, slug, single, full, trials)
 
@@ -226,7 +228,7 @@ def differing(plan: Plan, row: Row) -> list[str]:
     """What a row changes of `run`, as `key: before -> after`."""
     search = plan.ablation.search
     lines = difference(plan.ablation.run, row.config).splitlines()
-    if row.trials:
+    if search and row.trials:
         lines = [line for line in lines if not line.startswith(f"{search.key}: ")]
         lines.append(f"{search.key}: searched")
     return lines

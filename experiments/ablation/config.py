@@ -13,13 +13,13 @@ A row is a label and its overrides of `run`:
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rabit_jax import BadInput
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.validation import nearest
 
 Overrides = tuple[str, ...]
 
@@ -95,10 +95,9 @@ class Ablation:
         for name, pair in self.compare.items():
             for row in pair:
                 if row not in labels:
-                    nearest = max(labels, key=lambda label: _likeness(row, label))
                     raise BadInput(
                         f"compare {name!r} names the row {row!r}, which is not there: the nearest "
-                        f"row is {nearest!r}"
+                        f"row is {nearest(row, labels)!r}"
                     )
 
     def labelled(self) -> Iterator[tuple[str, Overrides, bool]]:
@@ -111,7 +110,3 @@ class Ablation:
                 yield label, tuple(itertools.chain(*(made for _, made in choices))), False
         for label, overrides in self.single.items():
             yield label, overrides, True
-
-
-def _likeness(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()

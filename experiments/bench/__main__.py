@@ -8,37 +8,52 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from rabit_jax.experiments.bench import step as bench_step
-from rabit_jax.experiments.bench import svid as bench_svid
+from rabit_jax.experiments.bench import decode, kernels, step, svid
 from rabit_jax.experiments.engine.console import EXIT_CODES, Parser, main_guard, table
 from rabit_jax.experiments.engine.machine import report
+from rabit_jax.kernels.bench import aot
+from rabit_jax.kernels.bench.machine import driver
+from rabit_jax.progress import say
 
-BENCHMARKS = {"step": bench_step, "svid": bench_svid}
+# Each is a module with EXAMPLES, add_options(parser), measure(options) -> rows, COLUMNS (key of a
+# row -> head of its column in the table) and remarks(rows) -> lines below the table.
+BENCHMARKS = {"step": step, "svid": svid, "kernels": kernels, "decode": decode, "aot": aot}
+# Those whose results are kept, and the key of each in the file of its device.
+SAVED = {"kernels": "products", "decode": "decode", "aot": "aot"}
+RESULTS = Path(aot.__file__).parents[1] / "results"
 EXAMPLES = """examples:
   python -m experiments.bench step --json > step.json
   python -m experiments.bench svid
-  python -m experiments.bench step --help
+  python -m experiments.bench kernels --shapes llama2-7b --batch 1,2,4,8
+  python -m experiments.bench decode --model tinyllama-1.1b --context 128,2048
+  python -m experiments.bench aot --archs sm_89,sm_90
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line: one subcommand per benchmark, each with its own options and examples."""
     top = Parser(prog="python -m experiments.bench", description=__doc__,
-                 epilog=EXAMPLES + "\n" + EXIT_CODES,
+                 epilog=f"{EXAMPLES}\n{EXIT_CODES}",
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, module in BENCHMARKS.items():
+        text = module.__doc__ or ""
         sub = commands.add_parser(
-            name, help=module.__doc__.splitlines()[0], description=module.__doc__,
+            name, help=text.splitlines()[0], description=text,
             epilog=f"{module.EXAMPLES}\n{EXIT_CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_options(sub)
         sub.add_argument("--json", action="store_true", help="one JSON object on stdout, no table")
+        if name in SAVED:
+            sub.add_argument("--save", action="store_true",
+                             help="also write it to kernels/results/<device>.json")
     return top
 
 
@@ -51,16 +66,42 @@ def run(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
     command = shlex.join(["python", "-m", "experiments.bench", *arguments])
     result = report(command, BENCHMARKS[options.name].measure(options))
+    if options.name in SAVED and options.save:
+        save(result, SAVED[options.name])
     if options.json:
         print(json.dumps(result))
-        return
-    columns = list(result["rows"][0])
-    cells = [[_cell(row[name]) for name in columns] for row in result["rows"]]
-    table(f"{options.name}: {result['device']}, {result['date']}", columns, cells, stdout=True)
+    else:
+        show(options.name, result)
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """Print the table of the rows that were measured to stdout, and the remarks below it."""
+    module = BENCHMARKS[name]
+    measured = [row for row in result["rows"] if row.get("refused") is None]
+    cells = [[_cell(row[key]) for key in module.COLUMNS] for row in measured]
+    table(f"{name}: {result['device']}, {result['date']}", list(module.COLUMNS.values()), cells,
+          stdout=True)
+    for line in module.remarks(result["rows"]):
+        print(line)
 
 
 def _cell(value: Any) -> Any:
     return "x".join(map(str, value)) if isinstance(value, list) else value
+
+
+def save(result: dict[str, Any], key: str) -> None:
+    """Write the result into the file of its device, beside those of the other benchmarks.
+
+    The file holds `{"products": ..., "decode": ..., "aot": ...}`, each the JSON object of a run
+    with the version of the driver. A result replaces the one that its key held before.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+    file = RESULTS / f"{name}.json"
+    held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    held[key] = {**result, "driver": driver()}
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    say(f"saved {key} to {file}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rabit_jax.experiments.bench import decode as bench_parts
-from rabit_jax.kernels.bench import random_weights as bench_weights
+from rabit_jax.errors import BadInput
+from rabit_jax.experiments.bench import random_weights
+from rabit_jax.experiments.bench.shapes import (
+    LARGEST_BATCH,
+    MODELS,
+    model_config,
+    numbers,
+    positive,
+)
 from rabit_jax.kernels.bench.machine import free_memory, last_level_cache
+from rabit_jax.models.block import Slots, project, rotary_attention
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.decoder import param_shapes
+from rabit_jax.models.engine import head_logits, init_cache, over_layers, step
+from rabit_jax.models.prepared import Engine, layer_at, multiply, prepare
+from rabit_jax.models.rotary import seen_from
+from rabit_jax.progress import progress, say
+from rabit_jax.weights.sign_paths import PackedSign
 
-if TYPE_CHECKING:
-    from rabit_jax.models.config import ModelConfig
-    from rabit_jax.models.prepared import Engine
+EXAMPLES = """examples:
+  python -m experiments.bench decode --model tinyllama-1.1b --batch 1,2,4,8,16 --save
+  python -m experiments.bench decode --model llama2-7b --layers 4 --context 128
+"""
 PARTS = ("step", "block linears", "attention", "head")
 MEMORY_SHARE = 0.8  # of the free memory, for all models at once
 ROTATIONS = 4
@@ -30,6 +47,34 @@ COLUMNS = {
     "ratio_to_bf16": "x bf16", "ratio_to_f32": "x f32", "bytes": "bytes",
     "bytes_over_bf16": "bytes/bf16",
 }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("--model", metavar="NAME", default="tinyllama-1.1b",
+        help=f"whose sizes: {', '.join(MODELS)} (default tinyllama-1.1b)")
+    add("--layers", type=int, help="how many of its layers (default all)")
+    add("--batch", metavar="NUMBERS", default="1", help="batch sizes (default 1)")
+    add("--k", metavar="NUMBERS", default="2", help="sign paths, 1 to 4 (default 2)")
+    add("--context", metavar="NUMBERS", default="128,2048",
+        help="tokens before the last one that is generated (default 128,2048)")
+    add("--tokens", type=int, default=8, help="tokens of each timed call (default 8)")
+    add("--repeats", type=int, default=5, help="timed calls of each row (default 5)")
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that the command line asks for.
+
+    Raises:
+      BadInput: an option out of its range, or too little memory for all models at once.
+    """
+    changes = {} if options.layers is None else {"n_layers": positive("layers", options.layers)}
+    config = model_config(options.model, **changes)
+    return decode_rows(
+        options.model, config, numbers("batch", options.batch, LARGEST_BATCH),
+        numbers("context", options.context, config.max_position), numbers("k", options.k, 4),
+        positive("tokens", options.tokens), positive("repeats", options.repeats))
 
 
 def random_engine(config: ModelConfig, k: int | None) -> Engine:
@@ -44,17 +89,14 @@ def random_engine(config: ModelConfig, k: int | None) -> Engine:
     def fill(leaf):
         kind = leaf.shape, leaf.dtype
         if kind in found:
-            return bench_weights.another(found[kind])
-        return found.setdefault(kind, bench_weights.random_like(leaf))
+            return random_weights.another(found[kind])
+        return found.setdefault(kind, random_weights.random_like(leaf))
 
     return jax.tree.map(fill, abstract_engine(config, k))
 
 
 def abstract_engine(config: ModelConfig, k: int | None) -> Engine:
     """The shapes and dtypes of `random_engine`."""
-    from rabit_jax.models.decoder import param_shapes
-    from rabit_jax.models.prepared import prepare
-    from rabit_jax.weights.sign_paths import PackedSign
 
     def param(path, shape):
         if k is None or not (path.startswith("layers/") and path.endswith("/kernel")):
@@ -67,7 +109,7 @@ def abstract_engine(config: ModelConfig, k: int | None) -> Engine:
     return jax.eval_shape(partial(prepare, config), unflatten_dict(params, sep="/"))
 
 
-def measure(
+def decode_rows(
     model: str, config: ModelConfig, batches: Sequence[int], contexts: Sequence[int],
     ks: Sequence[int], tokens: int, repeats: int,
 ) -> list[dict[str, Any]]:
@@ -85,9 +127,6 @@ def measure(
     Raises:
       BadInput: a context too short for the tokens, or too little memory for all models at once.
     """
-    from rabit_jax.errors import BadInput
-    from rabit_jax.experiments.engine.console import progress
-
     if min(contexts) < tokens:
         raise BadInput(f"--context is {min(contexts)}, wanted at least the {tokens} tokens of one "
                        "timed call, see --tokens")
@@ -116,9 +155,6 @@ def make(kinds: dict[str, tuple[ModelConfig, int | None]]) -> dict[str, Engine]:
     Raises:
       BadInput: together they take more than `MEMORY_SHARE` of the free memory.
     """
-    from rabit_jax.errors import BadInput
-    from rabit_jax.experiments.engine.console import say
-
     sizes = {name: tree_bytes(abstract_engine(*kind)) for name, kind in kinds.items()}
     free, total = free_memory(), sum(sizes.values())
     if total > MEMORY_SHARE * free:
@@ -138,16 +174,15 @@ class Decoding:
     """One engine at one batch and context: compiled programs and the seconds of their calls."""
 
     def __init__(self, engine: Engine, batch: int, context: int, tokens: int) -> None:
-        from rabit_jax.models.engine import init_cache
 
         self.engine, self.batch, self.context, self.tokens = engine, batch, context, tokens
         c = engine.config
         cache = jax.eval_shape(partial(init_cache, c, batch, context))
-        self.k, self.v = (bench_weights.normal(cache[n].shape, 1.0, cache[n].dtype)
+        self.k, self.v = (random_weights.normal(cache[n].shape, 1.0, cache[n].dtype)
                           for n in "kv")
-        self.heads = {n: bench_weights.normal((batch, 1, m, c.head_dim), 1.0, c.dtype)
+        self.heads = {n: random_weights.normal((batch, 1, m, c.head_dim), 1.0, c.dtype)
                       for n, m in (("q", c.n_heads), ("k", c.n_kv_heads), ("v", c.n_kv_heads))}
-        self.x = bench_weights.normal((batch, 1, c.d_model), 1.0, c.dtype)
+        self.x = random_weights.normal((batch, 1, c.d_model), 1.0, c.dtype)
         self.token = jnp.zeros(batch, jnp.int32)
         self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}
         self.run()
@@ -176,21 +211,21 @@ class Decoding:
         valid = np.tile(np.arange(self.context) < start, (self.batch, 1))
         cache = {"k": self.k, "v": self.v, "valid": jnp.asarray(valid), "length": jnp.int32(start)}
         seconds, (_, cache) = clock(
-            bench_parts.decode_tokens, self.engine, self.token, cache, self.tokens)
+            decode_tokens, self.engine, self.token, cache, self.tokens)
         self.k, self.v = cache["k"], cache["v"]
         return seconds / self.tokens
 
     def _linears(self) -> float:
-        return clock(bench_parts.block_linears, self.engine, self.x)[0]
+        return clock(block_linears, self.engine, self.x)[0]
 
     def _attention(self) -> float:
         start = jnp.int32(self.context - 1)
         seconds, (_, self.k, self.v) = clock(
-            bench_parts.attention, self.engine, self.heads, self.k, self.v, start)
+            attention, self.engine, self.heads, self.k, self.v, start)
         return seconds
 
     def _head(self) -> float:
-        return clock(bench_parts.head, self.engine, self.x[:, 0])[0]
+        return clock(head, self.engine, self.x[:, 0])[0]
 
 
 def clock(function: Callable, *arguments: Any) -> tuple[float, Any]:
@@ -243,15 +278,9 @@ def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-if TYPE_CHECKING:
-    from rabit_jax.models.prepared import Engine
-
-
 @partial(jax.jit, static_argnums=3, donate_argnums=2)
 def decode_tokens(engine: Engine, token: jax.Array, cache: Any, count: int) -> tuple:
     """`count` more tokens, the likeliest each: the last `[b]`, and the cache."""
-    from rabit_jax.models.engine import step
-
     def one(_, state):
         logits, cache = step(engine, state[0][:, None], state[1])
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
@@ -262,10 +291,6 @@ def decode_tokens(engine: Engine, token: jax.Array, cache: Any, count: int) -> t
 @jax.jit
 def block_linears(engine: Engine, x: jax.Array) -> jax.Array:
     """The linears of all blocks in turn, without attention: `x: [b, 1, d]` -> the same."""
-    from rabit_jax.models.block import project
-    from rabit_jax.models.engine import over_layers
-    from rabit_jax.models.prepared import layer_at, multiply
-
     def block(layer, x):
         attn, mlp = (layer_at(engine, layer)[side] for side in ("attn", "mlp"))
         multiplied = partial(project, config=engine.config, multiply=multiply)
@@ -297,10 +322,6 @@ def attention(
     Returns:
       `[b, 1, n g h]` and the cache.
     """
-    from rabit_jax.models.block import Slots, rotary_attention
-    from rabit_jax.models.engine import over_layers
-    from rabit_jax.models.rotary import seen_from
-
     places = jnp.arange(k.shape[3])
     view = seen_from(
         engine.config, start[None, None], start[None], places, places[None] >= 0).full
@@ -320,6 +341,4 @@ def attention(
 @jax.jit
 def head(engine: Engine, x: jax.Array) -> jax.Array:
     """The likeliest token `[b]` of `x: [b, d]`."""
-    from rabit_jax.models.engine import head_logits
-
     return jnp.argmax(head_logits(engine, x), axis=-1)

@@ -1,142 +1,90 @@
-"""Benchmark of the packed products and of decoding: `python -m kernels.bench`.
+"""The packed products, one linear at a time, against dense ones in the same run.
 
-Three modes. Without one of the two flags: single linears, packed against dense bfloat16 and
-float32. With --decode: tokens per second of a whole model from random weights, through the engine
-that generates text. With --aot: every GPU kernel compiled without a GPU, and what is in it.
-
-With --json stdout holds one JSON object `{"device", "date", "versions", "command", "rows"}` and
-nothing else; without it a table. Progress goes to stderr.
+All of one shape and batch take turns, call by call, so that whatever disturbs the machine disturbs
+all alike; microseconds is the median over the repetitions, spread their interquartile range. Each
+call reads other weights, of which every row holds more than four times the last-level cache; on a
+GPU one call is a program of several products. gb_per_s counts packed bits and scales, or the dense
+matrix. bandwidth_share is gb_per_s over what a big copy reads and writes per second in the same
+run; a cache line that is only read can exceed 1. ratio_to_bf16 and ratio_to_f32 are time dense /
+time of the row. error is |y - y64| / |y64| on a sample of the outputs, y64 in float64 from the same
+weights and activations, which are bfloat16 in dense_bf16, else float32 on a CPU and bfloat16 on
+other devices. Dense matrices are multiplied as the decode engine multiplies them, in the fastest
+form that XLA has; the linears of a model are those that it joins.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import shlex
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from rabit_jax.experiments.bench import decode as bench_decode
-from rabit_jax.kernels.bench import products as bench_matmul
-from rabit_jax.kernels.bench.machine import driver
-from rabit_jax.kernels.bench.shapes import MODELS, model_config, parse_shapes
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rabit_jax.errors import BadInput
+from rabit_jax.experiments.bench import random_weights
+from rabit_jax.experiments.bench.shapes import (
+    LARGEST_BATCH,
+    MODELS,
+    Shape,
+    numbers,
+    parse_shapes,
+    positive,
+)
+from rabit_jax.kernels.bench import gemlite_case
+from rabit_jax.kernels.bench.case import Case, activations
+from rabit_jax.kernels.bench.machine import Copy, call_seconds, free_memory, last_level_cache
+from rabit_jax.kernels.matmul import IMPLS, chosen
+from rabit_jax.models.prepared import multiply
+from rabit_jax.progress import progress, say
 
 EXAMPLES = """examples:
-  python -m kernels.bench --shapes llama2-7b --batch 1,2,4,8
-  python -m kernels.bench --shapes 4096x11008 --k 1,2,3 --impl all --json > products.json
-  python -m kernels.bench --decode --model tinyllama-1.1b --batch 1,2,4,8,16 --save
-  python -m kernels.bench --decode --model llama2-7b --layers 4 --context 128
-  python -m kernels.bench --aot sm_89,sm_90
+  python -m experiments.bench kernels --shapes llama2-7b --batch 1,2,4,8
+  python -m experiments.bench kernels --shapes 4096x11008 --k 1,2,3 --impl all --json > kernels.json
 """
-RESULTS = Path(bench_matmul.__file__).parents[1] / "results"
-LARGEST_BATCH = 4096
-# The options of each mode and what they are without being given.
-DEFAULTS = {
-    "products": {"shapes": "llama2-7b", "batch": "1", "k": "2", "impl": "auto",
-                 "lowrank": "0.1,0.55,1.0", "repeats": 15},
-    "decode": {"model": "tinyllama-1.1b", "batch": "1", "k": "2", "context": "128,2048",
-               "layers": None, "tokens": 8, "repeats": 5},
-    "aot": {},
+ROTATIONS = 4  # a row's weights exceed this many last-level caches
+MEMORY_SHARE = 0.5  # of the free memory, for all weights of one shape and batch
+GPU_PRODUCTS = 16  # per timed call, so that starting it costs next to nothing
+GPU_ONLY = ("pallas", "triton")
+MANY = 1 << 30  # bytes up to which a GPU's call reads each weight once
+KEYS = ("shape", "k", "batch", "impl", "microseconds", "gb_per_s", "bandwidth_share",
+        "ratio_to_bf16", "ratio_to_f32", "error")
+COLUMNS = {
+    "linear": "linear", "shape": "shape", "k": "k", "batch": "batch", "impl": "impl",
+    "microseconds": "us", "spread": "spread", "gb_per_s": "GB/s", "bandwidth_share": "of copy",
+    "ratio_to_bf16": "x bf16", "ratio_to_f32": "x f32", "error": "error",
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    from rabit_jax.experiments.engine.console import EXIT_CODES, Parser
-
-    top = Parser(prog="python -m kernels.bench", description=__doc__,
-                 epilog=f"{EXAMPLES}\n{EXIT_CODES}",
-                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = top.add_argument
-    add("--decode", action="store_true", help="tokens per second of a whole model")
-    add("--aot", metavar="ARCHS", help="compile every GPU kernel for these, such as sm_89,sm_90")
-    add("--shapes", metavar="NAMES", help="linears to measure: inputs x outputs such as 4096x11008,"
-        f" or all of a block of {', '.join(MODELS)} (default llama2-7b)")
-    add("--impl", metavar="NAMES", help="auto, all, or names of implementations (default auto)")
-    add("--lowrank", metavar="BITS", help="bits per weight of LittleBit's rows, or none (default "
-        "0.1,0.55,1.0)")
-    add("--batch", metavar="NUMBERS", help="batch sizes (default 1)")
-    add("--k", metavar="NUMBERS", help="sign paths, 1 to 4 (default 2)")
-    add("--repeats", type=int, help="timed calls of each row (default 15; with --decode 5)")
-    add("--model", metavar="NAME", help="with --decode: the model (default tinyllama-1.1b)")
-    add("--context", metavar="NUMBERS", help="with --decode: tokens before the last one that is "
-        "generated (default 128,2048)")
-    add("--layers", type=int, help="with --decode: so many layers of it only")
-    add("--tokens", type=int, help="with --decode: tokens of each timed call (default 8)")
-    add("--json", action="store_true", help="one JSON object on stdout, no table")
-    add("--save", action="store_true", help="also write it to kernels/results/<device>.json")
-    return top
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("--shapes", metavar="NAMES", default="llama2-7b",
+        help="linears to measure: inputs x outputs such as 4096x11008, or all of a block of "
+             f"{', '.join(MODELS)} (default llama2-7b)")
+    add("--impl", metavar="NAMES", default="auto",
+        help="auto, all, or names of implementations (default auto)")
+    add("--lowrank", metavar="BITS", default="0.1,0.55,1.0",
+        help="bits per weight of LittleBit's rows, or none (default 0.1,0.55,1.0)")
+    add("--batch", metavar="NUMBERS", default="1", help="batch sizes (default 1)")
+    add("--k", metavar="NUMBERS", default="2", help="sign paths, 1 to 4 (default 2)")
+    add("--repeats", type=int, default=15, help="timed calls of each row (default 15)")
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Run one mode and print its result to stdout.
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that the command line asks for.
 
     Raises:
-      BadInput: an unknown option, one of another mode, or a value out of its range.
+      BadInput: an option out of its range, or not enough memory for one weight of each kind.
     """
-    from rabit_jax.experiments.engine.machine import report
-
-    asked = parser().parse_args(arguments)
-    mode, options = settle(asked)
-    rows = {"products": products, "decode": decode, "aot": aot}[mode](options)
-    result = report(shlex.join(["python", "-m", "kernels.bench", *arguments]), rows)
-    if asked.save:
-        save(result, mode)
-    if asked.json:
-        print(json.dumps(result))
-    else:
-        show(mode, result)
-
-
-def settle(asked: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The mode, and its options with defaults filled in.
-
-    Raises:
-      BadInput: both modes, or an option that the mode does not have.
-    """
-    from rabit_jax.errors import BadInput
-
-    if asked.decode and asked.aot is not None:
-        raise BadInput("--decode and --aot are two modes: give one of them")
-    mode = "decode" if asked.decode else "products" if asked.aot is None else "aot"
-    names = {name for options in DEFAULTS.values() for name in options}
-    given = {name: value for name in names if (value := getattr(asked, name)) is not None}
-    for name in sorted(given.keys() - DEFAULTS[mode].keys()):
-        owners = [other for other, options in DEFAULTS.items() if name in options]
-        raise BadInput(f"--{name} belongs to {' and '.join(owners)}, found it with {mode}: leave "
-                       "it out")
-    archs = {"archs": asked.aot} if mode == "aot" else {}
-    return mode, {**DEFAULTS[mode], **given, **archs}
-
-
-def products(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the single linears."""
-    return bench_matmul.measure(
-        parse_shapes(options["shapes"]), numbers("batch", options["batch"], LARGEST_BATCH),
-        numbers("k", options["k"], 4), impls(options["impl"]), bits(options["lowrank"]),
-        positive("repeats", options["repeats"]))
-
-
-def decode(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of whole steps and their parts."""
-    changes = {} if options["layers"] is None else {
-        "n_layers": positive("layers", options["layers"])}
-    config = model_config(options["model"], **changes)
-    tokens = positive("tokens", options["tokens"])
-    return bench_decode.measure(
-        options["model"], config, numbers("batch", options["batch"], LARGEST_BATCH),
-        numbers("context", options["context"], config.max_position),
-        numbers("k", options["k"], 4), tokens, positive("repeats", options["repeats"]))
-
-
-def aot(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the kernels compiled for other devices."""
-    from rabit_jax.kernels.bench.aot import report
-
-    return report(options["archs"].split(","))
+    return product_rows(
+        parse_shapes(options.shapes), numbers("batch", options.batch, LARGEST_BATCH),
+        numbers("k", options.k, 4), impls(options.impl), bits_per_weight(options.lowrank),
+        positive("repeats", options.repeats))
 
 
 def impls(text: str) -> list[str]:
@@ -145,9 +93,6 @@ def impls(text: str) -> list[str]:
     Raises:
       BadInput: another name.
     """
-    from rabit_jax.errors import BadInput
-    from rabit_jax.kernels.matmul import IMPLS
-
     if text == "all":
         return list(IMPLS)
     for name in text.split(","):
@@ -156,14 +101,12 @@ def impls(text: str) -> list[str]:
     return text.split(",")
 
 
-def bits(text: str) -> list[float]:
+def bits_per_weight(text: str) -> list[float]:
     """`"0.1,1.0"` -> numbers above 0 and at most 4; "none" -> nothing.
 
     Raises:
       BadInput: anything else.
     """
-    from rabit_jax.errors import BadInput
-
     parts = [] if text == "none" else text.split(",")
     for part in parts:
         if not re.fullmatch(r"\d+\.?\d*|\.\d+", part) or not 0 < float(part) <= 4:
@@ -172,79 +115,204 @@ def bits(text: str) -> list[float]:
     return list(dict.fromkeys(map(float, parts)))
 
 
-def numbers(name: str, text: str, largest: int) -> list[int]:
-    """`"1,2,4"` -> whole numbers from 1 to `largest`, without repetition.
+def product_rows(
+    shapes: Sequence[Shape], batches: Sequence[int], ks: Sequence[int], impls: Sequence[str],
+    bits: Sequence[float], repeats: int,
+) -> list[dict[str, Any]]:
+    """The rows of all shapes and batches.
+
+    Args:
+      shapes: from `parse_shapes`.
+      batches: rows of the activations.
+      ks: sign paths.
+      impls: names of `matmul.IMPLS`, or "auto".
+      bits: bits per weight of LittleBit's low-rank weights.
+      repeats: timed calls of each row.
+
+    Returns:
+      Rows by contract. One that a device or batch cannot do has null figures and its reason under
+      `refused`.
 
     Raises:
-      BadInput: anything else.
+      BadInput: not enough memory for one weight of each kind.
     """
-    from rabit_jax.errors import BadInput
+    cache, source = last_level_cache()
+    say(f"last-level cache {cache / 1e6:.0f} MB ({source}); a call that does nothing takes "
+        f"{call_seconds() * 1e6:.1f} us, included in every row")
+    if (missing := gemlite_case.missing()) is not None:
+        say(missing)
+    copy, rows = Copy(cache), []
+    groups = [(shape, batch) for shape in shapes for batch in batches]
+    with progress("products", total=len(groups) * repeats) as bar:
+        for n, (shape, batch) in enumerate(groups):
+            def tell(done, n=n, shape=shape, batch=batch):
+                bar.update(n * repeats + done, linear=shape.name, batch=batch)
 
-    for part in text.split(","):
-        if not re.fullmatch(r"\d{1,9}", part) or not 1 <= int(part) <= largest:
-            raise BadInput(f"--{name} has {part!r}, wanted whole numbers from 1 to {largest} with "
-                           "commas between")
-    return list(dict.fromkeys(map(int, text.split(","))))
+            # Made in the call, so that one group's weights are gone before the next are made.
+            rows += group_rows(shape, batch, [
+                *build(shape, batch, ks, impls, bits),
+                *([] if missing else gemlite_case.cases(shape.inputs, shape.outputs, batch)),
+            ], cache, copy, repeats, tell)
+    return rows
 
 
-def positive(name: str, value: int) -> int:
-    """The value.
+def build(
+    shape: Shape, batch: int, ks: Sequence[int], impls: Sequence[str], bits: Sequence[float]
+) -> list[Case]:
+    """The cases of one shape and batch, dense ones first, each with one weight."""
+    on_cpu = jax.default_backend() == "cpu"
+    products = 1 if on_cpu else GPU_PRODUCTS
+
+    def case(impl, k, product, exact, weight, dtype):
+        xs = tuple(activations(batch, shape.inputs, dtype, n) for n in range(products))
+        return Case(impl, k, product, exact, weight, xs, stacked=k is not None)
+
+    dtype = jnp.float32 if on_cpu else jnp.bfloat16
+    found = [case(name, None, _dense, random_weights.exact_dense,
+                  random_weights.dense(shape.inputs, shape.outputs, d), d)
+             for name, d in (("dense_bf16", "bfloat16"), ("dense_f32", "float32"))]
+    for k in ks:
+        for impl in dict.fromkeys(resolve(name, batch, shape.inputs, on_cpu) for name in impls):
+            # The forms that `lay` gives: words on a CPU, rows for the kernels of a GPU.
+            weight = random_weights.signs(shape, k, on_cpu and not impl.startswith(GPU_ONLY))
+            found.append(case(impl, k, partial(_at, impl=impl), random_weights.exact_signs,
+                              weight, dtype))
+    for b in bits:
+        found.append(case(f"lowrank_{b:g}", random_weights.COPIES, partial(_at, impl=None),
+                          random_weights.exact_low_rank, random_weights.low_rank(shape, b, on_cpu),
+                          dtype))
+    return found
+
+
+def _at(x: jax.Array, weight: Any, layer: jax.Array, impl: str | None) -> jax.Array:
+    return weight.matmul_at(x, layer, impl)
+
+
+def _dense(x: jax.Array, weight: Any, layer: jax.Array) -> jax.Array:
+    return multiply(x, weight)
+
+
+def resolve(impl: str, batch: int, inputs: int, words: bool) -> str:
+    """The name of `matmul.IMPLS` that "auto" stands for on this device."""
+    return chosen(batch, inputs, words) if impl == "auto" else impl
+
+
+def group_rows(
+    shape: Shape, batch: int, cases: Sequence[Any], cache: int, copy: Copy, repeats: int,
+    tell: Callable,
+) -> list[dict[str, Any]]:
+    """Check, rotate and time the cases of one shape and batch, taking turns with the copy."""
+    able, refused = [], {}
+    for n, case in enumerate(cases):
+        try:
+            case.check()
+            able.append(case)
+        except BadInput as error:
+            refused[n] = str(error)
+    rotate(able, cache)
+    errors = {case: case.error() for case in able}
+    for n, case in enumerate(cases):
+        if case in errors and not np.isfinite(errors[case]):
+            able.remove(case)
+            refused[n] = "the product is not finite"
+    copies = time_cases(able, copy, repeats, tell)
+    bandwidth = copy.bytes / statistics.median(copies)
+    medians = {case.impl: statistics.median(case.seconds) for case in able}
+    common = {"linear": shape.name, "shape": [shape.inputs, shape.outputs], "batch": batch}
+    rows = []
+    for n, case in enumerate(cases):
+        if n in refused:
+            figures = dict.fromkeys(KEYS[4:]) | {"refused": refused[n]}
+        else:
+            figures = row(case, bandwidth, medians) | {"error": errors[case]}
+        rows.append({**common, "k": case.k, "impl": case.impl, **figures})
+    return rows
+
+
+def row(case: Any, bandwidth: float, medians: dict[str, float]) -> dict[str, Any]:
+    """The figures of one measured case; `bandwidth` in bytes per second, `medians` in seconds."""
+    seconds = statistics.median(case.seconds)
+    lower, upper = np.percentile(case.seconds, (25, 75))
+    speed = case.bytes / seconds
+    return {
+        "microseconds": seconds * 1e6, "spread": (upper - lower) * 1e6,
+        "repeats": len(case.seconds), "bytes": case.bytes,
+        "rotation_bytes": case.bytes * case.copies,
+        "gb_per_s": speed / 1e9, "bandwidth_share": speed / bandwidth,
+        "ratio_to_bf16": medians["dense_bf16"] / seconds,
+        "ratio_to_f32": medians["dense_f32"] / seconds,
+    }
+
+
+def rotate(cases: Sequence[Any], cache: int) -> None:
+    """Give each case its rotation, see `copies_of`; say where memory did not allow it."""
+    products = [len(case.xs) for case in cases]
+    wanted, given = copies_of([case.bytes for case in cases], products, cache, free_memory())
+    if given != wanted:
+        least = min(case.bytes * n for case, n in zip(cases, given, strict=True)) / cache
+        say(f"weights rotate over {least:.1f} last-level caches instead of {ROTATIONS}: more "
+            f"would take over {MEMORY_SHARE:.0%} of the free memory")
+    for case, copies in zip(cases, given, strict=True):
+        case.rotate(copies)
+
+
+def copies_of(
+    sizes: Sequence[int], products: Sequence[int], cache: int, free: int
+) -> tuple[list[int], list[int]]:
+    """How many weights each case needs, and how many it gets.
+
+    Args:
+      sizes: bytes of one weight.
+      products: how many weights one call reads.
+      cache: bytes of the last-level cache.
+      free: bytes of memory for arrays.
+
+    Returns:
+      The least numbers with `sizes * number > ROTATIONS * cache` and, up to `MANY` bytes, no
+      weight twice in a call; and the same, shrunk by one factor where the sum exceeds its share.
 
     Raises:
-      BadInput: it is below 1.
+      BadInput: one weight of each exceeds that share.
     """
-    from rabit_jax.errors import BadInput
-
-    if value < 1:
-        raise BadInput(f"--{name} is {value}, wanted a positive integer")
-    return value
-
-
-def show(mode: str, result: dict[str, Any]) -> None:
-    """Print a table to stdout, and the lines that belong below it."""
-    if mode == "aot":
-        from rabit_jax.kernels.bench.aot import table
-
-        print(table(result["rows"]))
-        return
-    from rabit_jax.experiments.engine.console import table
-
-    module = {"products": bench_matmul, "decode": bench_decode}[mode]
-    measured = [row for row in result["rows"] if row.get("refused") is None]
-    cells = [[_cell(row[name]) for name in module.COLUMNS] for row in measured]
-    table(f"{mode}: {result['device']}, {result['date']}", list(module.COLUMNS.values()), cells,
-          stdout=True)
-    for line in module.remarks(result["rows"]):
-        print(line)
+    wanted = [max(ROTATIONS * cache // size + 1, min(n, MANY // size), 1)
+              for size, n in zip(sizes, products, strict=True)]
+    total, limit = sum(map(int.__mul__, sizes, wanted)), MEMORY_SHARE * free
+    if sum(sizes) > limit:
+        raise BadInput(f"one weight of each kind takes {sum(sizes) / 1e9:.2f} GB, more than half "
+                       f"of the {free / 1e9:.2f} GB that are free: choose a smaller shape")
+    given = [max(1, int(n * min(1.0, limit / total))) for n in wanted]
+    return wanted, given
 
 
-def _cell(value: Any) -> Any:
-    return "x".join(map(str, value)) if isinstance(value, list) else value
+def time_cases(
+    cases: Sequence[Any], copy: Copy, repeats: int, tell: Callable
+) -> list[float]:
+    """Run all cases and the copy in turns after one round that is not counted.
 
-
-def save(result: dict[str, Any], mode: str) -> None:
-    """Write the result into the file of its device, beside those of the other modes.
-
-    The file holds `{"products": ..., "decode": ..., "aot": ...}`, each the JSON object of a run
-    with the version of the driver; a mode replaces what it wrote before.
+    Returns:
+      The seconds of the copies; those of a case are in its `seconds`.
     """
-    from rabit_jax.experiments.engine.console import say
-
-    name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    file = RESULTS / f"{name}.json"
-    held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    held[mode] = {**result, "driver": driver()}
-    RESULTS.mkdir(exist_ok=True)
-    file.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-    say(f"saved {mode} to {file}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 for bad input, 130 when stopped."""
-    from rabit_jax.experiments.engine.console import main_guard
-
-    return main_guard(lambda: run(sys.argv[1:] if argv is None else argv))
+    for case in cases:
+        case.run()
+    copies = []
+    for done in range(repeats):
+        copies.append(copy.run())
+        for case in cases:
+            case.seconds.append(case.run())
+        tell(done + 1)
+    return copies
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines below the table: how the figures were taken, and what could not be measured and why."""
+    lines, refused = [], {}
+    counts = sorted({row["repeats"] for row in rows if row.get("refused") is None})
+    lines.append(f"us: median of {', '.join(map(str, counts))} calls that took turns, spread: "
+                 "their interquartile range; x: time of the dense product over time of the row")
+    for row in rows:
+        if row.get("refused") is not None:
+            batches = refused.setdefault((row["impl"], row["refused"]), {})
+            batches[row["batch"]] = None
+    for (impl, reason), batches in refused.items():
+        lines.append(f"{impl}, batch {', '.join(map(str, batches))}: {reason}")
+    return lines

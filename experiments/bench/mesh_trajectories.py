@@ -1,4 +1,4 @@
-"""How training trajectories part when the same run is cut differently over devices.
+"""How training trajectories diverge when the same run is cut differently over devices.
 
 Floating-point sums depend on the mesh in the last bits. A full-precision run stays within rounding
 of itself; a binarised one does not, because a sign near its threshold turns, and the turn is of
@@ -6,7 +6,7 @@ full size. So runs on different meshes are compared state by state (the tests do
 step. This command shows it: eight simulated CPU devices, one state, one set of batches, four
 meshes.
 
-    python -m experiments.parting --steps 60 --output docs/parting.svg
+    python -m experiments.bench.mesh_trajectories --steps 60 --output docs/parting.svg
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def draw(steps: int, output: Path) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.parting",
+        prog="python -m experiments.bench.mesh_trajectories",
         description=__doc__,
         epilog="exit codes: 0 done, 2 bad options",
         formatter_class=argparse.RawDescriptionHelpFormatter,

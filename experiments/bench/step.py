@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,9 @@ import jax
 
 from rabit_jax import LLAMA_LINEARS, IndependentSignSpec, ResidualSignSpec, convert
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import Progress, progress, say
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, init_params
+from rabit_jax.progress import Progress, progress, say
 from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.optimizer import OptimizerConfig, make_optimizer, partition, roles
 from rabit_jax.train.step import Loss, init_state, make_step
@@ -40,6 +41,9 @@ EXAMPLES = """examples:
   python -m experiments.bench step --json > step.json
   python -m experiments.bench step --width 512 --tokens 4096 --dtype bfloat16 --k 3 --gamma 1
 """
+COLUMNS = {name: name for name in (
+    "impl", "step_seconds", "step_time_ratio", "step_seconds_min", "step_time_ratio_min",
+    "state_bytes", "state_bytes_ratio", "peak_memory_bytes")}
 HEAD_DIM = 64
 MAX_LENGTH = 512
 OPTIMIZER = OptimizerConfig(freeze=("embedding", "head"))
@@ -197,3 +201,8 @@ def rows_of(variants: dict[str, Variant]) -> list[dict[str, Any]]:
             "peak_memory_bytes": variant.peak_memory(),
         })
     return rows
+
+
+def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The line below the table."""
+    return ["ratios are over the row dense; peak_memory_bytes is the compiler's plan for one step"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import say
+from rabit_jax.progress import say
 from rabit_jax.signs.iterative_svid import Svid, svid
 
 EXAMPLES = """examples:
@@ -27,6 +28,9 @@ EXAMPLES = """examples:
   python -m experiments.bench svid --json > svid.json
   python -m experiments.bench svid --shape 2048x5504 --check-shape 512x1376 --rounds 5
 """
+COLUMNS = {name: name for name in (
+    "shape", "k", "rounds", "seconds", "reference_seconds", "speedup", "relative_error",
+    "reference_relative_error", "extrapolated")}
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -121,3 +125,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise BadInput(f"--rounds is {options.rounds}, wanted 0 or more")
     check = row(options.check_shape, options.k, options.rounds, extrapolate=False)
     return [row(options.shape, options.k, options.rounds, extrapolate=True), check]
+
+
+def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The line below the table."""
+    return ["where extrapolated, the reference is one full SVD times k (1 + rounds)"]

@@ -1,7 +1,9 @@
 """Write a checkpoint of random weights with a published model's shapes.
 
 It stands in for the model where time, memory and disk are to be measured and its licence or its
-13 GB are not at hand; its perplexity means nothing. `python -m experiments.synthetic_checkpoint`.
+13 GB are not at hand; its perplexity means nothing.
+
+    python -m experiments.bench.synthetic_checkpoint --model llama2-7b --output runs/synthetic-7b
 """
 
 from __future__ import annotations
@@ -22,19 +24,20 @@ from flax.traverse_util import unflatten_dict
 from rabit_jax.data.embedded import embedded_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import main_guard, progress
+from rabit_jax.experiments.bench.shapes import MODELS, model_config
+from rabit_jax.experiments.engine.console import main_guard
+from rabit_jax.formats.families import tensor_names
 from rabit_jax.formats.hf import save_hf
-from rabit_jax.formats.names import tensor_names
-from rabit_jax.kernels.bench.shapes import MODELS, model_config
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
+from rabit_jax.progress import progress
 
 SHARD_BYTES = 10**9
 OUTLIERS, GAIN = 4, 8.0
 EXAMPLES = """\
 examples:
-  python -m experiments.synthetic_checkpoint --model llama2-7b --output runs/synthetic-7b
-  python -m experiments.synthetic_checkpoint --model llama2-7b --layers 2 --output runs/two-layers
+  python -m experiments.bench.synthetic_checkpoint --model llama2-7b --output runs/synthetic-7b
+  python -m experiments.bench.synthetic_checkpoint --model llama2-7b --layers 2 --output runs/two
 """
 
 
@@ -109,7 +112,8 @@ def write(name: str, folder: Path, layers: int | None, seed: int) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(
-        prog="python -m experiments.synthetic_checkpoint", description=__doc__, epilog=EXAMPLES,
+        prog="python -m experiments.bench.synthetic_checkpoint", description=__doc__,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("--model", required=True, choices=list(MODELS), help="whose shapes")

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import say
 from rabit_jax.experiments.engine.continuing import Text, Writer
+from rabit_jax.progress import say
 
 # Every turn reads the whole conversation again; its length is rounded up to a multiple of this, or
 # each turn would be compiled anew.

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 
 from rabit_jax.models.decoder import Decoder
@@ -70,8 +71,8 @@ class Writer:
         """
         tokens, mask = pad_left(ids, multiple)
         eos, speed = self.model.config.eos_ids, self.speed
-        chunks = stream(self.model, self.engine, tokens, mask, self.max_new_tokens,
-                        self.temperature, self.top_p, self.key, eos)
+        chunks = stream(self.model, self.engine, jnp.asarray(tokens), jnp.asarray(mask),
+                        self.max_new_tokens, self.temperature, self.top_p, self.key, eos)
         ended = [False] * len(ids)
         for n in itertools.count():
             with Stopwatch() as watch:
@@ -156,10 +157,10 @@ class Stopwatch:
         jax.monitoring.register_event_duration_secs_listener(self._heard)
         return self
 
-    def _heard(self, event: str, _: float, **__: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == self.EVENT:
             self.start = time.perf_counter()
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self.start
         jax.monitoring.unregister_event_duration_listener(self._heard)

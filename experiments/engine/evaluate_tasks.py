@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import progress, say
-from rabit_jax.formats.hub import first_line
+from rabit_jax.errors import BadInput, first_line
 from rabit_jax.models.decoder import Decoder
+from rabit_jax.progress import progress, say
 
 RESAMPLES = 1000
 

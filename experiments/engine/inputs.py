@@ -1,23 +1,22 @@
-"""What the stages of a run share: mesh, text, tokens, and the models that earlier stages left on
-disk."""
+"""What the stages of task qat share: mesh, text, and the models that earlier ones left."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from rabit_jax import BadInput, Stats, convert
+from rabit_jax.atomic import remove, write_tensors
 from rabit_jax.data.tokens import batch
-from rabit_jax.experiments.engine.console import loading, progress, say
-from rabit_jax.experiments.engine.files import remove
+from rabit_jax.evaluate.diagnostics import Apply
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.settings import RunConfig, Training
 from rabit_jax.experiments.engine.text import Text
@@ -25,11 +24,15 @@ from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.hf import load_hf
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, param_shapes
+from rabit_jax.progress import loading, progress, say
 from rabit_jax.train.checkpoints import Checkpoints, abstract
 from rabit_jax.train.loop import Loop, Watch, train
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import make_mesh, param_shardings
+from rabit_jax.train.step import TrainState
+from rabit_jax.train.trainer import Trainer
 from rabit_jax.tree import map_leaves, weights_of
+from rabit_jax.types import Params
 
 
 class Inputs:
@@ -74,12 +77,7 @@ class Inputs:
             raise BadInput("generate.prompts holds an empty prompt: give it some text")
         longest = max(prompts, default=0) + config.generate.max_new_tokens
         every = {**lengths, "evaluate": config.evaluate.context, "generate": longest}
-        for name, length in every.items():
-            if length > self.model_config.max_position:
-                raise BadInput(
-                    f"{name} uses sequences of {length} tokens: the model has "
-                    f"{self.model_config.max_position} positions; make it shorter"
-                )
+        check_lengths(every, self.model_config.max_position)
         for name, length in lengths.items():
             batch(text.train.tokens, 0, getattr(config, name).batch_size, length, config.seed)
         found = min(len(text.windows()), config.evaluate.diagnostic_windows)
@@ -92,14 +90,7 @@ class Inputs:
 
     def _check_student(self) -> None:
         student = self.abstract_student()
-        nodes = weights_of(student)
-        if not nodes:
-            raise BadInput("init.quantise and init.keep leave no kernel to quantise")
-        if other := [path for path in nodes if not re.fullmatch(r"layers/.*/kernel", path)]:
-            raise BadInput(
-                f"init.quantise selects {other[0]}: a run quantises the kernels of the blocks, "
-                "layers/.../kernel"
-            )
+        check_rules(weights_of(student))
         if not jax.tree.leaves(partition(student, roles(student), self._frozen)[0]):
             raise BadInput(f"qat.optimizer.freeze {list(self._frozen)} leaves nothing to train")
 
@@ -132,7 +123,14 @@ class Inputs:
         return Decoder(self.model_config)
 
     @cached_property
-    def teacher(self) -> Any:
+    def features(self) -> Apply:
+        """What the diagnostics read of the decoder: one function, so that it compiles once."""
+        return lambda params, batch: self.model.apply(
+            {"params": params}, batch["tokens"], batch.get("mask"), method="features"
+        )[0]
+
+    @cached_property
+    def teacher(self) -> Params:
         """Full-precision params, placed on the mesh as they are read."""
         where = param_shardings(abstract_params(self.model_config), self.mesh)
         with loading(self.teacher_folder) as done:
@@ -158,34 +156,34 @@ class Inputs:
         """Write what `stats` reads."""
         write_stats(self.folder.path / "calibration.safetensors", stats)
 
-    def abstract_student(self) -> Any:
+    def abstract_student(self) -> Params:
         """Shapes and shardings of the student."""
         shapes = jax.eval_shape(
             lambda p: convert(p, self.config.init.rules()), abstract_params(self.model_config)
         )
         return abstract(shapes, param_shardings(shapes, self.mesh))
 
-    def save_init(self, student: Any) -> None:
+    def save_init(self, student: Params) -> None:
         """Keep the weight nodes of a fresh student; everything else is the teacher's."""
         self._keep("init", weights_of(student))
 
     @cached_property
-    def student_init(self) -> Any:
+    def student_init(self) -> Params:
         """The student as initialised."""
         nodes = self._kept("init", weights_of(self.abstract_student()), "init")
         return map_leaves(lambda path, leaf: nodes.get(path, leaf), self.teacher)
 
-    def save_student(self, trainable: Any) -> None:
+    def save_student(self, trainable: Params) -> None:
         """Keep what QAT trained."""
         self._keep("student", trainable)
 
-    def _keep(self, name: str, tree: Any) -> None:
+    def _keep(self, name: str, tree: Params) -> None:
         """Save a tree as the only checkpoint of its folder; an earlier attempt's is removed."""
         remove(self.folder.checkpoints(name))
         with Checkpoints(self.folder.checkpoints(name)) as kept:
             kept.save(0, tree)
 
-    def _kept(self, name: str, target: Any, stage: str) -> Any:
+    def _kept(self, name: str, target: Params, stage: str) -> Params:
         with Checkpoints(self.folder.checkpoints(name)) as kept:
             try:
                 return kept.restore(0, target)
@@ -193,7 +191,7 @@ class Inputs:
                 raise BadInput(f"{error}; --force {stage} makes it again") from error
 
     @cached_property
-    def student(self) -> Any:
+    def student(self) -> Params:
         """The student after QAT."""
         target, _ = partition(self.abstract_student(), roles(self.abstract_student()), self._frozen)
         trainable = self._kept("student", target, "qat")
@@ -212,8 +210,9 @@ class Inputs:
     # shared work
 
     def fit(
-        self, stage: str, section: Training, trainer: Any, resume: bool, watch: Watch | None = None
-    ) -> Any:
+        self, stage: str, section: Training, trainer: Trainer, resume: bool,
+        watch: Watch | None = None,
+    ) -> TrainState:
         """Train one stage with checkpoints, metrics and a progress bar."""
         tokens = section.batch_size * section.length
         with Checkpoints(self.folder.checkpoints(stage)) as kept:
@@ -225,13 +224,13 @@ class Inputs:
             begin = int(state.step)
             if resume:
                 say(f"{stage}: continuing after step {begin}")
-                self.folder.keep_metrics(stage, begin)
+                self.folder.metrics.forget((stage,), begin)
             with progress(stage, section.steps, start=begin) as bar:
                 loop = Loop(
                     stage,
                     section.steps,
                     tokens,
-                    log=self.folder.log,
+                    log=self.folder.metrics.log,
                     log_every=section.log_every,
                     save_every=section.save_every,
                     schedule=trainer.schedule,
@@ -247,17 +246,36 @@ class Inputs:
                 )
 
 
+def check_rules(selected: Collection[str]) -> None:
+    """Raise BadInput where the rules select no kernel, or something outside the blocks."""
+    if not selected:
+        raise BadInput("init.quantise and init.keep leave no kernel to quantise")
+    if other := [path for path in selected if not re.fullmatch(r"layers/.*/kernel", path)]:
+        raise BadInput(
+            f"init.quantise selects {other[0]}: a run quantises the kernels of the blocks, "
+            "layers/.../kernel"
+        )
+
+
+def check_lengths(lengths: Mapping[str, int], most: int) -> None:
+    """Raise BadInput where a section of the config has longer sequences than the model."""
+    for name, length in lengths.items():
+        if length > most:
+            raise BadInput(
+                f"{name} uses sequences of {length} tokens: the model has {most} positions; make "
+                "it shorter"
+            )
+
+
 def write_stats(target: Path, stats: dict[str, Stats]) -> None:
     """Write calibration statistics, whole or not at all."""
-    temporary = target.with_suffix(".part")
     arrays = {
         f"{p}.{n}": np.asarray(getattr(s, n)) for p, s in stats.items() for n in ("s_in", "s_out")
     }
-    save_file(arrays, temporary)
-    temporary.replace(target)
+    write_tensors(target, arrays)
 
 
-def abstract_params(config: ModelConfig) -> Any:
+def abstract_params(config: ModelConfig) -> Params:
     """Shapes of a decoder's float32 params, nested."""
     from flax.traverse_util import unflatten_dict
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,14 +10,15 @@ import numpy as np
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.diagnostics import diagnose
 from rabit_jax.evaluate.perplexities import Perplexity, perplexity
-from rabit_jax.experiments.engine.console import progress
 from rabit_jax.experiments.engine.inputs import Inputs
+from rabit_jax.progress import progress
 from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.sharding import batch_sharding
 from rabit_jax.tree import map_leaves, weights_of
+from rabit_jax.types import Params
 
 
-def scores(run: Inputs, params: Any, label: str) -> dict:
+def scores(run: Inputs, params: Params, label: str) -> dict:
     """Perplexity on the evaluation text, and on the unseen if there is one."""
     result = figures(_perplexity(run, params, label, run.text.held_out))
     if run.text.unseen:
@@ -38,7 +38,7 @@ def figures(found: Perplexity) -> dict:
     }
 
 
-def _perplexity(run: Inputs, params: Any, label: str, text: TokenText) -> Perplexity:
+def _perplexity(run: Inputs, params: Params, label: str, text: TokenText) -> Perplexity:
     """Perplexity on all windows of a text, with a progress bar."""
     rows = run.text.windows(text)
     with progress(f"perplexity, {label}", len(rows)) as bar:
@@ -55,7 +55,7 @@ def _perplexity(run: Inputs, params: Any, label: str, text: TokenText) -> Perple
         )
 
 
-def watched_nats(run: Inputs, params: Any) -> float:
+def watched_nats(run: Inputs, params: Params) -> float:
     """Nats per token on the evaluation windows that are watched during training."""
     settings = run.config.evaluate
     return perplexity(
@@ -76,7 +76,7 @@ def _windows(run: Inputs, count: int) -> Iterator[dict]:
         yield jax.device_put({"tokens": rows[start : start + size]}, batch_sharding(run.mesh))
 
 
-def divergence(run: Inputs, params: Any) -> float:
+def divergence(run: Inputs, params: Params) -> float:
     """`KL(teacher || model)` in nats per token, over the evaluation windows watched in training."""
 
     @jax.jit
@@ -91,7 +91,7 @@ def divergence(run: Inputs, params: Any) -> float:
     return total / tokens
 
 
-def reconstruction_errors(teacher: Any, student: Any) -> dict[str, list[float]]:
+def reconstruction_errors(teacher: Params, student: Params) -> dict[str, list[float]]:
     """`|W - W_hat|^2 / |W|^2` of every quantised linear, one number per layer."""
     kernels = weights_of(student)
     errors = {}
@@ -106,23 +106,13 @@ def reconstruction_errors(teacher: Any, student: Any) -> dict[str, list[float]]:
     return {p: np.atleast_1d(np.asarray(e)).ravel().tolist() for p, e in errors.items()}
 
 
-def diagnostics(run: Inputs, student: Any, drive: str = "teacher") -> dict:
+def diagnostics(run: Inputs, student: Params, drive: str = "teacher") -> dict:
     """Inter-path adaptation of a student on the evaluation windows."""
     return diagnose(
-        _features(run),
+        run.features,
         run.teacher,
         student,
         _windows(run, run.config.evaluate.diagnostic_windows),
         drive=drive,
         batch_sharding=batch_sharding(run.mesh),
     )
-
-
-def _features(run: Inputs) -> Any:
-    """The one function object that runs the decoder for the diagnostics, so that it compiles
-    once."""
-    if "features" not in run.__dict__:
-        run.features = lambda params, batch: run.model.apply(
-            {"params": params}, batch["tokens"], batch.get("mask"), method="features"
-        )[0]
-    return run.features

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rabit_jax import BadInput, Stats
-from rabit_jax.experiments.engine.files import remove, write_text
+from rabit_jax.atomic import remove, replacing, write_tensors, write_text
 from rabit_jax.formats.packed_file import named_parts, part_names
+from rabit_jax.types import Array
 from rabit_jax.weights.representations import abstract_packed
+
+Record: TypeAlias = dict[str, Any]  # what JSON holds
 
 
 class Pieces:
@@ -61,11 +63,15 @@ class Pieces:
     # arrays, batch by batch
 
     @contextlib.contextmanager
-    def writing(self, name: str) -> Iterator[Callable[[Any], None]]:
+    def writing(self, name: str) -> Iterator[Callable[[Array], None]]:
         """Yields a function that appends an array; the piece is there when the block ends."""
-        with self._beside(name) as work, open(work, "wb") as file:
+        with replacing(self.folder / name) as work, open(work, "wb") as file:
             # Not a memory map: where the disk is full, writing to one kills the process.
-            yield lambda array: file.write(np.asarray(array).tobytes())
+
+            def append(array: Array) -> None:
+                file.write(np.asarray(array).tobytes())
+
+            yield append
 
     def reading(self, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[np.ndarray]:
         """The arrays `shape` of a piece, one after another."""
@@ -77,7 +83,13 @@ class Pieces:
 
     # packed blocks
 
-    def write_block(self, name: str, packed: dict, stats: dict | None, record: dict) -> None:
+    def write_block(
+        self,
+        name: str,
+        packed: Mapping[str, Any],
+        stats: Mapping[str, Stats] | None,
+        record: Record,
+    ) -> None:
         """Keep the packed nodes `[1, i, o]` of a block, its statistics `[i]`, `[o]`, and a record
         for JSON."""
         arrays = {}
@@ -87,10 +99,9 @@ class Pieces:
             arrays |= {f"{path}:s_in": np.asarray(one.s_in), f"{path}:s_out": np.asarray(one.s_out)}
         headers = {path: node.header() for path, node in packed.items()}
         metadata = {"headers": json.dumps(headers), "record": json.dumps(record)}
-        with self._beside(name) as work:
-            save_file(arrays, work, metadata)
+        write_tensors(self.folder / name, arrays, metadata)
 
-    def read_block(self, name: str) -> tuple[dict, dict | None, dict]:
+    def read_block(self, name: str) -> tuple[dict[str, Any], dict[str, Stats] | None, Record]:
         """What `write_block` kept; statistics None where there were none.
 
         Raises:
@@ -115,19 +126,10 @@ class Pieces:
 
     # records
 
-    def write_record(self, name: str, record: dict) -> None:
+    def write_record(self, name: str, record: Record) -> None:
         """Keep a record as JSON."""
         write_text(self.folder / name, json.dumps(record, indent=1))
 
-    def record(self, name: str) -> dict | None:
+    def record(self, name: str) -> Record | None:
         """A record, None where there is none."""
         return json.loads((self.folder / name).read_text()) if self.has(name) else None
-
-    @contextlib.contextmanager
-    def _beside(self, name: str) -> Iterator[Path]:
-        work = self.folder / f".{name}.part"
-        try:
-            yield work
-            work.replace(self.folder / name)
-        finally:
-            work.unlink(missing_ok=True)

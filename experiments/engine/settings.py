@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rabit_jax import LLAMA_LINEARS, BadInput, ResidualSignSpec
 from rabit_jax.data.sources import DataConfig
 from rabit_jax.train.optimizer import OptimizerConfig
 from rabit_jax.types import Spec
 
-
-def _at_least(section: str, least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise BadInput(f"{section}.{name} is {value}: it must be at least {least}")
+# Bounds are checked where a config is loaded, what concerns two settings by `__post_init__`.
+NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Length: TypeAlias = Annotated[int, Field(ge=2)]  # tokens: one is read, the next is predicted
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,7 @@ class Compute:
 
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     remat: bool = False
-    chunk: int = 256
-
-    def __post_init__(self):
-        """Raises BadInput for a negative chunk."""
-        _at_least("compute", 0, chunk=self.chunk)
+    chunk: NonNegativeInt = 256
 
 
 @dataclass(frozen=True)
@@ -43,15 +39,15 @@ class Shape:
     Widths that are multiples of 256 pack without padding.
     """
 
-    d_model: int = 256
-    n_layers: int = 2
-    n_heads: int = 4
-    n_kv_heads: int = 4
-    head_dim: int = 64
-    d_hidden: int = 768
+    d_model: PositiveInt = 256
+    n_layers: PositiveInt = 2
+    n_heads: PositiveInt = 4
+    n_kv_heads: PositiveInt = 4
+    head_dim: PositiveInt = 64
+    d_hidden: PositiveInt = 768
     tied_head: bool = True
-    rope_theta: float = 10000.0
-    max_position: int = 2048
+    rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10000.0
+    max_position: PositiveInt = 2048
 
 
 @dataclass(frozen=True)
@@ -70,25 +66,20 @@ class Training:
       optimizer: optimiser, learning rates, what is frozen.
     """
 
-    steps: int = 300
-    batch_size: int = 8
-    length: int = 256
-    accumulate: int = 1
-    log_every: int = 10
-    save_every: int = 100
-    watch_every: int = 100
+    steps: PositiveInt = 300
+    batch_size: PositiveInt = 8
+    length: Length = 256
+    accumulate: PositiveInt = 1
+    log_every: PositiveInt = 10
+    save_every: PositiveInt = 100
+    watch_every: PositiveInt = 100
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self):
-        """Raises BadInput for sizes that cannot be."""
-        name = type(self).__name__.lower()
-        _at_least(name, 1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
-        _at_least(name, 1, log_every=self.log_every, save_every=self.save_every)
-        _at_least(name, 1, watch_every=self.watch_every)
-        _at_least(name, 2, length=self.length)
+        """Raises BadInput where the pieces of a batch are not equal."""
         if self.batch_size % self.accumulate:
             raise BadInput(
-                f"{name}.accumulate is {self.accumulate}: it must divide the batch of "
+                f"accumulate is {self.accumulate}: it must divide batch_size, which is "
                 f"{self.batch_size}"
             )
 
@@ -119,24 +110,18 @@ class Calibrate:
     """
 
     mode: Literal["full", "activations", "none"] = "full"
-    sequences: int = 128
-    batch_size: int = 8
-    length: int = 256
+    sequences: PositiveInt = 128
+    batch_size: PositiveInt = 8
+    length: Length = 256
     labels: Literal["data", "sampled"] = "data"
-    clip: float = 100.0
+    clip: Annotated[float, Field(gt=0, le=100)] = 100.0
 
     def __post_init__(self):
-        """Raises BadInput for sizes that cannot be."""
-        _at_least("calibrate", 1, sequences=self.sequences, batch_size=self.batch_size)
-        _at_least("calibrate", 2, length=self.length)
+        """Raises BadInput where the passes are not equal."""
         if self.sequences % self.batch_size:
             raise BadInput(
-                f"calibrate.sequences is {self.sequences}: it must be a multiple of the batch size "
+                f"sequences is {self.sequences}: it must be a multiple of batch_size, which is "
                 f"{self.batch_size}"
-            )
-        if not 0 < self.clip <= 100:
-            raise BadInput(
-                f"calibrate.clip is {self.clip}: it is a percentile, above 0 and at most 100"
             )
 
 
@@ -154,11 +139,10 @@ class Init:
     keep: tuple[str, ...] = ()
     spec: Spec = field(default_factory=ResidualSignSpec)
 
-    def rules(self) -> list:
+    def rules(self) -> list[tuple[str, Spec | None]]:
         """The rules of `convert`."""
-        return [(pattern, None) for pattern in self.keep] + [
-            (pattern, self.spec) for pattern in self.quantise
-        ]
+        kept: list[tuple[str, Spec | None]] = [(pattern, None) for pattern in self.keep]
+        return kept + [(pattern, self.spec) for pattern in self.quantise]
 
 
 @dataclass(frozen=True)
@@ -170,18 +154,12 @@ class Qat(Training):
       project_scales: keep scales positive after every step.
     """
 
-    gamma: float = 1.0
+    gamma: NonNegative = 1.0
     project_scales: bool = True
-    watch_every: int = 50
+    watch_every: PositiveInt = 50
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(freeze=("embedding", "head"))
     )
-
-    def __post_init__(self):
-        """Raises BadInput for values out of range."""
-        super().__post_init__()
-        if self.gamma < 0:
-            raise BadInput(f"qat.gamma is {self.gamma}: it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -198,22 +176,13 @@ class Evaluate:
       models: which models task ptq scores; where empty, no evaluation text is read.
     """
 
-    context: int = 256
-    batch_size: int = 8
-    windows: int = 0
-    watch_windows: int = 64
-    diagnostic_windows: int = 16
+    context: Length = 256
+    batch_size: PositiveInt = 8
+    windows: NonNegativeInt = 0
+    watch_windows: PositiveInt = 64
+    diagnostic_windows: PositiveInt = 16
     baselines: bool = True
     models: tuple[Literal["teacher", "packed"], ...] = ("teacher", "packed")
-
-    def __post_init__(self):
-        """Raises BadInput for sizes that cannot be."""
-        _at_least("evaluate", 2, context=self.context)
-        _at_least(
-            "evaluate", 1, batch_size=self.batch_size, diagnostic_windows=self.diagnostic_windows
-        )
-        _at_least("evaluate", 1, watch_windows=self.watch_windows)
-        _at_least("evaluate", 0, windows=self.windows)
 
 
 @dataclass(frozen=True)
@@ -228,17 +197,9 @@ class Generate:
     """
 
     prompts: tuple[str, ...] = ("The function returns", "If the file does not exist,")
-    max_new_tokens: int = 48
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        """Raises BadInput for values out of range."""
-        _at_least("generate", 1, max_new_tokens=self.max_new_tokens)
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise BadInput(
-                "generate: temperature must not be negative and top_p must lie in (0, 1]"
-            )
+    max_new_tokens: PositiveInt = 48
+    temperature: NonNegative = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -259,8 +220,8 @@ class RunConfig:
     task: Literal["qat", "ptq"] = "qat"
     name: str = "run"
     output: str = "runs"
-    seed: int = 0
-    mesh: dict[str, int] = field(default_factory=dict)
+    seed: NonNegativeInt = 0
+    mesh: dict[str, PositiveInt] = field(default_factory=dict)
     wandb: str = ""
     compute: Compute = field(default_factory=Compute)
     data: DataConfig = field(default_factory=DataConfig)
@@ -273,8 +234,7 @@ class RunConfig:
     generate: Generate = field(default_factory=Generate)
 
     def __post_init__(self):
-        """Raises BadInput for a name that is no folder name, or a negative seed."""
-        _at_least("run", 0, seed=self.seed)
+        """Raises BadInput for a name that is no folder name, or a mode that the task has not."""
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise BadInput(
                 f"name is {self.name!r}: it names the run's folder, so no '/' and not empty"

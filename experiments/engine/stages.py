@@ -1,280 +1,217 @@
-"""The stages of a run. Each takes the run's inputs, leaves files, and returns what the summary
-needs."""
+"""The run engine: a task is a list of stages, and a stage is skipped while its inputs are the same.
+
+`stages/<name>.json` in the run folder is the record of a complete stage: the hash of its inputs
+(`key`), its id (that hash, or a new one where the stage was forced, so that what depends on it
+follows), seconds, versions, device, result, and the sizes of the files that it left.
+`stages/<name>.started` holds the key of a stage that was begun and is not complete.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+import json
+import time
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
-import jax
-import numpy as np
+from rabit_jax import BadInput
+from rabit_jax.atomic import remove, write_text
+from rabit_jax.experiments.engine.config import section_hash
+from rabit_jax.experiments.engine.folder import RunFolder
+from rabit_jax.experiments.engine.machine import device, peak_memory, versions
+from rabit_jax.experiments.engine.pieces import Pieces, Record
+from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.formats.model_card import CARD
+from rabit_jax.progress import say
 
-from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
-from rabit_jax.calibration.outliers import record_limbs
-from rabit_jax.evaluate.perplexities import unigram_entropy
-from rabit_jax.evaluate.sign_statistics import disordered_share, mean_flip_rate, snapshot
-from rabit_jax.experiments.engine.config import to_dict
-from rabit_jax.experiments.engine.console import progress
-from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
-from rabit_jax.experiments.engine.measure import (
-    diagnostics,
-    divergence,
-    reconstruction_errors,
-    scores,
-    watched_nats,
-)
-from rabit_jax.formats.folder import find_folder, read_generation
-from rabit_jax.formats.hf import save_hf
-from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packed
-from rabit_jax.models.decoder import init_params
-from rabit_jax.models.generation import generate
-from rabit_jax.models.prepared import Engine, prepare
-from rabit_jax.train.loop import Watch
-from rabit_jax.train.losses import distillation_loss, next_token_loss
-from rabit_jax.train.optimizer import merge
-from rabit_jax.train.sharding import batch_sharding, param_shardings
-from rabit_jax.train.step import next_tokens
-from rabit_jax.train.trainer import make_trainer
-from rabit_jax.tree import map_leaves, match_rules, weights_of
-from rabit_jax.weights.description import leaf_bytes
-from rabit_jax.weights.rounding import round_to_nearest
+# The oldest version of this package whose stages gave the results that they give today. It is part
+# of every key: raise it when a stage changes what it computes, and old records are redone.
+RESULTS_OF = "0.1.0"
+
+Ids: TypeAlias = dict[str, str]  # id of each stage that is complete, by name
 
 
-def teacher(run: Inputs, resume: bool) -> dict:
-    """Train the full-precision model on the run's text, or note where it lies."""
-    section = run.config.teacher
-    if section.path:
-        return {"path": section.path, "tokens": 0}
-    where = param_shardings(abstract_params(run.model_config), run.mesh)
-    params = jax.jit(lambda key: init_params(run.model_config, key), out_shardings=where)(
-        jax.random.key(run.config.seed)
+class Run(Protocol):
+    """What the engine needs of the state that the stages of a task share."""
+
+    config: RunConfig
+    folder: RunFolder
+    stopped: bool
+
+    def forget(self) -> None:
+        """Drop what was loaded, so that the next stage reads what the last one wrote."""
+
+
+R = TypeVar("R", bound=Run)
+
+
+@dataclass(frozen=True)
+class Stage(Generic[R]):
+    """One stage of a task.
+
+    Attributes:
+      name: in records, on the command line and, unless `metrics` says otherwise, in metrics.jsonl.
+      work: `(run, continues) -> result`; `continues` is True where an unfinished attempt with the
+        same inputs goes on. The result is JSON, and a summary is made of the results.
+      inputs: `(run, ids) -> everything that the result depends on`, which is hashed to the key.
+      leaves: files and folders, relative to the run folder, that later stages read. The stage is
+        complete only while they have the sizes that its record lists.
+      pieces: folder of a stage that works piece by piece. The pieces are kept while the key stays
+        the same, with `--resume` or without it.
+      metrics: names of the stage's lines in metrics.jsonl, where it has several.
+      wanted: whether a config asks for the stage at all.
+    """
+
+    name: str
+    work: Callable[[R, bool], Record]
+    inputs: Callable[[R, Ids], tuple]
+    leaves: tuple[str, ...] = ()
+    pieces: str = ""
+    metrics: tuple[str, ...] = ()
+    wanted: Callable[[RunConfig], bool] = lambda config: True
+
+
+def run_stages(
+    run: R, stages: Sequence[Stage[R]], resume: bool, forced: Collection[str], until: str
+) -> dict[str, Record]:
+    """Carry out or skip every stage in order up to `until`; returns their records by name.
+
+    Raises:
+      BadInput: `resume`, and an unfinished stage cannot go on as its inputs have changed.
+      KeyboardInterrupt: `run.stopped` has become true.
+    """
+    records: dict[str, Record] = {}
+    ids: Ids = {}
+    for stage in stages:
+        name, again = stage.name, stage.name in forced
+        key = section_hash(RESULTS_OF, *stage.inputs(run, ids))
+        _disown(run.folder.path, stage)
+        record = None if again else completed(run.folder, stage, key)
+        if record:
+            say(f"{name}: complete with the same inputs, skipped (--force {name} redoes it)")
+        else:
+            if resume and not again:
+                _check_resumable(run.folder, stages, stage, key)
+            if again and stage.pieces:
+                remove(run.folder.path / stage.pieces)
+            continues = begin(run.folder, stage, key, resume and not again)
+            start = time.perf_counter()
+            result = stage.work(run, continues)
+            record = complete(
+                run.folder,
+                stage,
+                {
+                    "key": key,
+                    "id": uuid.uuid4().hex if again else key,
+                    "seconds": time.perf_counter() - start,
+                    "peak_memory_bytes": peak_memory(),
+                    "versions": versions(),
+                    "device": device(),
+                    "result": result,
+                },
+            )
+            run.forget()
+        records[name], ids[name] = record, record["id"]
+        if run.stopped:
+            raise KeyboardInterrupt
+        if name == until:
+            break
+    return records
+
+
+def completed(folder: RunFolder, stage: Stage, key: str) -> Record | None:
+    """The record of a complete stage with the same inputs whose files are all still there."""
+    try:
+        record = json.loads(_record(folder.path, stage).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if record.get("key") != key or record["files"] != _sizes(folder.path, stage):
+        return None
+    return record
+
+
+def begin(folder: RunFolder, stage: Stage, key: str, resume: bool) -> bool:
+    """Note that a stage starts; True if it continues an unfinished attempt with the same inputs.
+
+    Otherwise what that attempt has left (pieces, checkpoints, metrics) is removed, and the packed
+    model with it where the stage leaves files that a packed model is made of. Summary and report
+    go in both cases.
+
+    Raises:
+      BadInput: `resume`, and the pieces that are there were made with another key.
+    """
+    if stage.pieces:
+        continues = Pieces(folder.path / stage.pieces).claim(key, resume)
+    else:
+        continues = resume and _started(folder.path, stage) == key
+    stale = [f"stages/{stage.name}.json", "summary.json", "report.html"]
+    if not continues:
+        names = stage.metrics or (stage.name,)
+        stale += [f"checkpoints/{stage.name}", *(f"tensorboard/{name}" for name in names)]
+        folder.metrics.forget(names)
+        if stage.leaves:
+            # Post-training in the same folder would take what this run packs for its own.
+            stale += ["packed", "blocks/packed.json"]
+    for name in stale:
+        remove(folder.path / name)
+    write_text(folder.path / "stages" / f"{stage.name}.started", key)
+    return continues
+
+
+def complete(folder: RunFolder, stage: Stage, record: Record) -> Record:
+    """Record a finished stage together with the files that it left."""
+    record = {**record, "files": _sizes(folder.path, stage)}
+    write_text(_record(folder.path, stage), json.dumps(record, indent=1))
+    remove(folder.path / "stages" / f"{stage.name}.started")
+    return record
+
+
+def _check_resumable(
+    folder: RunFolder, stages: Sequence[Stage], stage: Stage, key: str
+) -> None:
+    """Raise BadInput where resuming would have to throw an unfinished stage away."""
+    unfinished = next((one for one in stages if _started(folder.path, one)), None)
+    if unfinished is None or (unfinished is stage and _started(folder.path, stage) == key):
+        return
+    reader = "it" if unfinished is stage else f"stage {stage.name}"
+    raise BadInput(
+        f"cannot resume {folder.path}: since stage {unfinished.name} was stopped, what {reader} "
+        "reads has changed (text, model files or the version of this package); put it back, or "
+        "run without --resume to start that stage again"
     )
 
-    def loss(params: Any, _: Any, batch: dict) -> dict:
-        return {"loss": next_token_loss(run.model, params, batch, run.config.compute.chunk)[0]}
 
-    trainer = make_trainer(
-        loss,
-        params,
-        section.optimizer,
-        section.steps,
-        mesh=run.mesh,
-        accumulate=section.accumulate,
-        count=next_tokens,
-    )
-    tokens = section.batch_size * section.length
-
-    def after(step: int, trainable: Any, _: Any) -> None:
-        run.folder.log(
-            {
-                "stage": "validation",
-                "during": "teacher",
-                "step": step,
-                "tokens": step * tokens,
-                "nats_per_token": watched_nats(run, merge(trainable, trainer.frozen)),
-            }
-        )
-
-    watch = Watch(section.watch_every, lambda _: None, after)
-    state = run.fit("teacher", section, trainer, resume, watch)
-    save_hf(run.teacher_folder, run.model, trainer.params(state), run.text.tokenizer)
-    return {
-        "path": run.teacher_folder,
-        "tokens": section.steps * tokens,
-    }
+def _disown(path: Path, stage: Stage) -> None:
+    """Remove the records of other stages whose files this one writes: they are another task's."""
+    for file in (path / "stages").glob("*.json"):
+        try:
+            files = json.loads(file.read_text(encoding="utf-8")).get("files", {})
+        except json.JSONDecodeError:
+            continue
+        written = {place for place in stage.leaves for name in files
+                   if name == place or name.startswith(f"{place}/")}
+        if written and file.stem != stage.name:
+            remove(file)
 
 
-def calibration(run: Inputs, resume: bool) -> dict:
-    """Measure the inputs and output gradients of every kernel that will be quantised."""
-    section, seed = run.config.calibrate, run.config.seed
-    count = section.sequences // section.batch_size
-    rows_at = run.text.batches(section, seed + 1)
-    size = (section.batch_size, section.length)
-
-    def loss(params: Any, batch: dict) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), batch["row"][0])
-        return next_token_loss(
-            run.model, params, batch, run.config.compute.chunk, section.labels, key
-        )[0]
-
-    def batches():
-        with progress("calibrate", count) as bar:
-            for step in range(count):
-                extra = {"mask": np.ones(size, bool), "row": np.arange(size[0]) + step * size[0]}
-                yield {**rows_at(step), **jax.device_put(extra, batch_sharding(run.mesh))}
-                bar.update(step + 1)
-
-    stats = calibrate(
-        loss,
-        run.teacher,
-        batches(),
-        run.config.init.rules(),
-        clip=section.clip,
-        shardings=param_shardings(run.teacher, run.mesh),
-        batch_sharding=batch_sharding(run.mesh),
-    )
-    run.save_stats(stats)
-    return {"tokens": count * size[0] * size[1]}
+def _started(path: Path, stage: Stage) -> str | None:
+    """The key with which an unfinished stage was begun."""
+    file = path / "stages" / f"{stage.name}.started"
+    return file.read_text() if file.exists() else None
 
 
-def init(run: Inputs, resume: bool) -> dict:
-    """Turn the selected kernels into weight nodes, layer by layer."""
-    rules = run.config.init.rules()
-    with progress("init", len(match_rules(run.teacher, rules))) as bar:
-        ready = []
-        student = convert(
-            run.teacher,
-            rules,
-            run.stats,
-            jax.random.key(run.config.seed),
-            done=lambda path: (ready.append(path), bar.update(len(ready))),
-        )
-    run.save_init(student)
-    return {
-        "relative_error": reconstruction_errors(run.teacher, student),
-        "diagnostics": diagnostics(run, student),
-    }
+def _record(path: Path, stage: Stage) -> Path:
+    return path / "stages" / f"{stage.name}.json"
 
 
-def qat(run: Inputs, resume: bool) -> dict:
-    """Distil the teacher into the quantised student."""
-    section = run.config.qat
+def _sizes(path: Path, stage: Stage) -> dict[str, int]:
+    """Sizes of the files that a stage leaves, by path.
 
-    def loss(params: Any, teacher: Any, batch: dict) -> dict:
-        return distillation_loss(
-            run.model, params, teacher, batch, section.gamma, run.config.compute.chunk
-        )
-
-    trainer = make_trainer(
-        loss,
-        run.student_init,
-        section.optimizer,
-        section.steps,
-        teacher=run.teacher,
-        mesh=run.mesh,
-        accumulate=section.accumulate,
-        project=section.project_scales,
-    )
-    tokens, state_bytes = section.batch_size * section.length, leaf_bytes(trainer.state)
-
-    def after(step: int, trainable: Any, before: Any) -> None:
-        student = merge(trainable, trainer.frozen)
-        found, own = (diagnostics(run, student, drive) for drive in ("teacher", "student"))
-        run.folder.log(
-            {
-                "stage": "diagnostics",
-                "during": "qat",
-                "step": step,
-                "tokens": step * tokens,
-                **found["mean"],
-                **{f"student_{name}": value for name, value in own["mean"].items()},
-                "layers": found["layers"],
-                "nats_per_token": watched_nats(run, student),
-                "flip_rate": mean_flip_rate(before, snapshot(student)),
-                "disordered": disordered_share(student),
-            }
-        )
-
-    watch = Watch(section.watch_every, lambda t: snapshot(merge(t, trainer.frozen)), after)
-    state = run.fit("qat", section, trainer, resume, watch)
-    run.save_student(state.trainable)
-    moved = sum(line.get("projected", 0) for line in run.folder.metrics() if line["stage"] == "qat")
-    return {
-        "tokens": section.steps * tokens,
-        "projected_in_logged_steps": moved,
-        "state_bytes": state_bytes,
-    }
-
-
-def evaluate(run: Inputs, resume: bool) -> dict:
-    """Perplexity of teacher, baselines, init and student; diagnostics of init and student."""
-    return {
-        "teacher": scores(run, run.teacher, "teacher"),
-        **(baselines(run) if run.config.evaluate.baselines else {}),
-        "init": scores(run, run.student_init, "init"),
-        "qat": {**scores(run, run.student, "student"), "kl": divergence(run, run.student)},
-        "unigram_nats": unigram_entropy(run.text.windows(), run.model_config.vocab_size),
-        "diagnostics": {
-            "qat": diagnostics(run, run.student),
-            "qat_student": diagnostics(run, run.student, "student"),
-            "init_student": diagnostics(run, run.student_init, "student"),
-        },
-        "relative_error": reconstruction_errors(run.teacher, run.student),
-        "disordered": disordered_share(run.student),
-    }
-
-
-def baselines(run: Inputs) -> dict:
-    """Scores of what needs no calibration: greedy SVID and round-to-nearest."""
-    spec, found = run.config.init.spec, {}
-    rules = [(pattern, None) for pattern in run.config.init.keep]
-    if isinstance(spec, ResidualSignSpec):
-        plain = dataclasses.replace(spec, rounds=0, a_in=0.0, a_out=0.0)
-        greedy = convert(run.teacher, rules + [(p, plain) for p in run.config.init.quantise])
-        found["greedy"] = scores(run, greedy, "greedy init")
-    selected = match_rules(run.teacher, run.config.init.rules())
-    rounding = jax.jit(round_to_nearest)
-    nearest = map_leaves(lambda p, w: rounding(w) if p in selected else w, run.teacher)
-    found["round_to_nearest"] = {
-        **scores(run, nearest, "round to nearest"),
-        "bits_per_weight": 2.25,
-    }
-    return found
-
-
-def packing(run: Inputs, resume: bool) -> dict:
-    """Write the packed model, read it back, and score what was read."""
-    packed = record_limbs(pack(run.student), run.stats)
-    folder = run.folder.path / "packed"
-    spec = {"spec": to_dict(run.config.init.spec)}
-    generation = read_generation(find_folder(run.teacher_folder))
-    save_packed(
-        folder, run.model_config, packed, run.text.tokenizer, spec, generation,
-        run.config.teacher.path,
-    )
-    _, read, _ = load_packed(folder)
-    signs, written = snapshot(run.student), snapshot(read)
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), weights_of(packed), weights_of(read))
-    described = describe(packed)
-    sizes = packed_bytes(folder)
-    return {
-        **scores(run, read, "packed"),
-        "bits_identical": all(bool((signs[path] == written[path]).all()) for path in signs)
-        and all(jax.tree.leaves(same)),
-        "bits_per_weight": described.bits_per_weight,
-        "stored_bits_per_weight": sizes["stored_bits_per_weight"],
-        "linear_bytes": sizes["linear_bytes"],
-        "bytes": sizes["file_bytes"],
-        "dense_bytes": describe(run.teacher).deployed_bytes,
-    }
-
-
-def samples(run: Inputs, resume: bool) -> dict:
-    """Continue the prompts with the teacher and with the packed model, same seed."""
-    section = run.config.generate
-    _, packed, _ = load_packed(run.folder.path / "packed")
-    found = [{"prompt": prompt} for prompt in section.prompts]
-    with progress("generate", 2 * len(found)) as bar:
-        for n, (label, params) in enumerate((("teacher", run.teacher), ("packed", packed))):
-            engine = prepare(run.model_config, params)
-            for m, sample in enumerate(found):
-                sample[label] = continuation(run, engine, sample["prompt"])
-                bar.update(n * len(found) + m + 1)
-    return {"samples": found}
-
-
-def continuation(run: Inputs, engine: Engine, prompt: str) -> str:
-    """One continuation of a prompt as text."""
-    section = run.config.generate
-    tokens = np.asarray([run.text.tokenizer(prompt)["input_ids"]], np.int32)
-    new = generate(
-        run.model,
-        engine,
-        tokens,
-        max_new_tokens=section.max_new_tokens,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        key=jax.random.key(run.config.seed),
-        eos_ids=run.model_config.eos_ids,
-    )
-    return run.text.tokenizer.decode(np.asarray(new)[0], skip_special_tokens=True)
+    The model card is not among them: it is written from the summary, and edited by hand.
+    """
+    places = [path / place for place in stage.leaves]
+    files = [f for p in places for f in ([p] if p.is_file() else sorted(p.rglob("*")))]
+    kept = (f for f in files if f.is_file() and f.name != CARD)
+    return {str(f.relative_to(path)): f.stat().st_size for f in kept}

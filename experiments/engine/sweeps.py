@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,16 @@ from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.signs.ste import F32
 from rabit_jax.train.losses import features_loss
+from rabit_jax.types import Array, Params
 
 
 class Source(Protocol):
     """Where params come from, part by part."""
 
-    def block(self, n: int) -> Any:
+    def block(self, n: int) -> Params:
         """Params of one block under `layers`, without the axis of layers."""
 
-    def ends(self, *names: str) -> Any:
+    def ends(self, *names: str) -> Params:
         """Those of `embed`, `final_norm`, `head` that are asked for and there."""
 
 
@@ -46,15 +47,15 @@ class FromCheckpoint:
 
     checkpoint: Checkpoint
 
-    def block(self, n: int) -> Any:
+    def block(self, n: int) -> Params:
         """Params of one block."""
         return self._read([p for p in self.checkpoint.shapes if p.startswith("layers/")], n)
 
-    def ends(self, *names: str) -> Any:
+    def ends(self, *names: str) -> Params:
         """Params outside the blocks."""
         return self._read([p for p in self.checkpoint.shapes if p.split("/")[0] in names])
 
-    def _read(self, paths: list[str], layer: int | None = None) -> Any:
+    def _read(self, paths: list[str], layer: int | None = None) -> Params:
         found = {p: jnp.asarray(self.checkpoint.read(p, layer)) for p in paths}
         return unflatten_dict(found, sep="/")
 
@@ -63,13 +64,13 @@ class FromCheckpoint:
 class FromParams:
     """Params in memory, such as those of a packed model."""
 
-    params: Any
+    params: Params
 
-    def block(self, n: int) -> Any:
+    def block(self, n: int) -> Params:
         """Params of one block."""
         return {"layers": jax.tree.map(lambda a: a[n], self.params["layers"])}
 
-    def ends(self, *names: str) -> Any:
+    def ends(self, *names: str) -> Params:
         """Params outside the blocks."""
         return {name: self.params[name] for name in names if name in self.params}
 
@@ -116,13 +117,15 @@ class Sweep:
             for batch in self._batches():
                 write(_embed(self.config, ends, batch["tokens"]))
 
-    def forward(self, n: int, params: Any) -> None:
+    def forward(self, n: int, params: Params) -> None:
         """Makes `x-<n + 1>` from `x-<n>`."""
         with self.pieces.writing(self.name("x", n + 1)) as write:
             for batch, x in zip(self._batches(), self._states("x", n), strict=True):
                 write(_forward(self.config, params, x, self._local(n), batch["mask"]))
 
-    def inputs(self, n: int, params: Any, paths: Collection[str], clip: float) -> dict[str, Stats]:
+    def inputs(
+        self, n: int, params: Params, paths: Collection[str], clip: float
+    ) -> dict[str, Stats]:
         """Makes `x-<n + 1>` and returns the statistics of block n with `s_out = 1`."""
         total = None
         with self.pieces.writing(self.name("x", n + 1)) as write:
@@ -144,7 +147,7 @@ class Sweep:
                 write(_head_gradient(self.config, ends, x, batch, own, chunk, labels))
 
     def backward(
-        self, n: int, params: Any, paths: Collection[str], clip: float
+        self, n: int, params: Params, paths: Collection[str], clip: float
     ) -> dict[str, Stats]:
         """Makes `dx-<n>` from `x-<n>` and `dx-<n + 1>`; returns the statistics of block n."""
         total = None
@@ -183,22 +186,26 @@ class Sweep:
         return local_layers(self.config)[n]
 
 
-def _block(config: ModelConfig, local: jax.Array, mask: jax.Array) -> Block:
+def _block(config: ModelConfig, local: Array, mask: Array) -> Block:
     view = make_context(config, mask).view(local)
 
-    def run(params: Any, x: jax.Array) -> jax.Array:
+    def run(params: Params, x: Array) -> Array:
         return block(params["layers"], x, view, config)[0]
 
     return run
 
 
-@partial(jax.jit, static_argnames="config")
-def _embed(config, ends, tokens):
-    return Decoder(config).apply({"params": ends}, tokens, method="embedded")
+def _decoder(config: ModelConfig, ends: Params, x: Array, method: str) -> Array:
+    return cast(Array, Decoder(config).apply({"params": ends}, x, method=method))
 
 
 @partial(jax.jit, static_argnames="config")
-def _forward(config, params, x, local, mask):
+def _embed(config: ModelConfig, ends: Params, tokens: Array) -> Array:
+    return _decoder(config, ends, tokens, "embedded")
+
+
+@partial(jax.jit, static_argnames="config")
+def _forward(config: ModelConfig, params: Params, x: Array, local: Array, mask: Array) -> Array:
     return _block(config, local, mask)(params, x)
 
 
@@ -219,11 +226,12 @@ def _backward(config, params, x, dy, local, mask, paths, clip):
 
 @partial(jax.jit, static_argnames=("config", "chunk", "labels"))
 def _head_gradient(config, ends, x, batch, key, chunk, labels):
-    model, variables = Decoder(config), {"params": ends}
+    def loss(x: Array) -> Array:
+        features = _decoder(config, ends, x, "normed")
 
-    def loss(x):
-        features = model.apply(variables, x, method="normed")
-        head = partial(model.apply, variables, method="head")
+        def head(part: Array) -> Array:
+            return _decoder(config, ends, part, "head")
+
         return features_loss(head, features, batch, chunk, labels, key)[0]
 
     return jax.grad(loss)(x)
@@ -231,6 +239,7 @@ def _head_gradient(config, ends, x, batch, key, chunk, labels):
 
 @partial(jax.jit, static_argnames=("config", "chunk"))
 def _nats(config, ends, x, batch, chunk):
-    model = Decoder(config)
-    features = model.apply({"params": ends}, x, method="normed")
-    return features_nats(model, ends, features, batch["tokens"], batch["mask"][:, :1], chunk)
+    features = _decoder(config, ends, x, "normed")
+    return features_nats(
+        Decoder(config), ends, features, batch["tokens"], batch["mask"][:, :1], chunk
+    )

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from rabit_jax import BadInput
+from rabit_jax.atomic import replacing
 from rabit_jax.data.sources import documents, mixed, unseen_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows
@@ -24,13 +23,26 @@ from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.formats.folder import find_folder
 from rabit_jax.formats.tokenizer import load_tokenizer, save_tokenizer
 from rabit_jax.train.sharding import batch_sharding
+from rabit_jax.types import Array
+
+
+class Section(Protocol):
+    """A section of the config that says how batches are cut."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a batch."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
 
 
 class Text:
     """Documents and tokens of a run, each read when first asked for."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh):
-        """Reads nothing yet."""
+    def __init__(self, config: RunConfig, mesh: Mesh | None):
+        """Reads nothing yet; without a mesh it has rows, but no batches."""
         self.config, self.mesh = config, mesh
 
     @cached_property
@@ -58,13 +70,8 @@ class Text:
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         place = Path(data.cache) / f"tokenizer-{data.vocab_size}-{digest}"
         if not (place / "tokenizer.json").exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
-                new = Path(temporary) / "new"
+            with replacing(place) as new:
                 save_tokenizer(train_tokenizer(texts, data.vocab_size), new)
-                if place.exists():
-                    shutil.rmtree(place)
-                new.rename(place)
         return load_tokenizer(place)
 
     @cached_property
@@ -85,7 +92,9 @@ class Text:
             return None
         return self._tokens("unseen", lambda: unseen_documents(data, sum(self.documents, [])))
 
-    def _tokens(self, side: str, texts: Callable[[], list[str]]) -> TokenText:
+    def _tokens(
+        self, side: Literal["train", "eval", "unseen"], texts: Callable[[], list[str]]
+    ) -> TokenText:
         data = self.config.data
         what = {"train": "training text", "eval": "evaluation text", "unseen": "unseen text"}[side]
         if data.source == "mix":
@@ -112,16 +121,16 @@ class Text:
         found = windows(text.tokens, self.config.evaluate.context)
         return self._begun(found[: self.config.evaluate.windows or None])
 
-    def batches(self, section: Any, seed: int) -> Callable[[int], dict]:
+    def batches(self, section: Section, seed: int) -> Callable[[int], dict[str, Array]]:
         """Step -> batch on the mesh, for a section with `batch_size` and `length`."""
-        where = batch_sharding(self.mesh)
+        where = batch_sharding(self.mesh) if self.mesh else None
 
-        def at(step: int) -> dict:
+        def at(step: int) -> dict[str, Array]:
             return jax.device_put({"tokens": self.rows(section, step, seed)}, where)
 
         return at
 
-    def rows(self, section: Any, step: int, seed: int) -> np.ndarray:
+    def rows(self, section: Section, step: int, seed: int) -> np.ndarray:
         """The batch `[b, t]` of one step, on the host."""
         return self._begun(
             batch(self.train.tokens, step, section.batch_size, section.length, seed)

@@ -7,6 +7,8 @@ Triton, on a device by the one inside XLA.
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +27,29 @@ INPUTS, OUTPUTS, LAYERS, PATHS = 22272, 4096, 2, 2
 # The types of the kernels' arguments besides the activations.
 TYPES = {"layer": "*i32", "bits": "*u8", "total": "*i32", "scale": "*fp32", "g": "*fp16",
          "y": "*fp32"}
-COLUMNS = ("kernel", "arch", "instructions_per_bit", "integer_per_bit", "registers", "spills",
-           "load_bits", "tensor_instruction")
+COLUMNS = {name: name for name in (
+    "kernel", "arch", "instructions_per_bit", "integer_per_bit", "registers", "spills", "load_bits",
+    "tensor_instruction")}
+EXAMPLES = """examples:
+  python -m experiments.bench aot
+  python -m experiments.bench aot --archs sm_89,sm_90 --json > aot.json
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--archs", default="sm_89,sm_90", metavar="ARCHS",
+                        help="architectures to compile for (default sm_89,sm_90)")
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of `report` for the architectures of the command line."""
+    return report(options.archs.split(","))
+
+
+def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The line below the table."""
+    return ["per bit and lane: instructions of a warp * 32 / packed signs that it multiplies"]
 
 
 def report(archs: Sequence[str]) -> list[dict[str, Any]]:
@@ -44,25 +67,10 @@ def report(archs: Sequence[str]) -> list[dict[str, Any]]:
       BadInput: an architecture that is not `sm_` and a number, or Triton is not installed.
     """
     numbers = [_number(arch) for arch in archs]
-    try:
-        import triton  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise BadInput("compiling kernels needs triton: pip install triton") from error
+    if importlib.util.find_spec("triton") is None:
+        raise BadInput("compiling kernels needs triton: pip install triton")
     return [{"kernel": name, "arch": arch, **row(number)}
             for name, row in KERNELS.items() for arch, number in zip(archs, numbers, strict=True)]
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `report` as a text table."""
-    cells = [COLUMNS, *([_cell(row[name]) for name in COLUMNS] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-             for line in cells]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _number(arch: str) -> int:
@@ -73,16 +81,16 @@ def _number(arch: str) -> int:
 
 def compile_triton(impl: str, limbs: int, arch: int, batch: int = 1) -> sass.Compiled:
     """The kernel of `triton_int8` or `triton_b1` for a compute capability such as 90."""
-    from rabit_jax.kernels.gpu import triton_b1, triton_b1_kernel, triton_int8, triton_kernels
+    from rabit_jax.kernels.gpu import triton_b1, triton_int8
 
     shape = (LAYERS, PATHS, OUTPUTS, packed_bytes(INPUTS))
     if impl == "triton_int8":
         cut, constants, _ = triton_int8.plan(batch, shape, (OUTPUTS,), limbs)
-        kernel, made = triton_kernels.int8_partials, {"q": "*i8"}
+        kernel, made = triton_int8.int8_partials, {"q": "*i8"}
         warps, stages = cut.warps, triton_int8.STAGES
     else:
         constants, _ = triton_b1.plan(batch, shape, (OUTPUTS,), limbs)
-        kernel, made = triton_b1_kernel.b1_partials, {"planes": "*i32"}
+        kernel, made = triton_b1.b1_partials, {"planes": "*i32"}
         warps, stages = triton_b1.WARPS, triton_b1.STAGES
     return sass.compile_kernel(kernel, {**TYPES, **made}, constants, arch, warps, stages)
 
@@ -129,8 +137,10 @@ def pallas_ir(function: Callable, shapes: Sequence[jax.ShapeDtypeStruct]) -> tup
         lowering.lower_jaxpr_to_triton_module = lower
     if len(texts) != 1:
         raise ValueError(f"the function holds {len(texts)} kinds of Pallas kernels, wanted 1")
-    options = [re.search(rf"num_{name} = (\d+)", lowered) for name in ("warps", "stages")]
-    return texts[0], *(int(found[1]) for found in options)
+    warps, stages = (re.search(rf"num_{name} = (\d+)", lowered) for name in ("warps", "stages"))
+    if warps is None or stages is None:
+        raise ValueError("the lowered kernel does not say how many warps and stages it has")
+    return texts[0], int(warps[1]), int(stages[1])
 
 
 @contextmanager
@@ -144,6 +154,7 @@ def _some_gpu() -> Iterator[None]:
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(
             "NVIDIA H200", None, "cuda"))):
         yield
+
 
 # With the signs that one tensor instruction multiplies. One-bit: 8 rows of 256 inputs for 16 planes
 # in Triton, 16 rows for 8 planes in Pallas. Int8: 16 rows of 32 inputs; one row of activations

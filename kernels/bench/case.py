@@ -1,4 +1,4 @@
-"""One implementation under measurement: its program, the weights it goes round, its times."""
+"""One implementation under measurement: activations, program, rotating weights, times."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SAMPLE_ROWS, SAMPLE_OUTPUTS = 8, 64
+OUTLIER = 60.0
 
 
 @dataclass(eq=False)
@@ -99,6 +100,13 @@ class Case:
         turns = [(self.turn + n) % self.copies for n in range(len(self.xs))]
         weights = [self.rotation[0 if self.stacked else turn] for turn in turns]
         return self.xs, weights, [jnp.int32(turn) for turn in turns]
+
+
+def activations(batch: int, inputs: int, dtype: jax.typing.DTypeLike, seed: int) -> jax.Array:
+    """Normal `[b, i]` with one column 60 times as large, as the residual stream of a model has."""
+    x = np.random.default_rng([11, seed]).standard_normal((batch, inputs), np.float32)
+    x[:, inputs // 3] *= OUTLIER
+    return jnp.array(x.astype(dtype))
 
 
 def relative_error(y: Any, exact: np.ndarray) -> float:

@@ -64,9 +64,11 @@ def free_memory() -> int:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8")
-        return int(re.search(r"MemAvailable:\s+(\d+) kB", lines)[1]) * 1024
-    except (OSError, TypeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except OSError:
+        lines = ""
+    if found := re.search(r"MemAvailable:\s+(\d+) kB", lines):
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def driver() -> str:

@@ -104,13 +104,13 @@ def compile_ir(text: str, arch: int, warps: int, stages: int) -> Compiled:
 
 
 def _compile(source: Any, arch: int, warps: int, stages: int) -> Compiled:
-    import triton
+    from triton import compile, knobs
     from triton.backends.compiler import GPUTarget
 
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder
-        made = triton.compile(source, target=GPUTarget("cuda", arch, LANES), options=options)
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
+        knobs.cache.dir = folder
+        made = compile(source, target=GPUTarget("cuda", arch, LANES), options=options)
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(made.asm["cubin"])
         code, usage = _dump(cubin, "-sass"), _dump(cubin, "-res-usage")
@@ -118,15 +118,18 @@ def _compile(source: Any, arch: int, warps: int, stages: int) -> Compiled:
 
 
 def _dump(cubin: Path, what: str) -> str:
-    import triton
+    from triton import knobs
 
-    tool = triton.knobs.nvidia.cuobjdump.path
+    tool = knobs.nvidia.cuobjdump.path
     done = subprocess.run([tool, what, str(cubin)], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 
 def _usage(text: str) -> tuple[int, int]:
-    registers, stack, local = map(int, _USAGE.search(text).groups())
+    found = _USAGE.search(text)
+    if found is None:
+        raise ValueError(f"cuobjdump printed no resource usage: {text[:200]}")
+    registers, stack, local = map(int, found.groups())
     return registers, stack + local
 
 

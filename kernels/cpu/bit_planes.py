@@ -49,8 +49,12 @@ def _bits_dot(bits: jax.Array, planes: jax.Array) -> jax.Array:
     By Horner's rule over the planes, highest first. A word's sum fits int32, 32 * 2^24 at most. One
     expression over all words, then one sum: XLA keeps both in vectors, and copies no bits.
     """
-    total = None
-    for p in reversed(range(planes.shape[1])):
-        counts = jax.lax.population_count(bits & planes[:, p, :, None]).astype(jnp.int32)
-        total = -counts if total is None else total + total + counts
+
+    def counts(p: int) -> jax.Array:
+        return jax.lax.population_count(bits & planes[:, p, :, None]).astype(jnp.int32)
+
+    highest = planes.shape[1] - 1
+    total = -counts(highest)
+    for p in reversed(range(highest)):
+        total = total + total + counts(p)
     return jnp.sum(total.astype(jnp.float32), axis=1)

@@ -26,7 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels.activations import PLANE_INPUTS, Planes, bit_planes
 from rabit_jax.kernels.gpu import pallas_tiles
-from rabit_jax.kernels.gpu.self_test import passes
+from rabit_jax.kernels.gpu.device import passes
 
 BATCH = 3
 

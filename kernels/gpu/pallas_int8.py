@@ -169,7 +169,9 @@ def _kernel(
     # The compiler does not know the bound, since it does not know the part: it would unroll the
     # loop, and 16 columns would no longer fit the registers.
     units = lax.fori_loop(0, jnp.minimum(each, steps - part * each), add_step, (zero,) * 4)
-    total = sum(lax.shift_right_arithmetic(units[p], jnp.full_like(zero, p)) for p in range(4))
+    total = units[0]
+    for p in range(1, 4):
+        total += lax.shift_right_arithmetic(units[p], jnp.full_like(zero, p))
     local = start - base + lax.broadcasted_iota(jnp.int32, (tile.rows, columns), 0)
     column = lax.broadcasted_iota(jnp.int32, (tile.rows, columns), 1)
     mine = (local >= first) & (local < end) & (column < used)

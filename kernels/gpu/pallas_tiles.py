@@ -33,7 +33,7 @@ def check(u: jax.Array, rows: tuple[int, ...], batch: int, impl: str) -> None:
                        "'unpacked' above")
 
 
-def flat_rows(bits: jax.Array, layer: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
+def flat_rows(bits: jax.Array, layer: jax.Array | int, tile: int) -> tuple[jax.Array, jax.Array]:
     """uint8 `[l, k, o, n]` -> `[l k o, n]` of at least `tile` rows, and int32 `[1]`, the layer.
 
     A view, except for fewer than `tile` rows, which are padded with 0, and for stacks of 2 to

@@ -2,7 +2,7 @@
 
 from rabit_jax.data.embedded import embedded_documents
 from rabit_jax.data.mix import Part
-from rabit_jax.data.named import NAMED, named_text
+from rabit_jax.data.readers import NAMED, file_documents, hub_documents, named_text
 from rabit_jax.data.sources import DataConfig, documents, mixed, unseen_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows

@@ -1,8 +1,8 @@
 """English text that every Python carries: the standard library's reference text and docstrings.
 
 One document per reference topic (`pydoc_data`) and one per source file (all its docstrings in
-order), cleaned to prose and without repeated paragraphs. Sources are parsed, never imported. It
-needs no network; the exact text depends on the version of Python that runs.
+order), cleaned to prose and without repeated paragraphs. Sources are parsed, never imported. No
+network is needed; the exact text depends on the version of Python.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _topics() -> list[str]:
 
 def _sources(root: Path) -> list[Path]:
     names = {path: path.relative_to(root).parts for path in root.rglob("*.py")}
-    return sorted((path for path in names if SKIPPED.isdisjoint(names[path])), key=names.get)
+    kept = (path for path in names if SKIPPED.isdisjoint(names[path]))
+    return sorted(kept, key=names.__getitem__)
 
 
 def _docstrings(path: Path) -> str:

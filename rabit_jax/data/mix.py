@@ -1,4 +1,8 @@
-"""A mix of texts: its parts one after another, read document by document and never held whole."""
+"""A mix of texts: its parts one after another, read document by document and never held whole.
+
+A part is a named dataset, local files or a dataset of the hub. `stream` reads the parts and leaves
+out repeated documents; `identity` describes them, so that the token cache knows the same mix again.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from rabit_jax.data.files import file_documents, matches
-from rabit_jax.data.hub import hub_documents
-from rabit_jax.data.named import NAMED, check_name, named_text
+from rabit_jax.data.readers import (
+    NAMED,
+    check_name,
+    file_documents,
+    hub_documents,
+    matching_files,
+    named_text,
+)
 from rabit_jax.errors import BadInput
 
 
@@ -20,15 +28,15 @@ class Part:
     """One text of a mix: a named dataset, local files, or a dataset of the hub.
 
     Attributes:
-      name: A dataset of `rabit_jax.data.named`: "wikitext2" or "c4".
+      name: A key of `rabit_jax.data.NAMED`: "wikitext2" or "c4".
       files: Paths or globs of UTF-8 text.
       hub: Dataset id, or a local dataset folder.
       hub_config: Name of the dataset's configuration.
-      hub_file: Path inside the dataset of the one file that is read.
+      hub_file: Path inside the dataset of a single file to read.
       hub_column: Column that holds the text.
       split: Split of the dataset.
-      documents: Most documents read; 0 reads all.
-      tokens: Documents are read until they have this many tokens together; 0 reads all.
+      documents: Most documents to read; 0 reads all.
+      tokens: Documents are read until they have this many tokens in total; 0 reads all.
     """
 
     name: str = ""
@@ -42,7 +50,7 @@ class Part:
     tokens: int = 0
 
     def __post_init__(self):
-        """Raises BadInput where it names no text or two, or has a limit below 0."""
+        """Raises BadInput unless it names exactly one text, with limits of 0 or more."""
         if [bool(self.name), bool(self.files), bool(self.hub)].count(True) != 1:
             raise BadInput(
                 f"a part of a mix has name {self.name!r}, files {list(self.files)} and hub"
@@ -57,12 +65,13 @@ class Part:
             )
 
 
-def stream(parts: Iterable[Part], without: Iterable[Part] = ()) -> Iterator[tuple[Iterator, int]]:
-    """The documents of each part in turn, with the most tokens wanted of it.
+def stream(
+    parts: Iterable[Part], without: Iterable[Part] = ()
+) -> Iterator[tuple[Iterator[str], int]]:
+    """The documents of each part in turn, with the most tokens that are wanted of it.
 
-    A document that is blank, that came before in any part, or that is in `without` (whatever the
-    token limits there) is left out. Hashes of what was read are kept (about 100 bytes a document),
-    the text is not.
+    A document is left out if it is blank, has come before in any part, or is in `without` (whatever
+    the token limits there). Only hashes of the documents are kept, about 100 bytes each.
 
     Yields:
       `(documents, tokens)` for each part, to be read before the next is asked for.
@@ -72,27 +81,26 @@ def stream(parts: Iterable[Part], without: Iterable[Part] = ()) -> Iterator[tupl
     """
     seen: set[bytes] = set()
     for part in without:
-        seen.update(map(_mark, _read(part)))
+        seen.update(map(_hash, _read(part)))
     for part in parts:
-        yield _new(_read(part), seen), part.tokens
+        yield _unseen(_read(part), seen), part.tokens
 
 
-def identity(parts: Iterable[Part]) -> list[Any]:
-    """What the text of `parts` depends on, as JSON: settings, and the content of local files.
+def identity(parts: Iterable[Part]) -> list[dict[str, object]]:
+    """All that the text of `parts` depends on, as JSON: settings, and hashes of local files.
 
-    A dataset of the hub counts as unchanged: its files are not read again to find out.
+    A dataset on the hub counts as unchanged: its files are not read again to find out.
     """
     return [_identity(part) for part in parts]
 
 
-def _identity(part: Part) -> dict[str, Any]:
+def _identity(part: Part) -> dict[str, object]:
     found = asdict(part)
-    del found["files"]  # what is in them counts, not where they lie
+    del found["files"]  # their content counts, not their paths
     if part.name:
         return {**found, "place": asdict(NAMED[part.name])}
     if part.files:
-        paths = dict.fromkeys(path for pattern in part.files for path in matches(pattern))
-        return {**found, "content": [_digest(path) for path in paths]}
+        return {**found, "content": [_digest(path) for path in matching_files(part.files)]}
     if (folder := Path(part.hub)).is_dir():
         one = [folder / part.hub_file] if part.hub_file else folder.rglob("*")
         paths = sorted(path for path in one if path.is_file())
@@ -121,13 +129,14 @@ def _all(part: Part) -> Iterator[str]:
     return hub_documents(part.hub, part.hub_config, part.split, part.hub_file, part.hub_column)
 
 
-def _new(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
+def _unseen(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
+    """The texts that are neither blank nor in `seen`, which grows by their hashes."""
     for text in texts:
-        mark = _mark(text)
+        mark = _hash(text)
         if text.strip() and mark not in seen:
             seen.add(mark)
             yield text
 
 
-def _mark(text: str) -> bytes:
+def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

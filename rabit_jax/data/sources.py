@@ -1,24 +1,25 @@
-"""Where text comes from, and which documents are held out for evaluation.
+"""Which text a run trains on, and which documents are held out for evaluation.
 
-A mix (`data.mix`) is read as a stream instead, see `mixed`.
+The documents of most sources are held in memory (`documents`, `unseen_documents`). A mix of sources
+may be too large for that and is read as a stream (`mixed`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from rabit_jax.data.embedded import embedded_documents
-from rabit_jax.data.files import file_documents
-from rabit_jax.data.hub import hub_documents
 from rabit_jax.data.mix import Part, identity, stream
+from rabit_jax.data.readers import file_documents, hub_documents
 from rabit_jax.errors import BadInput
 
-SOURCES = ("embedded", "files", "hub", "mix")
+Source = Literal["embedded", "files", "hub", "mix"]
+SOURCES = get_args(Source)
 
 
 @dataclass(frozen=True)
@@ -29,27 +30,28 @@ class DataConfig:
       source: "embedded" (text every Python carries), "files", "hub", or "mix".
       mix: The parts of the training text, one after another, for source "mix".
       mix_eval: The parts of its evaluation text; training leaves their documents out.
-      mix_unseen: The parts of a text that is scored apart; training leaves them out too.
-      begin: Put the tokeniser's begin token in place of the first token of every window, as models
-        want it that saw one before every text (Gemma).
+      mix_unseen: The parts of a text that is scored separately; training leaves them out too.
+      begin: Put the tokenizer's begin token in place of the first token of every window, for models
+        that were trained with one before every text (Gemma).
       files: Paths or globs of UTF-8 training text, for source "files".
-      eval_files: Paths or globs of evaluation text; where given, all evaluation text is theirs.
-      unseen_files: Paths or globs of text from a source that training never sees, scored apart.
+      eval_files: Paths or globs of evaluation text; if given, it is all the evaluation text.
+      unseen_files: Paths or globs of text from a source that training never sees, scored
+        separately.
       hub: Dataset id, or a local dataset folder, for source "hub".
       hub_config: Name of the dataset's configuration, such as "en" for C4.
-      hub_split: Split that is read for training.
-      hub_eval_split: Split that is read for evaluation; "" holds documents of `hub_split` out.
+      hub_split: Split for training.
+      hub_eval_split: Split for evaluation; "" holds out documents of `hub_split`.
       hub_text_column: Column that holds the text.
       streaming: Read a hub dataset as it downloads instead of storing it first.
-      max_documents: Most documents read from each place; 0 reads all, and all are held in memory
-        (but those of a mix, whose parts have limits of their own).
-      eval_fraction: Expected share of documents held out where evaluation has no place of its own.
-      vocab_size: Size of the tokeniser where one is trained.
+      max_documents: Most documents read from each source; 0 reads all. All are held in memory
+        (except those of a mix, whose parts have limits of their own).
+      eval_fraction: Expected share of documents held out if no evaluation text is given.
+      vocab_size: Size of the tokenizer if one is trained.
       seed: Chooses the documents held out.
       cache: Folder of the token cache.
     """
 
-    source: str = "embedded"
+    source: Source = "embedded"
     mix: tuple[Part, ...] = ()
     mix_eval: tuple[Part, ...] = ()
     mix_unseen: tuple[Part, ...] = ()
@@ -73,11 +75,12 @@ class DataConfig:
 def documents(config: DataConfig) -> tuple[list[str], list[str]]:
     """Training and evaluation documents; none is in both, and none is in either twice.
 
-    Without a place of its own for evaluation, a document is held out where
+    If the config names no evaluation text, a document is held out where
 
         sha256(seed, text) / 2^256 < eval_fraction,
 
-    so adding a document moves no other (where that holds none out, the one with the least hash is).
+    so adding a document moves no other. Where no document meets this, the one with the smallest
+    hash is held out.
 
     Args:
       config: The source and the split.
@@ -107,7 +110,11 @@ def documents(config: DataConfig) -> tuple[list[str], list[str]]:
 
 
 def unseen_documents(config: DataConfig, seen: Iterable[str]) -> list[str]:
-    """The documents of `unseen_files`; none where the config names no such files.
+    """The documents of `unseen_files`, an empty list if the config names no such files.
+
+    Args:
+      config: The source; `unseen_files` and `max_documents` are read.
+      seen: Training and evaluation documents, which the unseen text must not contain.
 
     Raises:
       BadInput: A pattern without files, text that is not UTF-8, or a document that is in `seen`.
@@ -121,11 +128,16 @@ def unseen_documents(config: DataConfig, seen: Iterable[str]) -> list[str]:
     return found
 
 
-def mixed(config: DataConfig, side: Literal["train", "eval", "unseen"]) -> tuple[Callable, dict]:
-    """One side of a mix, as `tokenise_stream` takes it: what opens it, and its recipe.
+def mixed(
+    config: DataConfig, side: Literal["train", "eval", "unseen"]
+) -> tuple[Callable[[], Iterator[tuple[Iterator[str], int]]], Mapping[str, object]]:
+    """One side of a mix as `tokenise_stream` takes it: `(function that opens it, recipe)`.
 
-    No document is on two sides: training leaves out those of the other two, and the unseen text
-    those of evaluation. A side without parts has an empty recipe.
+    No document is on two sides: training leaves out the documents of the other two, and the unseen
+    text leaves out those of evaluation. A side without parts has an empty recipe.
+
+    Raises:
+      BadInput: Settings that do not go with the source, or a file that cannot be read.
     """
     check_data(config)
     parts, without = {
@@ -138,7 +150,7 @@ def mixed(config: DataConfig, side: Literal["train", "eval", "unseen"]) -> tuple
 
 
 def check_data(config: DataConfig) -> None:
-    """Raises BadInput for settings that cannot be or do not go with the source."""
+    """Raises BadInput for settings that are out of range or do not go with the source."""
     if config.source not in SOURCES:
         raise BadInput(f"data.source is {config.source!r}; choose one of {', '.join(SOURCES)}")
     if not 0 < config.eval_fraction < 1:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rabit_jax.data.counting import counting
+from rabit_jax.atomic import publish, workspace
 from rabit_jax.errors import BadInput
+from rabit_jax.progress import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 VERSION = 1  # of the cache's layout; a new number leaves old files unused
 CHUNK = 1 << 20  # characters tokenised at once
+SLOW = 4 << 20  # bytes of text whose progress is shown
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -107,34 +107,40 @@ def build(
       OSError: The folder cannot be written.
     """
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    work, side = (folder / f"new.{uuid.uuid4().hex}.{end}" for end in ("bin", "json"))
     header = {"dtype": dtype.name, "documents": 0, "bytes": 0, "tokens": 0}
     digest = Digest(tokenizer)
-    try:
-        with work.open("wb") as file, counting(f"tokenising {what}", size) as count:
-            for documents, most in parts:
-                before = header["tokens"]
-                for text, ids in _encoded(documents, tokenizer):
-                    data = text.encode()
-                    digest.add(data)
-                    file.write(np.asarray(ids, dtype).tobytes())
-                    header["documents"] += 1
-                    header["bytes"] += len(data)
-                    header["tokens"] += len(ids)
-                    count(header["bytes"], header["documents"], header["tokens"])
-                    if most and header["tokens"] - before >= most:
-                        break
+    with workspace(folder / "tokens") as place:
+        work, side = place / "bin", place / "json"
+        with work.open("wb") as file, reading(f"tokenising {what}", SLOW, counted=False) as done:
+            for text, ids in _taken(parts, tokenizer):
+                data = text.encode()
+                digest.add(data)
+                file.write(np.asarray(ids, dtype).tobytes())
+                header["documents"] += 1
+                header["bytes"] += len(data)
+                header["tokens"] += len(ids)
+                done(header["bytes"], size, documents=header["documents"], tokens=header["tokens"])
         if not header["bytes"]:
             raise BadInput(f"found no text to tokenise for {what}; give documents that have some")
         header |= {"digest": digest.hex(), "crc32": _crc32(work)}
         side.write_text(json.dumps(header))
         path = folder / f"{digest.hex()}.bin"
-        os.replace(work, path)
-        os.replace(side, path.with_suffix(".json"))
-    finally:
-        work.unlink(missing_ok=True)
-        side.unlink(missing_ok=True)
+        publish(work, path)
+        publish(side, path.with_suffix(".json"))
     return header
+
+
+def _taken(
+    parts: Iterable[tuple[Iterable[str], int]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, list[int]]]:
+    """The documents of all parts with their ids, of each part until it has enough tokens."""
+    for documents, most in parts:
+        found = 0
+        for text, ids in _encoded(documents, tokenizer):
+            yield text, ids
+            found += len(ids)
+            if most and found >= most:
+                break
 
 
 def _encoded(

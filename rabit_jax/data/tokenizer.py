@@ -10,6 +10,7 @@ from rabit_jax.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
 END = "<|endoftext|>"
 SMALLEST = 257  # 256 bytes and END
 
@@ -18,15 +19,16 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     """A byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) of at most `vocab_size` tokens.
 
     Id 0 is `<|endoftext|>` (begin, end and padding), then come the 256 bytes, then merges of pairs
-    seen at least twice: on little text there may be fewer than asked, `len(tokenizer)` tells.
-    The same documents give the same tokeniser, and any text survives: `decode(encode(s)) == s`.
+    that occur at least twice: of little text there may be fewer tokens than `vocab_size`, see
+    `len(tokenizer)`. The same documents give the same tokenizer, and encoding loses nothing:
+    `decode(encode(s)) == s`.
 
     Args:
-      documents: Training text alone; evaluation text must not shape the tokens.
-      vocab_size: Most tokens, at least 257.
+      documents: The training text only; evaluation text must not shape the tokens.
+      vocab_size: Largest number of tokens, at least 257.
 
     Returns:
-      A fast tokeniser of transformers, without prefix space and without a length limit.
+      A fast tokenizer of transformers, without prefix space and without a length limit.
 
     Raises:
       BadInput: `vocab_size` below 257.
@@ -38,7 +40,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     """
     if vocab_size < SMALLEST:
         raise BadInput(f"data.vocab_size is {vocab_size}, wanted at least {SMALLEST}; raise it")
-    _allow_threads()
+    # Without an answer of ours, tokenizers warns whenever the process starts another.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,8 +63,3 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         pad_token=END,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _allow_threads() -> None:
-    """Says yes to threads before tokenizers asks, so that it does not warn at every subprocess."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

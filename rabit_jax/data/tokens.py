@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Int32, Integer
 
+from rabit_jax.atomic import write_text
 from rabit_jax.data.token_cache import Digest, build, check_tokenizer, head, read_header
 from rabit_jax.errors import BadInput
 
@@ -25,13 +26,13 @@ class TokenText:
     """Documents as one run of tokens, each document followed by the end-of-text token.
 
     Attributes:
-      tokens: [n] uint16, or uint32 above 65,536 tokens of vocabulary; a read-only memory map.
+      tokens: `[n]` uint16, or uint32 if the vocabulary exceeds 65,536; a read-only memory map.
       bytes: UTF-8 bytes of the text, end-of-text tokens not counted: the base of bits per byte.
       documents: Number of documents.
-      digest: sha256 over documents, tokeniser and layout, in hex; the key of the cache.
+      digest: sha256 over documents, tokenizer and layout, in hex; the key of the cache.
     """
 
-    tokens: np.ndarray
+    tokens: Integer[np.ndarray, " n"]
     bytes: int
     documents: int
     digest: str
@@ -43,20 +44,21 @@ def tokenise(
     cache_dir: str | Path,
     what: str = "the text",
 ) -> TokenText:
-    """Tokens of `documents`, from the cache where the same text met the same tokeniser before.
+    """The tokens of `documents`, read from the cache if the same text was tokenised before.
 
-    The cache is `<digest>.bin` (the tokens) beside `<digest>.json` (dtype, counts, checksum), so a
-    stopped run leaves nothing half-written. Files that do not agree are built again, with one line
-    on stderr.
+    A cache entry is `<digest>.bin` (the tokens) and `<digest>.json` (dtype, counts, checksum), both
+    written whole or not at all. An entry that does not match its checksum is built again, with one
+    line on stderr.
 
     Args:
       documents: The text.
-      tokenizer: A fast tokeniser (one with a tokenizer.json) that has an end-of-text token.
-      cache_dir: Folder of the cache, created where missing.
+      tokenizer: A fast tokenizer (one with a tokenizer.json) that has an end-of-text token.
+      cache_dir: Folder of the cache, created if missing.
       what: The text's name in the progress bar and in messages.
 
     Raises:
-      BadInput: No text, an unfit tokeniser, or a folder that cannot be written (a full disk).
+      BadInput: No text, a tokenizer that is not fast or has no end-of-text token, or a folder that
+        cannot be written (a full disk).
     """
     check_tokenizer(tokenizer)
     digest = Digest(tokenizer)
@@ -73,27 +75,27 @@ def tokenise(
 
 def tokenise_stream(
     parts: Callable[[], Iterable[tuple[Iterable[str], int]]],
-    recipe: Any,
+    recipe: Mapping[str, object],
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: str | Path,
     what: str = "the text",
 ) -> TokenText:
-    """Tokens of text that is read once, document by document, and never held whole.
+    """The tokens of text that is read once, document by document, and never held whole.
 
-    `<key>.recipe.json`, key the sha256 of recipe and tokeniser, says which digest the text had
-    when it was read; as long as it and the tokens are in the cache, `parts` is not called. A
-    stopped run starts the text again.
+    `<key>.recipe.json`, where key is the sha256 of recipe and tokenizer, records the digest that
+    the text had when it was read. As long as this file and the tokens are in the cache, `parts` is
+    not called. A run that was stopped while reading starts again at the first document.
 
     Args:
-      parts: Gives the documents of each part with the number of tokens after which the rest of
-        that part is left (0 never), as `rabit_jax.data.mix.stream` does.
+      parts: Returns the documents of each part with its limit, the number of tokens after which
+        the rest of that part is skipped (0 for no limit), as `rabit_jax.data.mix.stream` does.
       recipe: All that the text depends on, as JSON.
       tokenizer: As in `tokenise`.
       cache_dir: As in `tokenise`.
       what: As in `tokenise`.
 
     Raises:
-      BadInput: As `tokenise`, and what `parts` raises.
+      BadInput: As in `tokenise`, and whatever `parts` raises.
     """
     check_tokenizer(tokenizer)
     text = json.dumps([recipe, head(tokenizer)], sort_keys=True)
@@ -101,14 +103,12 @@ def tokenise_stream(
     header = _recalled(side)
     if header is None:
         header = _build(cache_dir, parts(), tokenizer, what)
-        new = side.with_suffix(f".{uuid.uuid4().hex}")
-        new.write_text(json.dumps({"digest": header["digest"], "recipe": recipe}, indent=1))
-        new.replace(side)
+        write_text(side, json.dumps({"digest": header["digest"], "recipe": recipe}, indent=1))
     return _opened(cache_dir, header)
 
 
 def _recalled(side: Path) -> dict | None:
-    """The header of the tokens that a recipe came to; None where they are not in the cache."""
+    """The header of the tokens that a recipe gave; None where they are not in the cache."""
     try:
         digest = json.loads(side.read_text())["digest"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -116,10 +116,16 @@ def _recalled(side: Path) -> dict | None:
     return read_header(side.parent / f"{digest}.bin")
 
 
-def _build(cache_dir: str | Path, *arguments: Any) -> dict:
+def _build(
+    cache_dir: str | Path,
+    parts: Iterable[tuple[Iterable[str], int]],
+    tokenizer: PreTrainedTokenizerBase,
+    what: str,
+    size: int | None = None,
+) -> dict:
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        return build(Path(cache_dir), *arguments)
+        return build(Path(cache_dir), parts, tokenizer, what, size)
     except OSError as error:
         raise BadInput(
             f"cannot write the token cache in {str(cache_dir)!r} ({error.strerror or error});"
@@ -134,24 +140,24 @@ def _opened(cache_dir: str | Path, header: dict) -> TokenText:
 
 
 def batch(
-    tokens: np.ndarray, step: int, batch_size: int, length: int, seed: int
-) -> np.ndarray:
+    tokens: Integer[np.ndarray, " n"], step: int, batch_size: int, length: int, seed: int
+) -> Int32[np.ndarray, "b t"]:
     """Training windows of one step: a pure function of (seed, step).
 
     An epoch e draws an offset o_e in [0, t) and a permutation p_e of its n_w = (n + 1) // t - 1
     windows from Philox(seed, e). Row r of step s is number i = s b + r, that is window
-    p_e[i mod n_w] of epoch e = i // n_w: tokens from o_e + t p_e[i mod n_w] on. So an epoch meets
-    each of its windows once, none overlap, and a batch may end one epoch and begin the next.
+    p_e[i mod n_w] of epoch e = i // n_w: tokens from o_e + t p_e[i mod n_w] on. So an epoch
+    has each of its windows once, none overlap, and a batch may end one epoch and begin the next.
 
     Args:
-      tokens: [n] integers.
-      step: Counts from 0.
+      tokens: The text, `[n]` integers.
+      step: Number of the step, from 0.
       batch_size: b, rows.
       length: t, tokens in a row.
-      seed: Not negative.
+      seed: Zero or more.
 
     Returns:
-      [b, t] int32.
+      `[b, t]` int32.
 
     Raises:
       BadInput: The text has fewer than b windows.
@@ -161,7 +167,7 @@ def batch(
       (2, 4)
     """
     _check_shape(batch_size, length)
-    count = (len(tokens) + 1) // length - 1  # as many as fit whatever the offset
+    count = (len(tokens) + 1) // length - 1  # as many as fit at every offset
     if count < batch_size:
         raise BadInput(
             f"the training text is too short for one batch: {len(tokens)} tokens, wanted at least"
@@ -173,8 +179,8 @@ def batch(
     return np.stack([tokens[start : start + length] for start in starts]).astype(np.int32)
 
 
-def windows(tokens: np.ndarray, length: int) -> np.ndarray:
-    """All non-overlapping evaluation windows in order, the tail dropped: [n // t, t] int32.
+def windows(tokens: Integer[np.ndarray, " n"], length: int) -> Int32[np.ndarray, "w t"]:
+    """All w = n // t non-overlapping evaluation windows of t tokens, in order, the tail dropped.
 
     Raises:
       BadInput: Fewer than `length` tokens.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.evaluate.scoring import Request, score
 from rabit_jax.evaluate.writing import Settings, Writer, settings_of
 from rabit_jax.models.decoder import Decoder
+from rabit_jax.progress import progress
 from rabit_jax.train.sharding import batch_sharding, param_shardings
 
 try:
@@ -158,7 +158,8 @@ class HarnessModel(TemplateLM):
         """
         found: list[Any] = [None] * len(requests)
         wanted = [self._request(*request) for request in requests]
-        with _bar("log-probabilities", len(requests), disable_tqdm) as bar:
+        done = 0
+        with progress("log-probabilities", len(requests), hidden=disable_tqdm) as bar:
             for pairs in score(
                 self.model, self.params, wanted, batch_size=self.batch_size, chunk=self.chunk,
                 longest=self.max_length, batch_sharding=self.rows,
@@ -168,7 +169,8 @@ class HarnessModel(TemplateLM):
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial(
                             "loglikelihood", requests[index][0], found[index])
-                bar.update(len(pairs))
+                done += len(pairs)
+                bar.update(done)
         return found
 
     def _request(self, texts: Any, context: list[int], continuation: list[int]) -> Request:
@@ -200,7 +202,8 @@ class HarnessModel(TemplateLM):
         for index, request in enumerate(requests):
             settings = settings_of(request.args[1], self.max_length)
             groups.setdefault(settings, []).append(index)
-        with _bar("generation", len(requests), disable_tqdm) as bar:
+        done = 0
+        with progress("generation", len(requests), hidden=disable_tqdm) as bar:
             for settings, indices in groups.items():
                 room = self.max_length - settings.new_tokens
                 prompts = {i: self._prompt(requests[i].args[0], room) for i in indices}
@@ -212,7 +215,8 @@ class HarnessModel(TemplateLM):
                     for i, text in zip(part, texts, strict=True):
                         found[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(part))
+                    done += len(part)
+                    bar.update(done)
         return found
 
 
@@ -221,14 +225,6 @@ def require_harness() -> None:
     if _missing is not None:
         raise BadInput(f"lm-evaluation-harness is not installed ({_missing}): "
                        "pip install 'lm-eval<0.5'")
-
-
-def _bar(what: str, total: int, disabled: bool) -> Any:
-    """The harness's kind of progress bar; off a terminal a line every ten seconds at most."""
-    from tqdm import tqdm
-
-    often = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=what, disable=disabled, mininterval=often, file=sys.stderr)
 
 
 def _check(

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rabit_jax.data.files import file_documents
-from rabit_jax.data.named import named_text
+from rabit_jax.data.readers import file_documents, named_text
 from rabit_jax.data.tokens import windows
 from rabit_jax.errors import BadInput
 

@@ -1,7 +1,7 @@
-"""Safetensors checkpoints read one parameter at a time, each tensor checked by name.
+"""Hugging Face checkpoints in safetensors, checked by name and read one parameter at a time.
 
-A shard is mapped into memory anew for each piece that is read and let go after it: pages of a file
-that stays mapped count as this process's memory until the machine runs short of it.
+A shard is mapped into memory for each piece that is read and unmapped after it: the pages of a file
+that stays mapped count as memory of this process until the machine runs short of it.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, first_line
+from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.formats.folder import FILE, find_folder, finite_as, read_generation, read_json
 from rabit_jax.formats.hf_config import from_hf, token_ids
-from rabit_jax.formats.hub import first_line
-from rabit_jax.formats.names import hf_name, tensor_names
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
+from rabit_jax.types import Shape
 
 INDEX = f"{FILE}.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 PIECE_BYTES = 1 << 23
-# A checkpoint of text and images keeps its language model under another name, older files first.
+
+# A checkpoint of text and images prefixes the names of its language model's tensors; the first two
+# prefixes are those of older files.
 _RENAMED = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."),
             ("model.language_model.", "model."))
 _IMAGES = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.",
@@ -34,16 +37,16 @@ _IMAGES = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.",
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies: the shard, its name there, shape and dtype as safetensors spells it."""
+    """Where a tensor is stored: shard, name in it, shape, and dtype as safetensors spells it."""
 
     file: Path
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: str
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """The tensor and its file, for error messages."""
         return f"tensor {self.name} in {self.file}"
 
     def pieces(self) -> Iterator[tuple[slice, np.ndarray]]:
@@ -63,37 +66,39 @@ class Stored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose tensors are all there, in the right shapes.
+    """A model folder in which all tensors have been found, in the right shapes.
 
     Attributes:
-      folder: where it lies.
-      config: of the decoder.
-      shapes: shape of each parameter by path, as `names.param_shapes` gives them.
-      tensors: where each Hugging Face tensor of the language model lies, by name.
+      folder: the model folder.
+      config: config of the decoder.
+      shapes: shape of each parameter by path, see `rabit_jax.models.decoder.param_shapes`.
+      tensors: where each Hugging Face tensor of the language model is stored, by name.
     """
 
     folder: Path
     config: ModelConfig
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Shape]
     tensors: dict[str, Stored]
 
-    def read(self, path: str, layer: int | None = None, dtype: Any = "float32") -> np.ndarray:
+    def read(
+        self, path: str, layer: int | None = None, dtype: DTypeLike = "float32"
+    ) -> np.ndarray:
         """One parameter in this package's layout.
 
-        Host memory beyond the result is one piece of a tensor, some `PIECE_BYTES`.
+        Host memory beyond the result is one piece of a tensor, about `PIECE_BYTES`.
 
         Args:
           path: such as `layers/attn/q/kernel`.
-          layer: of a stacked parameter, that layer alone; None gives the whole stack.
-          dtype: of the result.
+          layer: the one layer of a stacked parameter to read; None reads the whole stack.
+          dtype: dtype of the result.
 
         Returns:
           `[l, ...]` for a stack, else `[...]`; a kernel is `[..., i, o]`, torch's `[o, i]`
           transposed.
 
         Raises:
-          BadInput: a value that is NaN or infinite, or leaves the range of `dtype`; the tensor is
-            named.
+          BadInput: a value that is NaN, infinite or beyond the range of `dtype`; the message names
+            the tensor.
 
         Example:
           >>> with open_checkpoint("runs/mine/teacher") as checkpoint:
@@ -113,12 +118,12 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def open_checkpoint(path: str | Path) -> Iterator[Checkpoint]:
-    """Opens a model folder, or a model on the hub by its id; its values are read by `read`.
+    """Opens a model folder, or a model on the hub by its id; `Checkpoint.read` reads its values.
 
     Raises:
       BadInput: no such folder or hub model, an unsupported config (the message begins with
         `unsupported`), a shard that is missing or truncated, or a missing, extra or misshapen
-        tensor; each by name.
+        tensor; the message names it.
     """
     folder = find_folder(path)
     raw = read_json(folder / "config.json")
@@ -130,7 +135,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Checkpoint]:
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The config of a folder or hub id, with the end tokens of generation_config.json if any.
+    """The config of a model folder or hub id, with the end tokens of its generation_config.json.
 
     Raises:
       BadInput: no such model, or a config that cannot be read or is not supported.
@@ -140,13 +145,13 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
-    """The config with the end tokens of generation_config.json where the folder has them."""
+    """The config with the end tokens of generation_config.json, if the folder has them."""
     ids = read_generation(folder).get("eos_token_id")
     return config if ids is None else dataclasses.replace(config, eos_ids=token_ids(ids))
 
 
 def _find_tensors(folder: Path, multimodal: bool) -> dict[str, Stored]:
-    """Where each tensor of the language model lies, by its plain name."""
+    """Where each tensor of the language model is stored, by its name in a model of text alone."""
     found = {}
     for file in _shards(folder):
         with _opened(file) as shard:
@@ -182,7 +187,7 @@ def _plain(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path) -> Iterator[safe_open]:
     try:
         with safe_open(file, framework="numpy") as shard:
             yield shard
@@ -192,10 +197,9 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _check(
-    tensors: dict[str, Stored], shapes: dict[str, tuple[int, ...]], config: ModelConfig,
-    folder: Path,
+    tensors: dict[str, Stored], shapes: dict[str, Shape], config: ModelConfig, folder: Path
 ) -> None:
-    """Raises BadInput for the first tensor that is missing, misshapen or not asked for."""
+    """Raises BadInput for the first tensor that is missing, misshapen or extra."""
     wanted = dict(pair for path, shape in shapes.items() for pair in tensor_names(path, shape))
     for name, shape in wanted.items():
         if name not in tensors:
@@ -213,7 +217,7 @@ def _check(
 
 
 def _same(tensors: dict[str, Stored], head: str) -> bool:
-    """Whether a stored head is the embedding that the config ties it to."""
+    """Whether a stored head equals the embedding that the config ties it to."""
     one, other = tensors[head], tensors[hf_name("embed/embedding")]
     if one.shape != other.shape:
         return False

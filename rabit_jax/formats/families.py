@@ -1,8 +1,11 @@
-"""What the `config.json` of each model family may say, and what transformers assumes otherwise."""
+"""Model families of Hugging Face: the fields of their `config.json`, the names of their tensors."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+
+from rabit_jax.errors import BadInput
+from rabit_jax.types import Json, Shape
 
 # The class of transformers that reads each model_type.
 ARCHITECTURES = {
@@ -14,25 +17,26 @@ ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
 }
 
-# Multimodal models of which the language model is read, by that one's model_type.
+# Multimodal models whose language model is read, with the model_type of the language model.
 LANGUAGE_MODELS = {"gemma3": "gemma3_text"}
+
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )
 
-# Read for every family.
-COMMON: dict[str, Any] = {
+# Fields that are read for every family, with the value that a missing one has in transformers.
+COMMON: Json = {
     **dict.fromkeys(SIZES), "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6,
     "rope_theta": None, "rope_scaling": None, "rope_parameters": None,
     "partial_rotary_factor": None, "tie_word_embeddings": False, "initializer_range": 0.02,
     "bos_token_id": None, "eos_token_id": None, "dtype": None, "torch_dtype": None,
     "hidden_act": "silu", "layer_types": None, "quantization_config": None,
 }
-_QWEN: dict[str, Any] = {
+_QWEN: Json = {
     "max_position_embeddings": 32768, "num_key_value_heads": 32, "use_sliding_window": False,
     "sliding_window": 4096, "max_window_layers": 28,
 }
-_GEMMA: dict[str, Any] = {
+_GEMMA: Json = {
     "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "bos_token_id": 2,
     "eos_token_id": 1, "tie_word_embeddings": True, "attention_bias": False,
@@ -40,8 +44,8 @@ _GEMMA: dict[str, Any] = {
     "sliding_window": 4096, "use_bidirectional_attention": None,
 }
 
-# What a family reads besides, with its own defaults where the file leaves a field out.
-FAMILIES: dict[str, dict[str, Any]] = {
+# Further fields of each family, and its own defaults of common ones.
+FAMILIES: dict[str, Json] = {
     "llama": {
         "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
         "attention_bias": False, "mlp_bias": False, "sliding_window": None,
@@ -66,7 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Fields that leave the logits of the decoder as they are.
+# Fields that do not change the logits of the decoder.
 HARMLESS = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path",
     "_sliding_window_pattern", "architectures", "attention_dropout", "attn_implementation",
@@ -77,3 +81,57 @@ HARMLESS = frozenset({
     "top_p", "torchscript", "transformers.js_config", "transformers_version", "unk_token_id",
     "unsloth_fixed", "unsloth_version", "use_cache",
 })
+
+# The module of transformers for each module of the decoder; `{}` is the number of the layer.
+HF_MODULES = {
+    "embed": "model.embed_tokens",
+    "layers/attn_norm": "model.layers.{}.input_layernorm",
+    "layers/attn/q": "model.layers.{}.self_attn.q_proj",
+    "layers/attn/k": "model.layers.{}.self_attn.k_proj",
+    "layers/attn/v": "model.layers.{}.self_attn.v_proj",
+    "layers/attn/o": "model.layers.{}.self_attn.o_proj",
+    "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "layers/attn/q_norm": "model.layers.{}.self_attn.q_norm",
+    "layers/attn/k_norm": "model.layers.{}.self_attn.k_norm",
+    "layers/attn_post_norm": "model.layers.{}.post_attention_layernorm",
+    "layers/mlp_pre_norm": "model.layers.{}.pre_feedforward_layernorm",
+    "layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
+    "layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
+    "layers/mlp/up": "model.layers.{}.mlp.up_proj",
+    "layers/mlp/down": "model.layers.{}.mlp.down_proj",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
+
+
+def hf_name(path: str, layer: int | None = None) -> str:
+    """The Hugging Face name of a module or tensor of the decoder.
+
+    Args:
+      path: such as `layers/attn/q` or `layers/attn/q/kernel`.
+      layer: the layer number to fill in; None leaves `{}` in its place.
+
+    Raises:
+      BadInput: a path that the decoder does not have.
+
+    Example:
+      >>> hf_name("layers/attn/q/kernel", 3)
+      'model.layers.3.self_attn.q_proj.weight'
+    """
+    module, _, leaf = path.rpartition("/")
+    suffix = "" if path in HF_MODULES else (".bias" if leaf == "bias" else ".weight")
+    name = HF_MODULES.get(path) or HF_MODULES.get(module)
+    if name is None:
+        raise BadInput(f"no Hugging Face name for {path!r}, known are {', '.join(HF_MODULES)}")
+    return (name if layer is None else name.format(layer)) + suffix
+
+
+def tensor_names(path: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
+    """Name and torch shape of each Hugging Face tensor that makes up the parameter at `path`.
+
+    A stacked parameter `[l, ...]` is l tensors; a kernel `[i, o]` is stored as `[o, i]`.
+    """
+    stacked = path.startswith("layers/")
+    inner = shape[1:] if stacked else shape
+    for layer in range(shape[0]) if stacked else [None]:
+        yield hf_name(path, layer), inner[::-1] if path.endswith("/kernel") else inner

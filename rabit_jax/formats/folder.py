@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from rabit_jax.errors import BadInput
-from rabit_jax.formats.hub import ID, fetch, first_line
-from rabit_jax.formats.tokenizer import load_tokenizer
+from rabit_jax.atomic import replacing, write_tensors, write_text
+from rabit_jax.errors import BadInput, first_line
+from rabit_jax.formats.hub import ID, fetch
+from rabit_jax.formats.tokenizer import save_tokenizer
 
 FILE = "model.safetensors"
+EDGE = 1 << 16  # bytes at either end of a file that tell it from another
 
 
 def find_folder(path: str | Path) -> Path:
@@ -64,28 +64,6 @@ def read_generation(folder: str | Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def read_tokenizer(folder: Path, vocab_size: int) -> Any:
-    """The tokenizer of a local model folder, None where it has none.
-
-    Raises:
-      BadInput: its files cannot be read, or it makes tokens that the model does not have.
-    """
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        return None
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    # Gemma 3 1B's own tokenizer has a placeholder for images past the model's vocabulary. What is
-    # added but neither begins nor ends a text nor stands in the chat template is no danger.
-    used = f"{tokenizer.bos_token} {tokenizer.eos_token} {tokenizer.chat_template}"
-    beyond = [i for token, i in vocabulary.items()
-              if i >= vocab_size and (token not in added or token in used)]
-    if beyond:
-        raise BadInput(f"the tokenizer in {folder} has token ids up to {max(beyond)}, the model's "
-                       f"vocabulary ends at {vocab_size - 1}: put the tokenizer of this model "
-                       "there")
-    return tokenizer
-
-
 def write_folder(
     folder: str | Path, shards: Iterable[tuple[str, dict[str, np.ndarray]]],
     metadata: dict[str, str], files: Mapping[str, Any], tokenizer: Any,
@@ -106,44 +84,38 @@ def write_folder(
     if folder.exists() and not _replaceable(folder):
         raise BadInput(f"{folder} exists and is not a model folder, choose another place to save")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
-            new = Path(place) / "new"
+        with replacing(folder) as new:
             new.mkdir()
             for name, content in files.items():
                 text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-                (new / name).write_text(text, encoding="utf-8")
+                write_text(new / name, text)
             for name, tensors in shards:
-                save_tensors(tensors, new / name, metadata)
+                write_tensors(new / name, tensors, metadata)
                 del tensors  # or two shards are held while the next is made
-            _save_tokenizer(new, tokenizer)
-            _exchange(folder, new, Path(place) / "old")
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, new)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write model folder {folder}: {error}") from error
     return folder
 
 
-def save_tensors(tensors: dict[str, np.ndarray], file: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file with the permissions that a new file has here."""
-    # safetensors leaves a file that its owner alone can read.
-    usual = file.with_name(f"{file.name}.mode")
-    usual.touch()
-    save_file(tensors, file, metadata=metadata)
-    shutil.copymode(usual, file)
-    usual.unlink()
+def fingerprint(path: str | Path) -> list[tuple[str, int, str]]:
+    """Name, size and digest of each file of a model folder or hub id, without its card.
 
-
-def _exchange(folder: Path, new: Path, old: Path) -> None:
-    """Puts `new` where `folder` is, and the old one back where that fails."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
+    Of a large file the digest covers the first and last 64 kB: reading all of a model would take
+    minutes at every start of a run.
+    """
+    found = []
+    for file in sorted(find_folder(path).glob("*")):
+        if not file.is_file() or file.name == "README.md":
+            continue
+        size = file.stat().st_size
+        with open(file, "rb") as content:
+            digest = hashlib.sha256(content.read(EDGE))
+            content.seek(max(EDGE, size - EDGE))
+            digest.update(content.read())
+        found.append((file.name, size, digest.hexdigest()))
+    return found
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -173,13 +145,3 @@ def finite_as(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
 
 def _replaceable(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
-
-
-def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
-    if tokenizer is None:
-        return
-    if not hasattr(tokenizer, "save_pretrained"):
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    tokenizer.save_pretrained(str(folder))

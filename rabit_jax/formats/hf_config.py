@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.families import (
@@ -17,8 +17,11 @@ from rabit_jax.formats.families import (
     SIZES,
 )
 from rabit_jax.models.config import ModelConfig, RopeScaling
+from rabit_jax.types import Json
 
+T = TypeVar("T")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 _ROPE_KEYS = frozenset({
     "rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor",
     "original_max_position_embeddings", "partial_rotary_factor",
@@ -26,17 +29,17 @@ _ROPE_KEYS = frozenset({
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+def from_hf(raw: Json) -> ModelConfig:
     """The `ModelConfig` that a parsed `config.json` describes.
 
-    Both spellings of today's files are read: `rope_theta` with `rope_scaling`, or transformers 5's
-    `rope_parameters`; `torch_dtype` or `dtype`. A missing dtype means float32. Of a multimodal
-    model (`text_config` in the file) it is the language model that is described.
+    Both spellings of the rotary fields and of the dtype are read: `rope_theta` with `rope_scaling`,
+    or `rope_parameters` of transformers 5; `torch_dtype` or `dtype`. A missing dtype means float32.
+    Of a multimodal model (`text_config` in the file) the language model is described.
 
     Raises:
-      BadInput: the message begins with `unsupported` and names the model type or field when it
-        would change the result and is not implemented; an unknown field counts as such unless its
-        value is null or false. Missing or malformed sizes raise it too.
+      BadInput: a model type, or a field that changes the result, is not implemented; the message
+        begins with `unsupported` and names it. An unknown field counts as one that changes the
+        result unless its value is null or false. Missing or malformed sizes raise it too.
     """
     raw = language_model(raw)
     family = raw.get("model_type")
@@ -73,7 +76,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def language_model(raw: Mapping[str, Any]) -> dict[str, Any]:
+def language_model(raw: Json) -> Json:
     """The language model's part of a `config.json`; all of it unless the model is multimodal."""
     if raw.get("model_type") not in LANGUAGE_MODELS:
         return dict(raw)
@@ -94,15 +97,15 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _or(value: Any, default: Any) -> Any:
+def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
-def _activation(raw: Mapping[str, Any]) -> str:
+def _activation(raw: Json) -> str:
     return raw["hidden_activation"] if raw.get("hidden_activation") else raw["hidden_act"]
 
 
-def _refuse(family: str, raw: Mapping[str, Any]) -> None:
+def _refuse(family: str, raw: Json) -> None:
     """Raises for the first field that is missing or whose effect is not implemented."""
     for name in SIZES:
         if not isinstance(raw.get(name), int) or raw[name] < 1:
@@ -127,8 +130,8 @@ def _refuse(family: str, raw: Mapping[str, Any]) -> None:
                            f"is not known here for model_type {family}")
 
 
-def _windows(family: str, raw: Mapping[str, Any]) -> tuple[int | None, tuple[bool, ...]]:
-    """The sliding window and which layers have it; `(None, ())` where none has."""
+def _windows(family: str, raw: Json) -> tuple[int | None, tuple[bool, ...]]:
+    """`(sliding window, whether each layer has it)`; `(None, ())` if no layer has one."""
     window, layers = raw.get("sliding_window"), raw["num_hidden_layers"]
     kinds = _layer_types(raw, layers)
     if family == "llama":
@@ -157,7 +160,7 @@ def _windows(family: str, raw: Mapping[str, Any]) -> tuple[int | None, tuple[boo
     return (window, tuple(local)) if any(local) else (None, ())
 
 
-def _layer_types(raw: Mapping[str, Any], layers: int) -> list[str] | None:
+def _layer_types(raw: Json, layers: int) -> list[str] | None:
     kinds = raw["layer_types"]
     if kinds is None:
         return None
@@ -170,13 +173,13 @@ def _layer_types(raw: Mapping[str, Any], layers: int) -> list[str] | None:
     return list(kinds)
 
 
-def _dtype(raw: Mapping[str, Any]) -> str:
+def _dtype(raw: Json) -> str:
     name = raw["dtype"] or raw["torch_dtype"] or "float32"
     return str(name).removeprefix("torch.")
 
 
-def _rope(family: str, raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float | None]:
-    """Rotary base, scaling, and the base of local layers, from either spelling."""
+def _rope(family: str, raw: Json) -> tuple[float, RopeScaling | None, float | None]:
+    """`(rotary base, scaling, rotary base of local layers)` from either spelling."""
     new, old = raw["rope_parameters"], raw["rope_scaling"]
     if family != "gemma3_text":
         found = _one_rope(new or old or {}, raw, 10000.0)
@@ -198,7 +201,7 @@ def _rope(family: str, raw: Mapping[str, Any]) -> tuple[float, RopeScaling | Non
 
 
 def _one_rope(
-    rope: Mapping[str, Any], raw: Mapping[str, Any], default: float
+    rope: Json, raw: Json, default: float
 ) -> tuple[float, RopeScaling | None]:
     rope = {"partial_rotary_factor": raw["partial_rotary_factor"], **rope}
     for name, value in rope.items():
@@ -210,7 +213,7 @@ def _one_rope(
     return float(theta), _scaling(rope, raw["max_position_embeddings"])
 
 
-def _scaling(rope: Mapping[str, Any], max_position: int) -> RopeScaling | None:
+def _scaling(rope: Json, max_position: int) -> RopeScaling | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
@@ -220,21 +223,20 @@ def _scaling(rope: Mapping[str, Any], max_position: int) -> RopeScaling | None:
     missing = [name for name in needed if rope.get(name) is None]
     if missing:
         raise BadInput(f"rope_type {kind} lacks {', '.join(missing)} in config.json")
-    factors = {name: float(rope[name]) for name in needed}
+    factor, *frequencies = (float(rope[name]) for name in needed)
     if kind == "linear":
-        return RopeScaling("linear", **factors)
+        return RopeScaling("linear", factor)
     original = _or(rope.get("original_max_position_embeddings"), max_position)
-    return RopeScaling("llama3", **factors, original_max_position=original)
-_HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+    return RopeScaling("llama3", factor, *frequencies, original_max_position=original)
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` content, as transformers 5 writes it and loads it, of `config`.
+def to_hf(config: ModelConfig) -> Json:
+    """The content of `config.json` for `config`, in the spelling of transformers 5.
 
-    The rotary base and the dtype stand there in the older spelling too: a program on transformers 4
-    would pass over `rope_parameters` and compute other logits without a word.
+    The rotary base and the dtype are written in the older spelling too: transformers 4 would ignore
+    `rope_parameters` and silently compute other logits.
 
-    `from_hf(to_hf(config)) == config`, but for `remat`, which is no property of the model.
+    `from_hf(to_hf(config)) == config`, except for `remat`, which is not a property of the model.
 
     Raises:
       BadInput: a family that transformers does not build with these fields, such as a Llama with
@@ -261,7 +263,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     return raw
 
 
-def _family_to_hf(config: ModelConfig) -> dict[str, Any]:
+def _family_to_hf(config: ModelConfig) -> Json:
     """The fields that not all families have."""
     family = config.family
     act = _HF_ACTIVATIONS[config.activation]
@@ -272,7 +274,7 @@ def _family_to_hf(config: ModelConfig) -> dict[str, Any]:
             "attn_logit_softcapping": config.attention_softcap,
             "final_logit_softcapping": config.final_softcap,
         }
-    raw: dict[str, Any] = {"hidden_act": act}
+    raw: Json = {"hidden_act": act}
     if family == "llama":
         return raw | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
     if family == "mistral":
@@ -282,9 +284,9 @@ def _family_to_hf(config: ModelConfig) -> dict[str, Any]:
     return raw | _windows_to_hf(config) | {"use_sliding_window": config.window is not None}
 
 
-def _older_spelling(config: ModelConfig) -> dict[str, Any]:
-    """What transformers 4 reads in place of `rope_parameters` and `dtype`."""
-    raw: dict[str, Any] = {"rope_theta": config.rope_theta, "torch_dtype": config.dtype}
+def _older_spelling(config: ModelConfig) -> Json:
+    """The fields that transformers 4 reads in place of `rope_parameters` and `dtype`."""
+    raw: Json = {"rope_theta": config.rope_theta, "torch_dtype": config.dtype}
     if config.rope_scaling is not None:
         rope = _full_rope(config)
         raw["rope_scaling"] = {name: rope[name] for name in rope if name != "rope_theta"}
@@ -293,24 +295,24 @@ def _older_spelling(config: ModelConfig) -> dict[str, Any]:
     return raw
 
 
-def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
+def _windows_to_hf(config: ModelConfig) -> Json:
     local = config.local_layers or (False,) * config.n_layers
     kinds = ["sliding_attention" if one else "full_attention" for one in local]
     return {"sliding_window": config.window, "layer_types": kinds}
 
 
-def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
+def _rope_to_hf(config: ModelConfig) -> Json:
     rope = _full_rope(config)
     if config.family != "gemma3_text":
         return rope
-    local = {"rope_type": "default"}
+    local: Json = {"rope_type": "default"}
     if config.local_rope_theta is not None:
         local["rope_theta"] = config.local_rope_theta
     return {"full_attention": rope, "sliding_attention": local}
 
 
-def _full_rope(config: ModelConfig) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+def _full_rope(config: ModelConfig) -> Json:
+    rope: Json = {"rope_type": "default", "rope_theta": config.rope_theta}
     scaling = config.rope_scaling
     if scaling is not None:
         rope |= {"rope_type": scaling.rope_type, "factor": scaling.factor}

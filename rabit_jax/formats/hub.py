@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: fetched by id, and what the hub's errors mean to a user."""
+"""Models on the Hugging Face hub: fetching them by id, and explaining the hub's errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import re
 from pathlib import Path
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, first_line
 
 ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _MODEL = ["*.json", "*.safetensors", "*.model", "*.jinja"]
@@ -16,10 +16,10 @@ _IGNORED = ["consolidated*", "original/*", "onnx/*"]
 
 @functools.cache
 def fetch(name: str) -> Path:
-    """Where the hub's snapshot of a model lies, downloaded where it is missing.
+    """The local folder of the hub's snapshot of a model, downloaded if it is missing.
 
-    The hub is asked once in a process: a long run reads one revision of config, weights and
-    tokenizer, whatever is pushed in the meantime.
+    The hub is asked once per process, so that a long run reads one revision of config, weights
+    and tokenizer, whatever is pushed in the meantime.
 
     Raises:
       BadInput: no such model, a gated one, no way to reach the hub, a full disk.
@@ -30,7 +30,7 @@ def fetch(name: str) -> Path:
     try:
         try:
             found = snapshot_download(name, allow_patterns=_MODEL + _CARD, ignore_patterns=_IGNORED)
-        except IncompleteSnapshotError:  # offline, and a card is no reason to refuse the model
+        except IncompleteSnapshotError:  # offline: the model may be complete without its card
             found = snapshot_download(name, allow_patterns=_MODEL, ignore_patterns=_IGNORED)
     except Exception as error:  # network, cache and hub raise many kinds
         raise BadInput(f"no model folder {name}, and {why(error, name)}") from error
@@ -58,7 +58,7 @@ def why(error: Exception, name: str) -> str:
     if isinstance(error, errors.LocalEntryNotFoundError):
         return (f"the hub cannot be reached while this machine holds no copy of {name}: check the "
                 "name, the network and HF_HUB_OFFLINE")
-    transport = type(error).__module__.startswith("httpx")  # the library's own, without an answer
+    transport = type(error).__module__.startswith("httpx")
     if isinstance(error, ConnectionError) or (transport and _status(error) is None):
         return f"the hub cannot be reached ({first_line(error)}): check the network"
     return f"the hub answered {type(error).__name__}: {first_line(error)}"
@@ -66,8 +66,3 @@ def why(error: Exception, name: str) -> str:
 
 def _status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from rabit_jax.atomic import write_tensors
 from rabit_jax.errors import BadInput
-from rabit_jax.formats.folder import save_tensors
-from rabit_jax.formats.names import hf_name, tensor_names
+from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.tree import is_weight
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
 
@@ -313,10 +312,6 @@ def _read_params(packed: PackedFile, name: str) -> Any:
 
 def _write(file: Path, tensors: dict[str, np.ndarray], header: dict[str, str]) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as place:
-            new = Path(place) / file.name
-            save_tensors(tensors, new, header)
-            new.replace(file)
+        write_tensors(file, tensors, header)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write {file}: {error}") from error

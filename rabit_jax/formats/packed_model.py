@@ -1,30 +1,33 @@
-"""Packed models as folders: written, read and measured; the file is that of `packed_format`."""
+"""Packed models written to, read from and measured in model folders.
+
+The tensors are in a file of `rabit_jax.formats.packed_file`, beside config.json, the tokenizer and
+a model card.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.checkpoint import with_end_tokens
+from rabit_jax.formats.families import tensor_names
 from rabit_jax.formats.folder import (
     FILE,
     find_folder,
     json_files,
     read_json,
-    read_tokenizer,
     write_folder,
 )
 from rabit_jax.formats.hf import load_hf
 from rabit_jax.formats.hf_config import from_hf, to_hf
 from rabit_jax.formats.model_card import CARD, packed_card
-from rabit_jax.formats.names import tensor_names
 from rabit_jax.formats.packed_file import (
     FORMAT,
     METHOD,
@@ -41,75 +44,80 @@ from rabit_jax.formats.packed_file import (
     packed_kernels,
     part_names,
 )
+from rabit_jax.formats.tokenizer import read_tokenizer
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, check_params, param_shapes
-from rabit_jax.tree import is_weight
+from rabit_jax.tree import is_weight, leaves
+from rabit_jax.types import Array, Json, Params, Shape, Tokenizer, Weight
 from rabit_jax.weights.description import describe
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
 
+if TYPE_CHECKING:
+    import tokenizers
+
 
 def save_packed(
-    folder: str | Path, config: ModelConfig, params: Any, tokenizer: Any = None,
-    extra: Mapping[str, Any] | None = None, generation: Mapping[str, Any] | None = None,
-    base: str | None = None,
+    folder: str | Path, config: ModelConfig, params: Params,
+    tokenizer: Tokenizer | tokenizers.Tokenizer | None = None,
+    extra: Json | None = None, generation: Json | None = None, base: str | None = None,
 ) -> Path:
     """Writes a packed model: config.json, model.safetensors, generation_config.json, tokenizer.
 
-    Beside them lies a model card, README.md. All is written beside the target and renamed, so
-    nothing half-written stays; a model folder of that name is replaced. What is not packed
-    (embedding, norms, head, biases) is stored in float16 or bfloat16, whichever is closer to it.
+    A model card, README.md, is added. Everything is written beside the target and then renamed, so
+    that nothing half-written remains; a model folder of that name is replaced. Params that are not
+    packed (embedding, norms, head, biases) are stored in float16 or bfloat16, whichever is closer.
 
     Args:
       folder: where to write.
-      config: of the decoder.
+      config: config of the decoder.
       params: its params, some or all kernels as packed weight nodes; see `rabit_jax.pack`.
       tokenizer: of transformers, or a plain `tokenizers.Tokenizer`.
-      extra: JSON fields to keep beside the format in `quantization_config` of config.json, such
-        as the spec that the weights were trained with.
-      generation: content of generation_config.json beside the begin and end tokens.
-      base: the model that was quantised, a hub id or what a reader would call it, for the card.
+      extra: further JSON fields for `quantization_config` of config.json, such as the spec that
+        the weights were trained with.
+      generation: content of generation_config.json besides the begin and end tokens.
+      base: the model that was quantised, a hub id or another name for readers of the card.
 
     Returns:
       The folder.
 
     Raises:
-      BadInput: params that do not fit the config, hold no packed or an unpacked weight node, or a
-        value that is not finite; a target that is no model folder; no room.
+      BadInput: params that do not fit the config, hold a weight node that is not packed or none
+        at all, or a value that is not finite; a target that exists and is not a model folder; a
+        full disk.
 
     Example:
       >>> folder = save_packed("runs/mine/packed", model.config, pack(params), tokenizer)
       >>> model, params, tokenizer = load_packed(folder)
     """
-    leaves, shapes = flatten_dict(params, sep="/"), param_shapes(config)
-    check_params(leaves, shapes)
-    headers = _headers(leaves)
-    tensors = _tensors(leaves)
+    flat, shapes = dict(leaves(params)), param_shapes(config)
+    check_params(flat, shapes)
+    headers = _headers(flat)
+    tensors = _tensors(flat)
     raw = to_hf(config)
     header = metadata(raw, module_table(shapes, headers), tensors)
     types = sorted({one["type"] for one in headers.values()})
     quantization = {**(extra or {}), "quant_method": METHOD, "format": FORMAT, "version": VERSION,
                     "types": types}
-    files = json_files(raw, generation)
-    files["config.json"]["quantization_config"] = quantization
+    files = json_files({**raw, "quantization_config": quantization}, generation)
     sizes = describe(params)
-    files[CARD] = packed_card(Path(folder).name, sizes.bits_per_weight,
-                              sizes.stored_bits_per_weight, base)
-    return write_folder(folder, [(FILE, tensors)], header, files, tokenizer)
+    card = packed_card(Path(folder).name, sizes.bits_per_weight, sizes.stored_bits_per_weight, base)
+    return write_folder(folder, [(FILE, tensors)], header, {**files, CARD: card}, tokenizer)
 
 
-def load_packed(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
+def load_packed(folder: str | Path) -> tuple[Decoder, Params, Tokenizer | None]:
     """Reads and verifies a packed model.
 
     Args:
       folder: written by `save_packed`, or the id of such a model on the hub.
 
     Returns:
-      `(Decoder, params, tokenizer)` as `load_hf` gives them, but packed kernels are packed weight
-      nodes stacked over layers, and the rest stays in the 16-bit dtype of the file.
+      `(Decoder, params, tokenizer)` as from `load_hf`, but packed kernels are packed weight nodes
+      stacked over layers, and the other params stay in the 16-bit dtype of the file.
 
     Raises:
       BadInput: no such folder or no packed model in it, a truncated or altered file, an unknown
-        version, a missing, extra or misshapen tensor; each by name; a tokenizer of another model.
+        version, a missing, extra or misshapen tensor (the message names it), a tokenizer of another
+        model.
     """
     folder = find_folder(folder)
     raw = read_json(folder / "config.json")
@@ -130,18 +138,21 @@ def load_packed(folder: str | Path) -> tuple[Decoder, dict[str, Any], Any]:
 
 def load_model(
     folder: str | Path, done: Callable[[int, int], None] = lambda ready, total: None
-) -> tuple[Decoder, dict[str, Any], Any]:
-    """Reads a model to run it, packed or dense as its config.json says.
+) -> tuple[Decoder, Params, Tokenizer | None]:
+    """Reads a model to run it, whether it is packed or dense.
 
-    Dense params come in the dtype that config.json names for the matrix products, so that both
-    kinds hold in memory what they would hold when deployed.
+    Dense params are loaded in the dtype that config.json names for the matrix products, so that
+    both kinds take the memory that they would take when deployed.
 
     Args:
-      folder: of a model, or its hub id.
-      done: as for `load_hf`, of a dense model; a packed one is read in one go.
+      folder: a model folder, or a hub id.
+      done: as for `load_hf`; not called for a packed model.
 
     Returns:
-      `(Decoder, params, tokenizer)`; see `load_packed` and `load_hf` for them and for what raises.
+      `(Decoder, params, tokenizer)` of `load_packed` or `load_hf`.
+
+    Raises:
+      BadInput: as `load_packed` or `load_hf`.
     """
     folder = find_folder(folder)
     raw = read_json(folder / "config.json")
@@ -150,7 +161,7 @@ def load_model(
     return load_hf(folder, dtype=from_hf(raw).dtype, done=done)
 
 
-def is_packed(raw: Mapping[str, Any]) -> bool:
+def is_packed(raw: Json) -> bool:
     """Whether a parsed config.json is that of a packed model."""
     quantization = raw.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
@@ -161,10 +172,10 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
 
     Returns:
       `linear_bytes`: bits, codes and scales of the packed linears, padding included;
-      `other_bytes`: all other tensors; `file_bytes`: of model.safetensors; `weights`: how many
-      weights the packed linears have; `stored_bits_per_weight = 8 linear_bytes / weights`, for k
-      sign paths
-      `k + 16 k (i + o) / (i o)` where i is a multiple of 256 and more where it is padded to one.
+      `other_bytes`: all other tensors; `file_bytes`: size of model.safetensors; `weights`: number
+      of weights in the packed linears; `stored_bits_per_weight = 8 linear_bytes / weights`, which
+      is `k + 16 k (i + o) / (i o)` for k sign paths if i is a multiple of 256, and more if i is
+      padded to one.
 
     Raises:
       BadInput: a file that is missing, truncated or of another format.
@@ -186,23 +197,25 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
     }
 
 
-def _headers(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Header of each packed kernel, by path; refuses weight nodes that this file cannot hold."""
-    nodes = {path: leaf for path, leaf in leaves.items() if is_weight(leaf)}
+def _headers(params: Params) -> dict[str, Json]:
+    """Header of each packed kernel by path; raises BadInput for nodes that cannot be stored."""
+    nodes = {path: leaf for path, leaf in params.items() if is_weight(leaf)}
     if not nodes:
         raise BadInput("the params hold no packed weight: pack them, or save a dense model by "
                        "save_hf")
+    headers = {}
     for path, node in nodes.items():
         if not is_packed_node(node):
             raise BadInput(f"{path} is a {type(node).__name__}, wanted a packed weight: pack the "
                            "params first")
-        _check_parts(path, node)
-    return {path: node.header() for path, node in nodes.items()}
+        headers[path] = node.header()
+        _check_parts(path, node, headers[path])
+    return headers
 
 
-def _check_parts(path: str, node: Any) -> None:
-    """Raises BadInput for an array that is not what the node's own header announces."""
-    one, lead = abstract_packed(node.header()), node.shape[:-2]
+def _check_parts(path: str, node: Weight, header: Json) -> None:
+    """Raises BadInput for an array whose shape or dtype differs from the node's own header."""
+    one, lead = abstract_packed(header), node.shape[:-2]
     names = jax.tree.leaves(part_names(one))
     for name, wanted, found in zip(names, *map(jax.tree.leaves, (one, node)), strict=True):
         if found.shape != (*lead, *wanted.shape) or found.dtype != wanted.dtype:
@@ -210,10 +223,10 @@ def _check_parts(path: str, node: Any) -> None:
                            f"{wanted.dtype}{[*lead, *wanted.shape]}")
 
 
-def _tensors(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _tensors(params: Params) -> dict[str, np.ndarray]:
     """All tensors of the file, by name."""
     out = {}
-    for path, leaf in leaves.items():
+    for path, leaf in params.items():
         stacked = path.startswith("layers/")
         if is_weight(leaf):
             parts = named_parts(leaf).items()
@@ -227,8 +240,9 @@ def _tensors(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return out
 
 
-def _check_config(file: PackedFile, raw: Mapping[str, Any], folder: Path) -> None:
-    """A config.json edited after packing would silently give other text."""
+def _check_config(file: PackedFile, raw: Json, folder: Path) -> None:
+    """Raises BadInput if config.json was edited after packing, which would silently change the text
+    that the model writes."""
     for name in {**raw, **file.config}:
         found, wanted = raw.get(name), file.config.get(name)
         if found != wanted:
@@ -236,8 +250,9 @@ def _check_config(file: PackedFile, raw: Mapping[str, Any], folder: Path) -> Non
                            f"header of {FILE}: restore config.json")
 
 
-def _read(file: PackedFile, path: str, shape: tuple[int, ...], node: Any) -> Any:
-    """One parameter: an array, or the packed weight that `node` outlines, stacked over layers."""
+def _read(file: PackedFile, path: str, shape: Shape, node: Weight | None) -> Array | Weight:
+    """One parameter: an array, or the packed weight whose abstract form is `node`, stacked over
+    layers."""
     if node is not None:
         modules = module_names(path, shape)
         return jax.tree.map(
@@ -248,5 +263,5 @@ def _read(file: PackedFile, path: str, shape: tuple[int, ...], node: Any) -> Any
     return _stack([row.T for row in rows] if path.endswith("/kernel") else rows, path)
 
 
-def _stack(rows: list[np.ndarray], path: str) -> jnp.ndarray:
+def _stack(rows: list[np.ndarray], path: str) -> Array:
     return jnp.asarray(np.stack(rows) if path.startswith("layers/") else rows[0])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+
+from rabit_jax.types import Array
 
 F32 = jnp.float32
 SIGN_BIT = 0x80000000
@@ -20,6 +24,11 @@ STE = get_args(Ste)
 def outer(h: jax.Array, g: jax.Array) -> jax.Array:
     """`h g^T`: `[..., i]`, `[..., o]` -> `[..., i, o]`."""
     return h[..., :, None] * g[..., None, :]
+
+
+def summed(terms: Iterable[Array]) -> Array:
+    """The sum of at least one array, added in order."""
+    return functools.reduce(operator.add, terms)
 
 
 def with_sign(step: jax.Array, positive: jax.Array) -> jax.Array:
@@ -127,7 +136,7 @@ def effective_weight(
       >>> effective_weight(w, g=jnp.array([[1.0, 1.0], [1.0, 1.0]]), h=jnp.array([[0.5], [0.25]]))
       Array([[ 0.75, -0.25]], dtype=float32)
     """
-    return sum(term for _, term in coupled(latent, g, h)).astype(dtype)
+    return summed(term for _, term in coupled(latent, g, h)).astype(dtype)
 
 
 def _forward(latent, g, h, dtype, ste):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 import jax
@@ -53,12 +54,19 @@ class OptimizerConfig:
         unknown = sorted(set(self.freeze) - set(ROLES))
         if unknown:
             raise BadInput(f"freeze names {unknown[0]!r}: the roles are {', '.join(ROLES)}")
-        if self.lr <= 0 or self.scale_lr < 0 or not 0 <= self.warmup < 1 or self.clip < 0:
-            raise BadInput(
-                f"lr {self.lr}, scale_lr {self.scale_lr}, warmup {self.warmup}, clip {self.clip}: "
-                "lr must be positive, scale_lr and clip not negative, warmup a share of the steps "
-                "in 0..1"
-            )
+        share, amount = "at least 0 and below 1", "finite and not negative"
+        ranges = {
+            "lr": (0 < self.lr < inf, "positive and finite"),
+            "scale_lr": (0 <= self.scale_lr < inf, amount),
+            "warmup": (0 <= self.warmup < 1, share),
+            "clip": (self.clip >= 0, "not negative; 0 does not clip"),
+            "weight_decay": (0 <= self.weight_decay < inf, amount),
+            "beta1": (0 <= self.beta1 < 1, share),
+            "beta2": (0 <= self.beta2 < 1, share),
+        }
+        for name, (inside, wanted) in ranges.items():
+            if not inside:
+                raise BadInput(f"{name} is {getattr(self, name)}: it must be {wanted}")
 
 
 def roles(params: Any) -> Any:

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rabit_jax.errors import BadInput
+from rabit_jax.kernels.layout import BLOCK_BYTES
 from rabit_jax.tree import is_weight, map_leaves
+from rabit_jax.types import Array, Params, Shape, Weight
+from rabit_jax.weights.leaves import Leaf, declaration
+from rabit_jax.weights.reshaped import Reshaped
 
 AXES = ("data", "tensor")
+Axes: TypeAlias = tuple[str | None, str | None]
 
-# (in, out) axes of a kernel: the projections into a block split their outputs, those out of it
-# their inputs, so that one reduction per block crosses devices.
+# Axes of the mesh for the (in, out) axes of a kernel, by the whole path in our decoder's params:
+# the projections into a block split their outputs, those out of it their inputs, so that one
+# reduction per block crosses devices. Anything else, other models' kernels included, is whole on
+# every device: what their names mean is not known here.
 KERNEL_AXES = (
-    (r".*(q|k|v|gate|up|head)/kernel", (None, "tensor")),
-    (r".*(o|down)/kernel", ("tensor", None)),
-    (r".*embedding", ("tensor", None)),
+    (r"layers/attn/[qkv]/kernel|layers/mlp/(gate|up)/kernel|head/kernel", (None, "tensor")),
+    (r"layers/attn/o/kernel|layers/mlp/down/kernel|embed/embedding", ("tensor", None)),
 )
-
-# Fields of weight nodes with the role "scale", by the side of the matrix they scale.
-INPUT_SCALES, OUTPUT_SCALES = ("h", "d_in"), ("g", "d_out", "s")
 
 
 def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
@@ -52,48 +55,64 @@ def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
     return Mesh(np.asarray(jax.devices()).reshape(sizes), AXES)
 
 
-def _kernel_axes(path: str) -> tuple[str | None, str | None]:
-    return next(
-        (axes for pattern, axes in KERNEL_AXES if re.fullmatch(pattern, path)), (None, None)
-    )
+def kernel_axes(path: str) -> Axes:
+    """Axes of the mesh that the inputs and the outputs of a kernel are split over."""
+    return next((axes for known, axes in KERNEL_AXES if re.fullmatch(known, path)), (None, None))
 
 
-def _fit(spec: tuple, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def _sharding(spec: Sequence[str | None], shape: Shape, mesh: Mesh) -> NamedSharding:
     """Drop an axis that does not divide its dimension: that array is then whole along it."""
-    full = (None,) * (len(shape) - len(spec)) + spec
+    full = (*(None,) * (len(shape) - len(spec)), *spec)
     kept = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(full, shape, strict=True)]
     return NamedSharding(mesh, PartitionSpec(*kept))
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
-    """Shardings for a params tree, leaf by leaf from the kernel's path and each leaf's role.
+def param_shardings(params: Params, mesh: Mesh) -> Params:
+    """Shardings for a params tree: leaf by leaf, from the kernel's path and each leaf's axes.
 
-    A latent `[..., i, o]`, or one that has one of the two axes, is split like the kernel it stands
-    for; of its scales, `g [..., k, o]` like the outputs and `h [..., k, i]` like the inputs; packed
-    bits `[..., k, o, i/8]` along the outputs; levels and codes by the same rule where they have
-    outputs.
+    An array `[..., i, o]` is split as `kernel_axes` of its path tells. So is each array of a weight
+    node along its declared axes i and o, and along packed rows of them where every device gets
+    whole blocks. Other axes (paths, groups, ranks, tables) are whole, and so is a dimension that
+    the mesh does not divide.
     """
 
     def place(path: str, leaf: Any) -> Any:
-        axis_in, axis_out = _kernel_axes(path)
-        if not is_weight(leaf):
-            spec = (axis_in, axis_out) if len(leaf.shape) > 1 else (None,) * len(leaf.shape)
-            return _fit(spec, leaf.shape, mesh)
-        i, o = leaf.shape[-2:]
-        scale_axes = dict.fromkeys(INPUT_SCALES, axis_in) | dict.fromkeys(OUTPUT_SCALES, axis_out)
-
-        def leaf_sharding(path: tuple, x: Any, role: str) -> NamedSharding:
-            if role == "scale":
-                return _fit((scale_axes.get(path[-1].name),), x.shape, mesh)
-            rows, columns = x.shape[-2:]
-            if role == "sign" and x.dtype == np.uint8:
-                return _fit((axis_out if rows == o else None, None), x.shape, mesh)
-            axes = (axis_in if rows == i else None, axis_out if columns == o else None)
-            return _fit(axes, x.shape, mesh)
-
-        return jax.tree_util.tree_map_with_path(leaf_sharding, leaf, leaf.roles())
+        axes = kernel_axes(path)
+        if is_weight(leaf):
+            return weight_shardings(leaf, axes, mesh)
+        return _sharding(axes if len(leaf.shape) > 1 else (), leaf.shape, mesh)
 
     return map_leaves(place, params)
+
+
+def weight_shardings(node: Weight, axes: Axes, mesh: Mesh) -> Any:
+    """Shardings for the arrays of one weight node, whose matrix `[..., i, o]` is split over `axes`.
+
+    A kernel of several input or output axes is split along the first of them, for its reshaped
+    product is then local to a device: where the mesh does not divide that, it is whole.
+    """
+    if isinstance(node, Reshaped):
+        sides = zip(axes, (node.inputs, node.outputs), strict=True)
+        axes_in, axes_out = (a if a and own[0] % mesh.shape[a] == 0 else None for a, own in sides)
+        matrix = weight_shardings(node.matrix, (axes_in, axes_out), mesh)
+        return node.replace(matrix=matrix)
+    split = dict(zip(("i", "o"), axes, strict=True))
+
+    def place(declared: Leaf, array: Array) -> NamedSharding:
+        names = declared.names
+        behind = array.shape[len(array.shape) - len(names) :]
+        spec = [_split(name, n, split, mesh) for name, n in zip(names, behind, strict=True)]
+        return _sharding(spec, array.shape, mesh)
+
+    return jax.tree.map(place, declaration(node), node)
+
+
+def _split(axis: str, length: int, split: Mapping[str, str | None], mesh: Mesh) -> str | None:
+    """Axis of the mesh for one declared axis; packed rows are split between whole blocks alone."""
+    over = split.get(axis.removesuffix("/8"))
+    if over and axis.endswith("/8") and length // BLOCK_BYTES % mesh.shape[over]:
+        return None
+    return over
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

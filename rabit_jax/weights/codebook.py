@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,10 @@ from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.iterative_svid import SMALLEST
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import per_layer, split_key
+from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.group_levels import abstract_planes, pack_codes, to_half, unpack_codes
-from rabit_jax.weights.sign_paths import SCALE_DTYPE
+from rabit_jax.weights.group_levels import pack_codes, to_half, unpack_codes
+from rabit_jax.weights.leaves import WeightNode, leaf, size
 
 SCORES = 2**22  # distances held at a time: 16 MB
 
@@ -191,25 +192,13 @@ def _einsum(equation: str, *arrays: jax.Array) -> jax.Array:
     return jnp.einsum(equation, *arrays, precision=jax.lax.Precision.HIGHEST)
 
 
-class CodebookSum:
-    """Mixin of weights with `codebooks: [..., stages, entries, d]`, `g: [..., o]` and `inputs`.
-
-    Trained or packed, sizes and costs are those of the packed form.
-    """
+class CodebookSum(WeightNode):
+    """Base of weights with `codebooks: [..., stages, entries, d]`, `g: [..., o]` and `inputs`."""
 
     @property
     def k(self) -> int:
         """Number of stages."""
-        return self.codebooks.shape[-3]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return (*self.g.shape[:-1], self.inputs, self.g.shape[-1])
-
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
-        return x @ self.dense().astype(x.dtype)
+        return self.sizes()["s"]
 
     def dense(self) -> jax.Array:
         """`W_hat`, float32 `[..., i, o]`; differentiable in `codebooks` and `g`."""
@@ -218,23 +207,6 @@ class CodebookSum:
     def paths(self) -> Iterator[jax.Array]:
         """What each stage adds, `g C_s`, float32 `[..., i, o]`."""
         return (self.g[..., None, :].astype(F32) * term for term in self._terms())
-
-    def bits_per_weight(self) -> float:
-        """Nominal `(stages bits m o + 16 stages entries d + 16 o) / (i o)` once packed; padding on
-        disk comes on top where 256 does not divide m."""
-        i, o = self.shape[-2:]
-        stages, entries, d = self.codebooks.shape[-3:]
-        codes = stages * code_bits(entries) * vectors(i, d) * o
-        return (codes + 16 * stages * entries * d + 16 * o) / (i * o)
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed, padding of the codes to 256 included."""
-        from rabit_jax.kernels.layout import packed_bytes
-
-        *lead, i, o = self.shape
-        stages, entries, d = self.codebooks.shape[-3:]
-        codes = stages * code_bits(entries) * o * packed_bytes(vectors(i, d))
-        return prod(lead) * (codes + 2 * stages * entries * d + 2 * o)
 
     def cost(self) -> Cost:
         """Cost per token of decoding to weights and multiplying.
@@ -261,39 +233,17 @@ class PackedCodebook(CodebookSum):
       inputs: `i`; where d does not divide it the last vectors are cut.
     """
 
-    bits: jax.Array
-    codebooks: jax.Array
-    g: jax.Array
-    inputs: int = struct.field(pytree_node=False)
+    bits: Array = leaf("code", "s b o i//d/8")
+    codebooks: Array = leaf("level", "s 2^b d")
+    g: Array = leaf("scale", "o")
+    inputs: int = size("i")
+
+    header_type = "codebook"
+    header_sizes = {"stages": "s", "bits": "b", "dim": "d"}
 
     def codes(self) -> jax.Array:
         """uint8 `[..., stages, m, o]`."""
         return unpack_codes(self.bits, vectors(self.inputs, self.codebooks.shape[-1]))
-
-    def roles(self) -> PackedCodebook:
-        """Leaf names for the mesh."""
-        return self.replace(bits="code", codebooks="level", g="scale")
-
-    def pack(self, name: str) -> PackedCodebook:
-        """Itself: already packed."""
-        return self
-
-    def header(self) -> dict[str, Any]:
-        """What the packed file says of one matrix: `{"type": "codebook", "in", "out", "stages",
-        "bits", "dim"}`."""
-        i, o = self.shape[-2:]
-        stages, entries, d = self.codebooks.shape[-3:]
-        bits = code_bits(entries)
-        return {"type": "codebook", "in": i, "out": o, "stages": stages, "bits": bits, "dim": d}
-
-    @classmethod
-    def abstract(cls, header: Mapping[str, Any]) -> PackedCodebook:
-        """The node of one matrix as shapes and dtypes, from its `header`."""
-        i, o, d = header["in"], header["out"], header["dim"]
-        stages, bits = header["stages"], header["bits"]
-        books = jax.ShapeDtypeStruct((stages, 2**bits, d), SCALE_DTYPE)
-        planes = abstract_planes((stages, bits), vectors(i, d), o)
-        return cls(planes, books, jax.ShapeDtypeStruct((o,), SCALE_DTYPE), i)
 
     def _terms(self) -> Iterator[jax.Array]:
         return codebook_terms(self.codes(), self.codebooks.astype(F32), self.inputs)
@@ -338,14 +288,12 @@ class Codebook(CodebookSum):
       >>> y = linear(x, node)      # [..., i] -> [..., o]
     """
 
-    codes: jax.Array
-    codebooks: jax.Array
-    g: jax.Array
-    inputs: int = struct.field(pytree_node=False)
+    codes: Array = leaf("code", "s i//d o")
+    codebooks: Array = leaf("level", "s 2^b d")
+    g: Array = leaf("scale", "o")
+    inputs: int = size("i")
 
-    def roles(self) -> Codebook:
-        """Leaf names for the optimiser and the mesh."""
-        return self.replace(codes="code", codebooks="level", g="scale")
+    packed = PackedCodebook
 
     def pack(self, name: str) -> PackedCodebook:
         """Pack the codes with `log2(entries)` bits each, round tables and scales to 16 bits.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.groups import by_group, group_count, group_sum, spread
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import per_layer
-from rabit_jax.weights.group_levels import GroupedPlanes, abstract_planes, to_half, unpack_codes
-from rabit_jax.weights.sign_paths import SCALE_DTYPE, pack_positive
+from rabit_jax.types import Array
+from rabit_jax.weights.group_levels import GroupedPlanes, to_half, unpack_codes
+from rabit_jax.weights.leaves import leaf, size
+from rabit_jax.weights.sign_paths import pack_positive
 
 FRACTIONS = 40
 
@@ -99,6 +101,34 @@ def _search(spec: DualBinarySpec, w: jax.Array, s_in: jax.Array | None) -> jax.A
 
 
 @struct.dataclass
+class PackedDualBinary(GroupedPlanes):
+    """`W_hat = a_1 b_1 + a_2 b_2` with `b` in {0, 1} as bit planes in the `rb256` layout.
+
+    Attributes:
+      bits: uint8 `[..., 2, o, 32 ceil(i / 256)]`.
+      a: float16 `[..., 2, n, o]` levels, `n = ceil(i / group)`.
+      group: inputs that share levels.
+      inputs: `i`.
+    """
+
+    bits: Array = leaf("code", "2 o i/8")
+    a: Array = leaf("level", "2 i//group o")
+    group: int = size("group")
+    inputs: int = size("i")
+
+    k = planes = 2
+    header_type = "dual_binary"
+    header_sizes = {"group": "group"}
+
+    def paths(self) -> Iterator[jax.Array]:
+        """`a_1 b_1` and `a_2 b_2`, float32 `[..., i, o]`."""
+        for j in range(2):
+            level = spread(self.a[..., j, :, :].astype(F32), self.group, self.inputs)
+            yield level * unpack_codes(self.bits[..., j : j + 1, :, :], self.inputs)
+
+
+
+@struct.dataclass
 class DualBinary(GroupedPlanes):
     """`W_hat = a_1 b_1 + a_2 b_2` with `b` in {0, 1} and `a` per group of inputs and output.
 
@@ -116,21 +146,12 @@ class DualBinary(GroupedPlanes):
       >>> y = linear(x, node)      # [..., 256] -> [..., 64]
     """
 
-    latent: jax.Array
-    a: jax.Array
-    group: int = struct.field(pytree_node=False, default=128)
+    latent: Array = leaf("latent", "i o")
+    a: Array = leaf("level", "2 i//group o")
+    group: int = size("group", default=128)
 
-    @property
-    def k(self) -> int:
-        """Number of binary paths, each a plane of bits."""
-        return 2
-
-    planes = k
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return self.latent.shape
+    k = planes = 2  # binary paths, each a plane of bits
+    packed = PackedDualBinary
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
@@ -143,10 +164,6 @@ class DualBinary(GroupedPlanes):
     def paths(self) -> Iterator[jax.Array]:
         """`a_1 b_1` and `a_2 b_2`, float32 `[..., i, o]`."""
         return (term for _, term in _terms(self.latent, self.a, self.group))
-
-    def roles(self) -> DualBinary:
-        """Leaf names for the optimiser and the mesh."""
-        return self.replace(latent="latent", a="level")
 
     def pack(self, name: str) -> PackedDualBinary:
         """Derive the planes from the float32 levels, then round the levels to 16 bits.
@@ -214,67 +231,3 @@ def _backward(group, dtype, residuals, cotangent):
     return cotangent.astype(latent.dtype), jnp.stack(da, axis=-3)
 
 dual_binary.defvjp(_forward, _backward)
-
-
-@struct.dataclass
-class PackedDualBinary(GroupedPlanes):
-    """`W_hat = a_1 b_1 + a_2 b_2` with `b` in {0, 1} as bit planes in the `rb256` layout.
-
-    Attributes:
-      bits: uint8 `[..., 2, o, 32 ceil(i / 256)]`.
-      a: float16 `[..., 2, n, o]` levels, `n = ceil(i / group)`.
-      group: inputs that share levels.
-      inputs: `i`.
-    """
-
-    bits: jax.Array
-    a: jax.Array
-    group: int = struct.field(pytree_node=False)
-    inputs: int = struct.field(pytree_node=False)
-
-    @property
-    def k(self) -> int:
-        """Number of binary paths, each a plane of bits."""
-        return 2
-
-    planes = k
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return (*self.a.shape[:-3], self.inputs, self.a.shape[-1])
-
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
-        return x @ self.dense().astype(x.dtype)
-
-    def paths(self) -> Iterator[jax.Array]:
-        """`a_1 b_1` and `a_2 b_2`, float32 `[..., i, o]`."""
-        for j in range(2):
-            level = spread(self.a[..., j, :, :].astype(F32), self.group, self.inputs)
-            yield level * unpack_codes(self.bits[..., j : j + 1, :, :], self.inputs)
-
-    def dense(self) -> jax.Array:
-        """`W_hat`, float32 `[..., i, o]`."""
-        return sum(self.paths())
-
-    def roles(self) -> PackedDualBinary:
-        """Leaf names for the mesh."""
-        return self.replace(bits="code", a="level")
-
-    def pack(self, name: str) -> PackedDualBinary:
-        """Itself: already packed."""
-        return self
-
-    def header(self) -> dict[str, Any]:
-        """What the packed file says of one matrix: `{"type": "dual_binary", "in", "out",
-        "group"}`."""
-        i, o = self.shape[-2:]
-        return {"type": "dual_binary", "in": i, "out": o, "group": self.group}
-
-    @classmethod
-    def abstract(cls, header: Mapping[str, Any]) -> PackedDualBinary:
-        """The node of one matrix as shapes and dtypes, from its `header`."""
-        i, o, group = header["in"], header["out"], header["group"]
-        level = jax.ShapeDtypeStruct((2, group_count(i, group), o), SCALE_DTYPE)
-        return cls(abstract_planes((2,), i, o), level, group, i)

@@ -13,7 +13,9 @@ from flax import struct
 
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, outer, path_slope, scale_gradients, with_sign
+from rabit_jax.types import Array
 from rabit_jax.weights.independent_sign import residuals
+from rabit_jax.weights.leaves import leaf
 from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, pack_positive, round_scales
 
 
@@ -64,16 +66,13 @@ class FrozenPath(SignPaths):
       ste: straight-through rule of the latent, see `ste.path_slope`.
     """
 
-    frozen: jax.Array
-    latent: jax.Array
-    g: jax.Array
-    h: jax.Array
+    frozen: Array = leaf("sign", "k-1 i o")
+    latent: Array = leaf("latent", "i o")
+    g: Array = leaf("scale", "k o")
+    h: Array = leaf("scale", "k i")
     ste: str = struct.field(pytree_node=False, default="identity")
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return self.latent.shape
+    packed = PackedSign
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
@@ -90,10 +89,6 @@ class FrozenPath(SignPaths):
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return _terms(self.frozen, self.latent, self.g, self.h)
-
-    def roles(self) -> FrozenPath:
-        """Leaf names for the optimiser and the mesh."""
-        return self.replace(frozen="sign", latent="latent", g="scale", h="scale")
 
     def pack(self, name: str) -> PackedSign:
         """Pack the signs, and round the balanced scales to 16 bits.

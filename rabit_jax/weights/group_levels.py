@@ -9,29 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from rabit_jax.errors import BadInput
-from rabit_jax.signs.groups import group_count
+from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.weights.costs import Cost
+from rabit_jax.weights.leaves import WeightNode, axis_size
 from rabit_jax.weights.sign_paths import SCALE_DTYPE, pack_positive
 
 
-class GroupedPlanes:
-    """Mixin of weights with two levels per group of `group` inputs and `planes` planes of bits.
+class GroupedPlanes(WeightNode):
+    """Base of weights with two levels per group of inputs and `planes` planes of bits."""
 
-    Trained or packed, sizes and costs are those of the packed form.
-    """
-
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight once packed, `planes + 32 n / i`; padding on disk comes on top
-        where 256 does not divide i."""
-        i = self.shape[-2]
-        return self.planes + 32 * group_count(i, self.group) / i
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed, padding of the inputs to 256 included."""
-        from rabit_jax.kernels.layout import packed_bytes
-
-        *lead, i, o = self.shape
-        return prod(lead) * o * (self.planes * packed_bytes(i) + 4 * group_count(i, self.group))
+    @property
+    def planes(self) -> int:
+        """Bit planes that are stored."""
+        return self.sizes()["b"]
 
     def cost(self) -> Cost:
         """Cost per token, computed on the planes of {0, 1}.
@@ -42,7 +32,7 @@ class GroupedPlanes:
         left out; so are shifts.
         """
         *lead, i, o = self.shape
-        layers, n = prod(lead), group_count(i, self.group)
+        layers, n = prod(lead), axis_size("i//group", self.sizes())
         additions = layers * self.planes * (i + n) * o
         return Cost(layers * 2 * n * o, additions, 0, self.deployed_bytes())
 
@@ -54,17 +44,8 @@ def pack_codes(codes: jax.Array, bits: int) -> jax.Array:
 
 def unpack_codes(bits: jax.Array, inputs: int) -> jax.Array:
     """Planes uint8 `[..., bits, o, 32 ceil(i / 256)]` -> codes uint8 `[..., i, o]`."""
-    from rabit_jax.kernels.layout import unpack_bits
-
     planes = (unpack_bits(bits[..., p, :, :], inputs) << p for p in range(bits.shape[-3]))
     return jnp.swapaxes(sum(planes), -1, -2)
-
-
-def abstract_planes(lead: tuple[int, ...], inputs: int, outputs: int) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of packed planes `[*lead, o, 32 ceil(i / 256)]`."""
-    from rabit_jax.kernels.layout import packed_bytes
-
-    return jax.ShapeDtypeStruct((*lead, outputs, packed_bytes(inputs)), jnp.uint8)
 
 
 def to_half(values: jax.Array, label: str, name: str, scale: bool = False) -> jax.Array:

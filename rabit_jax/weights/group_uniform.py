@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,13 @@ from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
-from rabit_jax.signs.groups import by_group, group_count, group_sum, spread
+from rabit_jax.signs.groups import by_group, group_sum, spread
 from rabit_jax.signs.iterative_svid import SMALLEST
 from rabit_jax.signs.ste import F32, with_sign
 from rabit_jax.tree import per_layer
-from rabit_jax.weights.group_levels import (
-    GroupedPlanes,
-    abstract_planes,
-    pack_codes,
-    to_half,
-    unpack_codes,
-)
-from rabit_jax.weights.sign_paths import SCALE_DTYPE
+from rabit_jax.types import Array
+from rabit_jax.weights.group_levels import GroupedPlanes, pack_codes, to_half, unpack_codes
+from rabit_jax.weights.leaves import leaf, size
 
 
 @dataclass(frozen=True)
@@ -94,6 +89,42 @@ def _fit_levels(spec: GroupUniformSpec, w: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 @struct.dataclass
+class PackedGroupUniform(GroupedPlanes):
+    """`W_hat = s q + c` with the codes `q` as bit planes in the `rb256` layout.
+
+    Attributes:
+      bits: uint8 `[..., bits, o, 32 ceil(i / 256)]`, plane p holds bit p of the codes.
+      s: float16 `[..., n, o]` steps, `n = ceil(i / group)`.
+      c: float16 `[..., n, o]` lowest levels.
+      group: inputs that share a step and a lowest level.
+      inputs: `i`.
+    """
+
+    bits: Array = leaf("code", "b o i/8")
+    s: Array = leaf("scale", "i//group o")
+    c: Array = leaf("level", "i//group o")
+    group: int = size("group")
+    inputs: int = size("i")
+
+    header_type = "group_uniform"
+    header_sizes = {"bits": "b", "group": "group"}
+
+    def codes(self) -> jax.Array:
+        """`q`, uint8 `[..., i, o]`, 0 to `2^bits - 1`."""
+        return unpack_codes(self.bits, self.inputs)
+
+    def dense(self) -> jax.Array:
+        """`W_hat`, float32 `[..., i, o]`."""
+        s, c = (spread(v.astype(F32), self.group, self.inputs) for v in (self.s, self.c))
+        return s * self.codes() + c
+
+    def paths(self) -> Iterator[jax.Array]:
+        """`W_hat` as its only term, float32 `[..., i, o]`."""
+        yield self.dense()
+
+
+
+@struct.dataclass
 class GroupUniform(GroupedPlanes):
     """`W_hat = s q + c`, `q = clip(round((W - c) / s), 0, 2^bits - 1)`, s and c per group.
 
@@ -109,21 +140,13 @@ class GroupUniform(GroupedPlanes):
       >>> y = linear(x, node)      # [..., 256] -> [..., 64]
     """
 
-    latent: jax.Array
-    s: jax.Array
-    c: jax.Array
-    group: int = struct.field(pytree_node=False, default=128)
-    bits: int = struct.field(pytree_node=False, default=2)
+    latent: Array = leaf("latent", "i o")
+    s: Array = leaf("scale", "i//group o")
+    c: Array = leaf("level", "i//group o")
+    group: int = size("group", default=128)
+    bits: int = size("b", default=2)
 
-    @property
-    def planes(self) -> int:
-        """Bit planes that are stored."""
-        return self.bits
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return self.latent.shape
+    packed = PackedGroupUniform
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`; `W_hat` is computed in float32 and rounded once to `x.dtype`."""
@@ -140,10 +163,6 @@ class GroupUniform(GroupedPlanes):
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat` as its only term, float32 `[..., i, o]`."""
         yield self.dense()
-
-    def roles(self) -> GroupUniform:
-        """Leaf names for the optimiser and the mesh."""
-        return self.replace(latent="latent", s="scale", c="level")
 
     def pack(self, name: str) -> PackedGroupUniform:
         """Derive the codes from the float32 levels, then round the levels to 16 bits.
@@ -230,76 +249,3 @@ def _backward(group, bits, dtype, residuals, cotangent):
     return cotangent.astype(latent.dtype), ds, dc
 
 group_uniform.defvjp(_forward, _backward)
-
-
-@struct.dataclass
-class PackedGroupUniform(GroupedPlanes):
-    """`W_hat = s q + c` with the codes `q` as bit planes in the `rb256` layout.
-
-    Attributes:
-      bits: uint8 `[..., bits, o, 32 ceil(i / 256)]`, plane p holds bit p of the codes.
-      s: float16 `[..., n, o]` steps, `n = ceil(i / group)`.
-      c: float16 `[..., n, o]` lowest levels.
-      group: inputs that share a step and a lowest level.
-      inputs: `i`.
-    """
-
-    bits: jax.Array
-    s: jax.Array
-    c: jax.Array
-    group: int = struct.field(pytree_node=False)
-    inputs: int = struct.field(pytree_node=False)
-
-    @property
-    def planes(self) -> int:
-        """Bit planes that are stored."""
-        return self.bits.shape[-3]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return (*self.s.shape[:-2], self.inputs, self.s.shape[-1])
-
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ W_hat`; `W_hat` is computed in float32 and rounded once to `x.dtype`."""
-        return x @ self.dense().astype(x.dtype)
-
-    def codes(self) -> jax.Array:
-        """`q`, uint8 `[..., i, o]`, 0 to `2^bits - 1`."""
-        return unpack_codes(self.bits, self.inputs)
-
-    def dense(self) -> jax.Array:
-        """`W_hat`, float32 `[..., i, o]`."""
-        s, c = (spread(v.astype(F32), self.group, self.inputs) for v in (self.s, self.c))
-        return s * self.codes() + c
-
-    def paths(self) -> Iterator[jax.Array]:
-        """`W_hat` as its only term, float32 `[..., i, o]`."""
-        yield self.dense()
-
-    def roles(self) -> PackedGroupUniform:
-        """Leaf names for the mesh."""
-        return self.replace(bits="code", s="scale", c="level")
-
-    def pack(self, name: str) -> PackedGroupUniform:
-        """Itself: already packed."""
-        return self
-
-    def header(self) -> dict[str, Any]:
-        """What the packed file says of one matrix: `{"type": "group_uniform", "in", "out", "bits",
-        "group"}`."""
-        i, o = self.shape[-2:]
-        return {
-            "type": "group_uniform",
-            "in": i,
-            "out": o,
-            "bits": self.planes,
-            "group": self.group,
-        }
-
-    @classmethod
-    def abstract(cls, header: Mapping[str, Any]) -> PackedGroupUniform:
-        """The node of one matrix as shapes and dtypes, from its `header`."""
-        i, o, group = header["in"], header["out"], header["group"]
-        level = jax.ShapeDtypeStruct((group_count(i, group), o), SCALE_DTYPE)
-        return cls(abstract_planes((header["bits"],), i, o), level, level, group, i)

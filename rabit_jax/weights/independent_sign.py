@@ -14,6 +14,8 @@ from flax import struct
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, coupled, outer, path_slope, scale_gradients, with_sign
 from rabit_jax.tree import per_layer
+from rabit_jax.types import Array
+from rabit_jax.weights.leaves import leaf
 from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, pack_positive, round_scales
 
 
@@ -84,15 +86,12 @@ class IndependentSign(SignPaths):
       >>> y = linear(x, node)      # [..., 32] -> [..., 64]
     """
 
-    latents: jax.Array
-    g: jax.Array
-    h: jax.Array
+    latents: Array = leaf("latent", "k i o")
+    g: Array = leaf("scale", "k o")
+    h: Array = leaf("scale", "k i")
     ste: str = struct.field(pytree_node=False, default="identity")
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return (*self.latents.shape[:-3], *self.latents.shape[-2:])
+    packed = PackedSign
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
@@ -109,10 +108,6 @@ class IndependentSign(SignPaths):
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return _terms(self.latents, self.g, self.h)
-
-    def roles(self) -> IndependentSign:
-        """Leaf names for the optimiser and the mesh."""
-        return self.replace(latents="latent", g="scale", h="scale")
 
     def pack(self, name: str) -> PackedSign:
         """Pack the signs of the latents, and round the balanced scales to 16 bits.

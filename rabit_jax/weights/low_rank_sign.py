@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from math import floor, prod
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from rabit_jax.errors import BadInput
+from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.iterative_svid import SMALLEST, rank1
 from rabit_jax.signs.ste import F32, outer
 from rabit_jax.tree import per_layer
+from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
+from rabit_jax.weights.leaves import WeightNode, leaf
 from rabit_jax.weights.seam import times
-from rabit_jax.weights.sign_paths import SCALE_DTYPE, pack_positive, plus_minus, round_scales
+from rabit_jax.weights.sign_paths import pack_positive, plus_minus, round_scales
 
 STEP = 8
 TOLERANCE = 1e-5
@@ -152,42 +155,18 @@ def _floor(l: jax.Array) -> jax.Array:
     return jnp.maximum(l, jnp.where(top > SMALLEST, FLOOR_RANK * top, SMALLEST))
 
 
-class LowRankProduct:
-    """Mixin of weights with scales `h: [..., c, i]`, `l: [..., c, r]`, `g: [..., c, o]`.
-
-    Trained or packed, shapes, sizes and costs are those of the packed form.
-    """
+class LowRankProduct(WeightNode):
+    """Base of weights with scales `h: [..., c, i]`, `l: [..., c, r]`, `g: [..., c, o]`."""
 
     @property
     def k(self) -> int:
         """Number of copies: 2 with the residual twin, else 1."""
-        return self.l.shape[-2]
+        return self.sizes()["c"]
 
     @property
     def rank(self) -> int:
         """Columns of `U`."""
-        return self.l.shape[-1]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return (*self.l.shape[:-2], self.h.shape[-1], self.g.shape[-1])
-
-    def dense(self) -> jax.Array:
-        """`W_hat`, float32 `[..., i, o]`, summed path by path."""
-        return sum(self.paths())
-
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight once packed, see `low_rank_bits`."""
-        return low_rank_bits(self.shape, self.rank, self.k)
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed, padding of inputs and outputs to 256 included."""
-        from rabit_jax.kernels.layout import packed_bytes
-
-        *lead, i, o = self.shape
-        signs = self.rank * (packed_bytes(i) + packed_bytes(o))
-        return prod(lead) * self.k * (signs + 2 * (i + o + self.rank))
+        return self.sizes()["r"]
 
     def cost(self) -> Cost:
         """Cost per token: `c (i + r + o)` multiplications and `c r (i + o)` additions a layer."""
@@ -213,11 +192,14 @@ class PackedLowRank(LowRankProduct):
       g: float16 `[..., c, o]`.
     """
 
-    u_bits: jax.Array
-    v_bits: jax.Array
-    h: jax.Array
-    l: jax.Array
-    g: jax.Array
+    u_bits: Array = leaf("sign", "c r i/8")
+    v_bits: Array = leaf("sign", "c r o/8")
+    h: Array = leaf("scale", "c i")
+    l: Array = leaf("scale", "c r")
+    g: Array = leaf("scale", "c o")
+
+    header_type = "low_rank"
+    header_sizes = {"rank": "r", "copies": "c"}
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat`."""
@@ -234,33 +216,10 @@ class PackedLowRank(LowRankProduct):
 
     def positive(self) -> jax.Array:
         """Signs of `U` stacked over those of `V^T`, bool `[..., c, i + o, r]`, True for +1."""
-        from rabit_jax.kernels.layout import unpack_bits
-
         i, o = self.shape[-2:]
         rows = jnp.concatenate([unpack_bits(self.u_bits, i), unpack_bits(self.v_bits, o)], axis=-1)
         return jnp.swapaxes(rows, -1, -2).astype(bool)
 
-    def roles(self) -> PackedLowRank:
-        """Leaf names for the mesh."""
-        return PackedLowRank(u_bits="sign", v_bits="sign", h="scale", l="scale", g="scale")
-
-    def pack(self, name: str) -> PackedLowRank:
-        """Itself: already packed."""
-        return self
-
-    def header(self) -> dict[str, Any]:
-        """What the packed file says of one matrix: `{"type": "low_rank", "in", "out", ...}`."""
-        i, o = self.shape[-2:]
-        return {"type": "low_rank", "in": i, "out": o, "rank": self.rank, "copies": self.k}
-
-    @classmethod
-    def abstract(cls, header: Mapping[str, Any]) -> PackedLowRank:
-        """The node of one matrix as shapes and dtypes, from its `header`."""
-        from rabit_jax.kernels.layout import packed_bytes
-
-        i, o, r, c = (header[name] for name in ("in", "out", "rank", "copies"))
-        bits = [jax.ShapeDtypeStruct((c, r, packed_bytes(n)), jnp.uint8) for n in (i, o)]
-        return cls(*bits, *(jax.ShapeDtypeStruct((c, n), SCALE_DTYPE) for n in (i, r, o)))
 
 
 def low_rank_terms(
@@ -309,12 +268,14 @@ class LowRankSign(LowRankProduct):
       (800, 2)
     """
 
-    u: jax.Array
-    v: jax.Array
-    h: jax.Array
-    l: jax.Array
-    g: jax.Array
+    u: Array = leaf("latent", "c i r")
+    v: Array = leaf("latent", "c r o")
+    h: Array = leaf("scale", "c i")
+    l: Array = leaf("scale", "c r")
+    g: Array = leaf("scale", "c o")
     ste: str = struct.field(pytree_node=False, default="smooth")
+
+    packed = PackedLowRank
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat` as `sum_c ((((x * h_c) sign(U_c)) * l_c) sign(V_c)) * g_c`, no `W_hat` built.
@@ -336,10 +297,6 @@ class LowRankSign(LowRankProduct):
     def positive(self) -> jax.Array:
         """Signs of `U` stacked over those of `V^T`, bool `[..., c, i + o, r]`, True for +1."""
         return jnp.concatenate([self.u >= 0, jnp.swapaxes(self.v >= 0, -1, -2)], axis=-2)
-
-    def roles(self) -> LowRankSign:
-        """Leaf names for the optimiser and the mesh."""
-        return self.replace(u="latent", v="latent", h="scale", l="scale", g="scale")
 
     def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> LowRankSign:
         """The node of `diag(d_in) W_hat diag(d_out)`; `d_in: [..., i]`, `d_out: [..., o]`."""

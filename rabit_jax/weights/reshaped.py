@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
@@ -10,10 +10,11 @@ import jax
 from flax import struct
 
 from rabit_jax.errors import BadInput
+from rabit_jax.weights.leaves import Header, WeightNode
 
 
 @struct.dataclass
-class Reshaped:
+class Reshaped(WeightNode):
     """A matrix `[..., i, o]` in the shape `[..., *inputs, *outputs]` of its layer's kernel.
 
     An attention layer keeps its query as `[d, heads, head_dim]` and its output as
@@ -33,6 +34,8 @@ class Reshaped:
     matrix: Any
     inputs: tuple[int, ...] = struct.field(pytree_node=False)
     outputs: tuple[int, ...] = struct.field(pytree_node=False)
+
+    header_type = "reshaped"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,21 +71,9 @@ class Reshaped:
         """The paths of the matrix, each in the shape of the kernel."""
         return (path.reshape(self.shape) for path in self.matrix.paths())
 
-    def roles(self) -> Reshaped:
-        """Leaf names for the optimiser and the mesh: those of the matrix."""
-        return self.replace(matrix=self.matrix.roles())
-
     def pack(self, name: str) -> Reshaped:
         """The packed matrix in the same shape; what raises is the matrix's."""
         return self.replace(matrix=self.matrix.pack(name))
-
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight of the matrix."""
-        return self.matrix.bits_per_weight()
-
-    def deployed_bytes(self) -> int:
-        """Bytes of the matrix once packed."""
-        return self.matrix.deployed_bytes()
 
     def cost(self) -> Any:
         """Cost per token of the matrix, a `weights.cost.Cost`."""
@@ -95,15 +86,14 @@ class Reshaped:
         return {"type": "reshaped", "in": i, "out": o, **axes, "matrix": self.matrix.header()}
 
     @classmethod
-    def abstract(cls, header: Mapping[str, Any]) -> Reshaped:
+    def abstract(cls, header: Header, read: Callable[[Header], Any] | None = None) -> Reshaped:
         """The packed node of one kernel as shapes and dtypes, from its `header`."""
-        from rabit_jax.weights.representations import abstract_packed
-
         inputs, outputs = (tuple(map(int, header[name])) for name in ("inputs", "outputs"))
-        matrix = abstract_packed(header["matrix"])
+        matrix = read(header["matrix"])  # pyright: ignore
         if matrix.shape != (prod(inputs), prod(outputs)):
             raise ValueError(f"axes {inputs} and {outputs} of a matrix {matrix.shape}")
         return cls(matrix, inputs, outputs)
+
 
 
 def matrix_shape(path: str, shape: tuple[int, ...], stats: Any) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ from flax import struct
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, coupled, coupled_signs, effective_weight, outer
 from rabit_jax.tree import per_layer
+from rabit_jax.types import Array
+from rabit_jax.weights.leaves import leaf
 from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, check_choice, round_scales
 
 
@@ -77,15 +79,12 @@ class ResidualSign(SignPaths):
       >>> y = linear(x, node)      # [..., 32] -> [..., 64]
     """
 
-    latent: jax.Array
-    g: jax.Array
-    h: jax.Array
+    latent: Array = leaf("latent", "i o")
+    g: Array = leaf("scale", "k o")
+    h: Array = leaf("scale", "k i")
     ste: str = struct.field(pytree_node=False, default="identity")
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return self.latent.shape
+    packed = PackedSign
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
@@ -102,10 +101,6 @@ class ResidualSign(SignPaths):
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return (term for _, term in coupled(self.latent, self.g, self.h))
-
-    def roles(self) -> ResidualSign:
-        """Leaf names for the optimiser and the mesh."""
-        return self.replace(latent="latent", g="scale", h="scale")
 
     def pack(self, name: str) -> PackedSign:
         """Derive the bits from the float32 scales, then round the balanced scales to 16 bits.

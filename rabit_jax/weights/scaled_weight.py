@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -14,11 +14,12 @@ from flax import struct
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, outer
-from rabit_jax.types import Spec
+from rabit_jax.types import Array, Spec
 from rabit_jax.weights.costs import Cost
+from rabit_jax.weights.leaves import WeightNode, leaf
 from rabit_jax.weights.residual_sign import ResidualSignSpec
 from rabit_jax.weights.seam import times
-from rabit_jax.weights.sign_paths import SCALE_DTYPE, importances, round_scales
+from rabit_jax.weights.sign_paths import importances, round_scales
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def scaled(spec: Spec, a_in: float = 0.5, a_out: float = 0.5) -> ScaledSpec:
 
 
 @struct.dataclass
-class ScaledWeight:
+class ScaledWeight(WeightNode):
     """`diag(d_in) W_hat diag(d_out)`: how a group quantiser is fitted in a preconditioned space.
 
     Attributes:
@@ -84,13 +85,10 @@ class ScaledWeight:
     """
 
     inner: Any
-    d_in: jax.Array
-    d_out: jax.Array
+    d_in: Array = leaf("scale", "i")
+    d_out: Array = leaf("scale", "o")
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return self.inner.shape
+    header_type = "scaled"
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`((x * d_in) @ W_hat) * d_out` in `x.dtype`."""
@@ -105,10 +103,6 @@ class ScaledWeight:
         """The scaled paths of the inner weight, float32 `[..., i, o]`."""
         return (path * self._scale() for path in self.inner.paths())
 
-    def roles(self) -> ScaledWeight:
-        """Leaf names for the optimiser and the mesh."""
-        return ScaledWeight(self.inner.roles(), d_in="scale", d_out="scale")
-
     def pack(self, name: str) -> ScaledWeight:
         """Pack the inner weight, and round the balanced diagonals to 16 bits.
 
@@ -119,34 +113,11 @@ class ScaledWeight:
             self.inner.pack(name), *round_scales(name, d_in=self.d_in, d_out=self.d_out)
         )
 
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight: those of the inner weight, and `16 (i + o) / (i o)`."""
-        i, o = self.shape[-2:]
-        return self.inner.bits_per_weight() + 16 * (i + o) / (i * o)
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed: those of the inner weight, and 2 for each scale."""
-        *lead, i, o = self.shape
-        return self.inner.deployed_bytes() + 2 * prod(lead) * (i + o)
-
     def cost(self) -> Cost:
         """Cost per token: the inner weight's, and `i + o` multiplications a layer."""
         *lead, i, o = self.shape
         own = prod(lead) * (i + o)
         return Cost.sum((self.inner.cost(), Cost(own, 0, 0, 2 * own)))
-
-    def header(self) -> dict[str, Any]:
-        """What the packed file says of one matrix: `{"type": "scaled", "in", "out", "inner"}`."""
-        i, o = self.shape[-2:]
-        return {"type": "scaled", "in": i, "out": o, "inner": self.inner.header()}
-
-    @classmethod
-    def abstract(cls, header: Mapping[str, Any]) -> ScaledWeight:
-        """The packed node of one matrix as shapes and dtypes, from its `header`."""
-        from rabit_jax.weights.representations import abstract_packed
-
-        d_in, d_out = (jax.ShapeDtypeStruct((header[n],), SCALE_DTYPE) for n in ("in", "out"))
-        return cls(abstract_packed(header["inner"]), d_in, d_out)
 
     def _scale(self) -> jax.Array:
         return outer(self.d_in.astype(F32), self.d_out.astype(F32))

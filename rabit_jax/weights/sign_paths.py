@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,39 +14,34 @@ import numpy as np
 from flax import struct
 
 from rabit_jax.errors import BadInput
+from rabit_jax.kernels.layout import pack_bits, unpack_bits
 from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.iterative_svid import svid
 from rabit_jax.signs.ste import F32, STE, Ste, outer
 from rabit_jax.tree import per_layer
+from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
+from rabit_jax.weights.leaves import PACKED_DTYPES, Header, WeightNode, leaf
 
 
-class SignPaths:
+class SignPaths(WeightNode):
     """Mixin of weights `sum_i diag(h_i) B_i diag(g_i)` with `g: [..., k, o]`, `h: [..., k, i]`.
 
-    They all pack into the same form, so sizes and costs follow from the shape and k alone.
+    They all pack into the same form, so costs follow from the shape and k alone.
     """
+
+    def positive(self) -> Array:
+        """Signs as bool `[..., k, i, o]`, True for +1."""
+        raise NotImplementedError(f"{type(self).__name__} does not derive its signs")
 
     @property
     def k(self) -> int:
         """Number of sign paths."""
-        return self.g.shape[-2]
+        return self.sizes()["k"]
 
     def signs(self) -> jax.Array:
         """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
         return plus_minus(self.positive())
-
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight once packed, `k + 16 k (i + o) / (i o)`, padding left out."""
-        i, o = self.shape[-2:]
-        return self.k + 16 * self.k * (i + o) / (i * o)
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed, padding of the inputs to 256 included."""
-        from rabit_jax.kernels.layout import packed_bytes
-
-        *lead, i, o = self.shape
-        return prod(lead) * self.k * (o * packed_bytes(i) + 2 * (i + o))
 
     def cost(self) -> Cost:
         """Cost per token: `k (i + o)` multiplications and `k i o` additions a layer.
@@ -61,7 +56,9 @@ class SignPaths:
 def plus_minus(positive: jax.Array) -> jax.Array:
     """Bool, True for +1 -> int8, each -1 or +1."""
     return positive.astype(jnp.int8) * 2 - 1
-SCALE_DTYPE = jnp.float16
+
+
+SCALE_DTYPE = PACKED_DTYPES["scale"]
 
 
 @struct.dataclass
@@ -76,15 +73,13 @@ class PackedSign(SignPaths):
         `init.record_limbs` chose it; None leaves it to them.
     """
 
-    bits: jax.Array
-    g: jax.Array
-    h: jax.Array
+    bits: Array = leaf("sign", "k o i/8")
+    g: Array = leaf("scale", "k o")
+    h: Array = leaf("scale", "k i")
     limbs: int | None = struct.field(pytree_node=False, default=None)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return (*self.g.shape[:-2], self.h.shape[-1], self.g.shape[-1])
+    header_type = "sign"
+    header_sizes = {"k": "k"}
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat`."""
@@ -94,8 +89,6 @@ class PackedSign(SignPaths):
 
     def positive(self) -> jax.Array:
         """Signs as bool `[..., k, i, o]`, True for +1."""
-        from rabit_jax.kernels.layout import unpack_bits
-
         return jnp.swapaxes(unpack_bits(self.bits, self.shape[-2]), -1, -2).astype(bool)
 
     def paths(self) -> Iterator[jax.Array]:
@@ -105,46 +98,21 @@ class PackedSign(SignPaths):
             scales = outer(self.h[..., i, :].astype(F32), self.g[..., i, :].astype(F32))
             yield signs[..., i, :, :] * scales
 
-    def dense(self) -> jax.Array:
-        """`W_hat`, float32 `[..., i, o]`."""
-        return sum(self.paths())
-
-    def roles(self) -> PackedSign:
-        """Leaf names for the mesh."""
-        return self.replace(bits="sign", g="scale", h="scale")
-
-    def pack(self, name: str) -> PackedSign:
-        """Itself: already packed."""
-        return self
-
     def header(self) -> dict[str, Any]:
-        """What the packed file says of one matrix: `{"type": "sign", "in", "out", "k"}`.
-
-        And `"limbs"`, where they were chosen.
-        """
-        i, o = self.shape[-2:]
-        limbs = {} if self.limbs is None else {"limbs": self.limbs}
-        return {"type": "sign", "in": i, "out": o, "k": self.k, **limbs}
+        """As of every weight, and `"limbs"` where they were chosen."""
+        return super().header() | ({} if self.limbs is None else {"limbs": self.limbs})
 
     @classmethod
-    def abstract(cls, header: Mapping[str, Any]) -> PackedSign:
-        """The node of one matrix as shapes and dtypes, from its `header`."""
-        from rabit_jax.kernels.layout import packed_bytes
-
-        i, o, k = header["in"], header["out"], header["k"]
-        shapes = {"bits": (k, o, packed_bytes(i)), "g": (k, o), "h": (k, i)}
-        dtypes = {"bits": jnp.uint8, "g": SCALE_DTYPE, "h": SCALE_DTYPE}
+    def abstract(cls, header: Header, read: Any = None) -> Self:
+        """As of every weight; raises ValueError for limbs that are neither 2 nor 3."""
         limbs = header.get("limbs")
         if limbs not in (None, 2, 3):
-            raise ValueError(f"limbs {limbs}")
-        arrays = {n: jax.ShapeDtypeStruct(s, dtypes[n]) for n, s in shapes.items()}
-        return cls(**arrays, limbs=limbs)
+            raise ValueError(f"limbs is {limbs!r}")
+        return super().abstract(header, read).replace(limbs=limbs)
 
 
 def pack_positive(positive: jax.Array) -> jax.Array:
     """Bool `[..., i, o]`, True for +1 -> `rb256` bits, uint8 `[..., o, 32 ceil(i / 256)]`."""
-    from rabit_jax.kernels.layout import pack_bits
-
     return per_layer(lambda one: pack_bits(one.T), positive)
 
 

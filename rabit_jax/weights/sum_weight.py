@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -13,10 +13,11 @@ from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
-from rabit_jax.signs.ste import F32
+from rabit_jax.signs.ste import F32, summed
 from rabit_jax.tree import fold_key
 from rabit_jax.types import Spec
 from rabit_jax.weights.costs import Cost
+from rabit_jax.weights.leaves import WeightNode
 from rabit_jax.weights.scaled_weight import rescaled
 
 
@@ -64,7 +65,7 @@ def residual(*specs: Spec) -> SumSpec:
 
 
 @struct.dataclass
-class SumWeight:
+class SumWeight(WeightNode):
     """`W_hat = W_hat_1 + ... + W_hat_n`: in training, packed, and in every count of bits.
 
     Attributes:
@@ -78,6 +79,8 @@ class SumWeight:
 
     terms: tuple[Any, ...]
 
+    header_type = "sum"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape `[..., i, o]` of the matrix."""
@@ -85,11 +88,11 @@ class SumWeight:
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x W_hat_1 + ... + x W_hat_n`, each by its own product, added in `x.dtype`."""
-        return sum(term.matmul(x) for term in self.terms)
+        return summed(term.matmul(x) for term in self.terms)
 
     def dense(self) -> jax.Array:
         """`W_hat`, float32 `[..., i, o]`."""
-        return sum(term.dense() for term in self.terms)
+        return summed(term.dense() for term in self.terms)
 
     def paths(self) -> Iterator[jax.Array]:
         """The paths of the terms, one term after another, float32 `[..., i, o]`."""
@@ -101,21 +104,9 @@ class SumWeight:
         found = [t.positive() for t in self.terms if hasattr(t, "positive")]
         return jnp.concatenate([p.reshape(*lead, 1, 1, -1) for p in found], axis=-1)
 
-    def roles(self) -> SumWeight:
-        """Leaf names for the optimiser and the mesh."""
-        return SumWeight(tuple(term.roles() for term in self.terms))
-
     def pack(self, name: str) -> SumWeight:
         """The sum of the packed terms; what raises is theirs."""
         return SumWeight(tuple(t.pack(f"{name}, term {n}") for n, t in enumerate(self.terms)))
-
-    def bits_per_weight(self) -> float:
-        """Nominal bits per weight, summed over the terms."""
-        return sum(term.bits_per_weight() for term in self.terms)
-
-    def deployed_bytes(self) -> int:
-        """Bytes once packed, summed over the terms."""
-        return sum(term.deployed_bytes() for term in self.terms)
 
     def cost(self) -> Cost:
         """Cost per token of the terms; the few additions that join them are left out."""
@@ -124,15 +115,3 @@ class SumWeight:
     def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> SumWeight:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
         return SumWeight(tuple(rescaled(term, d_in, d_out) for term in self.terms))
-
-    def header(self) -> dict[str, Any]:
-        """What the packed file says of one matrix: `{"type": "sum", "in", "out", "terms"}`."""
-        i, o = self.shape[-2:]
-        return {"type": "sum", "in": i, "out": o, "terms": [t.header() for t in self.terms]}
-
-    @classmethod
-    def abstract(cls, header: Mapping[str, Any]) -> SumWeight:
-        """The packed node of one matrix as shapes and dtypes, from its `header`."""
-        from rabit_jax.weights.representations import abstract_packed
-
-        return cls(tuple(abstract_packed(term) for term in header["terms"]))

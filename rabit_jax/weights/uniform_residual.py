@@ -13,6 +13,8 @@ from flax import struct
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.iterative_svid import TINY, floored, rank1
 from rabit_jax.signs.ste import F32, outer
+from rabit_jax.types import Array
+from rabit_jax.weights.leaves import leaf, size
 from rabit_jax.weights.residual_sign import ResidualSign
 from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, fit_layers
 
@@ -100,16 +102,13 @@ class UniformResidual(SignPaths):
       ste: straight-through rule of the latent, see `ste.path_slope`.
     """
 
-    latent: jax.Array
-    g: jax.Array
-    h: jax.Array
-    k: int = struct.field(pytree_node=False, default=2)
+    latent: Array = leaf("latent", "i o")
+    g: Array = leaf("scale", "1 o")
+    h: Array = leaf("scale", "1 i")
+    k: int = size("k", default=2)
     ste: str = struct.field(pytree_node=False, default="identity")
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape `[..., i, o]` of the matrix."""
-        return self.latent.shape
+    packed = PackedSign
 
     def free(self) -> ResidualSign:
         """The same weight with a scale pair for every path: `g_i = g / 2^(i-1)`, `h_i = h`."""
@@ -134,10 +133,6 @@ class UniformResidual(SignPaths):
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return self.free().paths()
-
-    def roles(self) -> UniformResidual:
-        """Leaf names for the optimiser and the mesh."""
-        return self.replace(latent="latent", g="scale", h="scale")
 
     def pack(self, name: str) -> PackedSign:
         """As `ResidualSign`: the packed form stores, and is counted with, a pair for each path.

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from rabit_jax.data.mix import Part
-from rabit_jax.data.named import NAMED, named_text
+from rabit_jax.data.readers import NAMED, named_text
 from rabit_jax.data.sources import DataConfig, documents, mixed
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import tokenise, tokenise_stream

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rabit_jax.data import files
+from rabit_jax.data import readers
 from rabit_jax.data.sources import DataConfig, documents, unseen_documents
 from rabit_jax.errors import BadInput
 
@@ -71,7 +71,7 @@ def test_eval_files_serve_embedded_training_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mark", ["\n\n", "\n", " ", ""])
 def test_a_big_file_is_cut_into_complete_pieces(mark):
     text = mark.join(f"{'x' * 30}{n:05}" for n in range(5_000))
-    pieces = list(files.pieces(text, 1000))
+    pieces = list(readers.pieces(text, 1000))
     assert "".join(pieces) == text
     assert all(500 <= len(piece) <= 1000 for piece in pieces[:-1])
     assert all(piece.endswith(mark) for piece in pieces[:-1])
@@ -94,7 +94,7 @@ def test_max_documents_takes_the_first(tmp_path):
 def test_a_path_with_glob_characters_is_a_path(tmp_path):
     for name in ("a[1].txt", "a1.txt"):
         (tmp_path / name).write_text(name)
-    assert list(files.file_documents((str(tmp_path / "a[1].txt"),))) == ["a[1].txt"]
+    assert list(readers.file_documents((str(tmp_path / "a[1].txt"),))) == ["a[1].txt"]
 
 
 def bad(message, **fields):

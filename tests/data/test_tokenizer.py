@@ -80,7 +80,7 @@ def test_a_folder_without_tokeniser(tmp_path):
 def test_a_damaged_tokeniser_is_named(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(BadInput, match="cannot read the tokeniser in .* restore its tokenizer"):
+    with pytest.raises(BadInput, match="cannot read the tokenizer in .* restore its tokenizer"):
         load_tokenizer(tmp_path)
 
 

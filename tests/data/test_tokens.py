@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from rabit_jax.data import counting, token_cache, tokens
+from rabit_jax import progress
+from rabit_jax.data import token_cache, tokens
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import batch, tokenise, windows
 from rabit_jax.errors import BadInput
@@ -131,7 +132,7 @@ def test_a_full_disk_is_one_sentence(tokenizer, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(token_cache.os, "replace", full)
+    monkeypatch.setattr("rabit_jax.atomic.os.replace", full)
     with pytest.raises(BadInput, match="No space left on device.* free space"):
         tokenise(TEXTS, tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -149,8 +150,8 @@ def test_unfit_input_is_refused(tokenizer, tmp_path):
 def test_a_progress_bar_only_for_much_text(tokenizer, tmp_path, monkeypatch, capfd):
     tokenise(TEXTS, tokenizer, tmp_path)
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setattr(counting, "SLOW", 1)
-    monkeypatch.setattr(counting, "LINE_SECONDS", 0)
+    monkeypatch.setattr(token_cache, "SLOW", 1)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     tokenise(TEXTS[:2], tokenizer, tmp_path, "my text")
     out, err = capfd.readouterr()
     assert out == "" and "tokenising my text: 2 documents" in err

@@ -110,7 +110,7 @@ def test_a_search_is_made_for_each_row_that_is_not_single(plan):
          "key is 'qat.steps'"),
         ({"rows": {"a": ["qat.steps=many"]}}, "row 'a': the config key 'qat.steps' is 'many'"),
         ({"rows": {"a": ["qat.steps"]}}, "row 'a': the override 'qat.steps' is not of the form"),
-        ({"rows": {"a": ["qat.steps=0"]}}, "row 'a': qat: qat.steps is 0"),
+        ({"rows": {"a": ["qat.steps=0"]}}, "row 'a': the config key 'qat.steps' is 0"),
         ({"rows": {"a": ["seed=3"]}}, "row 'a' sets seed"),
         ({"rows": {"a": ["teacher.steps=3"]}}, "the teacher is shared"),
         ({"rows": {"a": ["model.n_layers=3"]}}, "the teacher is shared"),

@@ -53,7 +53,7 @@ def test_stdout_is_one_json_object(capsys):
 
 
 def test_without_json_a_table(capsys, monkeypatch):
-    row = {"shape": [48, 64], "k": 2, "speedup": 12.5, "reference_relative_error": None}
+    row = {**dict.fromkeys(bench_svid.COLUMNS), "shape": [48, 64], "k": 2, "speedup": 12.5}
     monkeypatch.setattr(bench_svid, "measure", lambda options: [row])
     bench.run(SVID)
     out = capsys.readouterr().out
@@ -151,7 +151,7 @@ def test_wrong_options_are_one_sentence_and_exit_code_2(arguments, message, caps
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", ["step", "svid"])
+@pytest.mark.parametrize("name", ["step", "svid", "kernels", "decode", "aot"])
 def test_help_has_examples_that_parse(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.run([name, "--help"])

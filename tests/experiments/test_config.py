@@ -3,9 +3,10 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.config import load_config
@@ -49,6 +50,7 @@ class Config:
     rules: tuple[Rule, ...] = (Rule("layers/.*"),)
     k: Literal[1, 2, 3, 4] = 2
     note: str | None = None
+    share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
 
 
 @pytest.fixture
@@ -219,6 +221,20 @@ def test_an_unknown_key_in_the_file_is_found_at_every_depth(load):
         ("name: x\nfiles: a.txt", ["'files'", "'a.txt'", "a list of str"]),
         ("name: x\nfiles: [a, no]", ["'files[1]'", "False", "quote"]),
         ("name: x\nrules: [{k: 2}]", ["'rules[0].match'", "missing"]),
+        ("name: x\nk: true", ["'k'", "True", "1, 2, 3, 4"]),
+        ("name: x\nk: 2.0", ["'k'", "2.0", "1, 2, 3, 4"]),
+        ("name: x\ntrain: {optimiser: {kind: adam}}", ["did you mean 'adamw'?"]),
+        ("name: x\ntrain: {optimiser: {clip: yes}}", ["'train.optimiser.clip'", "True", "float"]),
+        ("name: x\ntrain: {optimiser: {betas: [1]}}", ["betas", "[1]", "2 values", "[1e-3, 1e-3]"]),
+        ("name: x\nfiles: !!set {a, b}", ["'files'", "a list of str", "[text, text]"]),
+        ("name: x\nseed: !!binary MTI=", ["'seed'", "b'12'", "int"]),
+        (f"name: x\nshare: {'9' * 400}", ["'share'", "999...", "float"]),
+        ("name: x\nmesh:", ["'mesh'", "None", "mapping of names to int", "{name: 3}"]),
+        ("name: x\nmesh: {2: 1}", ["'mesh'", "2", "quote"]),
+        ("name: x\ntrain.steps: 1", ["'train.steps'", "train: {steps: ...}"]),
+        ("name: x\nshare: 1.5", ["'share' is 1.5", "less than or equal to 1"]),
+        ("name: x\nshare: -1", ["'share' is -1", "greater than or equal to 0"]),
+        ("name: x\nshare: .inf", ["'share' is inf", "finite"]),
         ("seed: 1", ["'name'", "missing", "str"]),
         ("- name", ["mapping"]),
         ("just text", ["mapping", "just text"]),

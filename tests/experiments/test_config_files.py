@@ -28,6 +28,9 @@ def load(read_config):
         ("name: x\nseed: 1\nseed: 2", ["line 3", "'seed'", "twice"]),
         ("name: x\n? [a]\n: 1", ["line 2", "one word"]),
         ("name: !!python/object:os.system x", ["line 1"]),
+        ("name: 2024-13-45", ["line 1", "'2024-13-45' is no timestamp", "quotes"]),
+        ("name: x\nseed: !!bool maybe", ["line 2", "'maybe' is no bool"]),
+        ("name: x\0", ["#x0000"]),
     ],
 )
 def test_bad_yaml_names_the_line(load, text, words):
@@ -35,6 +38,34 @@ def test_bad_yaml_names_the_line(load, text, words):
         load(text)
     for word in words:
         assert word in str(error.value)
+
+
+LAUGH = "a: &a {x: 1}\n" + "".join(
+    f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 9)}]}}\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["name: " + "[" * 60 + "]" * 60, "[" * 600, "{a: " * 600, LAUGH, LAUGH.replace("<<:", "y:"),
+     "name: &a [*a]", "name: &a {b: *a}"],
+    ids=["nested", "open", "mappings", "merges", "aliases", "itself", "below itself"],
+)
+def test_yaml_that_would_grow_without_end_is_refused(load, text):
+    with pytest.raises(BadInput, match="too large for a config: it may hold 100000") as error:
+        load(text)
+    assert "\n" not in str(error.value)
+
+
+def test_aliases_are_read_and_an_override_changes_one_place_only(read_config):
+    @dataclass(frozen=True)
+    class Two:
+        a: Config
+        b: Config
+
+    text = "a: &a {name: x, seed: 3}\nb: *a"
+    assert read_config(Two, text, "b.seed=5") == Two(Config("x", 3), Config("x", 5))
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -59,7 +90,9 @@ def test_a_config_that_comes_with_the_package_is_taken_by_its_name(tmp_path, mon
         assert load_config(Config, name).name == "shipped"
     for name in ("models/one-1.5b", "models/one-1.5b.yaml"):
         assert load_config(Config, name).name == "nested"
-    with pytest.raises(BadInput, match="no-such.* by its name: models/one-1.5b, small"):
+    with pytest.raises(BadInput, match="no-such.* by its name: models/one-1.5b, small$"):
         load_config(Config, "no-such")
+    with pytest.raises(BadInput, match="did you mean 'small'[?]"):
+        load_config(Config, "smal.yaml")
     (here / "small.yaml").write_text("name: mine")
     assert load_config(Config, "small.yaml").name == "mine"

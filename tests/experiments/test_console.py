@@ -1,49 +1,11 @@
-"""What a command prints and how it ends: exit codes, lines in a log, tables."""
+"""What a command prints and how it ends: exit codes and tables."""
 
 import errno
 
-import numpy as np
 import pytest
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine import console
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that moves only when told to."""
-    now = [100.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    return now
-
-
-def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(clock, capsys):
-    with console.progress("QAT", total=100, start=40) as bar:
-        for step in range(41, 101):
-            clock[0] += 1.0
-            bar.update(step, loss=np.float32(0.25), tokens_per_second=12345.6)
-    out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert out == ""
-    assert lines[0] == "QAT: 50/100, loss 0.25, 12,346 tokens/s, 50s left"
-    assert lines[-1] == "QAT: 100/100, loss 0.25, 12,346 tokens/s, took 1m00s"
-    assert len(lines) == 6
-
-
-def test_values_are_not_read_when_nothing_is_drawn(clock, capsys):
-    class Unread:
-        def __float__(self):
-            raise AssertionError("read")
-
-    with console.progress("QAT", total=100) as bar:
-        bar.update(1, tokens_per_second=Unread())
-        bar.update(2)
-
-
-def test_say_prints_text_as_it_is(capsys):
-    text = "[bold] layers/[0] " + "x" * 300
-    console.say(text)
-    assert capsys.readouterr().err == text + "\n"
 
 
 def test_table_goes_where_it_is_told_and_formats_numbers(capsys):
@@ -55,16 +17,6 @@ def test_table_goes_where_it_is_told_and_formats_numbers(capsys):
         assert word in err
     console.table("Results", ["name", "ppl", "bytes"], rows, stdout=True)
     assert capsys.readouterr() == (err, "")
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, "-"), (3, "3"), (12345, "12,345"), (0.13051, "0.1305"), (6.25e-5, "6.25e-05"),
-     (12345.6, "12,346"), (1e6, "1,000,000"), (float("nan"), "nan"), (float("inf"), "inf"),
-     ("a", "a")],
-)  # fmt: skip
-def test_numbers_for_people(value, text):
-    assert console.number(value) == text
 
 
 def raising(error):
@@ -98,16 +50,3 @@ def test_any_other_error_propagates():
         console.main_guard(raising(FileNotFoundError("x")))
     with pytest.raises(ValueError, match="bug"):
         console.main_guard(raising(ValueError("bug")))
-
-
-def test_only_large_models_show_that_they_are_read(clock, capsys):
-    with console.loading("small") as done:
-        done(10**8, 2 * 10**8)
-    assert capsys.readouterr().err == ""
-    with console.loading("org/large") as done:
-        for ready in (1, 2, 4):
-            clock[0] += 11.0
-            done(ready * 10**9, 4 * 10**9)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("load org/large, MB: 2000/4000")
-    assert lines[-1].startswith("load org/large, MB: 4000/4000")

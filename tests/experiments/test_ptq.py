@@ -24,7 +24,7 @@ from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.data.sources import DataConfig, documents
 from rabit_jax.data.tokens import batch, tokenise, windows
 from rabit_jax.evaluate.perplexities import perplexity
-from rabit_jax.experiments.engine import blockwise
+from rabit_jax.experiments.engine import ptq as blockwise
 from rabit_jax.formats.packed_model import load_packed, save_packed
 from rabit_jax.formats.tokenizer import load_tokenizer
 from rabit_jax.train.losses import next_token_loss
@@ -119,7 +119,9 @@ def test_scores_are_those_of_the_whole_models(finished, at_once, text):
     assert summary["packed"]["bytes"] == size
     card, packed = (finished / "packed" / "README.md").read_text(), summary["packed"]
     assert f"| this model | {packed['ppl']:.2f} | {packed['bits_per_byte']:.3f} | 32 |" in card
-    assert f"calibrate {12 * LENGTH}" in card and summary["command"] in card
+    assert f"calibrate {12 * LENGTH}" in card
+    assert "python -m experiments.run --config ptq.yaml" in card
+    assert str(finished.parents[1]) in summary["command"] and str(finished.parents[1]) not in card
 
 
 @pytest.mark.more
@@ -250,10 +252,11 @@ def test_a_second_run_does_nothing_again(finished, ptq, monkeypatch, capsys):
 
 
 def test_what_training_left_in_the_folder_is_not_taken_for_its_own(finished, ptq):
-    made = [finished / "stages" / f"{name}.json" for name in ("calibrate", "init", "pack")]
-    (finished / "stages").mkdir()
-    for file in made:
-        file.write_text("{}")
+    left = {"calibrate": "calibration.safetensors", "init": "checkpoints/init/0",
+            "pack": "packed/model.safetensors"}
+    made = [finished / "stages" / f"{name}.json" for name in left]
+    for file, name in zip(made, left.values(), strict=True):
+        file.write_text(json.dumps({"files": {name: 1}}))
     with open(finished / "metrics.jsonl", "a", encoding="utf-8") as lines:
         lines.write('{"stage": "qat", "step": 1, "tokens": 8, "loss": 2.0}\n')
     before = json.loads((finished / "summary.json").read_text())["seconds"]
@@ -273,3 +276,43 @@ def test_resume_refuses_another_model(place, ptq_model, ptq, tmp_path, monkeypat
     assert ptq(*name, "--resume") == 2
     assert "what it reads has changed" in capsys.readouterr().err
     assert list((place / "runs" / "changed" / "blocks").glob("block-*"))
+
+
+def test_stages_are_recorded_forced_and_ended_after(finished, place, ptq, capsys):
+    def records(folder):
+        files = sorted((folder / "stages").iterdir())
+        return {f.stem: json.loads(f.read_text())["id"] for f in files}
+
+    before = records(finished)
+    assert list(before) == ["quantise", "score_packed", "score_teacher"]
+    assert ptq("--force", "score_packed") == 0
+    err = capsys.readouterr().err
+    assert "quantise: complete" in err and "score_packed: complete" not in err
+    after = records(finished)
+    assert [name for name in after if after[name] != before[name]] == ["score_packed"]
+    assert ptq("name=ended", "--until", "quantise", "calibrate.mode=none") == 0
+    folder = place / "runs" / "ended"
+    assert list(records(folder)) == ["quantise"]
+    assert (folder / "packed").is_dir() and not (folder / "summary.json").exists()
+
+
+def test_the_pieces_of_version_0_1_are_taken_as_they_are(
+    finished, place, ptq, monkeypatch, capsys
+):
+    """It had no records of stages: the keys of the pieces told what was complete."""
+    folder = place / "runs" / "older"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "stages")
+    for name in ("init_block", "save_packed", "_forward"):
+        monkeypatch.setattr(blockwise, name, lambda *_, **__: 1 / 0)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("name: ptq", "name: older"))
+    assert ptq("name=older", "--resume") == 0
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (finished, folder)]
+    for name in ("teacher", "packed", "relative_error", "tokens", "seconds", "dense", "cost"):
+        assert summaries[0][name] == summaries[1][name], name
+    shutil.rmtree(folder / "stages")
+    (folder / "blocks" / "key").write_text("of another model")
+    assert ptq("name=older", "--resume") == 2
+    assert "what it reads has changed" in capsys.readouterr().err
+    assert (folder / "blocks" / "block-000.safetensors").exists()

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from rabit_jax.experiments.engine import blockwise
+from rabit_jax.experiments.engine import ptq as blockwise
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_a_failed_write_leaves_the_old_report_and_no_pieces(tmp_path, monkeypatc
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rabit_jax.experiments.engine.files.os.replace", full)
+    monkeypatch.setattr("rabit_jax.atomic.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         report(tmp_path, SUMMARY, [], None)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 
-from rabit_jax.experiments import run as command
-from rabit_jax.experiments.engine import inputs
+from rabit_jax.experiments.engine import inputs, qat, stages
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.settings import RunConfig
+
+STAGES = {stage.name: stage for stage in qat.STAGES}
 
 
 def ids(folder):
@@ -20,7 +21,7 @@ def test_a_second_run_skips_every_stage(finished, place, capsys, run):
     before = ids(finished)
     assert run(place) == 0
     assert ids(finished) == before
-    assert capsys.readouterr().err.count("skipped") == len(command.STAGES)
+    assert capsys.readouterr().err.count("skipped") == len(qat.STAGES)
 
 
 def test_a_stage_is_complete_whatever_its_card_says(tmp_path):
@@ -29,11 +30,11 @@ def test_a_stage_is_complete_whatever_its_card_says(tmp_path):
     packed.mkdir(parents=True)
     for name in ("model.safetensors", "README.md"):
         (packed / name).write_text("short")
-    folder.complete("pack", {"key": "a"})
+    stages.complete(folder, STAGES["pack"], {"key": "a"})
     (packed / "README.md").write_text("written again from the summary, then edited")
-    assert folder.completed("pack", "a")
+    assert stages.completed(folder, STAGES["pack"], "a")
     (packed / "model.safetensors").write_text("another")
-    assert not folder.completed("pack", "a")
+    assert not stages.completed(folder, STAGES["pack"], "a")
 
 
 def test_packing_makes_post_training_of_the_same_folder_pack_again(tmp_path):
@@ -41,9 +42,9 @@ def test_packing_makes_post_training_of_the_same_folder_pack_again(tmp_path):
     note = folder.path / "blocks" / "packed.json"
     note.parent.mkdir(parents=True)
     note.write_text("{}")
-    folder.begin("evaluate", "a", resume=False)
+    stages.begin(folder, STAGES["evaluate"], "a", resume=False)
     assert note.exists()
-    folder.begin("pack", "a", resume=False)
+    stages.begin(folder, STAGES["pack"], "a", resume=False)
     assert not note.exists()
 
 

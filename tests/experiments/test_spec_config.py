@@ -62,7 +62,12 @@ def test_overrides_fill_what_the_file_leaves(tmp_path):
     assert spec("init.spec.type=uniform", file=file) == UniformResidualSpec(rounds=3)
 
 
+def test_a_spec_within_a_spec_keeps_its_own_defaults():
+    assert spec("init.spec={type: scaled, spec: {k: 3}}") == scaled(ResidualSignSpec(k=3))
+
+
 @pytest.mark.parametrize(("overrides", "said"), [
+    (["init.spec={type: [1]}"], "'init.spec.type' is [1], wanted one of 'residual'"),
     (["init.spec.type=low_rnk"], "'init.spec.type' is 'low_rnk', wanted one of 'residual'"),
     (["init.spec.type=low_rnk"], "did you mean 'low_rank'?"),
     (["init.spec.type=low_rank", "init.spec.rounds=3"],

@@ -7,7 +7,7 @@ import pytest
 
 from rabit_jax import load_hf
 from rabit_jax.experiments.bench import synthetic_checkpoint as command
-from rabit_jax.kernels.bench.shapes import MODELS
+from rabit_jax.experiments.bench.shapes import MODELS
 
 TINY = {"d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16,
         "d_hidden": 96, "vocab_size": 300, "max_position": 64}

@@ -197,8 +197,8 @@ def test_loading_holds_one_stacked_parameter_more(folder, devices, random_big):
 @pytest.fixture(scope="module")
 def random_big(tmp_path_factory):
     """A random bfloat16 checkpoint of 290 MB in six shards."""
+    from rabit_jax.formats.families import tensor_names
     from rabit_jax.formats.hf_config import to_hf
-    from rabit_jax.formats.names import tensor_names
     from rabit_jax.models.config import ModelConfig
     from rabit_jax.models.decoder import param_shapes
 

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from rabit_jax.errors import BadInput
+from rabit_jax.formats.families import hf_name
 from rabit_jax.formats.hf import load_hf, save_hf
-from rabit_jax.formats.names import hf_name
 
 
 def _same(a, b):
@@ -200,7 +200,7 @@ def test_truncated_and_missing_shards_are_named(folder):
     ("config.json", '{"model_type": "bert"}', "^unsupported model_type 'bert'"),
     ("config.json", None, "cannot read .*config.json"),
     ("model.safetensors", None, "holds no model.safetensors and no model.safetensors.index.json"),
-    ("tokenizer.json", "{", "cannot read the tokeniser"),
+    ("tokenizer.json", "{", "cannot read the tokenizer"),
 ])
 def test_damaged_folders(folder, name, content, message):
     if content is None:

@@ -165,7 +165,7 @@ def test_saving_again_replaces_and_a_full_disk_leaves_what_was_there(
 
     other = random_packed(small, k=3)
     io.save_packed(folder, small, other)
-    monkeypatch.setattr("rabit_jax.formats.folder.save_file", full)
+    monkeypatch.setattr("rabit_jax.atomic.save_file", full)
     with pytest.raises(BadInput, match="cannot write model folder .*No space left"):
         io.save_packed(folder, small, params)
     assert [p.name for p in folder.parent.iterdir()] == ["packed"]

@@ -19,7 +19,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.kernels import reference
 from rabit_jax.kernels.activations import bit_planes
 from rabit_jax.kernels.bench import aot
-from rabit_jax.kernels.gpu import triton_b1, triton_b1_kernel, triton_call, triton_int8
+from rabit_jax.kernels.gpu import triton_b1, triton_int8, triton_tiles
 from rabit_jax.kernels.layout import pack_bits
 from rabit_jax.kernels.matmul import packed_matmul
 
@@ -85,7 +85,7 @@ def test_the_assembly_multiplies_rows_by_planes_as_they_are_laid():
     words = np.asarray(pack_bits(jnp.asarray(positive))).view(np.uint32).reshape(32, 4)
     zero = np.zeros((32, 4), np.uint32)
     operands = np.concatenate([zero, words, planes[0], planes[1], zero], axis=1)
-    text = str(getattr(triton_b1_kernel._b1_asm, "fn", triton_b1_kernel._b1_asm)())
+    text = str(getattr(triton_b1._b1_asm, "fn", triton_b1._b1_asm)())
     # Element 16 p + 4 t + 2 h + e is the count of row 2 t + e and plane p + 8 h.
     counts = run_asm(text, operands).reshape(8, 4, 2, 2).transpose(1, 3, 2, 0).reshape(8, 16)
     weights = np.where(np.arange(16) == 15, -(2**15), 2 ** np.arange(16))
@@ -129,13 +129,13 @@ def test_a_host_without_gpu_lowers_the_product_for_one(module, batch, limbs):
 def test_inputs_are_laid_as_the_blocks_of_a_row_meet_them():
     # 160 bytes in blocks of 64: the third begins at byte 96, so that its first 32 come again.
     u = jnp.arange(1.0, 1271)
-    laid = np.asarray(triton_call.lay_inputs(u, 160, 64))
+    laid = np.asarray(triton_tiles.lay_inputs(u, 160, 64))
     assert laid.shape == (1536,)
     np.testing.assert_array_equal(laid[:1024], u[:1024])
     assert not laid[1024:1280].any()
     np.testing.assert_array_equal(laid[1280:], np.pad(u[1024:], (0, 10)))
     for inputs, row_bytes in ((200, 32), (500, 64)):
-        laid = triton_call.lay_inputs(u[:inputs], row_bytes, 64)
+        laid = triton_tiles.lay_inputs(u[:inputs], row_bytes, 64)
         np.testing.assert_array_equal(laid, np.pad(u[:inputs], (0, 512 - inputs)))
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from rabit_jax.kernels.gpu import triton_b1, triton_b1_kernel, triton_int8, triton_kernels
+from rabit_jax.kernels.gpu import triton_b1, triton_int8
 from rabit_jax.kernels.layout import pack_bits
 
 
@@ -44,10 +44,10 @@ def product(impl, u, bits, g, rows, limbs, parts):
     if impl == "triton_int8":
         _, constants, grid = triton_int8.plan(u.shape[0], bits.shape, rows, limbs)
         made = triton_int8.columns_of(u, limbs, bits.shape[-1])
-        kernel = triton_kernels.int8_partials
+        kernel = triton_int8.int8_partials
     else:
         constants, grid = triton_b1.plan(u.shape[0], bits.shape, rows, limbs)
-        made, kernel = triton_b1.fragments(u, limbs, bits.shape[-1]), triton_b1_kernel.b1_partials
+        made, kernel = triton_b1.fragments(u, limbs, bits.shape[-1]), triton_b1.b1_partials
     if parts:
         constants["SPLITS"], grid = parts, (grid[0], bits.shape[1] * parts, grid[2])
     shape = (grid[1], u.shape[0], g.shape[-1])

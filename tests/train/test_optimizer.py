@@ -113,7 +113,13 @@ def test_projection_moves_only_scales_below_the_floor():
 
 @pytest.mark.parametrize(
     "settings, said",
-    [({"freeze": ("latents",)}, "latents"), ({"lr": 0.0}, "lr"), ({"warmup": 1.5}, "warmup")],
+    [
+        ({"freeze": ("latents",)}, "latents"), ({"lr": 0.0}, "lr"), ({"warmup": 1.5}, "warmup"),
+        ({"lr": float("nan")}, "lr is nan"), ({"lr": float("inf")}, "lr is inf"),
+        ({"scale_lr": -1.0}, "scale_lr is -1.0"), ({"beta1": 1.0}, "beta1 is 1.0"),
+        ({"beta2": -0.1}, "beta2 is"), ({"weight_decay": -1.0}, "weight_decay"),
+        ({"clip": float("nan")}, "clip is nan"),
+    ],
 )
 def test_bad_settings(settings, said):
     with pytest.raises(BadInput, match=said):

@@ -1,4 +1,4 @@
-"""What a one-bit kernel must pass before its first use: words lie as the instruction takes them."""
+"""The first device: its compute capability, and whether a one-bit kernel computes rightly on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rabit_jax.errors import BadInput
 from rabit_jax.kernels.layout import pack_bits
+
+
+def cuda_capability() -> int:
+    """Compute capability of the first device, such as 90; 0 where it is not an NVIDIA GPU."""
+    device = jax.devices()[0]
+    # Other makers' GPUs have names such as gfx90a in its place.
+    version = str(getattr(device, "compute_capability", ""))
+    on_gpu = device.platform in ("gpu", "cuda") and "." in version
+    return round(10 * float(version)) if on_gpu else 0
+
+
+def capability(impl: str) -> int:
+    """Compute capability, such as 90, of the first device.
+
+    Raises:
+      BadInput: the first device is not an NVIDIA GPU.
+    """
+    version = cuda_capability()
+    if not version:
+        found = jax.devices()[0].platform
+        raise BadInput(f"{impl} runs on NVIDIA GPUs and the first device is {found}: choose "
+                       "impl=None, which takes what the device can do")
+    return version
 
 
 def passes(product: Callable, name: str, instead: str) -> bool:

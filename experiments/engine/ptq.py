@@ -1,4 +1,9 @@
-"""The work of a post-training run: calibrate, initialise and pack block by block, then score."""
+"""The stages of task ptq: a full-precision model in, a packed model out, without training.
+
+A forward pass keeps the input of every block on disk, a backward pass brings the gradients; each
+block is calibrated, initialised, packed and written before the next is read, so that one block is
+in memory. A run that was stopped goes on at the block that it had reached.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,27 +21,34 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rabit_jax import BadInput, Stats, convert
+from rabit_jax import BadInput, Stats, convert, describe
 from rabit_jax.calibration.blockwise import init_block
 from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.perplexities import from_nats
 from rabit_jax.experiments.engine.config import to_dict
-from rabit_jax.experiments.engine.console import progress
 from rabit_jax.experiments.engine.folder import RunFolder
-from rabit_jax.experiments.engine.inputs import abstract_params, write_stats
+from rabit_jax.experiments.engine.inputs import (
+    abstract_params,
+    check_lengths,
+    check_rules,
+    write_stats,
+)
 from rabit_jax.experiments.engine.machine import peak_memory
 from rabit_jax.experiments.engine.measure import figures
 from rabit_jax.experiments.engine.pieces import Pieces
 from rabit_jax.experiments.engine.settings import RunConfig
-from rabit_jax.experiments.engine.sweeps import FromCheckpoint, Source, Sweep
+from rabit_jax.experiments.engine.stages import Ids, Record, Stage
+from rabit_jax.experiments.engine.sweeps import FromCheckpoint, FromParams, Source, Sweep
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import Checkpoint
-from rabit_jax.formats.folder import read_generation, read_tokenizer
-from rabit_jax.formats.packed_model import save_packed
+from rabit_jax.formats.folder import fingerprint, read_generation
+from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packed
+from rabit_jax.formats.tokenizer import read_tokenizer
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.progress import progress
 from rabit_jax.tree import layer_keys, match_rules
-
-MODELS = ("teacher", "packed")
+from rabit_jax.types import Array, Params, Spec
 
 
 class Job:
@@ -43,7 +56,6 @@ class Job:
 
     Attributes:
       blocks: inputs, gradients and packed blocks.
-      scores: by model, states and results of its evaluation.
       stopped: whether the run shall end after this block.
     """
 
@@ -52,21 +64,38 @@ class Job:
         self.config, self.folder, self.checkpoint = config, folder, checkpoint
         self.text = Text(config, None)
         self.blocks = Pieces(folder.path / "blocks")
-        self.scores = {name: Pieces(folder.path / "scores" / name) for name in MODELS}
         self.stopped = False
 
+    def check(self) -> None:
+        """Read the text and refuse what cannot work, before anything is written.
+
+        Raises:
+          BadInput: rules that select no kernel or one outside the blocks, text that is too short,
+            sequences that are longer than the model's.
+        """
+        check_rules(self.specs)
+        config, lengths = self.config, {}
+        if config.calibrate.mode != "none":
+            self.text.rows(config.calibrate, 0, config.seed + 1)
+            lengths["calibrate"] = config.calibrate.length
+        if config.evaluate.models:
+            for text in self.texts().values():
+                self.text.windows(text)
+            lengths["evaluate"] = config.evaluate.context
+        check_lengths(lengths, self.model_config.max_position)
+
     @cached_property
-    def model_config(self) -> Any:
+    def model_config(self) -> ModelConfig:
         """The model's own config with the run's compute dtype."""
         found = self.checkpoint.config
         return dataclasses.replace(found, dtype=self.config.compute.dtype or found.dtype)
 
     @cached_property
-    def specs(self) -> dict[str, Any]:
+    def specs(self) -> dict[str, Spec]:
         """Spec by path of every kernel that will be packed."""
         return match_rules(abstract_params(self.model_config), self.config.init.rules())
 
-    def abstract_student(self) -> Any:
+    def abstract_student(self) -> Params:
         """Shapes of the whole model, initialised and not yet packed."""
         return jax.eval_shape(
             lambda p: convert(p, self.config.init.rules()), abstract_params(self.model_config)
@@ -95,18 +124,22 @@ class Job:
         return {name: text for name, text in found.items() if text}
 
     @contextlib.contextmanager
-    def step(self, stage: str, n: int, tokens: int) -> Iterator[dict]:
+    def step(self, stage: str, n: int, tokens: int) -> Iterator[dict[str, float]]:
         """Time a piece of work and log it; fields put into the dict go into the line too."""
         begin, fields = time.perf_counter(), {}
         yield fields
         seconds = time.perf_counter() - begin
-        self.folder.log({"stage": stage, "step": n, "tokens": tokens, "seconds": seconds,
-                         "peak_memory_bytes": peak_memory(), **fields})
+        self.folder.metrics.log({"stage": stage, "step": n, "tokens": tokens, "seconds": seconds,
+                                 "peak_memory_bytes": peak_memory(), **fields})
 
     def check_stop(self) -> None:
         """Raise KeyboardInterrupt where a signal came."""
         if self.stopped:
             raise KeyboardInterrupt
+
+    def forget(self) -> None:
+        """Drop the calibration tokens, which only one stage reads."""
+        self.__dict__.pop("calibration", None)
 
 
 def block_name(n: int) -> str:
@@ -114,8 +147,24 @@ def block_name(n: int) -> str:
     return f"block-{n:03}.safetensors"
 
 
-def quantise(job: Job) -> None:
-    """Calibrate, initialise and pack every block that is not there yet."""
+def quantise(job: Job, continues: bool) -> Record:
+    """Calibrate, initialise and pack every block that is not there yet; then the packed model."""
+    _quantise_blocks(job)
+    pack_model(job)
+    calibration, layers = job.calibration, range(job.model_config.n_layers)
+    records = [job.blocks.read_block(block_name(n))[2]["relative_error"] for n in layers]
+    sizes = packed_bytes(job.folder.path / "packed")
+    return {
+        "tokens": 0 if calibration is None else calibration.tokens.size,
+        "relative_error": {path: [record[path] for record in records] for path in job.specs},
+        "bits_per_weight": describe(job.abstract_student()).bits_per_weight,
+        "stored_bits_per_weight": sizes["stored_bits_per_weight"],
+        "linear_bytes": sizes["linear_bytes"],
+        "bytes": sizes["file_bytes"],
+    }
+
+
+def _quantise_blocks(job: Job) -> None:
     layers, blocks, sweep = job.model_config.n_layers, job.blocks, job.calibration
     mode = job.config.calibrate.mode
     order = list(range(layers))
@@ -137,7 +186,9 @@ def quantise(job: Job) -> None:
             blocks.drop(f"{kind}-{n:03}")
 
 
-def _quantise_block(job: Job, sweep: Sweep | None, n: int, keys: dict) -> float:
+def _quantise_block(
+    job: Job, sweep: Sweep | None, n: int, keys: dict[str, Array]
+) -> float:
     """Block n from its params on disk to its packed file; returns its mean relative error."""
     with job.step("init", n, sweep.tokens.size if sweep else 0) as fields:
         params = FromCheckpoint(job.checkpoint).block(n)
@@ -153,7 +204,7 @@ def _quantise_block(job: Job, sweep: Sweep | None, n: int, keys: dict) -> float:
     return fields["relative_error"]
 
 
-def _statistics(job: Job, sweep: Sweep | None, n: int, params: Any) -> dict[str, Stats] | None:
+def _statistics(job: Job, sweep: Sweep | None, n: int, params: Params) -> dict[str, Stats] | None:
     """Statistics of one block, as the mode of the calibration asks."""
     if sweep is None:
         return None
@@ -167,7 +218,7 @@ def _start(job: Job, sweep: Sweep) -> None:
     and the head."""
     section, layers, blocks = job.config.calibrate, job.model_config.n_layers, job.blocks
     if not blocks.has(sweep.name("x", 0)):
-        _check_room(job, sweep)
+        _check_disk(job, sweep)
         sweep.embed()
     if section.mode == "full" and not blocks.has(sweep.name("dx", layers)):
         _forward(job, sweep, "forward", keep=True)
@@ -191,7 +242,7 @@ def _forward(job: Job, sweep: Sweep, stage: str, keep: bool) -> None:
             job.check_stop()
 
 
-def _check_room(job: Job, sweep: Sweep) -> None:
+def _check_disk(job: Job, sweep: Sweep) -> None:
     """Raise BadInput where the states will not fit on the disk."""
     states = job.model_config.n_layers + 3 if job.config.calibrate.mode == "full" else 2
     needed = states * sweep.state_bytes()
@@ -238,28 +289,45 @@ def _stacked(packed: list[dict[str, Any]], path: str) -> Any:
     return jax.tree.map(lambda *layers: np.concatenate(layers), *(one.pop(path) for one in packed))
 
 
-def _size(folder: Any) -> int | None:
+def _size(folder: Path) -> int | None:
     file = folder / "model.safetensors"
     return file.stat().st_size if file.exists() else None
 
 
-def score(job: Job, label: str, source: Callable[[], Source]) -> dict:
-    """Perplexity of a model on each text, one block in memory; results that are there are read."""
-    found = {name: _score(job, label, name, text, source) for name, text in job.texts().items()}
-    return {**found.pop("held_out"), **found}
+def _score(label: str, source: Callable[[Job], Source]) -> Stage[Job]:
+    """The stage that scores a model on each text, with one block in memory."""
+    pieces, held_out = f"scores/{label}", f"perplexity_{label}"
+    # How the lines of each text are named in metrics.jsonl.
+    names = {"held_out": held_out, "unseen": f"{held_out}_unseen"}
+
+    def work(job: Job, continues: bool) -> Record:
+        found = {name: _perplexity(job, Pieces(job.folder.path / pieces), name, names[name], source)
+                 for name in job.texts()}
+        return {**found.pop("held_out"), **found}
+
+    def inputs(job: Job, ids: Ids) -> tuple:
+        c = job.config
+        texts = {name: text.digest for name, text in job.texts().items()}
+        settings = dataclasses.replace(c.evaluate, models=())
+        made = ids["quantise"] if label == "packed" else ""
+        return "ptq", settings, c.compute, fingerprint(c.teacher.path), texts, made
+
+    return Stage(f"score_{label}", work, inputs, (), pieces, tuple(names.values()),
+                 lambda config: label in config.evaluate.models)
 
 
-def _score(
-    job: Job, label: str, name: str, text: TokenText, source: Callable[[], Source]
-) -> dict:
-    pieces, stage = job.scores[label], score_stage(label, name)
+def _perplexity(
+    job: Job, pieces: Pieces, name: str, stage: str, source: Callable[[Job], Source]
+) -> Record:
+    """Perplexity on one text; a result that is there is read."""
     if record := pieces.record(f"{name}.json"):
         return record
+    text = job.texts()[name]
     rows, size = job.text.windows(text), job.config.evaluate.batch_size
     real = np.arange(len(rows) + -len(rows) % size) < len(rows)
     tokens = np.pad(rows, ((0, len(real) - len(rows)), (0, 0)))
     mask = np.repeat(real[:, None], tokens.shape[1], axis=1)
-    sweep = Sweep(job.model_config, source(), pieces, tokens, mask, size, f"{name}-")
+    sweep = Sweep(job.model_config, source(job), pieces, tokens, mask, size, f"{name}-")
     states = [sweep.name("x", n) for n in range(job.model_config.n_layers + 1)]
     if not any(map(pieces.has, states)):
         sweep.embed()
@@ -272,6 +340,21 @@ def _score(
     return found
 
 
-def score_stage(label: str, name: str) -> str:
-    """How the lines of a score are named in metrics.jsonl, such as `perplexity_packed_unseen`."""
-    return f"perplexity_{label}" + ("" if name == "held_out" else f"_{name}")
+def _quantise_inputs(job: Job, ids: Ids) -> tuple:
+    c = job.config
+    text = None if c.calibrate.mode == "none" else job.text.train.digest
+    return "ptq", c.calibrate, c.init, c.compute, c.seed, text, fingerprint(c.teacher.path)
+
+
+STAGES = (
+    Stage(
+        "quantise",
+        quantise,
+        _quantise_inputs,
+        leaves=("packed", "calibration.safetensors"),
+        pieces="blocks",
+        metrics=("forward", "head", "init", "pack"),
+    ),
+    _score("teacher", lambda job: FromCheckpoint(job.checkpoint)),
+    _score("packed", lambda job: FromParams(load_packed(job.folder.path / "packed")[1])),
+)

@@ -1,12 +1,14 @@
-"""Names of `--shapes` and `--model`: published models, and the linears of one of their blocks."""
+"""Sizes on a command line: published models, the linears of their blocks, lists of numbers."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from rabit_jax.models.config import ModelConfig
+from rabit_jax.errors import BadInput
+from rabit_jax.models.block import linear_shapes
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.prepared import GROUPS
 
 # Sizes as published in each model's config.json. Gemma 3 has other activations and norms than the
 # decoder of this framework; the shapes of its linears, its head and its cache are its own.
@@ -38,7 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "tied_head": True,
     },
 }
-LARGEST = 1 << 20
+LARGEST, LARGEST_BATCH = 1 << 20, 4096
 
 
 class Shape(NamedTuple):
@@ -65,9 +67,6 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     Raises:
       BadInput: an unknown name.
     """
-    from rabit_jax.errors import BadInput
-    from rabit_jax.models.config import ModelConfig
-
     if name not in MODELS:
         raise BadInput(f"model is {name!r}: choose {', '.join(MODELS)}")
     return ModelConfig(**{**MODELS[name], **changes})
@@ -75,9 +74,6 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
 
 def linears(config: ModelConfig, model: str) -> list[Shape]:
     """The products of a block as the decode engine joins them: q, k, v; o; gate, up; down."""
-    from rabit_jax.models.block import linear_shapes
-    from rabit_jax.models.prepared import GROUPS
-
     shapes = linear_shapes(config)
     return [Shape(f"{model} {'+'.join(names)}", shapes[names[0]][0],
                   tuple(shapes[name][1] for name in names), limbs)
@@ -90,8 +86,6 @@ def parse_shapes(text: str) -> list[Shape]:
     Raises:
       BadInput: neither a model nor two sizes from 1 to `LARGEST`.
     """
-    from rabit_jax.errors import BadInput
-
     found = []
     for name in text.split(","):
         if name in MODELS:
@@ -103,3 +97,27 @@ def parse_shapes(text: str) -> list[Shape]:
                            "such as 4096x11008")
         found.append(Shape(name, int(sizes[1]), (int(sizes[2]),)))
     return list(dict.fromkeys(found))
+
+
+def numbers(name: str, text: str, largest: int) -> list[int]:
+    """`"1,2,4"` -> whole numbers from 1 to `largest`, without repetition.
+
+    Raises:
+      BadInput: anything else.
+    """
+    for part in text.split(","):
+        if not re.fullmatch(r"\d{1,9}", part) or not 1 <= int(part) <= largest:
+            raise BadInput(f"--{name} has {part!r}, wanted whole numbers from 1 to {largest} with "
+                           "commas between")
+    return list(dict.fromkeys(map(int, text.split(","))))
+
+
+def positive(name: str, value: int) -> int:
+    """The value.
+
+    Raises:
+      BadInput: it is below 1.
+    """
+    if value < 1:
+        raise BadInput(f"--{name} is {value}, wanted a positive integer")
+    return value

@@ -1,4 +1,4 @@
-"""`python -m kernels.bench --decode` on a tiny model: its rows, and that its parts do the work."""
+"""The benchmark of decoding on a tiny model: its rows, and that its parts do the work."""
 
 import json
 
@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from rabit_jax import BadInput
+from rabit_jax.experiments.bench import __main__ as bench
 from rabit_jax.experiments.bench import decode as bench_decode
-from rabit_jax.experiments.bench import decode as bench_parts
-from rabit_jax.experiments.bench import kernels as bench
+from rabit_jax.experiments.bench import shapes as bench_shapes
 from rabit_jax.kernels import matmul
-from rabit_jax.kernels.bench import shapes as bench_shapes
 from rabit_jax.models.engine import init_cache, step
 
-DECODE = ("--decode --model tiny --layers 1 --context 6 --batch 2 --tokens 4 --repeats 2 "
+DECODE = ("decode --model tiny --layers 1 --context 6 --batch 2 --tokens 4 --repeats 2 "
           "--json").split()
 TINY = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_hidden": 64,
         "vocab_size": 48, "max_position": 16}
@@ -63,7 +62,7 @@ def test_the_timed_loop_is_the_engine_step_by_step(plain):
     engine = bench_decode.random_engine(bench_shapes.model_config("tiny"), 2)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(engine))
     token, cache = jnp.zeros(2, jnp.int32), init_cache(engine.config, 2, 5)
-    last, after = bench_parts.decode_tokens(engine, token, init_cache(engine.config, 2, 5), 5)
+    last, after = bench_decode.decode_tokens(engine, token, init_cache(engine.config, 2, 5), 5)
     one = jax.jit(step)
     for _ in range(5):
         logits, cache = one(engine, token[:, None], cache)
@@ -77,14 +76,14 @@ def test_the_timed_loop_is_the_engine_step_by_step(plain):
 def test_parts_of_a_step_do_all_of_its_work(k, plain):
     engine = bench_decode.random_engine(bench_shapes.model_config("tiny", dtype="bfloat16"), k)
     case = bench_decode.Decoding(engine, batch=2, context=6, tokens=4)
-    x = bench_parts.block_linears(engine, case.x)
+    x = bench_decode.block_linears(engine, case.x)
     assert x.shape == (2, 1, 32) and np.isfinite(np.asarray(x, np.float32)).all()
-    y, keys, _ = bench_parts.attention(engine, case.heads, case.k + 0, case.v + 0, jnp.int32(5))
+    y, keys, _ = bench_decode.attention(engine, case.heads, case.k + 0, case.v + 0, jnp.int32(5))
     assert y.shape == (2, 1, 32)
     changed = np.any(np.asarray(keys, np.float32) != np.asarray(case.k, np.float32) * 0,
                      axis=(0, 1, 2, 4))
     assert changed.all() and np.isfinite(np.asarray(y, np.float32)).all()
-    assert bench_parts.head(engine, case.x[:, 0]).shape == (2,)
+    assert bench_decode.head(engine, case.x[:, 0]).shape == (2,)
 
 
 def test_the_batch_at_which_dense_overtakes_is_told():

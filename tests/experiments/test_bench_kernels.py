@@ -1,30 +1,28 @@
-"""`python -m kernels.bench` at tiny sizes: rows of products, what they are made of, refusals."""
+"""Benchmarks of kernels at tiny sizes: rows, what they are made of, what is refused and saved."""
 
 import json
 import math
-import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rabit_jax import BadInput
+from rabit_jax.experiments.bench import __main__ as bench
 from rabit_jax.experiments.bench import decode as bench_decode
-from rabit_jax.experiments.bench import kernels as bench
+from rabit_jax.experiments.bench import kernels as bench_matmul
+from rabit_jax.experiments.bench import random_weights as bench_weights
+from rabit_jax.experiments.bench import shapes as bench_shapes
 from rabit_jax.experiments.engine.console import main_guard
 from rabit_jax.kernels import reference
+from rabit_jax.kernels.bench import aot, gemlite_case
 from rabit_jax.kernels.bench import case as bench_case
-from rabit_jax.kernels.bench import gemlite as bench_gemlite
 from rabit_jax.kernels.bench import machine as bench_device
-from rabit_jax.kernels.bench import products as bench_matmul
-from rabit_jax.kernels.bench import random_weights as bench_weights
-from rabit_jax.kernels.bench import shapes as bench_shapes
 from rabit_jax.kernels.cpu import bit_planes as cpu
 from rabit_jax.kernels.layout import unpack_bits
 
 CACHE = 1 << 16
-PRODUCTS = "--shapes 96x160 --batch 1,2 --k 1,2 --repeats 2 --lowrank 0.55 --json".split()
+PRODUCTS = "kernels --shapes 96x160 --batch 1,2 --k 1,2 --repeats 2 --lowrank 0.55 --json".split()
 # Block linears, and all parameters of the published model with its norms.
 PUBLISHED = {
     "llama2-7b": (6_476_005_376, 6_738_415_616),
@@ -48,7 +46,7 @@ def result(arguments, capsys):
     assert out.count("\n") == 1 and out.endswith("\n")
     found = json.loads(out)
     assert list(found) == ["device", "date", "versions", "command", "rows"]
-    assert found["command"] == " ".join(["python -m kernels.bench", *arguments])
+    assert found["command"] == " ".join(["python -m experiments.bench", *arguments])
     return found["rows"]
 
 
@@ -96,7 +94,8 @@ def test_rows_of_products_by_contract(capsys):
 
 
 def test_table_shows_rows_and_the_reason_of_what_cannot_run(capsys):
-    arguments = "--shapes 64x96 --batch 1,2 --impl cpu,pallas_int8 --repeats 1 --lowrank none"
+    arguments = ("kernels --shapes 64x96 --batch 1,2 --impl cpu,pallas_int8 --repeats 1 "
+                 "--lowrank none")
     bench.run(arguments.split())
     out = capsys.readouterr().out
     assert all(text in out for text in ("64x96", "dense_bf16", "x f32", "median of 1 calls"))
@@ -121,8 +120,8 @@ def test_error_shows_a_broken_product(monkeypatch):
 def test_a_product_that_is_not_finite_is_told(monkeypatch, capsys):
     monkeypatch.setattr(reference, "signs_matmul", lambda u, b, g, *_: u[:, 0, 0, :1] * math.nan
                         + jnp.zeros((1, g.shape[-1])))
-    rows = result("--shapes 16x24 --impl reference --repeats 1 --lowrank none --json".split(),
-                  capsys)
+    arguments = "kernels --shapes 16x24 --impl reference --repeats 1 --lowrank none --json"
+    rows = result(arguments.split(), capsys)
     assert rows[2]["refused"] == "the product is not finite" and rows[2]["microseconds"] is None
 
 
@@ -189,7 +188,7 @@ def test_save_keeps_the_other_modes(tmp_path, monkeypatch, capsys):
     row = {**dict.fromkeys(bench_matmul.KEYS), "refused": "not here"}
     monkeypatch.setattr(bench_matmul, "measure", lambda *a: [row])
     monkeypatch.setattr(bench_decode, "measure", lambda *a: [{"model": "tiny"}])
-    for arguments in (PRODUCTS, ["--decode", "--json"], PRODUCTS):
+    for arguments in (PRODUCTS, ["decode", "--json"], PRODUCTS):
         bench.run([*arguments, "--save"])
     (file,) = (tmp_path / "results").iterdir()
     held = json.loads(file.read_text())
@@ -199,55 +198,44 @@ def test_save_keeps_the_other_modes(tmp_path, monkeypatch, capsys):
 
 
 def test_aot_prints_the_table_of_its_rows(monkeypatch, capsys):
-    fake = types.ModuleType("rabit_jax.kernels.bench.aot")
-    fake.report = lambda archs: [{"arch": arch} for arch in archs]
-    fake.table = lambda rows: f"table of {len(rows)}"
-    monkeypatch.setitem(sys.modules, "rabit_jax.kernels.bench.aot", fake)
-    bench.run(["--aot", "sm_89,sm_90"])
-    assert capsys.readouterr().out == "table of 2\n"
-    assert result(["--aot", "sm_89,sm_90", "--json"], capsys) == [
-        {"arch": "sm_89"}, {"arch": "sm_90"}]
+    figures = {**dict.fromkeys(aot.COLUMNS), "spills": 7, "instructions_per_bit": 0.12345}
+    made = [{**figures, "arch": arch} for arch in ("sm_89", "sm_90")]
+    monkeypatch.setattr(aot, "report", lambda archs: made[:len(archs)])
+    bench.run(["aot", "--archs", "sm_89,sm_90"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*aot.COLUMNS, "sm_89", "sm_90", "0.1235"))
+    assert result(["aot", "--archs", "sm_89,sm_90", "--json"], capsys) == made
+    assert result(["aot", "--archs", "sm_89", "--json"], capsys) == made[:1]
 
 
 def test_gemlite_is_told_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(bench_gemlite.importlib.util, "find_spec", lambda name: None)
-    assert bench_gemlite.missing() == "torch is not installed, so gemlite has no rows"
+    monkeypatch.setattr(gemlite_case.importlib.util, "find_spec", lambda name: None)
+    assert gemlite_case.missing() == "torch is not installed, so gemlite has no rows"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [("--shapes llama", "shape is 'llama': choose llama2-7b, .*4096x11008"),
-     ("--shapes 0x12", "shape is '0x12'"),
-     ("--batch 1,two", "--batch has 'two', wanted whole numbers from 1 to 4096"),
-     ("--batch 0", "--batch has '0'"),
-     ("--k 5", "--k has '5', wanted whole numbers from 1 to 4"),
-     ("--impl fast", "--impl has 'fast': choose auto, all, reference"),
-     ("--lowrank 0", "--lowrank has '0', wanted bits per weight above 0"),
-     ("--repeats 0", "--repeats is 0, wanted a positive integer"),
-     ("--decode --model llama", "model is 'llama': choose llama2-7b"),
-     ("--decode --layers 0", "--layers is 0, wanted a positive integer"),
-     ("--decode --context 5000", "--context has '5000', wanted whole numbers from 1 to 2048"),
-     ("--decode --context 4", "--context is 4, wanted at least the 8 tokens"),
-     ("--decode --shapes 12x12", "--shapes belongs to products, found it with decode"),
-     ("--context 128", "--context belongs to decode, found it with products"),
-     ("--aot sm_90 --batch 2", "--batch belongs to products and decode, found it with aot"),
-     ("--aot sm_90 --decode", "two modes"),
-     ("--shapes 12x12x12", "shape is '12x12x12'"),
-     ("--speed", "unrecognized arguments: --speed")],
+    [("kernels --shapes llama", "shape is 'llama': choose llama2-7b, .*4096x11008"),
+     ("kernels --shapes 0x12", "shape is '0x12'"),
+     ("kernels --batch 1,two", "--batch has 'two', wanted whole numbers from 1 to 4096"),
+     ("kernels --batch 0", "--batch has '0'"),
+     ("kernels --k 5", "--k has '5', wanted whole numbers from 1 to 4"),
+     ("kernels --impl fast", "--impl has 'fast': choose auto, all, reference"),
+     ("kernels --lowrank 0", "--lowrank has '0', wanted bits per weight above 0"),
+     ("kernels --repeats 0", "--repeats is 0, wanted a positive integer"),
+     ("decode --model llama", "model is 'llama': choose llama2-7b"),
+     ("decode --layers 0", "--layers is 0, wanted a positive integer"),
+     ("decode --context 5000", "--context has '5000', wanted whole numbers from 1 to 2048"),
+     ("decode --context 4", "--context is 4, wanted at least the 8 tokens"),
+     ("decode --shapes 12x12", "unrecognized arguments: --shapes 12x12"),
+     ("kernels --context 128", "unrecognized arguments: --context 128"),
+     ("aot --batch 2", "unrecognized arguments: --batch 2"),
+     ("aot --archs H200", "'H200' is no architecture"),
+     ("kernels --shapes 12x12x12", "shape is '12x12x12'"),
+     ("kernels --speed", "unrecognized arguments: --speed")],
 )
 def test_wrong_options_are_one_sentence_and_exit_code_2(arguments, message, capsys):
     with pytest.raises(BadInput, match=message):
         bench.run(arguments.split())
     assert main_guard(lambda: bench.run(arguments.split())) == 2
     assert capsys.readouterr().out == ""
-
-
-def test_help_has_examples_that_parse(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench.run(["--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    examples = [line.split("bench ")[1].split(" >")[0] for line in text.splitlines()
-                if line.startswith("  python -m kernels.bench")]
-    modes = [bench.settle(bench.parser().parse_args(line.split()))[0] for line in examples]
-    assert modes == ["products", "products", "decode", "decode", "aot"]

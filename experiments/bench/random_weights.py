@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rabit_jax.kernels.bench.shapes import Shape
+from rabit_jax.experiments.bench.shapes import Shape
 from rabit_jax.kernels.layout import BLOCK_BYTES, pack_bits, packed_bytes, to_words
+from rabit_jax.models.prepared import for_device
+from rabit_jax.weights.laid import LaidLowRank, LaidSign
+from rabit_jax.weights.low_rank_sign import rank_for_bits
 
-if TYPE_CHECKING:
-    from rabit_jax.weights.laid import LaidLowRank, LaidSign
 COPIES = 2  # of a low-rank weight, as LittleBit has with its residual twin
 SPREAD = 0.3  # standard deviation of the logarithm of a scale
-OUTLIER = 60.0
 SMALL = 0.05
-
-
-def activations(batch: int, inputs: int, dtype: jax.typing.DTypeLike, seed: int) -> jax.Array:
-    """Normal `[b, i]` with one column 60 times as large, as the residual stream of a model has."""
-    x = np.random.default_rng([11, seed]).standard_normal((batch, inputs), np.float32)
-    x[:, inputs // 3] *= OUTLIER
-    return jnp.array(x.astype(dtype))
 
 
 def dense(i: int, o: int, dtype: str) -> Any:
@@ -32,8 +25,6 @@ def dense(i: int, o: int, dtype: str) -> Any:
     Returns:
       `[i, o]`, or on a CPU with 16 bits `Rows` of `[o, i]`.
     """
-    from rabit_jax.models.prepared import for_device
-
     return for_device(normal((i, o), i**-0.5, dtype), jax.devices()[0].platform)
 
 
@@ -54,8 +45,6 @@ def signs(shape: Shape, k: int, words: bool) -> LaidSign:
       k: sign paths.
       words: whether the bits lie as the CPU's words.
     """
-    from rabit_jax.weights.laid import LaidSign
-
     i, o, members = shape.inputs, shape.outputs, len(shape.rows)
     bits = random_bits((k, o), i, words)
     g, h = scale((1, k, o), seed=2, size=i**-0.5), scale((1, k, members, i), seed=3)
@@ -64,9 +53,6 @@ def signs(shape: Shape, k: int, words: bool) -> LaidSign:
 
 def low_rank(shape: Shape, bits: float, words: bool) -> LaidLowRank:
     """A packed low-rank weight of `bits` per weight, two copies, with a leading axis of one."""
-    from rabit_jax.weights.laid import LaidLowRank
-    from rabit_jax.weights.low_rank_sign import rank_for_bits
-
     i, o = shape.inputs, shape.outputs
     r = rank_for_bits(i, o, bits, COPIES)
     u_bits = random_bits((1, COPIES * r), i, words)

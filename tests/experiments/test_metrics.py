@@ -51,8 +51,8 @@ def trained(config, resume, *records):
     folder = RunFolder(config)
     folder.open(resume)
     for record in records:
-        folder.log(record)
-    folder.close()
+        folder.metrics.log(record)
+    folder.metrics.close()
     return folder
 
 
@@ -72,7 +72,7 @@ def test_every_number_goes_to_its_stage_with_a_step_axis_of_its_own(runs, config
         {"qat/step": 10, "qat/tokens": 640, "qat/loss": 0.5},
     ]
     assert not run.open and run.exit_code == 0
-    assert folder.metrics() == [QAT, WATCHED, QAT]
+    assert folder.metrics.lines() == [QAT, WATCHED, QAT]
     assert len(list((folder.path / "tensorboard" / "qat").iterdir())) == 1
 
 
@@ -89,10 +89,10 @@ def test_a_crashed_run_counts_as_failed(runs, config):
     folder.open(False)
     with pytest.raises(ZeroDivisionError):
         try:
-            folder.log(QAT)
+            folder.metrics.log(QAT)
             1 / 0  # noqa: B018
         finally:
-            folder.close()
+            folder.metrics.close()
     assert runs[0].exit_code == 1
 
 

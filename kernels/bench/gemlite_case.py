@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from rabit_jax.kernels.bench import random_weights as bench_weights
-from rabit_jax.kernels.bench.case import SAMPLE_OUTPUTS, SAMPLE_ROWS, relative_error
-from rabit_jax.kernels.bench.shapes import Shape
+from rabit_jax.errors import BadInput
+from rabit_jax.kernels.bench.case import SAMPLE_OUTPUTS, SAMPLE_ROWS, activations, relative_error
 
 BITS = (1, 2)
 GROUP = 128
@@ -23,18 +23,21 @@ PRODUCTS = 16  # in one graph
 
 
 def missing() -> str | None:
-    """Why there are no such rows, in a few words; None where there are."""
+    """Why gemlite cannot be measured, in a few words; None where it can."""
     for name in ("torch", "gemlite"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed, so gemlite has no rows"
-    import torch
-
-    return None if torch.cuda.is_available() else "torch finds no CUDA, so gemlite has no rows"
+    return None if _torch().cuda.is_available() else "torch finds no CUDA, so gemlite has no rows"
 
 
-def cases(shape: Shape, batch: int) -> list[GemliteCase]:
+def _torch() -> Any:
+    """torch, which only some machines have; imported by name, so that type checkers need not."""
+    return import_module("torch")
+
+
+def cases(inputs: int, outputs: int, batch: int) -> list[GemliteCase]:
     """One case for each of `BITS` at one shape and batch."""
-    return [GemliteCase(shape, batch, bits) for bits in BITS]
+    return [GemliteCase(inputs, outputs, batch, bits) for bits in BITS]
 
 
 class GemliteCase:
@@ -42,9 +45,9 @@ class GemliteCase:
 
     k = None
 
-    def __init__(self, shape: Shape, batch: int, bits: int) -> None:
-        self.impl, self.bits, self.shape = f"gemlite_w{bits}", bits, shape
-        self.xs = tuple(self._x(bench_weights.activations(batch, shape.inputs, "float16", n))
+    def __init__(self, inputs: int, outputs: int, batch: int, bits: int) -> None:
+        self.impl, self.bits, self.inputs, self.outputs = f"gemlite_w{bits}", bits, inputs, outputs
+        self.xs = tuple(self._x(activations(batch, inputs, "float16", n))
                         for n in range(PRODUCTS))
         self.rotation: list[Any] = []
         self.seconds: list[float] = []
@@ -52,9 +55,7 @@ class GemliteCase:
 
     @staticmethod
     def _x(x: Any) -> Any:
-        import torch
-
-        return torch.from_numpy(np.array(x)).cuda()
+        return _torch().from_numpy(np.array(x)).cuda()
 
     def check(self) -> None:
         """Make the first linear.
@@ -62,11 +63,9 @@ class GemliteCase:
         Raises:
           BadInput: a shape that is no multiple of the group.
         """
-        from rabit_jax.errors import BadInput
-
-        if self.shape.inputs % GROUP or self.shape.outputs % GROUP:
+        if self.inputs % GROUP or self.outputs % GROUP:
             raise BadInput(f"gemlite wants inputs and outputs in multiples of {GROUP}, found "
-                           f"{self.shape.inputs}x{self.shape.outputs}")
+                           f"{self.inputs}x{self.outputs}")
         linear, self.weight = self._linear()
         self.rotation = [linear]
 
@@ -79,7 +78,7 @@ class GemliteCase:
     def error(self) -> float:
         """Relative error of one product on a sample of its outputs."""
         q, scales, zeros = self.weight
-        outputs = np.unique(np.linspace(0, self.shape.outputs - 1, SAMPLE_OUTPUTS).astype(int))
+        outputs = np.unique(np.linspace(0, self.outputs - 1, SAMPLE_OUTPUTS).astype(int))
         w = (q[outputs].reshape(len(outputs), -1, GROUP) - zeros[outputs][:, :, None]
              ) * scales[outputs][:, :, None]
         x = self.xs[0][:SAMPLE_ROWS].double().cpu().numpy()
@@ -88,12 +87,11 @@ class GemliteCase:
 
     def _linear(self) -> tuple[Any, tuple[np.ndarray, ...]]:
         """A packed linear; its integers `[o, i]`, and scales and zeros `[o, i / GROUP]`."""
-        import torch
-        from gemlite import DType, GemLiteLinear
-
-        i, o = self.shape.inputs, self.shape.outputs
-        linear = GemLiteLinear(W_nbits=self.bits, group_size=GROUP, in_features=i, out_features=o,
-                               input_dtype=DType.FP16, output_dtype=DType.FP16)
+        torch, gemlite, i, o = _torch(), import_module("gemlite"), self.inputs, self.outputs
+        half = gemlite.DType.FP16
+        linear = gemlite.GemLiteLinear(
+            W_nbits=self.bits, group_size=GROUP, in_features=i, out_features=o, input_dtype=half,
+            output_dtype=half)
         q = torch.randint(0, 2**self.bits, (o, i), dtype=torch.uint8, device="cuda")
         scales = torch.rand((o, i // GROUP), device="cuda").add(0.5).div(i**0.5).half()
         zeros = torch.full_like(scales, (2**self.bits - 1) / 2)
@@ -103,8 +101,7 @@ class GemliteCase:
 
     def rotate(self, copies: int) -> None:
         """Hold `copies` linears, and record the calls on them as graphs."""
-        import torch
-
+        torch = _torch()
         # Once outside a graph, where the kernel is compiled and tuned.
         self.rotation[0](self.xs[0])
         self.rotation += [self._linear()[0] for _ in range(copies - 1)]
@@ -118,8 +115,7 @@ class GemliteCase:
 
     def run(self) -> float:
         """One graph on the next linears; returns the seconds of one product."""
-        import torch
-
+        torch = _torch()
         graph = self.graphs[self.turn % len(self.graphs)]
         self.turn += 1
         torch.cuda.synchronize()

@@ -1,0 +1,138 @@
+"""The metrics of a run: metrics.jsonl, TensorBoard and, where asked for, Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from rabit_jax.atomic import write_text
+from rabit_jax.errors import BadInput
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+
+Line: TypeAlias = dict[str, Any]  # a line of metrics.jsonl: stage, step, tokens and numbers
+
+
+class Metrics:
+    """Writes every line to all places.
+
+    A line has `stage` and `step`; where it was measured during another stage, `during` names that.
+
+    Attributes:
+      file: metrics.jsonl.
+      wandb: where lines are sent as well; None sends nothing.
+    """
+
+    def __init__(self, folder: Path):
+        """Nothing is opened before the first line."""
+        self.folder, self.file = folder, folder / "metrics.jsonl"
+        self.wandb: WandbLog | None = None
+        self._boards: dict[str, SummaryWriter] = {}
+
+    def log(self, line: Line) -> None:
+        """Append a line."""
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        stage, step = line["stage"], line["step"]
+        numbers = {n: v for n, v in line.items() if isinstance(v, int | float) and n != "step"}
+        board = self._board(_owner(line))
+        for name, value in numbers.items():
+            if name != "tokens":
+                board.add_scalar(f"{stage}/{name}", value, step)
+        if self.wandb:
+            self.wandb.add(stage, step, numbers)
+
+    def _board(self, stage: str) -> SummaryWriter:
+        """The TensorBoard writer of a stage, opened at its first line."""
+        if stage not in self._boards:
+            from tensorboardX import SummaryWriter
+
+            self._boards[stage] = SummaryWriter(str(self.folder / "tensorboard" / stage))
+        return self._boards[stage]
+
+    def lines(self) -> list[Line]:
+        """All whole lines; a line cut by a crash is left out."""
+        texts = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        found = []
+        for text in texts:
+            try:
+                found.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+    def forget(self, stages: Collection[str], after: int = -1) -> None:
+        """Drop the lines of these stages after a step, and any line cut by a crash."""
+        if self.file.exists():
+            kept = [json.dumps(line) + "\n" for line in self.lines()
+                    if _owner(line) not in stages or line["step"] <= after]
+            write_text(self.file, "".join(kept))
+
+    def close(self) -> None:
+        """Flush TensorBoard and Weights & Biases."""
+        if self.wandb:
+            self.wandb.close()
+        for board in self._boards.values():
+            board.close()
+
+
+def _owner(line: Line) -> str:
+    return line.get("during", line["stage"])
+
+
+class WandbLog:
+    """One run on Weights & Biases for a run folder, opened at its first line.
+
+    Stages count their steps from 0, so each has its own step axis `<stage>/step`. The id is kept in
+    `<folder>/wandb-id`: with `--resume` the same run goes on there, without it a new one begins.
+    Lines between the last checkpoint and a stop are sent again by a resumed run.
+    """
+
+    def __init__(self, folder: Path, project: str, config: dict[str, Any], resume: bool):
+        """Nothing is sent yet; raises BadInput where wandb is not installed."""
+        try:
+            self.wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise BadInput(
+                f"the config asks for Weights & Biases, which cannot be imported ({error}): "
+                "`pip install wandb`, or leave the setting `wandb` out"
+            ) from None
+        self.folder, self.project, self.config, self.resume = folder, project, config, resume
+        self.run: Any = None
+        self.stages: set[str] = set()
+
+    def add(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Send the values of one step of a stage."""
+        if self.run is None:
+            self.run = self._open()
+        known = {f"{stage}/{name}": value for name, value in values.items()}
+        if stage not in self.stages:
+            self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self.stages.add(stage)
+        self.run.log({**known, f"{stage}/step": step})
+
+    def _open(self) -> Any:
+        kept = self.folder / "wandb-id"
+        name = kept.read_text().strip() if self.resume and kept.exists() else None
+        try:
+            run = self.wandb.init(
+                project=self.project, name=self.folder.name, config=self.config,
+                dir=str(self.folder), id=name, resume="allow",
+            )
+        except Exception as error:  # Its errors of login and network have no common class.
+            raise BadInput(
+                f"Weights & Biases cannot be reached ({error}): `wandb login`, set "
+                "WANDB_MODE=offline, or leave the setting `wandb` out"
+            ) from error
+        write_text(kept, run.id)
+        return run
+
+    def close(self) -> None:
+        """Send what is left; in a `finally` after an exception the run counts as failed."""
+        if self.run is not None:
+            self.run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)

@@ -1,0 +1,337 @@
+"""The stages of task qat: a full-precision teacher, a calibrated start, distillation, packing.
+
+Each takes the run's inputs, leaves files, and returns what the summary needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
+from rabit_jax.calibration.outliers import record_limbs
+from rabit_jax.calibration.probes import Batch
+from rabit_jax.evaluate.perplexities import unigram_entropy
+from rabit_jax.evaluate.sign_statistics import disordered_share, mean_flip_rate, snapshot
+from rabit_jax.experiments.engine.config import to_dict
+from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
+from rabit_jax.experiments.engine.measure import (
+    diagnostics,
+    divergence,
+    reconstruction_errors,
+    scores,
+    watched_nats,
+)
+from rabit_jax.experiments.engine.stages import Ids, Record, Stage
+from rabit_jax.formats.folder import find_folder, fingerprint, read_generation
+from rabit_jax.formats.hf import save_hf
+from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packed
+from rabit_jax.models.decoder import init_params
+from rabit_jax.models.generation import generate
+from rabit_jax.models.prepared import Engine, prepare
+from rabit_jax.progress import progress
+from rabit_jax.train.loop import Watch
+from rabit_jax.train.losses import distillation_loss, next_token_loss
+from rabit_jax.train.optimizer import merge
+from rabit_jax.train.sharding import batch_sharding, param_shardings
+from rabit_jax.train.step import next_tokens
+from rabit_jax.train.trainer import make_trainer
+from rabit_jax.tree import map_leaves, match_rules, weights_of
+from rabit_jax.types import Array, Params
+from rabit_jax.weights.description import leaf_bytes
+from rabit_jax.weights.rounding import round_to_nearest
+
+
+def teacher(run: Inputs, continues: bool) -> Record:
+    """Train the full-precision model on the run's text, or note where it lies."""
+    section = run.config.teacher
+    if section.path:
+        return {"path": section.path, "tokens": 0}
+    where = param_shardings(abstract_params(run.model_config), run.mesh)
+    params = jax.jit(lambda key: init_params(run.model_config, key), out_shardings=where)(
+        jax.random.key(run.config.seed)
+    )
+
+    def loss(params: Params, _: Params, batch: Batch) -> dict[str, Array]:
+        return {"loss": next_token_loss(run.model, params, batch, run.config.compute.chunk)[0]}
+
+    trainer = make_trainer(
+        loss,
+        params,
+        section.optimizer,
+        section.steps,
+        mesh=run.mesh,
+        accumulate=section.accumulate,
+        count=next_tokens,
+    )
+    tokens = section.batch_size * section.length
+
+    def after(step: int, trainable: Params, _: object) -> None:
+        run.folder.metrics.log(
+            {
+                "stage": "validation",
+                "during": "teacher",
+                "step": step,
+                "tokens": step * tokens,
+                "nats_per_token": watched_nats(run, merge(trainable, trainer.frozen)),
+            }
+        )
+
+    watch = Watch(section.watch_every, lambda _: None, after)
+    state = run.fit("teacher", section, trainer, continues, watch)
+    save_hf(run.teacher_folder, run.model, trainer.params(state), run.text.tokenizer)
+    return {
+        "path": run.teacher_folder,
+        "tokens": section.steps * tokens,
+    }
+
+
+def calibration(run: Inputs, continues: bool) -> Record:
+    """Measure the inputs and output gradients of every kernel that will be quantised."""
+    section, seed = run.config.calibrate, run.config.seed
+    count = section.sequences // section.batch_size
+    rows_at = run.text.batches(section, seed + 1)
+    size = (section.batch_size, section.length)
+
+    def loss(params: Params, batch: Batch) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed), batch["row"][0])
+        return next_token_loss(
+            run.model, params, batch, run.config.compute.chunk, section.labels, key
+        )[0]
+
+    def batches() -> Iterator[Batch]:
+        with progress("calibrate", count) as bar:
+            for step in range(count):
+                extra = {"mask": np.ones(size, bool), "row": np.arange(size[0]) + step * size[0]}
+                yield {**rows_at(step), **jax.device_put(extra, batch_sharding(run.mesh))}
+                bar.update(step + 1)
+
+    stats = calibrate(
+        loss,
+        run.teacher,
+        batches(),
+        run.config.init.rules(),
+        clip=section.clip,
+        shardings=param_shardings(run.teacher, run.mesh),
+        batch_sharding=batch_sharding(run.mesh),
+    )
+    run.save_stats(stats)
+    return {"tokens": count * size[0] * size[1]}
+
+
+def init(run: Inputs, continues: bool) -> Record:
+    """Turn the selected kernels into weight nodes, layer by layer."""
+    rules = run.config.init.rules()
+    with progress("init", len(match_rules(run.teacher, rules))) as bar:
+        count = itertools.count(1)
+
+        def done(_: str) -> None:
+            bar.update(next(count))
+
+        student = convert(
+            run.teacher, rules, run.stats, jax.random.key(run.config.seed), done=done
+        )
+    run.save_init(student)
+    return {
+        "relative_error": reconstruction_errors(run.teacher, student),
+        "diagnostics": diagnostics(run, student),
+    }
+
+
+def qat(run: Inputs, continues: bool) -> Record:
+    """Distil the teacher into the quantised student."""
+    section = run.config.qat
+
+    def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
+        return distillation_loss(
+            run.model, params, teacher, batch, section.gamma, run.config.compute.chunk
+        )
+
+    trainer = make_trainer(
+        loss,
+        run.student_init,
+        section.optimizer,
+        section.steps,
+        teacher=run.teacher,
+        mesh=run.mesh,
+        accumulate=section.accumulate,
+        project=section.project_scales,
+    )
+    tokens, state_bytes = section.batch_size * section.length, leaf_bytes(trainer.state)
+
+    def after(step: int, trainable: Params, before: dict[str, Array]) -> None:
+        student = merge(trainable, trainer.frozen)
+        found, own = (diagnostics(run, student, drive) for drive in ("teacher", "student"))
+        run.folder.metrics.log(
+            {
+                "stage": "diagnostics",
+                "during": "qat",
+                "step": step,
+                "tokens": step * tokens,
+                **found["mean"],
+                **{f"student_{name}": value for name, value in own["mean"].items()},
+                "layers": found["layers"],
+                "nats_per_token": watched_nats(run, student),
+                "flip_rate": mean_flip_rate(before, snapshot(student)),
+                "disordered": disordered_share(student),
+            }
+        )
+
+    watch = Watch(section.watch_every, lambda t: snapshot(merge(t, trainer.frozen)), after)
+    state = run.fit("qat", section, trainer, continues, watch)
+    run.save_student(state.trainable)
+    lines = [line for line in run.folder.metrics.lines() if line["stage"] == "qat"]
+    return {
+        "tokens": section.steps * tokens,
+        "projected_in_logged_steps": sum(line.get("projected", 0) for line in lines),
+        "state_bytes": state_bytes,
+    }
+
+
+def evaluate(run: Inputs, continues: bool) -> Record:
+    """Perplexity of teacher, baselines, init and student; diagnostics of init and student."""
+    return {
+        "teacher": scores(run, run.teacher, "teacher"),
+        **(baselines(run) if run.config.evaluate.baselines else {}),
+        "init": scores(run, run.student_init, "init"),
+        "qat": {**scores(run, run.student, "student"), "kl": divergence(run, run.student)},
+        "unigram_nats": unigram_entropy(run.text.windows(), run.model_config.vocab_size),
+        "diagnostics": {
+            "qat": diagnostics(run, run.student),
+            "qat_student": diagnostics(run, run.student, "student"),
+            "init_student": diagnostics(run, run.student_init, "student"),
+        },
+        "relative_error": reconstruction_errors(run.teacher, run.student),
+        "disordered": disordered_share(run.student),
+    }
+
+
+def baselines(run: Inputs) -> Record:
+    """Scores of what needs no calibration: greedy SVID and round-to-nearest."""
+    spec, found = run.config.init.spec, {}
+    rules = [(pattern, None) for pattern in run.config.init.keep]
+    if isinstance(spec, ResidualSignSpec):
+        plain = dataclasses.replace(spec, rounds=0, a_in=0.0, a_out=0.0)
+        greedy = convert(run.teacher, rules + [(p, plain) for p in run.config.init.quantise])
+        found["greedy"] = scores(run, greedy, "greedy init")
+    selected = match_rules(run.teacher, run.config.init.rules())
+    rounding = jax.jit(round_to_nearest)
+    nearest = map_leaves(lambda p, w: rounding(w) if p in selected else w, run.teacher)
+    found["round_to_nearest"] = {
+        **scores(run, nearest, "round to nearest"),
+        "bits_per_weight": 2.25,
+    }
+    return found
+
+
+def packing(run: Inputs, continues: bool) -> Record:
+    """Write the packed model, read it back, and score what was read."""
+    packed = record_limbs(pack(run.student), run.stats)
+    folder = run.folder.path / "packed"
+    spec = {"spec": to_dict(run.config.init.spec)}
+    generation = read_generation(find_folder(run.teacher_folder))
+    save_packed(
+        folder, run.model_config, packed, run.text.tokenizer, spec, generation,
+        run.config.teacher.path,
+    )
+    _, read, _ = load_packed(folder)
+    signs, written = snapshot(run.student), snapshot(read)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), weights_of(packed), weights_of(read))
+    described = describe(packed)
+    sizes = packed_bytes(folder)
+    return {
+        **scores(run, read, "packed"),
+        "bits_identical": all(bool((signs[path] == written[path]).all()) for path in signs)
+        and all(jax.tree.leaves(same)),
+        "bits_per_weight": described.bits_per_weight,
+        "stored_bits_per_weight": sizes["stored_bits_per_weight"],
+        "linear_bytes": sizes["linear_bytes"],
+        "bytes": sizes["file_bytes"],
+        "dense_bytes": describe(run.teacher).deployed_bytes,
+    }
+
+
+def samples(run: Inputs, continues: bool) -> Record:
+    """Continue the prompts with the teacher and with the packed model, same seed."""
+    section = run.config.generate
+    _, packed, _ = load_packed(run.folder.path / "packed")
+    found = [{"prompt": prompt} for prompt in section.prompts]
+    with progress("generate", 2 * len(found)) as bar:
+        for n, (label, params) in enumerate((("teacher", run.teacher), ("packed", packed))):
+            engine = prepare(run.model_config, params)
+            for m, sample in enumerate(found):
+                sample[label] = continuation(run, engine, sample["prompt"])
+                bar.update(n * len(found) + m + 1)
+    return {"samples": found}
+
+
+def continuation(run: Inputs, engine: Engine, prompt: str) -> str:
+    """One continuation of a prompt as text."""
+    section = run.config.generate
+    tokens = jnp.asarray([run.text.tokenizer(prompt)["input_ids"]], jnp.int32)
+    new = generate(
+        run.model,
+        engine,
+        tokens,
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        key=jax.random.key(run.config.seed),
+        eos_ids=run.model_config.eos_ids,
+    )
+    return run.text.tokenizer.decode(np.asarray(new)[0], skip_special_tokens=True)
+
+
+def _inputs(
+    name: str, sections: tuple[str, ...], texts: tuple[str, ...] = (), after: str = ""
+) -> Callable[[Inputs, Ids], tuple]:
+    """The inputs of a stage: sections of the config, texts by digest, and the stage before it."""
+
+    def found(run: Inputs, ids: Ids) -> tuple:
+        parts = [getattr(run.config, section) for section in sections]
+        if "train" in texts:
+            parts.append(run.text.train.digest)
+        if "held_out" in texts:
+            held_out = (run.text.held_out, run.text.unseen)
+            parts.append([text.digest for text in held_out if text])
+        return name, parts + ([ids[after]] if after else [])
+
+    return found
+
+
+def _teacher_inputs(run: Inputs, ids: Ids) -> tuple:
+    """The files of a given teacher, or what one that is trained here depends on."""
+    if run.config.teacher.path:
+        return "teacher", fingerprint(run.config.teacher.path)
+    return _inputs("teacher", ("teacher", "model", "compute", "seed"), ("train",))(run, ids)
+
+
+STAGES = (
+    Stage("teacher", teacher, _teacher_inputs, ("teacher",)),
+    Stage(
+        "calibrate",
+        calibration,
+        _inputs("calibrate", ("calibrate", "init", "compute", "seed"), ("train",), "teacher"),
+        ("calibration.safetensors",),
+    ),
+    Stage(
+        "init",
+        init,
+        _inputs("init", ("init", "seed", "evaluate"), ("held_out",), "calibrate"),
+        ("checkpoints/init",),
+    ),
+    Stage(
+        "qat",
+        qat,
+        _inputs("qat", ("qat", "compute", "seed", "evaluate"), ("train", "held_out"), "init"),
+        ("checkpoints/student",),
+    ),
+    Stage("evaluate", evaluate, _inputs("evaluate", ("evaluate",), ("held_out",), "qat")),
+    Stage("pack", packing, _inputs("pack", ("evaluate",), ("held_out",), "qat"), ("packed",)),
+    Stage("generate", samples, _inputs("generate", ("generate", "seed"), (), "pack")),
+)

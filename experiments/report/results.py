@@ -1,0 +1,97 @@
+"""What a finished run writes and prints: summary, model card, report, and the table of results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rabit_jax import cost, describe
+from rabit_jax.atomic import write_text
+from rabit_jax.experiments.engine.console import table
+from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
+from rabit_jax.experiments.engine.machine import device, peak_memory, versions
+from rabit_jax.experiments.engine.ptq import Job
+from rabit_jax.experiments.engine.stages import Record
+from rabit_jax.experiments.report.run_card import write_card
+from rabit_jax.experiments.report.summary import (
+    LABELS,
+    costs,
+    parameters,
+    summarise,
+    table_rows,
+    write_results,
+)
+
+COLUMNS = ("model", "perplexity", "bits per byte", "over teacher", "bits per weight")
+
+
+def finish(run: Inputs | Job, records: dict[str, Record], command: str) -> None:
+    """Write the results of a run whose stages are complete, and print those one looks for first."""
+    if isinstance(run, Job):
+        _finish_ptq(run, records, command)
+    else:
+        _finish_qat(run, records, command)
+    print(f"packed model: {run.folder.path / 'packed'}")
+
+
+def _finish_qat(run: Inputs, records: dict[str, Record], command: str) -> None:
+    summary = summarise(run, records, command)
+    report = write_results(run, summary, records["generate"]["result"]["samples"])
+    rows = [(r["name"], r["ppl"], r["bits_per_byte"], f"{100 * r['ppl_over_teacher']:+.1f}%",
+             r["bits_per_weight"]) for r in table_rows(summary)]
+    title = f"{summary['name']}, context {summary['teacher']['context']}"
+    table(title, COLUMNS, rows, stdout=True)
+    closed = summary["gap_closed"]
+    print(f"gap to the teacher closed by QAT: {'-' if closed is None else f'{100 * closed:.0f}%'}")
+    print(costs(summary))
+    print(f"report: {report}")
+
+
+def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
+    summary, folder = _summarise_ptq(job, records, command), job.folder.path
+    write_text(folder / "summary.json", json.dumps(summary, indent=1))
+    write_card(job.config, folder, summary)
+    teacher, packed = summary["teacher"], summary["packed"]
+    rows = []
+    for name, bits in (("teacher", None), ("packed", packed["bits_per_weight"])):
+        found = summary[name] or {}
+        ppl = found.get("ppl")
+        over = f"{100 * (ppl / teacher['ppl'] - 1):+.1f}%" if ppl and teacher else None
+        rows.append((LABELS[name], ppl, found.get("bits_per_byte"), over, bits))
+    context = next((m["context"] for m in (teacher, packed) if m and "context" in m), None)
+    title = f"{summary['name']}, post-training" + (f", context {context}" if context else "")
+    table(title, COLUMNS, rows, stdout=True)
+    print(costs(summary))
+
+
+def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> dict[str, Any]:
+    """The nested summary with the keys of every run; what needs training is null."""
+    made = dict(records["quantise"]["result"])
+    scored = {label: records[f"score_{label}"]["result"] for label in job.config.evaluate.models}
+    errors, tokens = made.pop("relative_error"), made.pop("tokens")
+    # Lines of training, where the folder held such a run before, have no seconds.
+    lines = [line for line in job.folder.metrics.lines() if "seconds" in line]
+    seconds: dict[str, float] = {}
+    for line in lines:
+        seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + line["seconds"]
+    return {
+        "name": job.config.name,
+        "task": "ptq",
+        "command": command,
+        "seed": job.config.seed,
+        "teacher": scored.get("teacher"),
+        "init": None,
+        "qat": None,
+        "packed": {**scored.get("packed", {}), **made},
+        "dense": {"bytes": describe(abstract_params(job.model_config)).deployed_bytes},
+        "diagnostics": {"init": None, "qat": None},
+        "relative_error": {"init": errors},
+        "cost": cost(job.abstract_student())._asdict(),
+        "tokens": {"calibrate": tokens},
+        "seconds": seconds,
+        "peak_memory_bytes": max([peak_memory(), *(n["peak_memory_bytes"] for n in lines)]),
+        "parameters": parameters(job),
+        "versions": versions(),
+        "device": device(),
+        "spec": str(job.config.init.spec),
+    }

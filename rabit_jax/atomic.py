@@ -1,0 +1,87 @@
+"""Files and folders that exist whole or not at all: written beside their place, then renamed.
+
+A name that exists is complete, whatever stopped the process that wrote it. What a failed attempt
+has left is removed on the way out, and permissions are those that the umask gives a new file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+
+@contextlib.contextmanager
+def workspace(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, on the same disk; parent folders are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as place:
+        yield Path(place)
+
+
+def publish(new: Path, target: Path) -> None:
+    """Rename a finished file or folder to `target`, in place of what is there.
+
+    A folder that `target` held comes back where the new one cannot take its place.
+    """
+    if not target.is_dir():
+        os.replace(new, target)
+        return
+    with workspace(target) as place:
+        old = place / "old"
+        target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yields a path to write a file or folder at; it becomes `target` when the block ends.
+
+    Where the block raises, `target` stays as it was.
+
+    >>> with replacing(Path("states.bin")) as new, open(new, "wb") as file:
+    ...     file.write(b"...")
+    """
+    with workspace(target) as place:
+        new = place / "new"
+        yield new
+        publish(new, target)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file in UTF-8; parent folders are made."""
+    with replacing(target) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_tensors(
+    target: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file.
+
+    Raises:
+      OSError, SafetensorError: the file cannot be written.
+    """
+    with replacing(target) as new:
+        new.touch()
+        usual = new.stat().st_mode  # safetensors leaves a file that only its owner can read
+        save_file(dict(tensors), new, metadata=None if metadata is None else dict(metadata))
+        new.chmod(usual)
+
+
+def remove(target: Path) -> None:
+    """Remove a file or folder; nothing there is fine, anything that stays is an error."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)

@@ -1,0 +1,259 @@
+"""Readers of text: local files, datasets of the Hugging Face hub, and those that papers name.
+
+Each yields one document after another and holds no more than one file, or one row of a dataset, in
+memory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from rabit_jax.errors import BadInput, first_line
+
+PIECE = 32 * 1024  # most characters in one document of a file that is cut up
+
+# The readers of `datasets` by the ending of a file, without that of a compression.
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+Row = Mapping[str, object]
+
+
+def file_documents(patterns: tuple[str, ...]) -> Iterator[str]:
+    """The documents of local files of UTF-8 text.
+
+    A file of at most 32,768 characters is one document; a longer one is cut by `pieces`.
+
+    Args:
+      patterns: paths or globs; a file that several of them match is read once.
+
+    Raises:
+      BadInput: a pattern that matches no file, or a file that cannot be read or is not UTF-8.
+    """
+    for path in matching_files(patterns):
+        yield from pieces(_read(path))
+
+
+def matching_files(patterns: Iterable[str]) -> list[Path]:
+    """The files that paths or globs name, each once, in order.
+
+    Raises:
+      BadInput: a pattern that matches no file; the message names the nearest one.
+    """
+    return list(dict.fromkeys(path for pattern in patterns for path in _matches(pattern)))
+
+
+def _matches(pattern: str) -> list[Path]:
+    whole = Path(pattern).expanduser()
+    if whole.is_file():
+        return [whole]
+    found = sorted(map(Path, glob.glob(str(whole), recursive=True)))
+    if paths := [path for path in found if path.is_file()]:
+        return paths
+    raise BadInput(f"no file matches {pattern!r}{_nearest(whole)}; correct the path or glob")
+
+
+def _nearest(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        return ""
+    files = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    near = difflib.get_close_matches(path.name, files, n=1, cutoff=0.0)
+    return f" (the nearest file there is {str(folder / near[0])!r})" if near else ""
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot read {str(path)!r}: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{str(path)!r} is not UTF-8 text at byte {error.start}"
+            f" (0x{error.object[error.start]:02x}); convert it to UTF-8"
+        ) from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """`text` in order and complete, in pieces of at most `size` characters.
+
+    A piece ends at the last blank line in its second half; where there is none, at the last end
+    of a line there, at the last space, or else right at `size`.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = start + size
+        for mark in ("\n\n", "\n", " "):
+            found = text.rfind(mark, start + size // 2, end)
+            if found >= 0:
+                end = found + len(mark)
+                break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def hub_documents(
+    hub: str,
+    config: str = "",
+    split: str = "train",
+    file: str = "",
+    column: str = "text",
+    streaming: bool = True,
+) -> Iterator[str]:
+    """The texts of one split of a dataset, row by row.
+
+    Args:
+      hub: dataset id on the Hugging Face hub, or a local dataset folder.
+      config: name of the dataset's configuration, such as "en" for C4.
+      split: the split to read.
+      file: path inside the dataset; if given, only that file is read, whatever its configuration
+        and split. It is downloaded as it is and kept under HF_HOME.
+      column: the column that holds the text.
+      streaming: read a split while it downloads; otherwise it is stored under HF_HOME first.
+
+    Raises:
+      BadInput: no such dataset, no network to reach it, or no text in that column. Every failure
+        of the library becomes one sentence.
+    """
+    name = f"file {file!r}" if file else f"split {split!r}"
+    try:
+        rows = _file_rows(hub, file) if file else _split_rows(hub, config, split, streaming)
+        yield from _column(rows, f"{name} of dataset {hub!r}", column)
+    except BadInput:
+        raise
+    except Exception as error:  # the library raises dozens of types, its transports more
+        raise BadInput(
+            f"cannot read {name} of dataset {hub!r} ({type(error).__name__}: {first_line(error)});"
+            " check the name, the configuration and the network, or use data.source=embedded"
+        ) from error
+
+
+def _split_rows(hub: str, config: str, split: str, streaming: bool) -> Iterable[Row]:
+    import datasets
+
+    rows = datasets.load_dataset(hub, config or None, split=split, streaming=streaming)
+    return cast(Iterable[Row], rows)
+
+
+def _file_rows(hub: str, file: str) -> Iterable[Row]:
+    """Rows of one file. `datasets` does not find a file again offline, the hub's cache does."""
+    import datasets
+    import huggingface_hub
+
+    reader, local = _reader(file), Path(hub)
+    path = local / file if local.is_dir() else huggingface_hub.hf_hub_download(
+        hub, file, repo_type="dataset"
+    )
+    rows = datasets.load_dataset(reader, data_files=str(path), split="train", streaming=True)
+    return cast(Iterable[Row], rows)
+
+
+def _reader(file: str) -> str:
+    path = Path(file)
+    ending = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    if ending not in READERS:
+        raise BadInput(
+            f"cannot tell the format of {file!r} of a dataset; wanted a name that ends in one of"
+            f" {', '.join(READERS)}, compressed or not ({', '.join(COMPRESSED)})"
+        )
+    return READERS[ending]
+
+
+def _column(rows: Iterable[Row], name: str, column: str) -> Iterator[str]:
+    for row in rows:
+        text = row.get(column)
+        if not isinstance(text, str):
+            raise BadInput(
+                f"{name} has no text in column {column!r}; set data.hub_text_column (of a part of a"
+                f" mix: hub_column) to one of {', '.join(map(str, row))}"
+            )
+        yield text
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """A dataset on the hub that papers evaluate on.
+
+    Attributes:
+      hub: its id.
+      config: its configuration.
+      files: by split, the one file that stands for it; a split without one is read whole.
+      splits: the splits that it has.
+      joined: the rows of a split are lines of one running text. They are joined by a blank line to
+        one document, as for published perplexities. Otherwise each row is a document.
+    """
+
+    hub: str
+    config: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    splits: tuple[str, ...] = ("train", "validation")
+    joined: bool = False
+
+
+NAMED = {
+    "wikitext2": NamedDataset(
+        hub="Salesforce/wikitext",
+        config="wikitext-2-raw-v1",
+        splits=("train", "validation", "test"),
+        joined=True,
+    ),
+    "c4": NamedDataset(  # one shard of each split: 356,317 and 45,576 web pages
+        hub="allenai/c4",
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+}
+
+
+def named_text(name: str, split: str) -> Iterator[str]:
+    """The documents of a split of a named dataset, downloaded once and kept under HF_HOME.
+
+    Args:
+      name: a key of `NAMED`.
+      split: one of its splits.
+
+    Raises:
+      BadInput: at once, an unknown name or split; at the first document, a dataset that is
+        neither stored on this machine nor within reach.
+
+    Example:
+      >>> text = "".join(named_text("wikitext2", "test"))  # doctest: +SKIP
+    """
+    check_name(name, split)
+    return _named_documents(name, split)
+
+
+def check_name(name: str, split: str) -> None:
+    """Raises BadInput for a dataset or a split that `NAMED` does not have."""
+    if name not in NAMED:
+        raise BadInput(f"no dataset is named {name!r}; choose one of {', '.join(NAMED)}")
+    if split not in NAMED[name].splits:
+        raise BadInput(
+            f"dataset {name!r} has no split {split!r}; choose one of"
+            f" {', '.join(NAMED[name].splits)}"
+        )
+
+
+def _named_documents(name: str, split: str) -> Iterator[str]:
+    found = NAMED[name]
+    file = found.files.get(split, "")
+    try:
+        rows = hub_documents(found.hub, found.config, split, file, streaming=False)
+        if found.joined:
+            yield "\n\n".join(rows)
+        else:
+            yield from rows
+    except BadInput as error:
+        raise BadInput(
+            f"{name!r} is not on this machine: {error.__cause__ or error}; run once with a network"
+            " (it is kept under HF_HOME), copy HF_HOME from a machine that has it, or use"
+            " data.source=files"
+        ) from error

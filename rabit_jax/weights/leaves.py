@@ -1,0 +1,300 @@
+"""The arrays of a weight, declared once with role and axes, and what follows from the declaration.
+
+    class ResidualSign(WeightNode):
+        latent: Array = leaf("latent", "i o")
+        g: Array = leaf("scale", "k o")
+        h: Array = leaf("scale", "k i")
+
+The roles group arrays for the optimiser, the axes place them on a mesh, and the axes of the packed
+form give its shapes from a header, its bytes and its bits per weight. Leading axes, of stacked
+layers, are never written. An axis is one of
+
+    i, o, k, r, ...   a named size; i and o are the inputs and outputs of the matrix
+    2                 a fixed size
+    i//group          ceil(i / group), groups of consecutive inputs
+    2^b               entries of a table that codes of b bits address
+    k-1               one less than k
+    i/8               signs along i, eight to a byte: 32 ceil(i / 256) bytes in the layout rb256
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from rabit_jax.errors import BadInput
+from rabit_jax.kernels.layout import packed_bytes
+from rabit_jax.signs.ste import summed
+from rabit_jax.tree import is_weight
+from rabit_jax.types import Array, Shape
+
+Role = Literal["latent", "scale", "level", "sign", "code"]
+Sizes = dict[str, int]
+Header = Mapping[str, Any]
+
+# What the packed form stores each role in.
+PACKED_DTYPES = {"sign": jnp.uint8, "code": jnp.uint8, "scale": jnp.float16, "level": jnp.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Role and axes of one array of a weight.
+
+    Attributes:
+      role: "latent", a large trainable array; "scale", a small one, kept positive; "level", a small
+        one of either sign; "sign" and "code", bits and integers, which no training changes.
+      axes: the axes behind those of the stacked layers, separated by spaces.
+    """
+
+    role: Role
+    axes: str
+
+    @property
+    def names(self) -> list[str]:
+        """The axes, one by one."""
+        return self.axes.split()
+
+    def shape(self, sizes: Sizes) -> Shape:
+        """Shape of the array of one matrix."""
+        return tuple(axis_size(axis, sizes) for axis in self.names)
+
+    def packed_bits(self, sizes: Sizes) -> int:
+        """Bits of the packed array of one matrix, without the padding of packed rows."""
+        bits = 8 * jnp.dtype(PACKED_DTYPES[self.role]).itemsize
+        rows, packed = [a for a in self.names if not _is_packed(a)], filter(_is_packed, self.names)
+        for axis in packed:
+            rows, bits = [*rows, axis.removesuffix("/8")], bits // 8
+        return bits * prod(axis_size(axis, sizes) for axis in rows)
+
+    def outline(self, sizes: Sizes) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the packed array of one matrix."""
+        return jax.ShapeDtypeStruct(self.shape(sizes), PACKED_DTYPES[self.role])
+
+
+def leaf(role: Role, axes: str) -> Any:
+    """A field of a weight node that holds an array, see `Leaf`."""
+    return struct.field(metadata={"leaf": Leaf(role, axes)})
+
+
+def size(axis: str, **default: Any) -> Any:
+    """A static field of a weight node that holds the size of an axis which no array has."""
+    return struct.field(pytree_node=False, metadata={"axis": axis}, **default)
+
+
+def axis_size(axis: str, sizes: Sizes) -> int:
+    """The size of an axis of this module's notation, from those of the named axes.
+
+    Raises:
+      KeyError: a name that `sizes` lacks.
+
+    Example:
+      >>> axis_size("i//group/8", {"i": 3000, "group": 4})
+      96
+    """
+    if axis.isdigit():
+        return int(axis)
+    if _is_packed(axis):
+        return packed_bytes(axis_size(axis.removesuffix("/8"), sizes))
+    if "//" in axis:
+        whole, part = axis.split("//")
+        return -(-axis_size(whole, sizes) // axis_size(part, sizes))
+    if "^" in axis:
+        base, exponent = axis.split("^")
+        return axis_size(base, sizes) ** axis_size(exponent, sizes)
+    if axis.endswith("-1"):
+        return axis_size(axis.removesuffix("-1"), sizes) - 1
+    return sizes[axis]
+
+
+def _is_packed(axis: str) -> bool:
+    return axis.endswith("/8")
+
+
+class WeightNode:
+    """Base of weight nodes, `flax.struct` dataclasses whose arrays are declared by `leaf`.
+
+    Other fields are static, or hold weight nodes (one, or a tuple of them). All of `shape` and the
+    methods here read the declaration alone, so they work on abstract arrays too.
+
+    Attributes:
+      packed: class of the deployed form; None for the class itself.
+      header_type: of a packed class, the `type` of its header.
+      header_sizes: of a packed class, the axes whose sizes its header holds, by name and in order.
+    """
+
+    packed: ClassVar[type[WeightNode] | None] = None
+    header_type: ClassVar[str] = ""
+    header_sizes: ClassVar[Mapping[str, str]] = {}
+
+    def replace(self, **changes: Any) -> Self:
+        """The node with other values in some fields."""
+        return dataclasses.replace(self, **changes)  # pyright: ignore
+
+    @property
+    def shape(self) -> Shape:
+        """Shape `[..., i, o]` of the matrix."""
+        sizes = self.sizes()
+        return (*self.lead(), sizes["i"], sizes["o"])
+
+    def lead(self) -> Shape:
+        """Sizes of the axes of stacked layers."""
+        array, declared = next(_arrays(self))
+        return tuple(array.shape[: array.ndim - len(declared.names)])
+
+    def sizes(self) -> Sizes:
+        """Sizes of the named axes, read from arrays and static fields."""
+        found: Sizes = {}
+        for array, declared in _arrays(self):
+            names = declared.names
+            found |= dict(zip(names, array.shape[array.ndim - len(names) :], strict=True))
+        for field in _fields(self):
+            if "axis" in field.metadata:
+                found[field.metadata["axis"]] = getattr(self, field.name)
+        tables = {a.removeprefix("2^"): n for a, n in found.items() if a.startswith("2^")}
+        return {axis: (n - 1).bit_length() for axis, n in tables.items()} | found
+
+    def paths(self) -> Iterator[Array]:
+        """The terms `W_hat_1, ..., W_hat_k` of `W_hat`, float32 `[..., i, o]`, one at a time."""
+        raise NotImplementedError(f"{type(self).__name__} does not name its paths")
+
+    def dense(self) -> Array:
+        """`W_hat`, float32 `[..., i, o]`."""
+        return summed(self.paths())
+
+    def matmul(self, x: Array) -> Array:
+        """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
+        return x @ self.dense().astype(x.dtype)
+
+    def pack(self, name: str) -> Any:
+        """Itself, which a packed weight is; trained weights have a `pack` of their own."""
+        return self
+
+    def roles(self) -> Any:
+        """The same node with the role of each array in its place."""
+        return jax.tree.map(lambda one: one.role, declaration(self))
+
+    def deployed_bytes(self) -> int:
+        """Bytes of all arrays once packed, padding included; from the shapes alone."""
+        stored = [one.outline(self.sizes()) for one in _packed_leaves(self)]
+        own = sum(prod(s.shape) * np.dtype(s.dtype).itemsize for s in stored)
+        total = prod(self.lead()) * own if stored else 0
+        return total + sum(part.deployed_bytes() for part in parts(self))
+
+    def bits_per_weight(self) -> float:
+        """Bits per weight once packed, all scales, levels and tables counted, padding not."""
+        stored = _packed_leaves(self)
+        own = sum(one.packed_bits(self.sizes()) for one in stored) / prod(self.shape[-2:])
+        return own + sum(part.bits_per_weight() for part in parts(self))
+
+    def header(self) -> dict[str, Any]:
+        """What a packed file says of one matrix: its type, its sizes and its parts' headers."""
+        i, o = self.shape[-2:]
+        sizes = self.sizes() if self.header_sizes else {}
+        own = {name: sizes[axis] for name, axis in self.header_sizes.items()}
+        held = {
+            f.name: jax.tree.map(lambda part: part.header(), _listed(getattr(self, f.name)),
+                                 is_leaf=is_weight)
+            for f in _fields(self) if _holds_parts(f)
+        }
+        return {"type": self.header_type, "in": i, "out": o, **own, **held}
+
+    @classmethod
+    def abstract(cls, header: Header, read: Callable[[Header], Any] | None = None) -> Self:
+        """The packed node of one matrix as shapes and dtypes, from its `header`.
+
+        Args:
+          header: what `header()` returned, possibly through JSON.
+          read: makes the node of a part from the part's header; for weights that have parts.
+
+        Raises:
+          KeyError, TypeError, ValueError: the header lacks a field, or holds one of no sense.
+        """
+        named = {"in": "i", "out": "o"} | dict(cls.header_sizes)
+        sizes = {axis: _checked_size(name, header[name]) for name, axis in named.items()}
+        values: dict[str, Any] = {}
+        for field in _fields(cls):
+            if "leaf" in field.metadata:
+                values[field.name] = field.metadata["leaf"].outline(sizes)
+            elif "axis" in field.metadata:
+                values[field.name] = sizes[field.metadata["axis"]]
+            elif _holds_parts(field):
+                held = header[field.name]
+                many = isinstance(held, list)
+                values[field.name] = tuple(map(read, held)) if many else read(held)  # pyright: ignore
+        node = cls(**values)
+        for one in (node, *parts(node)):
+            if one.shape != (sizes["i"], sizes["o"]):
+                raise ValueError(f"a part of shape {one.shape} in {sizes['i'], sizes['o']}")
+        return node
+
+
+def declaration(node: Any) -> Any:
+    """The node with its `Leaf` in place of each array, those of its parts included.
+
+    A weight that is no `WeightNode` names its roles by a method of its own, and has no axes.
+
+    Raises:
+      BadInput: an array that the class of the node does not declare.
+    """
+    if not isinstance(node, WeightNode):
+        return jax.tree.map(lambda role: Leaf(role, ""), node.roles())
+    found = {
+        f.name: _declared(node, f) for f in _fields(node)
+        if f.metadata.get("pytree_node", True) and getattr(node, f.name) is not None
+    }
+    return node.replace(**found)
+
+
+def _declared(node: WeightNode, field: dataclasses.Field) -> Any:
+    if "leaf" in field.metadata:
+        return field.metadata["leaf"]
+    held = getattr(node, field.name)
+    if not all(map(is_weight, jax.tree.leaves(held, is_leaf=is_weight))):
+        raise BadInput(
+            f"{type(node).__name__}.{field.name} is an array of unknown role and axes: declare it, "
+            f'such as {field.name}: Array = leaf("latent", "i o")'
+        )
+    return jax.tree.map(declaration, held, is_leaf=is_weight)
+
+
+def parts(node: WeightNode) -> list[WeightNode]:
+    """The weight nodes that a weight node is made of: the terms of a sum, for example."""
+    held = [getattr(node, field.name) for field in _fields(node) if _holds_parts(field)]
+    return jax.tree.leaves(held, is_leaf=is_weight)
+
+
+def _fields(node: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(node)
+
+
+def _holds_parts(field: dataclasses.Field) -> bool:
+    return field.metadata.get("pytree_node", True) and "leaf" not in field.metadata
+
+
+def _arrays(node: WeightNode) -> Iterator[tuple[Any, Leaf]]:
+    """The declared arrays of a node; None, where a tree was partitioned, is left out."""
+    for field in _fields(node):
+        if "leaf" in field.metadata and getattr(node, field.name) is not None:
+            yield getattr(node, field.name), field.metadata["leaf"]
+
+
+def _packed_leaves(node: WeightNode) -> list[Leaf]:
+    fields = _fields(node.packed or node)
+    return [field.metadata["leaf"] for field in fields if "leaf" in field.metadata]
+
+
+def _listed(held: Any) -> Any:
+    return list(held) if isinstance(held, tuple) else held
+
+
+def _checked_size(name: str, found: Any) -> int:
+    if type(found) is not int or found < 1:
+        raise ValueError(f"{name} is {found!r}")
+    return found

@@ -1,0 +1,65 @@
+"""Files and folders that exist whole or not at all."""
+
+import os
+import stat
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rabit_jax.atomic import publish, remove, replacing, workspace, write_tensors, write_text
+
+
+def test_a_block_that_raises_leaves_the_old_content_and_nothing_else(tmp_path):
+    target = tmp_path / "state"
+    write_text(target, "old")
+    with pytest.raises(KeyboardInterrupt):
+        with replacing(target) as new:
+            new.write_text("half of the n")
+            raise KeyboardInterrupt
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_takes_the_place_of_a_folder(tmp_path):
+    target = tmp_path / "deep" / "model"
+    for names in (("a", "b"), ("c",)):
+        with replacing(target) as new:
+            new.mkdir()
+            for name in names:
+                write_text(new / name, name)
+    assert [file.name for file in target.iterdir()] == ["c"]
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_text(tmp_path / "text", "a")
+        write_tensors(tmp_path / "tensors", {"w": np.arange(3.0)}, {"format": "pt"})
+        with replacing(tmp_path / "folder") as new:
+            new.mkdir()
+    finally:
+        os.umask(old)
+    modes = {f.name: stat.S_IMODE(f.stat().st_mode) for f in tmp_path.iterdir()}
+    assert modes == {"text": 0o640, "tensors": 0o640, "folder": 0o750}
+    np.testing.assert_array_equal(load_file(tmp_path / "tensors")["w"], [0, 1, 2])
+
+
+def test_what_was_not_published_goes_with_its_workspace(tmp_path):
+    with workspace(tmp_path / "tokens") as place:
+        for name in ("kept", "left"):
+            (place / name).write_text(name)
+        publish(place / "kept", tmp_path / "named-later")
+    assert [file.name for file in tmp_path.iterdir()] == ["named-later"]
+
+
+def test_remove_takes_a_link_and_not_what_it_points_to(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    remove(tmp_path / "link")
+    assert folder.is_dir()
+    remove(folder)
+    remove(folder)
+    assert not any(tmp_path.iterdir())

@@ -255,7 +255,7 @@ def _metric_rows(name: str, metrics: Mapping[str, Any], shots: int | None) -> li
 
 def _check_generation(tasks: Mapping[str, Any], max_length: int) -> None:
     """Refuses settings of generation before anything is scored, not in the middle of it."""
-    from rabit_jax.evaluate.writing import settings_of
+    from rabit_jax.evaluate.batched_generation import settings_of
 
     for name, task in tasks.items():
         if task.get_config("output_type") == "generate_until":

@@ -32,8 +32,9 @@ test-more: $(INSTALLED_TEST) ## heavier parity, the installed package, the noteb
 test-slow: $(INSTALLED_TEST) ## only the tests that take minutes each
 	@$(RUN) -m pytest --durations=10 -m slow
 
-lint: $(INSTALLED_TEST) ## ruff check
+lint: $(INSTALLED_TEST) ## ruff check, pyright
 	@$(RUN) -m ruff check --output-format concise .
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) -m pyright
 
 docs: $(INSTALLED_DOCS) ## the documentation site, to build/docs; warnings are errors
 	@JAX_PLATFORMS=cpu $(RUN) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs

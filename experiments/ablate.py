@@ -2,10 +2,10 @@
 
     python -m experiments.ablate --config experiments/configs/ablation_small.yaml
     python -m experiments.ablate --config my.yaml seeds=0,1 run.qat.steps=400 --jobs 2
-    python -m experiments.ablate --config my.yaml --dry-run   the cells, and whether they can work
-    python -m experiments.ablate --config my.yaml --table     the tables of what is there
+    python -m experiments.ablate --config my.yaml --dry-run   list the cells, check their settings
+    python -m experiments.ablate --config my.yaml --table     write the tables of complete cells
 
-The same command goes on where it was stopped; complete cells are not run again. To do one anew,
+The same command continues where it was stopped; complete cells are not run again. To repeat one,
 remove its folder. ablation.csv, .md and .html are written after every cell.
 """
 
@@ -21,10 +21,14 @@ from rabit_jax import BadInput
 from rabit_jax.atomic import write_text
 from rabit_jax.experiments.ablation.cells import Plan, differing, make_plan
 from rabit_jax.experiments.ablation.figures import figures
-from rabit_jax.experiments.ablation.html import page
 from rabit_jax.experiments.ablation.results import Results, collect
-from rabit_jax.experiments.ablation.runner import RUN, Runner, claimed, complete
-from rabit_jax.experiments.ablation.tables import comma_separated, markdown, sections
+from rabit_jax.experiments.ablation.runner import RUN, Runner, complete, locked
+from rabit_jax.experiments.ablation.tables import (
+    comma_separated,
+    page,
+    report_tables,
+    results_table,
+)
 from rabit_jax.experiments.engine.config import config_parser, dump_yaml
 from rabit_jax.experiments.engine.console import main_guard, table
 from rabit_jax.experiments.engine.folder import RunFolder
@@ -33,7 +37,7 @@ from rabit_jax.progress import number, say
 
 
 def execute(arguments: argparse.Namespace, command: Sequence[str]) -> int:
-    """The ablation itself."""
+    """Run the ablation, or what its options ask for instead; returns the exit code."""
     plan = make_plan(arguments.config, arguments.overrides)
     made_by = shlex.join(
         ["python", "-m", "experiments.ablate", "--config", arguments.config, *arguments.overrides]
@@ -47,7 +51,7 @@ def execute(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         show(write_tables(plan, made_by), plan.folder)
         return 0
     runner = Runner(command, arguments.jobs)
-    with claimed(plan.folder) as runner.lock:
+    with locked(plan.folder) as runner.lock:
         write_text(plan.folder / "config.yaml", dump_yaml(plan.ablation))
         with runner.signals():
             run_all(plan, runner, made_by)
@@ -77,37 +81,39 @@ def run_all(plan: Plan, runner: Runner, made_by: str) -> None:
 def write_tables(plan: Plan, made_by: str) -> Results:
     """Write ablation.csv, .md, .html and figures/ from the cells that are complete."""
     results = collect(plan)
-    parts, drawn = sections(results, made_by), figures(results)
+    tables, drawn = report_tables(results, made_by), figures(results)
     for name, figure in drawn.items():
         write_text(plan.folder / "figures" / f"{name}.svg", figure)
-    links = [f"figures/{name}.svg" for name in drawn]
-    title = plan.ablation.name
     write_text(plan.folder / "ablation.csv", comma_separated(results))
-    write_text(plan.folder / "ablation.md", markdown(title, parts, links))
-    write_text(plan.folder / "ablation.html", page(title, parts, drawn))
+    for kind in ("md", "html"):
+        text = page(kind, plan.ablation.name, tables, drawn)
+        write_text(plan.folder / f"ablation.{kind}", text)
     return results
 
 
 def show(results: Results, folder: Path) -> None:
     """The results table and where to read more."""
-    first = sections(results, "")[0]
-    table(f"{results.plan.ablation.name}: {first.title}", first.columns, first.rows, stdout=True)
+    found = results_table(results)
+    table(f"{results.plan.ablation.name}: {found.title}", found.columns, found.rows, stdout=True)
     print(f"report: {folder / 'ablation.html'}\ntables: {folder / 'ablation.md'}, ablation.csv")
 
 
 def dry_run(plan: Plan) -> None:
-    """Print the cells, and refuse what a run would refuse; nothing of the ablation is written."""
-    search, chosen = plan.ablation.search, {}
-    if search:  # Whatever the search will choose, steps and tokens are the same.
-        chosen = {row.label: search.values[0] for row in plan.rows}
+    """Print the cells, and refuse what a run would refuse; nothing is written."""
+    search = plan.ablation.search
+    # Any choice of the search will do: steps and tokens are the same for all.
+    chosen = {row.label: search.values[0] for row in plan.rows} if search else {}
     changes = {row.label: "; ".join(differing(plan, row)) for row in plan.rows}
     rows, total = [], 0
     for cell in (*plan.trials(), *plan.cells(chosen)):
+        assert cell.config
         qat = cell.config.qat
         tokens = qat.steps * qat.batch_size * qat.length
         total += tokens
-        value = f"{search.key}={cell.value:g}" if cell.kind == "search" else changes[cell.row]
-        rows.append((cell.row, str(cell.seed), cell.kind, qat.steps, tokens, value or "-"))
+        change = changes[cell.row]
+        if search and cell.kind == "search":
+            change = f"{search.key}={cell.value:g}"
+        rows.append((cell.row, str(cell.seed), cell.kind, qat.steps, tokens, change or "-"))
     columns = ("row", "seed", "kind", "steps", "tokens", "against run")
     table(f"{plan.ablation.name}: {len(rows)} cells", columns, rows, stdout=True)
     print(f"QAT tokens of all cells: {number(total)}")
@@ -121,7 +127,7 @@ def dry_run(plan: Plan) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = config_parser("python -m experiments.ablate", __doc__)
+    found = config_parser("python -m experiments.ablate", __doc__ or "")
     found.add_argument(
         "--jobs", type=int, default=1, help="cells at once, each on its share of the cores"
     )

@@ -1,17 +1,16 @@
-"""What the finished cells of an ablation say: metrics, means with intervals, paired comparisons."""
+"""The statistics of an ablation: means with intervals, paired comparisons, the search's choice."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy.special
 
 from rabit_jax.experiments.ablation.cells import Cell, Plan, Row
-from rabit_jax.experiments.ablation.runner import read
+from rabit_jax.experiments.ablation.runner import Summary, lookup, read_summary
 
 DIAGNOSED = ("path_correlation", "residual_alignment", "slope", "relative_mse")
 METRICS = (
@@ -36,7 +35,7 @@ METRICS = (
     "teacher.ppl",
     "teacher.unseen.ppl",
 )
-Summary = Mapping[str, Any]
+Found = Sequence[tuple[Cell, Summary | None]]
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,10 @@ class Estimate:
 
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
-    """`mean +- t_{0.975, n-1} s / sqrt(n)` of the values that are there; None without any.
+    """`mean +- t_{0.975, n-1} s / sqrt(n)` of the values that are not None; None without any.
 
-    `s` is the sample's standard deviation, t the quantile of Student's distribution. A value that
-    is not finite makes the mean so, and leaves the interval out.
+    `s` is the sample's standard deviation, t the quantile of Student's distribution. With a value
+    that is not finite the mean is not finite either, and there is no interval.
     """
     found = np.array([value for value in values if value is not None], float)
     if not found.size:
@@ -60,17 +59,9 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
     n, mean = len(found), float(found.sum() / len(found))
     if n == 1 or not math.isfinite(mean):
         return Estimate(mean, None, n)
-    # Equal numbers have no spread, whatever rounding makes of their mean.
+    # Rounding of the mean would give equal numbers a tiny spread.
     spread = 0.0 if found.min() == found.max() else found.std(ddof=1)
     return Estimate(mean, float(scipy.special.stdtrit(n - 1, 0.975) * spread / math.sqrt(n)), n)
-
-
-def lookup(summary: Any, key: str) -> float | None:
-    """The number under a dotted key; None where a part of it is missing, null or no number."""
-    for name in key.split("."):
-        summary = summary.get(name) if isinstance(summary, Mapping) else None
-    number = isinstance(summary, int | float) and not isinstance(summary, bool)
-    return summary if number else None
 
 
 @dataclass(frozen=True)
@@ -80,50 +71,52 @@ class Results:
     Attributes:
       plan: the ablation.
       chosen: label of a row -> value that its search chose.
-      trials: cells of the search.
-      cells: all others.
+      trials: the cells of the search.
+      cells: the cells of all rows and seeds.
     """
 
     plan: Plan
     chosen: Mapping[str, float]
-    trials: Sequence[tuple[Cell, Summary | None]]
-    cells: Sequence[tuple[Cell, Summary | None]]
+    trials: Found
+    cells: Found
 
-    def of(self, label: str) -> dict[int, Summary]:
+    def by_seed(self, label: str) -> dict[int, Summary]:
         """Summaries of a row's complete cells by seed."""
         return {cell.seed: found for cell, found in self.cells if cell.row == label and found}
 
     def estimate(self, label: str, key: str) -> Estimate | None:
         """Mean of a metric over the seeds of a row."""
-        return estimate(lookup(summary, key) for summary in self.of(label).values())
+        return estimate(lookup(summary, key) for summary in self.by_seed(label).values())
 
-    def every(self) -> list[Summary]:
-        """All summaries that are there."""
+    def summaries(self) -> list[Summary]:
+        """The summaries of all complete cells, those of the search included."""
         return [found for _, found in (*self.trials, *self.cells) if found]
 
-    def edge(self, row: Row) -> bool:
+    def at_edge(self, row: Row) -> bool:
         """Whether the chosen value is the smallest or the largest that was searched."""
         value = self.chosen.get(row.label) if row.trials else None
         return value is not None and value in (min(row.trials), max(row.trials))
 
 
 def collect(plan: Plan) -> Results:
-    """Read what is there."""
-    trials = [(cell, read(cell)) for cell in plan.trials()]
+    """Read the summaries of all complete cells."""
+    trials = [(cell, read_summary(cell)) for cell in plan.trials()]
     chosen = choose(trials)
-    return Results(plan, chosen, trials, [(cell, read(cell)) for cell in plan.cells(chosen)])
+    cells = [(cell, read_summary(cell)) for cell in plan.cells(chosen)]
+    return Results(plan, chosen, trials, cells)
 
 
-def choose(trials: Iterable[tuple[Cell, Summary | None]]) -> dict[str, float]:
+def choose(trials: Found) -> dict[str, float]:
     """The value with the lowest finite held-out perplexity of the student, by row."""
-    best: dict[str, tuple[float, float]] = {}
+    chosen: dict[str, float] = {}
+    lowest: dict[str, float] = {}
     for cell, summary in trials:
-        found = lookup(summary, "qat.ppl")
-        if found is not None and math.isfinite(found):
-            before = best.get(cell.row)
-            if before is None or found < before[0]:
-                best[cell.row] = found, cell.value
-    return {row: value for row, (_, value) in best.items()}
+        ppl = lookup(summary, "qat.ppl")
+        if cell.value is None or ppl is None or not math.isfinite(ppl):
+            continue
+        if ppl < lowest.get(cell.row, math.inf):
+            lowest[cell.row], chosen[cell.row] = ppl, cell.value
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -131,13 +124,13 @@ class Comparison:
     """A row against a baseline, paired over the seeds that both have.
 
     With `L = ln ppl`, per seed: the share `1 - (L_row - L_teacher) / (L_baseline - L_teacher)` of
-    the gap to the teacher that the baseline leaves and the row closes, and `L_row - L_baseline`.
+    the baseline's gap to the teacher that the row closes, and the difference `L_row - L_baseline`.
 
     Attributes:
-      label: as the config names it.
-      row: the row.
-      baseline: what it is compared with.
-      share: on held-out text; None where the baseline leaves no gap.
+      label: name of the comparison in the config.
+      row: label of the row.
+      baseline: label of the row that it is compared with.
+      share: on held-out text; None where the baseline has no gap to the teacher.
       difference: on held-out text.
       unseen_share: on unseen text.
       unseen_difference: on unseen text.
@@ -156,7 +149,7 @@ def comparisons(results: Results) -> list[Comparison]:
     """Every comparison that the config asks for."""
     found = []
     for label, (row, baseline) in results.plan.ablation.compare.items():
-        ours, theirs = results.of(row), results.of(baseline)
+        ours, theirs = results.by_seed(row), results.by_seed(baseline)
         pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
         found.append(
             Comparison(label, row, baseline, *_paired(pairs, ""), *_paired(pairs, ".unseen"))
@@ -167,21 +160,19 @@ def comparisons(results: Results) -> list[Comparison]:
 def _paired(
     pairs: Sequence[tuple[Summary, Summary]], text: str
 ) -> tuple[Estimate | None, Estimate | None]:
-    """Share and difference on one text; a seed without a number there is left out."""
+    """Share and difference on one text ("" or ".unseen"); seeds without a number are left out."""
     shares, differences = [], []
     for ours, theirs in pairs:
-        row, teacher, own = (
-            _log(lookup(summary, f"{model}{text}.ppl"))
-            for summary, model in ((ours, "qat"), (ours, "teacher"), (theirs, "teacher"))
-        )
-        base = _log(lookup(theirs, f"qat{text}.ppl"))
+        row, base = (_log(summary, f"qat{text}.ppl") for summary in (ours, theirs))
+        teacher, base_teacher = (_log(summary, f"teacher{text}.ppl") for summary in (ours, theirs))
         if row is None or base is None:
             continue
         differences.append(row - base)
-        if teacher is not None and own is not None and base > own:
-            shares.append(1 - (row - teacher) / (base - own))
+        if teacher is not None and base_teacher is not None and base > base_teacher:
+            shares.append(1 - (row - teacher) / (base - base_teacher))
     return estimate(shares), estimate(differences)
 
 
-def _log(value: float | None) -> float | None:
+def _log(summary: Summary, key: str) -> float | None:
+    value = lookup(summary, key)
     return None if value is None or not value > 0 else math.log(value)

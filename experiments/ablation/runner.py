@@ -1,5 +1,7 @@
-"""Runs the cells of an ablation, each in a process of its own: so many at once, stopped on a
-signal so that they can go on."""
+"""Runs the cells of an ablation, each in a process of its own and several at once.
+
+A signal stops them so that the same command continues them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,42 +30,46 @@ RUN = (sys.executable, "-m", "rabit_jax.experiments.run")
 LOG = "log.txt"
 RESUMABLE = 75
 POLL_SECONDS = 0.05
+# The `summary.json` of a run as it is read: nested dicts of numbers, strings and nulls.
+Summary = Mapping[str, Any]
 
 
 def complete(cell: Cell) -> bool:
     """Whether the cell's run has ended with this config and with the teacher as it is now."""
     if cell.kind == "teacher":
-        whole = (cell.folder / "stages" / "teacher.json", cell.folder / "teacher")
+        outputs = (cell.folder / "stages" / "teacher.json", cell.folder / "teacher")
     else:
-        whole = (cell.folder / "summary.json",)
-    return all(path.exists() for path in whole) and _started_alike(cell)
+        outputs = (cell.folder / "summary.json",)
+    return all(path.exists() for path in outputs) and _same_inputs(cell)
 
 
-def _started_alike(cell: Cell) -> bool:
-    """Whether what lies in the cell's folder was started with this config and this teacher."""
+def _same_inputs(cell: Cell) -> bool:
+    """Whether the run in the cell's folder was started with this config and this teacher."""
+    if not cell.config:
+        return False
     try:
         if load_config(RunConfig, cell.folder / "config.yaml") != cell.config:
             return False
         with open(cell.file, encoding="utf-8") as file:
-            return _teacher(cell) in ("", file.readline())
+            return _teacher_digest(cell.config) in ("", file.readline())
     except (BadInput, OSError):
         return False
 
 
-def _teacher(cell: Cell) -> str:
-    """First line of the cell's YAML: a digest of its teacher's files, "" where it has none here.
+def _teacher_digest(config: RunConfig) -> str:
+    """First line of a cell's YAML: a digest of its teacher's files, "" where it has none here.
 
-    The path alone would not tell a teacher trained anew, with another `run.seed` say.
+    The path alone does not distinguish a teacher that was trained again with another `run.seed`.
     """
-    path = cell.config.teacher.path
+    path = config.teacher.path
     if not path or not Path(path).expanduser().is_dir():
         return ""
     return f"# teacher {section_hash(fingerprint(path))[:16]}\n"
 
 
-def read(cell: Cell) -> dict[str, Any] | None:
-    """The summary of a complete cell."""
-    if not cell.config or not complete(cell):
+def read_summary(cell: Cell) -> Summary | None:
+    """The summary of a complete cell, None for any other."""
+    if not complete(cell):
         return None
     try:
         found = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
@@ -72,8 +78,17 @@ def read(cell: Cell) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def lookup(summary: object, key: str) -> float | None:
+    """The number under a dotted key; None where a part of it is missing, null or no number."""
+    for name in key.split("."):
+        summary = summary.get(name) if isinstance(summary, Mapping) else None
+    if isinstance(summary, bool) or not isinstance(summary, int | float):
+        return None
+    return summary
+
+
 def last_line(cell: Cell) -> str:
-    """The last line that the cell's run has said, "" if none."""
+    """The last line in the log of the cell's run, "" if there is none."""
     try:
         lines = (cell.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -82,13 +97,13 @@ def last_line(cell: Cell) -> str:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[int]:
-    """Hold the ablation's folder; yields the descriptor of the lock, for the cells to inherit.
+def locked(folder: Path) -> Iterator[int]:
+    """Lock the ablation's folder; yields the descriptor of the lock, for the cells to inherit.
 
     Cells that outlive a killed ablation keep the lock, so no two processes write one cell.
 
     Raises:
-      BadInput: another process holds the folder, or it cannot be written.
+      BadInput: another process has locked the folder, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +119,7 @@ def claimed(folder: Path) -> Iterator[int]:
         except OSError:
             raise BadInput(
                 f"another ablation, or a cell that a killed one has left, works in {folder}: wait "
-                f"for it or stop it (fuser {folder / '.lock'} tells its process)"
+                f"for it, or stop it (`fuser {folder / '.lock'}` prints its process id)"
             ) from None
         yield file.fileno()
 
@@ -117,20 +132,20 @@ class _Running:
 
 
 class Runner:
-    """Starts cells, watches them, and remembers how they ended.
+    """Starts cells, waits for them and keeps their exit codes.
 
     Attributes:
-      lock: a descriptor that the cells inherit, see `claimed`.
-      stopped: a signal has come.
-      codes: exit codes of the cells that were not completed.
+      lock: a descriptor that the cells inherit, see `locked`.
+      stopped: whether a signal has come.
+      codes: exit codes of the cells that did not complete.
     """
 
     def __init__(self, command: Sequence[str] = RUN, jobs: int = 1):
-        """Nothing is started yet.
+        """A runner that has not started any cell.
 
         Args:
-          command: what a cell is run with; `--config FILE` and `--resume` are appended.
-          jobs: cells at once, each on its share of the processor's cores.
+          command: the command of a cell; `--config FILE` and `--resume` are appended.
+          jobs: number of cells at once, each on its share of the processor's cores.
 
         Raises:
           BadInput: fewer than one job.
@@ -145,9 +160,9 @@ class Runner:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """While inside, Ctrl-C and SIGTERM stop the cells; a second time stops them at once."""
+        """Inside, Ctrl-C and SIGTERM stop the cells; a second signal stops them at once."""
 
-        def stop(*_) -> None:
+        def stop(*_: object) -> None:
             first, self.stopped = not self.stopped, True
             self._interrupt()
             if first:
@@ -159,21 +174,21 @@ class Runner:
         try:
             yield
         finally:
-            for number, handler in kept.items():
-                signal.signal(number, handler)
+            for signum, handler in kept.items():
+                signal.signal(signum, handler)
 
     def _interrupt(self) -> None:
         for running in list(self._slots.values()):
             running.process.send_signal(signal.SIGINT)
 
     def run(
-        self, title: str, cells: Sequence[Cell], finished: Callable[[], None] = lambda: None
+        self, title: str, cells: Sequence[Cell], finished: Callable[[], object] = lambda: None
     ) -> None:
-        """Run what is not complete, in order; a failing cell does not keep the others back.
+        """Run the incomplete cells in order; after one that fails the others still run.
 
         Args:
           title: of the progress bar.
-          cells: complete ones are skipped, and those that have no config yet.
+          cells: complete ones, and those that have no config yet, are skipped.
           finished: called after every cell.
         """
         cells = [cell for cell in cells if cell.config]
@@ -185,46 +200,38 @@ class Runner:
             with progress(title, len(cells), start=done) as bar:
                 while self._slots or (waiting and not self.stopped):
                     self._fill(waiting)
-                    if ended := self._ended():
+                    if ended := self._take_ended():
                         self._fill(waiting)
-                        done += len(ended)
+                        done += ended
                         bar.update(done)
                         finished()
                     else:
                         time.sleep(POLL_SECONDS)
         finally:
-            # Left in any other way than by the loop's end, no cell goes on unseen.
+            # Whatever ends the loop, no cell is left running unattended.
             self._interrupt()
             for running in self._slots.values():
                 running.process.wait()
 
     def _fill(self, waiting: list[Cell]) -> None:
-        """Start waiting cells while there is room."""
+        """Start waiting cells in the free slots."""
         for slot in range(self.jobs):
             if waiting and slot not in self._slots and not self.stopped:
                 self._start(waiting.pop(0), slot)
 
     def _start(self, cell: Cell, slot: int) -> None:
-        # The run refuses to resume with another config; without --resume it keeps what still fits.
-        fresh = not (cell.folder / "config.yaml").exists()
-        resume = fresh or _started_alike(cell)
-        if not resume:
-            remove(cell.folder / "summary.json")
-        write_text(cell.file, _teacher(cell) + dump_yaml(cell.config))
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        arguments = ["--config", str(cell.file)]
-        arguments += ["--resume"] if resume else []
+        resume = _prepare(cell)
+        arguments = ["--config", str(cell.file), *(["--resume"] if resume else [])]
         arguments += ["--until", "teacher"] if cell.kind == "teacher" else []
-        environment = dict(os.environ)
-        if self.jobs > 1:  # On a GPU the first process would take most of the memory for itself.
-            environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        # On a GPU the first of several processes would take most of the memory for itself.
+        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if self.jobs > 1 else {}
         with open(cell.folder / LOG, "ab" if resume else "wb") as log, _pinned(slot, self.jobs):
             process = subprocess.Popen(
                 [*self.command, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**shared, **os.environ},
                 pass_fds=() if self.lock is None else (self.lock,),
                 # A terminal's Ctrl-C goes to this process alone, which passes it on.
                 start_new_session=True,
@@ -233,30 +240,27 @@ class Runner:
         if self.stopped:  # The signal came while the process was being started.
             process.send_signal(signal.SIGINT)
 
-    def _ended(self) -> list[Cell]:
-        """The cells that have ended since the last look."""
-        ended = []
-        for slot, running in list(self._slots.items()):
-            code = running.process.poll()
-            if code is not None:
-                del self._slots[slot]
-                self._note(running, code)
-                ended.append(running.cell)
-        return ended
+    def _take_ended(self) -> int:
+        """Free the slots of the cells that have ended; returns how many there were."""
+        ended = {slot: code for slot, running in self._slots.items()
+                 if (code := running.process.poll()) is not None}  # fmt: skip
+        for slot, code in ended.items():
+            self._report(self._slots.pop(slot), code)
+        return len(ended)
 
-    def _note(self, running: _Running, code: int) -> None:
+    def _report(self, running: _Running, code: int) -> None:
         cell, seconds = running.cell, time.monotonic() - running.began
         if code == 0 and complete(cell):
-            ppl = (read(cell) or {}).get("qat", {}).get("ppl")
+            ppl = lookup(read_summary(cell), "qat.ppl")
             found = "" if ppl is None else f"perplexity {number(ppl)}, "
-            say(f"{described(cell)}: {found}{seconds:.0f} s")
+            say(f"{cell_name(cell)}: {found}{seconds:.0f} s")
             return
         if self.stopped and code != 0:
-            code = RESUMABLE  # Stopped while it was starting, perhaps, but whatever it was resumes.
+            code = RESUMABLE  # A cell that was stopped while it started can be resumed as well.
         self.codes.append(code or 1)
         how = "stopped" if code == RESUMABLE else f"failed, exit code {code}"
-        said = last_line(cell) or "it said nothing"
-        say(f"{described(cell)}: {how}: {said} ({cell.folder / LOG})")
+        last = last_line(cell) or "it printed nothing"
+        say(f"{cell_name(cell)}: {how}: {last} ({cell.folder / LOG})")
 
     @property
     def code(self) -> int:
@@ -267,8 +271,23 @@ class Runner:
         return 2 if 2 in self.codes else RESUMABLE if self.stopped or self.codes else 0
 
 
-def described(cell: Cell) -> str:
-    """A cell in words."""
+def _prepare(cell: Cell) -> bool:
+    """Write the cell's config; returns whether its run resumes what is in the folder.
+
+    A run refuses to resume with another config; without --resume it keeps the stages whose inputs
+    are unchanged.
+    """
+    assert cell.config
+    resume = not (cell.folder / "config.yaml").exists() or _same_inputs(cell)
+    if not resume:
+        remove(cell.folder / "summary.json")
+    write_text(cell.file, _teacher_digest(cell.config) + dump_yaml(cell.config))
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    return resume
+
+
+def cell_name(cell: Cell) -> str:
+    """How messages and tables name a cell."""
     if cell.kind == "teacher":
         return "teacher"
     value = f", trial of {cell.value:g}" if cell.kind == "search" else ""
@@ -277,9 +296,9 @@ def described(cell: Cell) -> str:
 
 @contextlib.contextmanager
 def _pinned(slot: int, jobs: int) -> Iterator[None]:
-    """While inside, this process (and what it starts) has the slot's share of its cores.
+    """Inside, this process and those that it starts have the slot's share of its cores.
 
-    Set here and not between fork and exec: JAX warns of code that runs there.
+    It is set here and not between fork and exec, because JAX warns of code that runs there.
     """
     if jobs == 1 or not hasattr(os, "sched_setaffinity"):
         yield

@@ -1,23 +1,19 @@
-"""The tables of an ablation, as sections, in Markdown and as CSV."""
+"""The tables of an ablation, and the pages that show them: Markdown, HTML and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rabit_jax.experiments.ablation.cells import Row
-from rabit_jax.experiments.ablation.results import (
-    METRICS,
-    Estimate,
-    Results,
-    Summary,
-    comparisons,
-    lookup,
-)
-from rabit_jax.experiments.ablation.runner import described, last_line
+from rabit_jax.experiments.ablation.results import METRICS, Estimate, Results, comparisons
+from rabit_jax.experiments.ablation.runner import Summary, cell_name, last_line, lookup
 from rabit_jax.experiments.engine.config import to_dict
+from rabit_jax.experiments.report.page import TEMPLATES
+from rabit_jax.formats.rendering import environment
 from rabit_jax.progress import number
 
 LR = "qat.optimizer.lr"
@@ -25,25 +21,36 @@ LR = "qat.optimizer.lr"
 
 @dataclass(frozen=True)
 class Column:
-    """A metric as the tables show it: its title, key, number format and unit."""
+    """A metric as a column shows it: its title, key, number format, and factor to its unit."""
 
     title: str
     key: str
     form: str
     scale: float = 1.0
 
+    def text(self, found: Estimate | None) -> str:
+        """`mean +- half` in the column's format and unit; `-` where there is nothing."""
+        if found is None:
+            return "-"
+        half = f" ± {found.half * self.scale:{self.form}}" if found.half else ""
+        return f"{found.mean * self.scale:{self.form}}{half}"
+
+    def single(self, value: float | None) -> str:
+        """One number, without an interval."""
+        return self.text(None if value is None else Estimate(value, None, 1))
+
 
 @dataclass
-class Section:
-    """A heading with what stands below it; everything is plain text.
+class Table:
+    """A titled table with what stands below it; everything is plain text.
 
     Attributes:
-      name: id in HTML.
-      title: heading.
-      columns: of the table.
-      rows: of the table; none leaves it out.
+      name: its id in HTML.
+      title: its heading.
+      columns: headings of the columns.
+      rows: cells; without any only notes and facts are shown.
       notes: paragraphs.
-      points: list items.
+      facts: pairs of a name and a value.
     """
 
     name: str
@@ -51,7 +58,8 @@ class Section:
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    points: list[str] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+
 
 RESULTS = (
     Column("perplexity", "qat.ppl", ".2f"),
@@ -82,220 +90,207 @@ COST = (
 )
 
 
-def sections(results: Results, command: str) -> list[Section]:
-    """Everything that the report says, in order; what the ablation has not is left out."""
-    found = [
-        _results(results),
-        _metrics(results, Section("paths", "How the paths share the work"), DIAGNOSTICS),
-        _metrics(results, Section("cost", "Cost"), COST),
-        _comparisons(results),
-        _search(results),
-        _missing(results),
-        _made(results, command),
+def report_tables(results: Results, command: str) -> list[Table]:
+    """All tables of the report in order, without those that the ablation has no numbers for."""
+    paths = Table("paths", "How the paths share the work", notes=[
+        "Means over all layers after QAT, measured on the inputs that each linear layer receives "
+        "in the teacher. The share of signs flipped is the mean over the steps that were watched."
+    ])  # fmt: skip
+    cost = Table("cost", "Cost", notes=[
+        "Operations and bytes of weights are per token, over the quantised linear layers. Memory "
+        "is the peak of the training process. Time per step is that of the device named below, "
+        "with as many cells at once as --jobs allowed."
+    ])  # fmt: skip
+    tables = [
+        results_table(results),
+        paths if _fill(paths, results, DIAGNOSTICS) else None,
+        cost if _fill(cost, results, COST) else None,
+        _comparison_table(results),
+        _search_table(results),
+        _missing_cells(results),
+        _provenance(results, command),
     ]
-    notes = {
-        "paths": "Means over all layers after QAT, measured on what enters each linear in the "
-        "teacher; the share of signs flipped is the mean over the watched steps.",
-        "cost": "Operations and bytes of weights are per token, over the quantised linears. Memory "
-        "is the peak of the training process; time per step is on the device named below, with as "
-        "many cells at once as --jobs allowed.",
-    }
-    for section in found:
-        if section and section.name in notes:
-            section.notes.append(notes[section.name])
-    return [section for section in found if section]
+    return [table for table in tables if table]
 
 
-def shown(found: Estimate | None, column: Column) -> str:
-    """`mean +- half` in the column's format and unit; `-` where there is nothing."""
-    if found is None:
-        return "-"
-    half = f" ± {found.half * column.scale:{column.form}}" if found.half else ""
-    return f"{found.mean * column.scale:{column.form}}{half}"
+def results_table(results: Results) -> Table:
+    """Perplexities of the teacher and of every row, with the settings that a search chose."""
+    table = Table("results", "Results")
+    if not _fill(table, results, RESULTS):
+        table.notes.append("No cell is complete yet.")
+        return table
+    contexts = _values(results.summaries(), "qat.context")
+    if contexts:
+        table.title += f", context {', '.join(f'{context:g}' for context in contexts)}"
+    search = results.plan.ablation.search
+    for key in [LR] if search is None or search.key == LR else [LR, search.key]:
+        table.columns.append("learning rate" if key == LR else key)
+        for line, row in zip(table.rows, results.plan.rows, strict=True):
+            line.append(_setting(results, row, key))
+    table.rows.insert(0, _teacher_row(results.summaries(), table.columns))
+    table.notes += _result_notes(results)
+    return table
 
 
-def _metrics(results: Results, section: Section, columns: Sequence[Column]) -> Section | None:
-    """One line per row; columns that no row has a number for are left out."""
+def _fill(table: Table, results: Results, columns: Sequence[Column]) -> bool:
+    """Give the table a line per row of the ablation; returns whether there is any number.
+
+    Columns that no row has a number for are left out.
+    """
     rows = results.plan.rows
     found = {
         column: [results.estimate(row.label, column.key) for row in rows] for column in columns
     }
     kept = [column for column in columns if any(found[column])]
     if not kept:
-        return None
-    section.columns = ["row", "seeds", *(column.title for column in kept)]
+        return False
+    table.columns = ["row", "seeds", *(column.title for column in kept)]
     for place, row in enumerate(rows):
-        numbers = (shown(found[column][place], column) for column in kept)
-        section.rows.append([row.label, _seeds(results, row), *numbers])
-    return section
+        numbers = (column.text(found[column][place]) for column in kept)
+        table.rows.append([row.label, _seeds(results, row), *numbers])
+    return True
 
 
 def _seeds(results: Results, row: Row) -> str:
-    count, wanted = len(results.of(row.label)), len(results.plan.ablation.seeds)
+    count, wanted = len(results.by_seed(row.label)), len(results.plan.ablation.seeds)
     if row.single:
         return f"{count} (single)"
     return str(count) if count == wanted else f"{count} of {wanted}"
 
 
-def _results(results: Results) -> Section:
-    section = Section("results", "Results")
-    if not _metrics(results, section, RESULTS):
-        section.notes.append("No cell is complete yet.")
-        return section
-    contexts = {lookup(summary, "qat.context") for summary in results.every()} - {None}
-    if contexts:
-        section.title += f", context {', '.join(f'{c:g}' for c in sorted(contexts))}"
-    search = results.plan.ablation.search
-    for key in dict.fromkeys([LR, *([search.key] if search else [])]):
-        section.columns.append("learning rate" if key == LR else key)
-        for line, row in zip(section.rows, results.plan.rows, strict=True):
-            line.append(_setting(results, row, key))
-    section.rows.insert(0, _teacher(results.every(), section.columns))
-    section.notes.append(
-        "Means over the seeds ± half of the 95% interval of Student's t over them; without ± there "
-        "is one seed, or all are equal."
-    )
-    if any(row.single for row in results.plan.rows):
+def _result_notes(results: Results) -> list[str]:
+    rows, search = results.plan.rows, results.plan.ablation.search
+    notes = [
+        "Means over the seeds ± half of their 95% interval (Student's t). Without ± there is one "
+        "seed, or all seeds give the same number."
+    ]
+    if any(row.single for row in rows):
         also = " and without a search" if search else ""
-        section.notes.append(f"single: run with the first seed only{also}, so it has no interval.")
-    if any(results.edge(row) for row in results.plan.rows):
-        section.notes.append(
+        notes.append(f"single: run with the first seed only{also}, so there is no interval.")
+    if any(results.at_edge(row) for row in rows):
+        notes.append(
             "edge: the best of the searched values is the smallest or the largest of them; a wider "
             "search may do better."
         )
-    return section
+    return notes
 
 
 def _setting(results: Results, row: Row, key: str) -> str:
     """A setting of a row; where the search chooses it, its choice."""
     search, value = results.plan.ablation.search, results.chosen.get(row.label)
-    if search and row.trials and key == search.key and value is None:
+    searched = search is not None and key == search.key
+    if searched and row.trials and value is None:
         return "-"
     found = to_dict(row.configs.get(value, row.config))
     for name in key.split("."):
         found = found[name]
-    edge = search and key == search.key and results.edge(row)
-    return (f"{found:g}" if isinstance(found, float) else str(found)) + (" (edge)" if edge else "")
+    text = f"{found:g}" if isinstance(found, float) else str(found)
+    return f"{text} (edge)" if searched and results.at_edge(row) else text
 
 
-def _teacher(summaries: Iterable[Summary], columns: Sequence[str]) -> list[str]:
+def _teacher_row(summaries: Sequence[Summary], columns: Sequence[str]) -> list[str]:
     """The line of the full-precision model; a number that differs between cells is left out."""
-    keys = {column.title: column for column in RESULTS if column.key.startswith("qat.")}
+    by_title = {column.title: column for column in RESULTS if column.key.startswith("qat.")}
     line = ["teacher, full precision", "-"]
     for title in columns[2:]:
-        column = keys.get(title)
-        key = column.key.replace("qat.", "teacher.") if column else ""
-        values = {lookup(summary, key) for summary in summaries} - {None}
-        line.append(shown(Estimate(values.pop(), None, 1), column) if len(values) == 1 else "-")
+        column = by_title.get(title)
+        values = _values(summaries, column.key.replace("qat.", "teacher.")) if column else []
+        line.append(column.single(values[0]) if column and len(values) == 1 else "-")
     return line
 
 
-def _comparisons(results: Results) -> Section | None:
+def _values(summaries: Iterable[Summary], key: str) -> list[float]:
+    """The different numbers under a key, ascending."""
+    found = (lookup(summary, key) for summary in summaries)
+    return sorted({value for value in found if value is not None})
+
+
+def _comparison_table(results: Results) -> Table | None:
     share, gap = Column("", "", ".1f", 100), Column("", "", ".4f")
     found = comparisons(results)
     if not found:
         return None
     unseen = any(c.unseen_difference for c in found)
-    section = Section("compare", "Comparisons, paired over seeds")
-    section.columns = ["comparison", "row", "baseline", "seeds", "gap closed, %", "ln perplexity"]
-    section.columns += ["unseen gap closed, %", "unseen ln perplexity"] if unseen else []
+    table = Table("compare", "Comparisons, paired over seeds")
+    table.columns = ["comparison", "row", "baseline", "seeds", "gap closed, %", "ln perplexity"]
+    table.columns += ["unseen gap closed, %", "unseen ln perplexity"] if unseen else []
     for c in found:
         line = [c.label, c.row, c.baseline, str(c.difference.n if c.difference else 0)]
-        line += [shown(c.share, share), shown(c.difference, gap)]
-        line += [shown(c.unseen_share, share), shown(c.unseen_difference, gap)] if unseen else []
-        section.rows.append(line)
-    section.notes.append(
-        "gap closed: of the log-perplexity gap to the teacher that the baseline leaves, the share "
-        "that the row closes. ln perplexity: the row's minus the baseline's; negative is better."
+        line += [share.text(c.share), gap.text(c.difference)]
+        line += [share.text(c.unseen_share), gap.text(c.unseen_difference)] if unseen else []
+        table.rows.append(line)
+    table.notes.append(
+        "gap closed: the share of the baseline's gap to the teacher, in log-perplexity, that the "
+        "row closes. ln perplexity: the row's minus the baseline's; negative is better."
     )
-    return section
+    return table
 
 
-def _search(results: Results) -> Section | None:
-    search = results.plan.ablation.search
+def _search_table(results: Results) -> Table | None:
+    search, perplexity = results.plan.ablation.search, RESULTS[0]
     if not search or not results.trials:
         return None
-    seed, form = results.plan.ablation.seeds[0], Column("", "", ".2f")
-    section = Section("search", f"Search over {search.key}")
-    section.columns = ["row", *(f"{value:g}" for value in search.values), "chosen"]
+    table = Table("search", f"Search over {search.key}")
+    table.columns = ["row", *(f"{value:g}" for value in search.values), "chosen"]
     found = {(cell.row, cell.value): summary for cell, summary in results.trials}
     for row in results.plan.rows:
         if row.trials:
-            values = (lookup(found[row.label, value], "qat.ppl") for value in search.values)
-            cells = [shown(None if v is None else Estimate(v, None, 1), form) for v in values]
-            section.rows.append([row.label, *cells, _setting(results, row, search.key)])
-    section.notes.append(
-        f"Held-out perplexity after {search.steps:g} of the steps of QAT, seed {seed}; the lowest "
-        "is used for all seeds of the row."
+            values = (lookup(found[row.label, value], perplexity.key) for value in search.values)
+            cells = map(perplexity.single, values)
+            table.rows.append([row.label, *cells, _setting(results, row, search.key)])
+    table.notes.append(
+        f"Held-out perplexity after {search.steps:g} of the steps of QAT with seed "
+        f"{results.plan.ablation.seeds[0]}. All seeds of a row use the value with the lowest."
     )
-    return section
+    return table
 
 
-def _missing(results: Results) -> Section:
-    section = Section("missing", "Missing cells")
+def _missing_cells(results: Results) -> Table:
+    table = Table("missing", "Missing cells")
     cells = [*results.trials, *results.cells]
     for cell, found in cells:
         if not found:
-            said = last_line(cell)
-            why = f"{cell.folder} ends with: {said}" if said else "not begun"
+            last = last_line(cell)
+            why = f"{cell.folder} ends with: {last}" if last else "not begun"
             why = why if cell.config else "its search has no result"
-            section.points.append(f"{described(cell)}: {why}")
-    section.notes.append(
-        f"{len(section.points)} of {len(cells)} cells are missing."
-        if section.points
+            table.facts.append((cell_name(cell), why))
+    table.notes.append(
+        f"{len(table.facts)} of {len(cells)} cells are missing."
+        if table.facts
         else f"None: all {len(cells)} are complete."
     )
-    return section
+    return table
 
 
-def _made(results: Results, command: str) -> Section:
+def _provenance(results: Results, command: str) -> Table:
     """Command, seeds, tokens, time, device and versions."""
-    summaries, plan = results.every(), results.plan
-    cells = [found for _, found in results.cells if found]
+    summaries, plan = results.summaries(), results.plan
     facts = {"command": command, "seeds": ", ".join(map(str, plan.ablation.seeds))}
-    qat = sorted({lookup(s, "tokens.qat") for s in cells} - {None})
+    qat = _values((found for _, found in results.cells if found), "tokens.qat")
     facts["QAT tokens per cell"] = ", ".join(map(number, qat))
     if plan.teacher:
-        t = plan.teacher.config.teacher
+        t = plan.ablation.run.teacher
         facts["teacher tokens"] = number(t.steps * t.batch_size * t.length)
     else:
         facts["teacher"] = plan.ablation.run.teacher.path
-    seconds = sum(
-        sum(s["seconds"].values()) for s in summaries if isinstance(s.get("seconds"), dict)
-    )
+    seconds = sum(sum((summary.get("seconds") or {}).values()) for summary in summaries)
     facts["time of all cells"] = f"{seconds:,.0f} s" if seconds else ""
     facts["device"] = "; ".join(sorted({s["device"] for s in summaries if s.get("device")}))
-    versions = (s.get("versions") or {} for s in summaries)
-    named = dict.fromkeys(f"{name} {value}" for found in versions for name, value in found.items())
-    facts["versions"] = ", ".join(sorted(named))
-    points = [f"{name}: {value}" for name, value in facts.items() if value]
-    return Section("made", "How this was made", points=points)
+    versions = ((s.get("versions") or {}).items() for s in summaries)
+    names = {f"{name} {value}" for found in versions for name, value in found}
+    facts["versions"] = ", ".join(sorted(names))
+    return Table("made", "How this was made", facts=[fact for fact in facts.items() if fact[1]])
 
 
-def markdown(title: str, parts: Sequence[Section], figures: Iterable[str]) -> str:
-    """The report as Markdown; figures are linked by their paths."""
-    lines = [f"# {title}", ""]
-    for section in parts:
-        lines += [f"## {_plain(section.title)}", ""]
-        if section.rows:
-            lines += [_line(section.columns), _line(["---"] * len(section.columns))]
-            lines += [*map(_line, section.rows), ""]
-        for note in section.notes:
-            lines += [note, ""]
-        lines += [f"- {_plain(point)}" for point in section.points] + [""] * bool(section.points)
-        if section.name == "results":
-            for path in figures:
-                lines += [f"![]({path})", ""]
-    return "\n".join(lines).rstrip() + "\n"
+def page(
+    kind: str, title: str, tables: Sequence[Table], figures: Mapping[str, str]
+) -> str:
+    """The report as one file: kind "md", which links `figures/NAME.svg`, or "html".
 
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(map(_plain, cells))} |"
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    `figures` are SVG by name; they stand below the results.
+    """
+    template = environment(Path(__file__).with_name("templates"), TEMPLATES).get_template
+    return template(f"ablation.{kind}.j2").render(title=title, tables=tables, figures=figures)
 
 
 def comma_separated(results: Results) -> str:

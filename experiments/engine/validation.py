@@ -216,7 +216,10 @@ def _read_int(value: object) -> int:
 def _read_float(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError("not a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError("more than a float holds") from None
     if math.isnan(number):
         raise ValueError("nan is not a number")
     return number

@@ -1,16 +1,21 @@
-"""The plots of a run's report, each a string of SVG that scales with the page.
+"""The plots of a run's report, and what the plots of all reports share.
 
-matplotlib is imported when the first figure is drawn, and its global state stays as it was.
+A figure is a string of SVG that scales with the page. matplotlib is imported when the first one is
+drawn, and its global state stays as it was.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e6e9ed"
 BLUE, RUST = "#1d4e89", "#b5532a"
@@ -39,41 +44,97 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
+# Lines of metrics.jsonl as they are read, and points of a curve: (x, y).
+Lines = Sequence[Mapping[str, Any]]
 Curve = tuple[Sequence[float], Sequence[float]]
+ByLayer = Mapping[str, Mapping[str, Sequence[float | None]]]
+LEGEND_LINE = 0.2  # inches that a line of the legend takes
 
 
-def curve(lines: Sequence[Mapping[str, Any]], key: str) -> Curve:
+def svg(
+    title: str, draw: Callable[[Axes], None], size: tuple[float, float] = (4.6, 2.9), pad: float = 8
+) -> str:
+    """Return a figure that `draw` fills, as SVG; the same numbers give the same text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": title, "axes.titlepad": pad}
+    with matplotlib.rc_context(style), io.StringIO() as out:
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        draw(axes)
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        return _inline(out.getvalue(), title)
+
+
+def svg_with_legend(
+    title: str,
+    draw: Callable[[Axes], Mapping[str, Any]],
+    labels: Iterable[str],
+    size: tuple[float, float] = (4.6, 2.9),
+) -> str:
+    """Return a figure with its legend below it: it grows with its labels and hides no curve.
+
+    Args:
+      title: of the figure.
+      draw: fills the axes and returns what the legend explains, by label.
+      labels: all labels that `draw` may return; room for them is added to the size.
+      size: width and height in inches without the legend.
+    """
+    labels = list(labels)
+    columns = 1 if max(map(len, labels)) > 30 else 2
+
+    def whole(axes: Axes) -> None:
+        handles = draw(axes)
+        # matplotlib reads a dollar sign as mathematics, and leaves out what begins with "_".
+        names = [label.replace("$", r"\$") for label in handles]
+        names = [f" {name}" if name.startswith("_") else name for name in names]
+        figure = axes.get_figure()
+        assert figure is not None
+        figure.legend(
+            list(handles.values()), names, loc="outside lower left", ncols=columns, handlelength=3
+        )
+
+    return svg(title, whole, (size[0], size[1] + LEGEND_LINE * -(-len(labels) // columns)))
+
+
+def against_tokens(axes: Axes, values: np.ndarray, xlabel: str, ylabel: str) -> None:
+    """Give axes their labels: tokens as 1k and 1M, and a logarithmic scale for wide ranges.
+
+    A range is wide where all values are positive and differ by more than a factor of 20.
+    """
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    finite = values[np.isfinite(values)]
+    if finite.size and finite.min() > 0 and finite.max() > 20 * finite.min():
+        axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+
+
+def curve(lines: Lines, key: str) -> Curve:
     """Return (tokens, values) of the metrics lines that have a number under `key`."""
     found = [line for line in lines if line.get(key) is not None and line.get("tokens") is not None]
     return [line["tokens"] for line in found], [line[key] for line in found]
 
 
 def over_tokens(title: str, unit: str, points: Curve, smooth: bool = True) -> str:
-    """Return a curve against tokens; a long one is drawn light, its running mean on top.
+    """Return a curve against tokens; a long one is drawn light, its running mean on top."""
 
-    The scale is logarithmic where positive values span more than a factor of 20.
-    """
-
-    def draw(axes: Any) -> None:
-        import matplotlib.ticker
-
+    def draw(axes: Axes) -> None:
         x, y = np.asarray(points[0]), np.asarray(points[1], float)
         window = len(y) // 40 if smooth else 1
         if window > 1:
             axes.plot(x, y, color=BLUE, lw=0.6, alpha=0.35)
         axes.plot(x, _running_mean(y, window) if window > 1 else y, color=BLUE, lw=1.6)
-        if spans(y):
-            axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
-        axes.set(xlabel="tokens", ylabel=unit)
+        against_tokens(axes, y, "tokens", unit)
 
     return svg(title, draw)
 
 
-def by_layer(
-    title: str, key: str, init: Mapping[str, Any] | None, qat: Mapping[str, Any] | None
-) -> str:
+def by_layer(title: str, key: str, init: ByLayer | None, qat: ByLayer | None) -> str:
     """Return one diagnostic of every projection, its layers from left to right, init and QAT.
 
     Args:
@@ -83,21 +144,18 @@ def by_layer(
       qat: the same after training.
     """
     names = list(init or qat or {})
+    stages = {"init": (init or {}, MUTED, "--", "white"), "after QAT": (qat or {}, BLUE, "-", BLUE)}
 
-    def draw(axes: Any) -> None:
-        stages = (("init", init, MUTED, "o--"), ("after QAT", qat, BLUE, "o-"))
-        for label, stage, colour, form in stages:
+    def draw(axes: Axes) -> dict[str, Any]:
+        handles = {}
+        for label, (stage, colour, dashes, fill) in stages.items():
             for place, name in enumerate(names):
-                values = np.asarray((stage or {}).get(name, {}).get(key) or [], float)
+                values = np.asarray(stage.get(name, {}).get(key) or [], float)
                 if values.size:
-                    across = np.linspace(-0.34, 0.34, len(values)) if len(values) > 1 else [0.0]
-                    dots = 3.4 if len(values) <= 8 else 0
-                    axes.plot(
-                        place + np.asarray(across), values, form, color=colour, lw=1.1,
-                        ms=dots,
-                        mfc="white" if stage is init else colour, label=label, clip_on=False,
+                    (handles[label],) = axes.plot(
+                        _across(place, len(values)), values, color=colour, ls=dashes, lw=1.1,
+                        marker="o", ms=3.4 if len(values) <= 8 else 0, mfc=fill, clip_on=False,
                     )  # fmt: skip
-                    label = None
         for place in range(1, len(names)):
             axes.axvline(place - 0.5, color=GRID, lw=0.8)
         if key in ("path_correlation", "residual_alignment", "slope"):
@@ -106,9 +164,14 @@ def by_layer(
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_xticks(range(len(names)), [name.rpartition("/")[2] for name in names])
         axes.set(xlabel="projection (inside each: first to last layer)", ylabel=DIAGNOSTICS[key])
-        axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+        return handles
 
-    return svg(title, draw)
+    return svg_with_legend(title, draw, stages)
+
+
+def _across(place: int, layers: int) -> np.ndarray:
+    """Where the layers of the projection at a place of the x axis stand."""
+    return place + (np.linspace(-0.34, 0.34, layers) if layers > 1 else np.zeros(1))
 
 
 def weight_histogram(title: str, data: Mapping[str, Any]) -> str:
@@ -117,7 +180,7 @@ def weight_histogram(title: str, data: Mapping[str, Any]) -> str:
     `data`: `weights` (counts), `edges` (one more) and `levels`, all in units of the scale.
     """
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         counts, edges = np.asarray(data["weights"], float), np.asarray(data["edges"], float)
         axes.stairs(100 * counts / max(counts.sum(), 1), edges, fill=True, color=BLUE, alpha=0.3)
         axes.stairs(100 * counts / max(counts.sum(), 1), edges, color=BLUE, lw=1.0)
@@ -136,23 +199,6 @@ def weight_histogram(title: str, data: Mapping[str, Any]) -> str:
     return svg(title, draw, (5.6, 3.0), pad=16)
 
 
-def svg(
-    title: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.6, 2.9), pad: float = 8
-) -> str:
-    """Return a figure that `draw` fills, as SVG; the same numbers give the same text."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style = _STYLE | {"svg.hashsalt": title, "axes.titlepad": pad}
-    with matplotlib.rc_context(style), io.StringIO() as out:
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_title(title)
-        draw(axes)
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-        return _inline(out.getvalue(), title)
-
-
 def _inline(text: str, title: str) -> str:
     """Make a matplotlib file fit to stand in HTML: no size, no metadata, no ids that repeat."""
     text = text[text.index("<svg") :]
@@ -160,16 +206,10 @@ def _inline(text: str, title: str) -> str:
     text = re.sub(r' id="[A-Za-z.]+_\d+"', "", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r"'DejaVu Sans'[^;\"]*?sans-serif", "system-ui, sans-serif", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
 
 
 def _running_mean(y: np.ndarray, window: int) -> np.ndarray:
     """Mean over the `window` values around each, fewer at the ends."""
     ones = np.ones(window)
     return np.convolve(y, ones, "same") / np.convolve(np.ones_like(y), ones, "same")
-
-
-def spans(y: np.ndarray) -> bool:
-    """Whether positive values differ by more than a factor of 20."""
-    finite = y[np.isfinite(y)]
-    return bool(finite.size and finite.min() > 0 and finite.max() > 20 * finite.min())

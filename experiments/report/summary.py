@@ -1,22 +1,39 @@
-"""`summary.json` and `report.html` from what the stages recorded."""
+"""`summary.json` and `report.html`, made from the records of the stages."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rabit_jax import ResidualSign, cost
 from rabit_jax.atomic import write_text
 from rabit_jax.evaluate.sign_statistics import weight_histogram
-from rabit_jax.experiments.engine.inputs import Inputs
+from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.machine import peak_memory
 from rabit_jax.experiments.engine.ptq import Job
-from rabit_jax.experiments.report.page import write_report
+from rabit_jax.experiments.engine.stages import Record
+from rabit_jax.experiments.report.page import (
+    Histogram,
+    ResultRow,
+    Sample,
+    Summary,
+    write_report,
+)
 from rabit_jax.experiments.report.run_card import write_card
 from rabit_jax.progress import number
-from rabit_jax.tree import weights_of
+from rabit_jax.tree import leaves, weights_of
+
+LABELS = {
+    "teacher": "teacher, full precision",
+    "round_to_nearest": "round to nearest, group 128",
+    "greedy": "greedy SVID",
+    "init": "calibrated init",
+    "qat": "after QAT",
+    "packed": "packed",
+}
 
 
 def gap_closed(teacher: float, start: float, end: float) -> float | None:
@@ -25,8 +42,8 @@ def gap_closed(teacher: float, start: float, end: float) -> float | None:
     return 1 - (math.log(end) - math.log(teacher)) / gap if gap > 0 else None
 
 
-def summarise(run: Inputs, records: dict[str, dict], command: str) -> dict[str, Any]:
-    """The nested summary; keys are those other tools read, so they do not change."""
+def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[str, Any]:
+    """The nested summary. Other tools read it, so its keys do not change."""
     results = {name: record["result"] for name, record in records.items()}
     measured, packed = results["evaluate"], dict(results["pack"])
     dense = packed.pop("dense_bytes")
@@ -63,8 +80,8 @@ def summarise(run: Inputs, records: dict[str, dict], command: str) -> dict[str, 
     }
 
 
-def training_figures(run: Inputs, record: dict[str, Any]) -> dict[str, Any]:
-    """What QAT cost and did: sign flips per step, seconds a step, bytes of process and state."""
+def training_figures(run: Inputs, record: Record) -> dict[str, float | None]:
+    """Of QAT: share of signs flipped per step, seconds per step, bytes of process and state."""
     lines = run.folder.metrics.lines()
     flips = [f for line in lines if (f := line.get("flip_rate")) is not None]
     speeds = [line["tokens_per_second"] for line in lines if line["stage"] == "qat"]
@@ -80,9 +97,6 @@ def training_figures(run: Inputs, record: dict[str, Any]) -> dict[str, Any]:
 
 def parameters(run: Inputs | Job) -> dict[str, int]:
     """Numbers of weights: all, outside embedding and head, and quantised."""
-    from rabit_jax.experiments.engine.inputs import abstract_params
-    from rabit_jax.tree import leaves
-
     sizes = {path: leaf.size for path, leaf in leaves(abstract_params(run.model_config))}
     outer = sum(n for path, n in sizes.items() if path.startswith(("embed/", "head/")))
     quantised = sum(math.prod(w.shape) for w in weights_of(run.abstract_student()).values())
@@ -92,35 +106,26 @@ def parameters(run: Inputs | Job) -> dict[str, int]:
         "quantised": quantised,
     }
 
-LABELS = {
-    "teacher": "teacher, full precision",
-    "round_to_nearest": "round to nearest, group 128",
-    "greedy": "greedy SVID",
-    "init": "calibrated init",
-    "qat": "after QAT",
-    "packed": "packed",
-}
 
-
-def table_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+def table_rows(summary: Summary) -> list[ResultRow]:
     """The results table: one row per model."""
+    packed_bits: float = summary["packed"]["bits_per_weight"]
     bits = {"teacher": 32.0, "round_to_nearest": 2.25}
-    quantised = summary["packed"]["bits_per_weight"]
     return [
-        {
-            "name": label,
-            "ppl": summary[key]["ppl"],
-            "bits_per_byte": summary[key]["bits_per_byte"],
-            "ppl_over_teacher": summary[key]["ppl"] / summary["teacher"]["ppl"] - 1,
-            "bits_per_weight": bits.get(key, quantised),
-        }
+        ResultRow(
+            name=label,
+            ppl=summary[key]["ppl"],
+            bits_per_byte=summary[key]["bits_per_byte"],
+            ppl_over_teacher=summary[key]["ppl"] / summary["teacher"]["ppl"] - 1,
+            bits_per_weight=bits.get(key, packed_bits),
+        )
         for key, label in LABELS.items()
         if key in summary
     ]
 
 
-def costs(summary: dict[str, Any]) -> str:
-    """Two lines of any summary: bytes of the packed and the dense model; time and memory."""
+def costs(summary: Summary) -> str:
+    """Two lines for the terminal: bytes of the packed and the dense model; time and memory."""
     return (
         f"packed file: {number(summary['packed']['bytes'])} bytes; 16-bit dense: "
         f"{number(summary['dense']['bytes'])} bytes\n"
@@ -129,15 +134,20 @@ def costs(summary: dict[str, Any]) -> str:
     )
 
 
-def write_results(run: Inputs, summary: dict[str, Any], samples: list[dict]) -> Path:
+def write_results(run: Inputs, summary: Summary, samples: Sequence[Sample]) -> Path:
     """Write `summary.json`, the packed model's card and `report.html`, whose path is returned."""
     folder = run.folder.path
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
-    write_card(run.config, run.folder.path, summary)
-    nodes = weights_of(run.student).items()
-    path = next((p for p, w in nodes if isinstance(w, ResidualSign)), None)
-    layer = run.model_config.n_layers // 2
-    histogram = None if path is None else weight_histogram(run.student, path, layer)
+    write_card(run.config, folder, summary)
     return write_report(
-        folder, summary, run.folder.metrics.lines(), histogram, samples, table_rows(summary)
+        folder, summary, run.folder.metrics.lines(), _histogram(run), samples, table_rows(summary)
     )
+
+
+def _histogram(run: Inputs) -> Histogram | None:
+    """Of the first weight of sign paths, in the middle layer; None where there is none."""
+    nodes = weights_of(run.student).items()
+    path = next((path for path, node in nodes if isinstance(node, ResidualSign)), None)
+    if path is None:
+        return None
+    return Histogram(**weight_histogram(run.student, path, run.model_config.n_layers // 2))

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rabit_jax.formats.hub import ID
+from rabit_jax.formats.rendering import environment
 
 CARD = "README.md"
-# What a card's reader puts in place of FOLDER: a folder or a hub id.
-_PACKED = """\
-from rabit_jax.models import generate, load_packed
-model, params, tokenizer = load_packed("FOLDER")
-prompt = tokenizer(["The list"], return_tensors="np")["input_ids"]
-new = generate(model, params, prompt, max_new_tokens=32, eos_ids=model.config.eos_ids)
-print(tokenizer.decode(new[0]))"""
-_DENSE = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
+Score = tuple[str, str, str, int]  # model, perplexity, bits per byte, context
+_UNKNOWN_LICENCE = "not known here; where there is a base model, that one's applies"
+_TAGS = ["rabit", "residual-binarisation"]
+# What may be a path inside of a longer text: anything between blanks, quotes, brackets and "=".
+_WORD = re.compile(r"[^\s=,'\"`()\[\]{}]+")
 
 
 def packed_card(
     name: str, bits: float, stored_bits: float, base: str | None = None,
-    licence: str | None = None, scores: Sequence[Sequence[Any]] = (),
-    facts: Mapping[str, Any] | None = None,
+    licence: str | None = None, scores: Sequence[Score] = (),
+    facts: Mapping[str, str] | None = None,
 ) -> str:
-    """The card of a packed model.
+    """The card of a packed model. Of local paths, here and in `facts`, it gives the last part.
 
     Args:
       name: of the model, a title.
@@ -36,7 +33,7 @@ def packed_card(
       base: the model that was quantised; a hub id is named in the front matter.
       licence: its licence as the hub spells it, None where it is not known.
       scores: rows of model, perplexity, bits per byte and context.
-      facts: more lines, such as the data, the tokens and the command.
+      facts: more lines of Markdown, such as the data, the tokens and the command.
 
     Returns:
       Markdown.
@@ -44,67 +41,75 @@ def packed_card(
     Example:
       >>> text = packed_card("mine", 2.19, 2.25, base="org/teacher", licence="apache-2.0")
     """
-    of = f" of {base}" if base else ""
-    head = (f"Residual binarisation{of}: each packed linear layer is a sum of sign matrices with "
-            "row and column scales, `W_hat = sum_i diag(h_i) B_i diag(g_i)`, or the representation "
-            "that `quantization_config` in config.json names.")
-    lines = {
-        "bits per weight of the packed linears": f"{bits:.4g}",
-        "the same as stored, with padding": f"{stored_bits:.4g}",
-        "embedding, norms, head": "16 bits, not quantised",
-        **(facts or {}),
-    }
-    front = _front(base, licence, "rabit_jax", ["rabit", "residual-binarisation", "quantized"])
-    return "\n\n".join([front, f"# {name}", head, _list(lines, licence), *_scores(scores),
-                        *_load(_PACKED)]) + "\n"
+    return _render(
+        "packed_card", front=_front(base, licence, "rabit_jax", [*_TAGS, "quantized"]), name=name,
+        bits=bits, stored_bits=stored_bits, base=_model_name(base) if base else None,
+        licence=licence or _UNKNOWN_LICENCE, scores=scores,
+        facts={fact: without_local_paths(text) for fact, text in (facts or {}).items()},
+    )
 
 
 def dense_card(name: str, source: str, dtype: str, base: str | None, licence: str | None) -> str:
-    """The card of a dense export of `source`; see `packed_card`."""
-    head = (f"The dense form of {source}: every weight is stored as the matrix that the quantised "
-            f"model multiplies by, in {dtype}. It takes the room of an unquantised model and is "
-            "there for programs that read dense folders.")
-    front = _front(base, licence, "transformers", ["rabit", "residual-binarisation"])
-    return "\n\n".join([front, f"# {name}", head, _list({}, licence), *_load(_DENSE)]) + "\n"
+    """The card of a dense export of the model `source`, stored in `dtype`; see `packed_card`."""
+    return _render(
+        "dense_card", front=_front(base, licence, "transformers", _TAGS), name=name,
+        source=_model_name(source), dtype=dtype, licence=licence or _UNKNOWN_LICENCE,
+    )
 
 
 def base_and_licence(folder: Path) -> tuple[str | None, str | None]:
-    """What the front matter of a folder's card names as base model and licence, None for neither.
+    """The base model and the licence in the front matter of a folder's card, None where absent.
 
-    A card whose front matter cannot be read counts as one that says nothing.
+    A card that is missing, or whose front matter cannot be read, names neither.
     """
     import yaml
     from huggingface_hub import ModelCard
 
     try:
         data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
-    except (OSError, ValueError, yaml.YAMLError):  # none there, or a text that is no card
+    except (OSError, ValueError, yaml.YAMLError):
         return None, None
-    base = data.base_model
-    return (base if isinstance(base, str) else None), data.license
+    base, licence = data.get("base_model"), data.get("license")
+    return (base if isinstance(base, str) else None), licence
+
+
+def without_local_paths(text: str) -> str:
+    """The text with each path of this machine shortened to its last part; hub ids stay.
+
+    >>> without_local_paths("--config /home/me/my.yaml teacher.path=org/name")
+    '--config my.yaml teacher.path=org/name'
+    """
+    return _WORD.sub(lambda word: _last_part(word[0]) if _is_local(word[0]) else word[0], text)
+
+
+def _render(template: str, **values: object) -> str:
+    folder = Path(__file__).with_name("templates")
+    return environment(folder).get_template(f"{template}.md.j2").render(values)
 
 
 def _front(base: str | None, licence: str | None, library: str, tags: list[str]) -> str:
     from huggingface_hub import ModelCardData
 
-    hub = base if base and "/" in base and ID.fullmatch(base) and not Path(base).exists() else None
+    hub = base if base and "/" in base and _is_hub_id(base) else None
     data = ModelCardData(
         base_model=hub, base_model_relation="quantized" if hub else None, library_name=library,
         license=licence, pipeline_tag="text-generation", tags=[*tags, "jax"])
-    return f"---\n{data.to_yaml()}\n---"
+    return data.to_yaml()
 
 
-def _load(code: str) -> list[str]:
-    return ["## Load", "`FOLDER` is a folder or a hub id.", f"```python\n{code}\n```"]
+def _is_hub_id(name: str) -> bool:
+    return bool(ID.fullmatch(name)) and not Path(name).exists()
 
 
-def _list(lines: Mapping[str, Any], licence: str | None) -> str:
-    told = licence or "not known here; where there is a base model, that one's applies"
-    return "\n".join(f"* {name}: {value}" for name, value in {**lines, "licence": told}.items())
+def _model_name(name: str) -> str:
+    return name if _is_hub_id(name) else _last_part(name)
 
 
-def _scores(rows: Sequence[Sequence[Any]]) -> list[str]:
-    if not rows:
-        return []
-    head = "| model | perplexity | bits per byte | context |\n|---|---|---|---|"
-    return ["\n".join([head, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])]
+def _is_local(word: str) -> bool:
+    """Whether a word is a path: one that begins like it, or that matches a file from here."""
+    begins = word.startswith(("/", "~/", "./", "../"))
+    return begins or ("/" in word and next(glob.iglob(word), None) is not None)
+
+
+def _last_part(path: str) -> str:
+    return os.path.basename(os.path.abspath(path)) or path

@@ -22,8 +22,8 @@ from rabit_jax.experiments.ablation.results import (
     collect,
     comparisons,
     estimate,
-    lookup,
 )
+from rabit_jax.experiments.ablation.runner import lookup
 from rabit_jax.experiments.engine.config import dump_yaml
 
 SEEDS = (0, 1, 2)

@@ -228,6 +228,7 @@ def test_an_unknown_key_in_the_file_is_found_at_every_depth(load):
         ("name: x\ntrain: {optimiser: {betas: [1]}}", ["betas", "[1]", "2 values", "[1e-3, 1e-3]"]),
         ("name: x\nfiles: !!set {a, b}", ["'files'", "a list of str", "[text, text]"]),
         ("name: x\nseed: !!binary MTI=", ["'seed'", "b'12'", "int"]),
+        (f"name: x\nshare: {'9' * 400}", ["'share'", "999...", "float"]),
         ("name: x\nmesh:", ["'mesh'", "None", "mapping of names to int", "{name: 3}"]),
         ("name: x\nmesh: {2: 1}", ["'mesh'", "2", "quote"]),
         ("name: x\ntrain.steps: 1", ["'train.steps'", "train: {steps: ...}"]),

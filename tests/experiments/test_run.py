@@ -57,12 +57,14 @@ def test_the_packed_model_has_a_card_with_the_figures_of_the_summary(finished):
         f"packed linears: {packed['bits_per_weight']:.4g}\n",
         f"with padding: {packed['stored_bits_per_weight']:.4g}\n",
         f"{packed['bytes']:,} bytes",
-        summary["command"],
+        "python -m experiments.run --config config.yaml",
         "source=files",
         f"qat {summary['tokens']['qat']:,}",
         f"jax {summary['versions']['jax']}",
     ):
         assert text in card.text
+    assert str(finished.parents[1]) in summary["command"]
+    assert str(finished.parents[1]) not in card.content
 
 
 def test_text_of_an_unseen_source_is_scored_apart(finished):

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from rabit_jax.formats.model_card import base_and_licence, dense_card, packed_card
 from rabit_jax.formats.packed_model import save_packed
+from rabit_jax.formats.rendering import code
 
 
 @pytest.fixture
@@ -60,7 +61,29 @@ def test_a_local_base_is_no_hub_id(tmp_path):
     for base in (str(tmp_path / "teacher"), "./teacher", "teacher/of/mine", "teacher"):
         (tmp_path / "README.md").write_text(packed_card("mine", 2, 2, base))
         assert base_and_licence(tmp_path) == (None, None)
-        assert f"Residual binarisation of {base}" in (tmp_path / "README.md").read_text()
+        text = (tmp_path / "README.md").read_text()
+        assert f"Residual binarisation of {base.rpartition('/')[2]}:" in text
+        assert str(tmp_path) not in text
+
+
+def test_no_local_path_stands_on_a_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train.txt").touch()
+    command = (f"python -m x --config {tmp_path}/my.yaml data.files=[corpus/train.txt,~/b*.txt] "
+               "teacher.path=org/name init.quantise=[layers/.*/kernel]")
+    text = packed_card("mine", 2, 2, facts={"command": f"`{command}`"})
+    assert ("`python -m x --config my.yaml data.files=[train.txt,b*.txt] teacher.path=org/name "
+            "init.quantise=[layers/.*/kernel]`\n") in text
+    text = dense_card("d", str(tmp_path / "packed"), "float32", None, None)
+    assert "dense form of packed:" in text and str(tmp_path) not in text
+
+
+def test_names_of_users_stay_text(tmp_path):
+    scores = [("a|b", "<i>", "1", 8)]
+    text = packed_card("<b>[x](y)\n# no", 2, 2, "teacher", "a|b", scores, {"made": code("a`b")})
+    assert "\n# &lt;b>[x]\\(y) # no\n" in text and "* licence: a\\|b\n" in text
+    assert "| a\\|b | &lt;i> | 1 | 8 |" in text and "* made: `` a`b ``\n" in text
 
 
 @pytest.mark.parametrize("text", [None, "", "no front matter", "---\n: [\n---\n", "---\n- a\n---"])

@@ -165,7 +165,7 @@ REFUSED = {
     "general/bias": "general/bias belongs to a DenseGeneral,",
     "grouped/kernel": "grouped/kernel has batch axes",
     "unused/kernel": "never calls the layer of unused/kernel",
-    "watched/kernel": "watched/kernel: no gradient of the loss",
+    "watched/kernel": "watched/kernel: the gradient of the loss does not reach this layer",
     "zero/kernel": "zero/kernel: the statistics of its inputs are all zero",
     "none/kernel": "matches no parameter",
 }

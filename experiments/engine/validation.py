@@ -130,7 +130,7 @@ def _fill(wanted: Annotation, tree: Any, base: object) -> Any:
     if not isinstance(tree, dict):
         return tree
     if members:
-        tree = {"type": base.type, **tree} if isinstance(base, tuple(SPECS)) else tree
+        tree = {"type": typing.cast(Any, base).type, **tree} if isinstance(base, SPECS) else tree
         kind = members.get(str(tree.get("type")))
     if not is_section(kind):
         return tree

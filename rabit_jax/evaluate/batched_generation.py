@@ -159,7 +159,7 @@ def _decoded(row: np.ndarray, ends: Sequence[int], tokenizer: Tokenizer) -> str:
     """The text of a row up to the first token that ends it."""
     found = np.flatnonzero(np.isin(row, ends))
     row = row[: found[0]] if found.size else row
-    return tokenizer.decode(row.tolist(), skip_special_tokens=True)
+    return str(tokenizer.decode(row.tolist(), skip_special_tokens=True))
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

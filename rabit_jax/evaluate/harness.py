@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import jax
 from jax.sharding import Mesh
@@ -14,7 +14,7 @@ from rabit_jax.evaluate.scoring import Request, score
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.progress import progress
 from rabit_jax.train.sharding import batch_sharding, param_shardings
-from rabit_jax.types import Params, Tokenizer
+from rabit_jax.types import Json, Params, Tokenizer
 
 # `(context and continuation as texts, or None; tokens of the context; tokens of the continuation)`
 Tokenised = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -69,18 +69,18 @@ class HarnessModel(TemplateLM):
         if mesh is not None:
             self.params = jax.device_put(params, param_shardings(params, mesh))
             self.rows = batch_sharding(mesh)
-        eos = {*model.config.eos_ids, tokenizer.eos_token_id}
+        eos = {*model.config.eos_ids, self.eot_token_id}
         self.generator = BatchGenerator(model, self.params, tuple(sorted(eos)), mesh, seed)
 
     @property
     def eot_token_id(self) -> int:
         """The end-of-text token."""
-        return self.tokenizer.eos_token_id
+        return cast(int, self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
         """The token before a text without context: the begin token, or else the end token."""
-        begin = self.tokenizer.bos_token_id
+        begin = cast(int | None, self.tokenizer.bos_token_id)
         return self.eot_token_id if begin is None else begin
 
     @property
@@ -97,7 +97,8 @@ class HarnessModel(TemplateLM):
         chat template.
         """
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+            begin = str(self.tokenizer.decode(self.prefix_token_id))
+            add_special_tokens = not string.startswith(begin)
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
     def apply_chat_template(
@@ -117,10 +118,10 @@ class HarnessModel(TemplateLM):
             raise BadInput("the tokenizer has no chat template: evaluate without one")
 
         def apply(history: list[dict[str, str]]) -> str:
-            return self.tokenizer.apply_chat_template(
+            return cast(str, self.tokenizer.apply_chat_template(
                 history, tokenize=False, add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
-            )
+            ))
 
         try:
             return apply(chat_history)
@@ -207,7 +208,7 @@ class HarnessModel(TemplateLM):
         found: dict[int, str] = {}
         groups: dict[Settings, list[int]] = {}
         for index, request in enumerate(requests):
-            settings = settings_of(request.args[1], self.max_length)
+            settings = settings_of(cast(tuple[str, Json], request.args)[1], self.max_length)
             groups.setdefault(settings, []).append(index)
         with progress("generation", len(requests), hidden=disable_tqdm) as bar:
             for settings, indices in groups.items():

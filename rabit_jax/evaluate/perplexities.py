@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Int32
 
 from rabit_jax.errors import BadInput
 from rabit_jax.train.losses import head_of, summed_cross_entropy
-from rabit_jax.types import Array, Params
+from rabit_jax.types import Array, Params, Shape
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def padded_batches(
 def _check(
     windows: object, batch_size: int, text_bytes: int | None, total_tokens: int | None
 ) -> None:
-    shape, dtype = np.shape(windows), getattr(windows, "dtype", np.dtype(object))
+    shape: Shape = getattr(windows, "shape", ())
+    dtype = getattr(windows, "dtype", np.dtype(object))
     if not np.issubdtype(dtype, np.integer) or len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
         raise BadInput(
             f"perplexity got windows {dtype}{list(shape)}, wanted int [n, t] with n >= 1 and "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -71,7 +71,7 @@ def disordered_share(params: Any) -> float | None:
     """
     nodes = {
         path: (w.g, w.h)
-        for path, w in weights_of(params).items()
+        for path, w in cast(dict[str, Any], weights_of(params)).items()
         if all(hasattr(w, name) for name in ("signs", "g", "h", "k"))
     }
     shapes = {path: weights_of(params)[path].shape for path in nodes}
@@ -123,15 +123,15 @@ def weight_histogram(
 
 
 def _one_layer(params: Any, path: str, layer: int | None) -> list[np.ndarray]:
-    nodes = weights_of(params)
+    nodes: dict[str, Any] = weights_of(params)
     if path not in nodes or not all(hasattr(nodes[path], name) for name in ("latent", "g", "h")):
         raise BadInput(
             f"no weight with a latent and scales at {path!r}: the weights are "
             f"{', '.join(nodes) or 'none'}"
         )
     arrays = [nodes[path].latent, nodes[path].g, nodes[path].h]
-    stacked = arrays[0].ndim == 3
-    if stacked != (layer is not None) or (stacked and not 0 <= layer < len(arrays[0])):
+    layers = len(arrays[0]) if arrays[0].ndim == 3 else None
+    if layer is not None if layers is None else layer is None or not 0 <= layer < layers:
         raise BadInput(f"{path} is {list(arrays[0].shape)}: layer {layer} does not select a matrix")
     chosen = arrays if layer is None else [a[layer] for a in arrays]
     return [np.asarray(a.astype(F32), np.float64) for a in chosen]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from rabit_jax.atomic import write_tensors
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.tree import is_weight
+from rabit_jax.weights.leaves import WeightNode
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
 
 METHOD, FORMAT, VERSION = "rabit", "rb256", 3
@@ -264,7 +265,7 @@ def save_packed_params(file: str | Path, params: Any) -> Path:
         if not is_packed_node(leaf):
             raise BadInput(f"{name} is a {type(leaf).__name__}, wanted a packed weight: pack the "
                            "params first")
-        headers[name] = leaf.header()
+        headers[name] = cast(WeightNode, leaf).header()
         tensors |= {f"{name}.{part}": array for part, array in named_parts(leaf).items()}
     if not headers:
         raise BadInput("the params hold no packed weight: convert and pack them first")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ from rabit_jax.models.decoder import Decoder, check_params, param_shapes
 from rabit_jax.tree import is_weight, leaves
 from rabit_jax.types import Array, Json, Params, Shape, Tokenizer, Weight
 from rabit_jax.weights.description import describe
+from rabit_jax.weights.leaves import WeightNode
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _headers(params: Params) -> dict[str, Json]:
         if not is_packed_node(node):
             raise BadInput(f"{path} is a {type(node).__name__}, wanted a packed weight: pack the "
                            "params first")
-        headers[path] = node.header()
+        headers[path] = cast(WeightNode, node).header()
         _check_parts(path, node, headers[path])
     return headers
 

@@ -7,7 +7,7 @@ positions is projected to the vocabulary, reduced to sums, and recomputed in the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -132,7 +132,7 @@ def head_of(model: nn.Module, params: Params) -> Head:
 
 
 def _features(
-    model: nn.Module, params: Params, batch: Batch, **options: bool
+    model: nn.Module, params: Params, batch: Batch, **options: Any
 ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t d"]]:
     """`(inputs of the head, hidden states of the layers)`, the latter with `hidden_states=True`."""
     tokens, mask = batch["tokens"], batch.get("mask")

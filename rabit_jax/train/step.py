@@ -133,7 +133,7 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         grads, metrics = gradients(loss, state.trainable, frozen, teacher, batch, accumulate, count)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable: Params = optax.apply_updates(state.trainable, updates)  # pyright: ignore
         metrics["grad_norm"] = optax.tree.norm(grads)
         if project:
             trainable, metrics["projected"] = project_scales(trainable, names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import jax
 import optax
@@ -103,7 +104,8 @@ def make_trainer(
     whole = replicated(mesh)
     shape = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
     state_where = TrainState(
-        step=whole, trainable=where, opt_state=like_params(shape.opt_state, trainable, where, mesh)
+        step=cast(Array, whole), trainable=where,
+        opt_state=like_params(shape.opt_state, trainable, where, mesh),
     )
     state = jax.jit(lambda tree: init_state(tree, optimizer), out_shardings=state_where)(trainable)
     step = jax.jit(

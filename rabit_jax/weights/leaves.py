@@ -88,6 +88,11 @@ def size(axis: str, **default: Any) -> Any:
     return struct.field(pytree_node=False, metadata={"axis": axis}, **default)
 
 
+def static() -> Any:
+    """A static field of a weight node that is no size of an axis."""
+    return struct.field(pytree_node=False)
+
+
 def part(many: bool = False) -> Any:
     """A field of a weight node that holds another, or a tuple of `many`."""
     return struct.field(metadata={"many": many})

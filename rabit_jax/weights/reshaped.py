@@ -10,7 +10,8 @@ import jax
 from flax import struct
 
 from rabit_jax.errors import BadInput
-from rabit_jax.weights.leaves import Header, WeightNode, part
+from rabit_jax.types import Shape
+from rabit_jax.weights.leaves import Header, WeightNode, part, static
 
 
 @struct.dataclass
@@ -32,8 +33,8 @@ class Reshaped(WeightNode):
     """
 
     matrix: Any = part()
-    inputs: tuple[int, ...] = struct.field(pytree_node=False)
-    outputs: tuple[int, ...] = struct.field(pytree_node=False)
+    inputs: Shape = static()
+    outputs: Shape = static()
 
     header_type = "reshaped"
 

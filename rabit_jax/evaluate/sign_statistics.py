@@ -131,7 +131,8 @@ def _one_layer(params: Any, path: str, layer: int | None) -> list[np.ndarray]:
         )
     arrays = [nodes[path].latent, nodes[path].g, nodes[path].h]
     stacked = arrays[0].ndim == 3
-    if stacked != (layer is not None) or (stacked and not 0 <= layer < len(arrays[0])):
+    known = 0 <= layer < len(arrays[0]) if stacked and layer is not None else layer is None
+    if stacked != (layer is not None) or not known:
         raise BadInput(f"{path} is {list(arrays[0].shape)}: layer {layer} does not select a matrix")
     chosen = arrays if layer is None else [a[layer] for a in arrays]
     return [np.asarray(a.astype(F32), np.float64) for a in chosen]

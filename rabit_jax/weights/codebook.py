@@ -166,7 +166,7 @@ def kmeans(
         return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), entries)
 
     entries = jax.lax.fori_loop(0, iterations, move, start)
-    codes = jax.lax.map(lambda piece: _nearest(*piece, entries), pieces)
+    codes = jax.lax.map(lambda piece: _nearest(piece[0], piece[1], entries), pieces)
     return codes.reshape(-1, o)[:m], entries
 
 

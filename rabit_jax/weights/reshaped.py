@@ -32,8 +32,9 @@ class Reshaped(WeightNode):
     """
 
     matrix: Any = part()
-    inputs: tuple[int, ...] = struct.field(pytree_node=False)
-    outputs: tuple[int, ...] = struct.field(pytree_node=False)
+    # A type checker takes `part()` for a default value.
+    inputs: tuple[int, ...] = struct.field(pytree_node=False)  # pyright: ignore
+    outputs: tuple[int, ...] = struct.field(pytree_node=False)  # pyright: ignore
 
     header_type = "reshaped"
 

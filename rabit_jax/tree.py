@@ -43,7 +43,7 @@ def map_leaves(function: Callable[[str, Any], Any], params: Any, *rest: Any) -> 
     )
 
 
-def weights_of(params: Params) -> dict[str, Weight]:
+def weights_of(params: Params) -> dict[str, Any]:
     """The weight nodes of a tree by path."""
     return {path: leaf for path, leaf in leaves(params) if is_weight(leaf)}
 

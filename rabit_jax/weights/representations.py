@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from rabit_jax.errors import BadInput
 from rabit_jax.weights.codebook import Codebook, CodebookSpec, PackedCodebook
@@ -67,7 +67,7 @@ def abstract_packed(header: Header) -> Any:
         raise BadInput(f"the header of a packed {kind} weight is damaged ({error})") from error
 
 
-def is_packed_node(node: Any) -> bool:
+def is_packed_node(node: Any) -> TypeGuard[WeightNode]:
     """Whether a weight node is in its deployed form, all parts of a composite included."""
     if not isinstance(node, tuple(PACKED_TYPES.values())):
         return False

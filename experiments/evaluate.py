@@ -14,36 +14,30 @@ each scored from its own past alone, as published figures are. Texts:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
-from rabit_jax.evaluate.perplexities import perplexity
-from rabit_jax.evaluate.texts import check_name, read_text, text_windows
-from rabit_jax.experiments.engine.config import load_config
+from rabit_jax.evaluate.texts import check_name, read_text
 from rabit_jax.experiments.engine.console import EXIT_CODES, Parser, main_guard, table
-from rabit_jax.experiments.engine.evaluate_tasks import load_tasks, make_row, task_rows
-from rabit_jax.experiments.engine.folder import RunFolder
-from rabit_jax.experiments.engine.inputs import Inputs
+from rabit_jax.experiments.engine.evaluation import (
+    Subject,
+    begin_token,
+    load_subject,
+    load_tasks,
+    perplexity_rows,
+    task_rows,
+)
 from rabit_jax.experiments.engine.machine import report
-from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.formats.folder import find_folder
-from rabit_jax.formats.packed_model import load_model
-from rabit_jax.formats.tokenizer import load_tokenizer
-from rabit_jax.models.decoder import Decoder
-from rabit_jax.progress import loading, progress, say
-from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
 
 COLUMNS = ("name", "metric", "value", "stderr", "shots", "samples", "context")
 EXAMPLES = """\
@@ -101,22 +95,22 @@ def run(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_args(arguments)
     check(options)
-    find_folder(options.model)  # a mistyped name is told before data are fetched
+    find_folder(options.model)  # before data are fetched for a name that is mistyped
     tasks = load_tasks(options.tasks, options.include_path) if options.tasks else None
     texts = {name: read_text(name) for name in options.ppl}
-    model, params, tokenizer = load(options.model)
-    check_model(options, model, tokenizer)
-    mesh = make_mesh() if len(jax.devices()) > 1 else None
-    if mesh is not None:
-        params = jax.device_put(params, param_shardings(params, mesh))
+    subject = load_subject(options.model)
+    check_model(options, subject)
+    begin = begin_token(subject, options.begin) if texts else None
     rows = []
     for name, documents in texts.items():
-        rows += perplexity_rows(options, model, params, tokenizer, mesh, name, documents)
+        rows += perplexity_rows(subject, name, documents, context=options.context,
+                                batch_size=options.batch_size, limit=options.limit, begin=begin)
     if tasks:
-        rows += task_rows(options, model, params, tokenizer, mesh, tasks)
+        rows += task_rows(subject, tasks, batch_size=options.batch_size,
+                          max_length=options.max_length, num_fewshot=options.num_fewshot,
+                          limit=options.limit, chat=options.chat)
     result = report(shlex.join(["python", "-m", "experiments.evaluate", *arguments]), rows)
-    begun = bool(texts) and begin_token(options, model, tokenizer) is not None
-    result |= {"model": str(options.model), "limit": options.limit, "begin": begun}
+    result |= {"model": str(options.model), "limit": options.limit, "begin": begin is not None}
     if tasks:
         result["versions"]["lm-eval"] = importlib.metadata.version("lm-eval")
     text = json.dumps(result, allow_nan=False)
@@ -157,79 +151,16 @@ def check(options: argparse.Namespace) -> None:
         check_name(name)
 
 
-def load(path: str) -> tuple[Decoder, Any, Any]:
-    """A model to evaluate: of a model folder or hub id, or the trained student of a run folder.
-
-    Raises:
-      BadInput: no such model, a damaged one, or a run whose student is not trained yet.
-    """
-    folder = Path(path).expanduser()
-    if not (folder / "config.yaml").is_file() or (folder / "config.json").exists():
-        with loading(path) as done:
-            return load_model(path, done)
-    folder = folder.resolve()
-    config = load_config(RunConfig, folder / "config.yaml")
-    # Neither the run's devices nor its text need be on this machine.
-    teacher = dataclasses.replace(
-        config.teacher, path=config.teacher.path or str(folder / "teacher"))
-    config = dataclasses.replace(config, output=str(folder.parent), name=folder.name,
-                                 teacher=teacher, mesh={"tensor": len(jax.devices())})
-    found = Inputs(config, RunFolder(config))
-    if not (folder / "stages" / "qat.json").exists():
-        raise BadInput(f"{path} has no trained student: let the run finish its stage qat, or name "
-                       "a model folder in it, such as teacher or packed")
-    say(f"the trained student of {path}")
-    return found.model, found.student, load_tokenizer(find_folder(found.teacher_folder))
-
-
-def check_model(options: argparse.Namespace, model: Decoder, tokenizer: Any) -> None:
+def check_model(options: argparse.Namespace, subject: Subject) -> None:
     """Raise BadInput where the model does not go with the options."""
-    if tokenizer is None:
-        raise BadInput(f"{options.model} holds no tokenizer, so text cannot be read: put the "
-                       "model's tokenizer.json and tokenizer_config.json there")
+    most = subject.model.config.max_position
     for name, used in (("context", options.ppl), ("max_length", options.max_length)):
         value = getattr(options, name)
-        if used and value > model.config.max_position:
-            raise BadInput(f"--{name.replace('_', '-')} is {value}, the model has "
-                           f"{model.config.max_position} positions: give a smaller one")
-    if options.chat and not tokenizer.chat_template:
+        if used and value > most:
+            raise BadInput(f"--{name.replace('_', '-')} is {value}, the model has {most} "
+                           "positions: give a smaller one")
+    if options.chat and not subject.tokenizer.chat_template:
         raise BadInput(f"the tokenizer of {options.model} has no chat template: leave out --chat")
-
-
-def begin_token(options: argparse.Namespace, model: Decoder, tokenizer: Any) -> int | None:
-    """The token that every window begins with, None for none."""
-    wanted = options.begin
-    if wanted is None:
-        wanted = model.config.family.startswith("gemma")
-    if not wanted:
-        return None
-    if tokenizer.bos_token_id is None:
-        raise BadInput(f"the tokenizer of {options.model} has no begin token: give --no-begin")
-    return tokenizer.bos_token_id
-
-
-def perplexity_rows(
-    options: argparse.Namespace, model: Decoder, params: Any, tokenizer: Any, mesh: Any,
-    name: str, documents: Sequence[str],
-) -> list[dict[str, Any]]:
-    """Perplexity of one text, and its bits per byte where the windows are cut in order."""
-    with progress(f"windows of {name}, percent", 100) as bar:
-        cut = text_windows(name, documents, tokenizer, options.context, options.limit,
-                           lambda done, total: bar.update(100 * done // total),
-                           begin_token(options, model, tokenizer))
-        bar.update(100)
-    with progress(f"perplexity, {name}", len(cut.tokens)) as bar:
-        found = perplexity(
-            model, params, cut.tokens, batch_size=options.batch_size, text_bytes=cut.text_bytes,
-            total_tokens=cut.total_tokens, progress=lambda done, _: bar.update(done),
-            batch_sharding=None if mesh is None else batch_sharding(mesh))
-    if math.isnan(found.nats_per_token):
-        raise BadInput(f"the logits of {options.model} hold NaN: the weights are damaged or "
-                       f"overflow {model.config.dtype}, pack or load them again")
-    figures = {"perplexity": found.ppl, "nats_per_token": found.nats_per_token,
-               "bits_per_byte": found.bits_per_byte}
-    return [make_row(name, metric, value, samples=len(cut.tokens), context=options.context)
-            for metric, value in figures.items() if value is not None]
 
 
 if __name__ == "__main__":

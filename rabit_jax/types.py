@@ -14,6 +14,7 @@ Array: TypeAlias = jax.Array
 Shape: TypeAlias = tuple[int, ...]
 Tokens: TypeAlias = jax.Array  # int32 `[b, t]`
 Params: TypeAlias = dict[str, Any]  # nested dicts whose leaves are arrays and weight nodes
+Batch: TypeAlias = dict[str, Array]  # `tokens: [b, t]` int32, often `mask: [b, t]` bool
 Json: TypeAlias = dict[str, Any]  # a JSON object
 Tokenizer: TypeAlias = "PreTrainedTokenizerFast"
 

@@ -25,12 +25,12 @@ from rabit_jax.experiments.bench.shapes import (
     positive,
 )
 from rabit_jax.kernels.bench.machine import free_memory, last_level_cache
+from rabit_jax.models.block import Slots, project, rotary_attention
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
-from rabit_jax.models.engine import attend, head_logits, init_cache, linears, step, write_slots
-from rabit_jax.models.layers import score_scale
-from rabit_jax.models.prepared import Engine, prepare
-from rabit_jax.models.rotary import rotate, seen_from
+from rabit_jax.models.engine import head_logits, init_cache, over_layers, step
+from rabit_jax.models.prepared import Engine, layer_at, multiply, prepare
+from rabit_jax.models.rotary import seen_from
 from rabit_jax.progress import progress, say
 from rabit_jax.weights.sign_paths import PackedSign
 
@@ -292,12 +292,14 @@ def decode_tokens(engine: Engine, token: jax.Array, cache: Any, count: int) -> t
 def block_linears(engine: Engine, x: jax.Array) -> jax.Array:
     """The linears of all blocks in turn, without attention: `x: [b, 1, d]` -> the same."""
     def block(layer, x):
-        q, k, v = linears(engine, ("q", "k", "v"), x, layer)
+        attn, mlp = (layer_at(engine, layer)[side] for side in ("attn", "mlp"))
+        multiplied = partial(project, config=engine.config, multiply=multiply)
+        q, k, v = multiplied(attn, ("q", "k", "v"), x)
         # A trace of k and v, or the compiler would leave them out.
         trace = 1e-3 * (jnp.mean(k, axis=-1, keepdims=True) + jnp.mean(v, axis=-1, keepdims=True))
-        x = linears(engine, ("o",), q, layer)[0] + trace
-        gate, up = linears(engine, ("gate", "up"), x, layer)
-        x = linears(engine, ("down",), jax.nn.silu(gate) * up, layer)[0]
+        x = multiplied(attn, ("o",), q)[0] + trace
+        gate, up = multiplied(mlp, ("gate", "up"), x)
+        x = multiplied(mlp, ("down",), jax.nn.silu(gate) * up)[0]
         # Kept at size 1 through any number of layers, as norms and residuals do.
         size = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True))
         return (x.astype(jnp.float32) / (size + 1e-6)).astype(x.dtype)
@@ -320,17 +322,17 @@ def attention(
     Returns:
       `[b, 1, n g h]` and the cache.
     """
-    slots, c = jnp.arange(k.shape[3]), engine.config
-    view = seen_from(c, start[None, None], start[None], slots, slots[None] >= 0).full
+    places = jnp.arange(k.shape[3])
+    view = seen_from(
+        engine.config, start[None, None], start[None], places, places[None] >= 0).full
 
     def block(layer, carry):
-        q, k_cache, v_cache = carry
-        k_cache = write_slots(k_cache, rotate(heads["k"], view), layer, start)
-        v_cache = write_slots(v_cache, heads["v"], layer, start)
-        k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (k_cache, v_cache))
-        y = attend(rotate(q, view), k, v, view.allowed, score_scale(c), c.attention_softcap)
-        # What one layer gives is asked of the next, so that none can be left out or moved.
-        return y.reshape(q.shape), k_cache, v_cache
+        # Each layer's queries are the result of the layer before it, so that the compiler can
+        # neither leave out nor move any of them.
+        q, k, v = carry
+        slots = Slots(k, v, layer, start)
+        y, slots = rotary_attention(q, heads["k"], heads["v"], view, engine.config, slots)
+        return y, slots.k, slots.v
 
     y, k, v = over_layers(engine, block, (heads["q"], k, v))
     return y.reshape(*y.shape[:2], -1), k, v
@@ -340,13 +342,3 @@ def attention(
 def head(engine: Engine, x: jax.Array) -> jax.Array:
     """The likeliest token `[b]` of `x: [b, d]`."""
     return jnp.argmax(head_logits(engine, x), axis=-1)
-
-
-def over_layers(engine: Engine, block: Callable, carry: Any) -> Any:
-    """`carry = block(layer, carry)` for all layers, in the way `step` goes through them."""
-    layers = engine.config.n_layers
-    if not any(isinstance(product, tuple) for product in engine.products.values()):
-        return jax.lax.fori_loop(0, layers, block, carry)
-    for layer in range(layers):
-        carry = block(layer, carry)
-    return carry

@@ -6,8 +6,8 @@ import re
 from typing import Any, NamedTuple
 
 from rabit_jax.errors import BadInput
+from rabit_jax.models.block import linear_shapes
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.decoder import linear_shapes
 from rabit_jax.models.prepared import GROUPS
 
 # Sizes as published in each model's config.json. Gemma 3 has other activations and norms than the

@@ -20,7 +20,7 @@ from rabit_jax.models.prepared import Engine
 
 @dataclass
 class Speed:
-    """Tokens and seconds of one or more answers, reading and writing apart.
+    """Tokens and seconds of one or more answers, of the prompt and of new text.
 
     The first new token of an answer comes out of the reading and is not counted again.
     """

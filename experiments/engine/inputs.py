@@ -98,7 +98,7 @@ class Inputs:
 
     @property
     def teacher_folder(self) -> str:
-        """Where the teacher lies."""
+        """Folder or hub id of the teacher."""
         return self.config.teacher.path or str(self.folder.path / "teacher")
 
     @cached_property

@@ -52,7 +52,7 @@ from rabit_jax.types import Array, Params, Spec
 
 
 class Job:
-    """A post-training run: its model, its text, and what of it lies on disk.
+    """A post-training run: its model, its text, and its pieces on disk.
 
     Attributes:
       blocks: inputs, gradients and packed blocks.

@@ -48,7 +48,7 @@ from rabit_jax.weights.rounding import round_to_nearest
 
 
 def teacher(run: Inputs, continues: bool) -> Record:
-    """Train the full-precision model on the run's text, or note where it lies."""
+    """Train the full-precision model on the run's text, or note the folder of a given one."""
     section = run.config.teacher
     if section.path:
         return {"path": section.path, "tokens": 0}

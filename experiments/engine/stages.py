@@ -94,31 +94,33 @@ def run_stages(
         else:
             if resume and not again:
                 _check_resumable(run.folder, stages, stage, key)
-            if again and stage.pieces:
-                remove(run.folder.path / stage.pieces)
-            continues = begin(run.folder, stage, key, resume and not again)
-            start = time.perf_counter()
-            result = stage.work(run, continues)
-            record = complete(
-                run.folder,
-                stage,
-                {
-                    "key": key,
-                    "id": uuid.uuid4().hex if again else key,
-                    "seconds": time.perf_counter() - start,
-                    "peak_memory_bytes": peak_memory(),
-                    "versions": versions(),
-                    "device": device(),
-                    "result": result,
-                },
-            )
-            run.forget()
+            record = _carry_out(run, stage, key, resume, again)
         records[name], ids[name] = record, record["id"]
         if run.stopped:
             raise KeyboardInterrupt
         if name == until:
             break
     return records
+
+
+def _carry_out(run: R, stage: Stage[R], key: str, resume: bool, forced: bool) -> Record:
+    """Do the work of a stage and record it."""
+    if forced and stage.pieces:
+        remove(run.folder.path / stage.pieces)
+    continues = begin(run.folder, stage, key, resume and not forced)
+    start = time.perf_counter()
+    result = stage.work(run, continues)
+    record = {
+        "key": key,
+        "id": uuid.uuid4().hex if forced else key,
+        "seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+        "device": device(),
+        "result": result,
+    }
+    run.forget()
+    return complete(run.folder, stage, record)
 
 
 def completed(folder: RunFolder, stage: Stage, key: str) -> Record | None:

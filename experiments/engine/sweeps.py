@@ -22,9 +22,9 @@ from rabit_jax.calibration.probes import added, root_mean
 from rabit_jax.evaluate.perplexities import features_nats
 from rabit_jax.experiments.engine.pieces import Pieces
 from rabit_jax.formats.checkpoint import Checkpoint
+from rabit_jax.models.block import block
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder
-from rabit_jax.models.layers import Block as DecoderBlock
 from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.signs.ste import F32
 from rabit_jax.train.losses import features_loss
@@ -36,9 +36,11 @@ class Source(Protocol):
 
     def block(self, n: int) -> Params:
         """Params of one block under `layers`, without the axis of layers."""
+        ...
 
     def ends(self, *names: str) -> Params:
         """Those of `embed`, `final_norm`, `head` that are asked for and there."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -187,10 +189,10 @@ class Sweep:
 
 
 def _block(config: ModelConfig, local: Array, mask: Array) -> Block:
-    context = make_context(config, mask)
+    view = make_context(config, mask).view(local)
 
     def run(params: Params, x: Array) -> Array:
-        return DecoderBlock(config).apply({"params": params["layers"]}, x, local, context)[0]
+        return block(params["layers"], x, view, config)[0]
 
     return run
 

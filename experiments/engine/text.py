@@ -32,10 +32,12 @@ class Section(Protocol):
     @property
     def batch_size(self) -> int:
         """Sequences of a batch."""
+        ...
 
     @property
     def length(self) -> int:
         """Tokens of a sequence."""
+        ...
 
 
 class Text:
@@ -86,7 +88,7 @@ class Text:
 
     @cached_property
     def unseen(self) -> TokenText | None:
-        """Tokens of the text that is scored apart, if the config names one."""
+        """Tokens of the text of another source, if the config names one."""
         data = self.config.data
         if not (data.mix_unseen or data.unseen_files):
             return None

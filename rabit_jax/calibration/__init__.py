@@ -1,4 +1,4 @@
-"""Calibration: channel statistics of every kernel, by probes, taps, or block by block."""
+"""Calibration: channel statistics of every kernel, by probes, by taps, or block by block."""
 
 from rabit_jax.calibration.flax_models import calibrate_flax
 from rabit_jax.calibration.outliers import record_limbs

@@ -2,50 +2,57 @@
 
     x_{n+1} = f_n(x_n),   dL/dx_n = (df_n/dx_n)^T dL/dx_{n+1}
 
-Whoever calls keeps the inputs x_n and brings the gradients, last block first. Each block is run
-again from its own input with probes in place of its kernels: its pullback gives the sums of squares
-and the gradient for the block before it. The statistics are those of `calibrate`.
+The caller stores the inputs x_n and passes the gradients, last block first. Each block is run again
+from its own input with probes in place of its kernels: its pullback gives the sums of squares and
+the gradient for the block before it. The statistics equal those of `calibrate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from rabit_jax.calibration.probes import insert_probes, zero_sums
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.tree import leaves
+from rabit_jax.types import Array, Params, Spec, Weight
 
-Block = Callable[[Any, jax.Array], jax.Array]
+Block = Callable[[Params, Array], Array]
 
 
 def block_sums(
-    block: Block, params: Any, x: jax.Array, dy: jax.Array, mask: jax.Array,
-    paths: Collection[str], clip: float = 100.0,
-) -> tuple[jax.Array, jax.Array, dict[str, Stats]]:
+    block: Block,
+    params: Params,
+    x: Float[Array, "b t d"],
+    dy: Float[Array, "b t d"],
+    mask: Bool[Array, "b t"],
+    paths: Collection[str],
+    clip: float = 100.0,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"], dict[str, Stats]]:
     """Output, input gradient and sums of squares of one block over one batch.
 
-    Kernels are constants here, so no gradient of a weight is ever made. Under `jit` what is not
-    used is not computed: the sums of x^2 alone need no backward pass.
+    Kernels are constants here, so no gradient of a weight is computed. Under `jit`, results that
+    are not used are not computed: the sums of x^2 alone need no backward pass.
 
     Args:
       block: `block(params, x) -> y`; multiplies through `linear(x, w)`.
       params: full-precision params of this block.
-      x: `[b, t, d]`, its input.
-      dy: `[b, t, d]`, gradient of the loss by its output; of the summed next-token cross-entropy
-        for the statistics of `calibrate`.
-      mask: `[b, t]` bool, True for real tokens.
-      paths: of the kernels to measure, as they stand in `params`.
+      x: its input.
+      dy: gradient of the loss by its output; the loss of `calibrate` is the summed next-token
+        cross-entropy.
+      mask: True for real tokens.
+      paths: paths in `params` of the kernels to measure.
       clip: percentile of the token norms above which a token's contribution is scaled down.
 
     Returns:
-      `y` and `dx`, `[b, t, d]`, and `{path: Stats}` of `sum_t x_t^2` and `sum_t (dL/dy_t)^2`;
-      `probes.added` and `probes.root_mean` make statistics of those of all batches.
+      `(y, dx, {path: Stats})`, the last of `sum_t x_t^2` and `sum_t (dL/dy_t)^2`. `probes.added`
+      and `probes.root_mean` turn the sums of all batches into statistics.
     """
-    def run(sums, x):
+
+    def run(sums: dict[str, Stats], x: Array) -> Array:
         return block(insert_probes(params, sums, mask, clip), x)
 
     y, pull = jax.vjp(run, zero_sums(params, paths), x)
@@ -54,22 +61,22 @@ def block_sums(
 
 
 def init_block(
-    params: Any,
+    params: Params,
     layer: int,
-    specs: Mapping[str, Any],
+    specs: Mapping[str, Spec],
     stats: Mapping[str, Stats] | None = None,
-    keys: Mapping[str, jax.Array] | None = None,
+    keys: Mapping[str, Array] | None = None,
     done: Callable[[str], None] | None = None,
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """What `pack(convert(...))` makes of one layer of every selected kernel, one at a time.
+) -> tuple[dict[str, Weight], dict[str, float]]:
+    """The result of `pack(convert(...))` for one layer, computed one kernel at a time.
 
     Args:
       params: full-precision params of the block, kernels `[i, o]`.
       layer: its number.
-      specs: `{path: spec}` from `match_rules`, paths as they stand in `params`.
+      specs: `{path: spec}` from `match_rules`, with paths in `params`.
       stats: statistics of this layer, `[i]` and `[o]`; None without calibration.
       keys: `{path: keys [l]}` from `layer_keys`, for specs that draw random numbers.
-      done: called with a kernel's path when its node is ready.
+      done: called with the path of each kernel that is ready.
 
     Returns:
       `{path: packed node [1, i, o]}` and `{path: |W - W_hat|^2 / |W|^2}`, before scales are rounded
@@ -93,6 +100,6 @@ def init_block(
 
 
 @jax.jit
-def _relative_error(w: jax.Array, node: Any) -> jax.Array:
+def _relative_error(w: Float[Array, "i o"], node: Weight) -> Float[Array, " l"]:
     missed = jnp.square(w[None] - node.dense())
     return missed.sum((-1, -2)) / jnp.square(w).sum((-1, -2))

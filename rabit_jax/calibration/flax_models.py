@@ -1,26 +1,34 @@
-"""Calibration of a Flax model that knows nothing of weights: Linen intercepted, NNX on a copy.
+"""Calibration of any Flax model, whose layers need not know of weight nodes.
 
-A tap (`init.taps`) stands at each selected layer: in Linen in place of the kernel in the params, in
-NNX beside the kernel in the module. Nothing of this outlives the call.
+A tap (`calibration.taps`) measures each selected layer. In Linen it replaces the kernel in the
+params, where an interceptor finds it; in NNX it is put beside the kernel in a copy of the module.
+The model itself is not changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, PyTree
 
-from rabit_jax.calibration.probes import NOISE
+from rabit_jax.calibration.probes import check_stats
 from rabit_jax.calibration.taps import Calls, Tap, measure
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import Rules, leaves, map_leaves, match_rules
+from rabit_jax.types import Array, Params, Shape
+
+Model = TypeVar("Model")
+Batch = TypeVar("Batch")
+Sizes = Mapping[str, tuple[Shape, int, int]]  # by path: leading axes, i, o
 
 LINEN = (nn.Dense, nn.DenseGeneral)
 NNX = (nnx.Linear, nnx.LinearGeneral)
@@ -35,36 +43,37 @@ class Mask(nnx.Param):
 
 
 def calibrate_flax(
-    loss: Callable[[Any, Any], jax.Array], model: Any, batches: Iterable[Any], rules: Rules
+    loss: Callable[[Model, Batch], Array], model: Model, batches: Iterable[Batch], rules: Rules
 ) -> dict[str, Stats]:
     """`calibrate` for any Flax model: root mean square of inputs and output gradients by kernel.
 
         s_in[c] = sqrt(mean_t x_t[c]^2),   s_out[c] = sqrt(mean_t (dL/dy_t[c])^2)
 
-    t runs over all positions of the layer: every axis of its input that it does not contract, over
-    all calls and batches. Where a batch is a dict whose `mask` has exactly the shape of those axes,
-    positions with a false mask are left out; layers of another shape count all of theirs. Sums are
-    float32. A layer under `nn.scan` or `nn.vmap` with params stacked along axis 0 has statistics of
-    its own for each place in the stack; one that is called several times has those of all calls.
+    t runs over all positions of the layer: all axes of its input that it does not contract, over
+    all calls and batches. If a batch is a dict whose `mask` has exactly the shape of those axes,
+    positions with a false mask are left out; layers of another shape count all their positions.
+    Sums are float32. A layer under `nn.scan` or `nn.vmap` with params stacked along axis 0 has
+    separate statistics for each layer of the stack; one that is called several times has the
+    statistics of all calls together.
 
     Args:
       loss: `loss(params, batch) -> scalar`, which calls the Linen model by `model.apply`; or
         `loss(module, batch) -> scalar` for NNX. `L` should be the SUM over the batch of the
         full-precision model's loss against labels.
-      model: what the loss takes first: params of a Linen model, alone or as part of a larger tree,
-        or an `nnx.Module`, of which only copies are run.
-      batches: whatever the loss reads, arrays in any pytree.
-      rules: those of `convert`. Paths are those of `params`, or of
-        `nnx.to_pure_dict(nnx.state(module, nnx.Param))`. Each must be the kernel of an `nn.Dense`,
-        `nn.DenseGeneral`, `nnx.Linear` or `nnx.LinearGeneral`.
+      model: the first argument of the loss: params of a Linen model, alone or as part of a larger
+        tree, or an `nnx.Module`, of which only copies are run.
+      batches: inputs of the loss, arrays in any pytree.
+      rules: as for `convert`. Paths are those of `params`, or of
+        `nnx.to_pure_dict(nnx.state(module, nnx.Param))`. Each selected leaf must be the kernel of
+        an `nn.Dense`, `nn.DenseGeneral`, `nnx.Linear` or `nnx.LinearGeneral`.
 
     Returns:
       `{path: Stats(s_in [..., i], s_out [..., o])}`. i and o are the products of the input and of
-      the output axes of a kernel `[..., *inputs, *outputs]`, and `convert` reads that from them.
+      the output axes of a kernel `[..., *inputs, *outputs]`; `convert` infers the axes from them.
 
     Raises:
-      BadInput: no batch; the loss is no scalar; a selected layer is of another kind, is never
-        called, or does not matter to the loss; its statistics are all zero or not finite.
+      BadInput: no batch; a loss that is not a scalar; a selected layer of another kind, or one that
+        is never called or does not affect the loss; statistics that are all zero or not finite.
 
     Example:
       >>> apply = lambda p, x: model.apply({"params": p}, x)
@@ -77,7 +86,7 @@ def calibrate_flax(
     shapes = {path: leaf.shape for path, leaf in leaves(params) if path in selected}
     calls, sizes, total = Calls(), {}, None
 
-    def measured(zeros, arrays, batch):
+    def measured(zeros: Mapping[str, Array | None], arrays: PyTree, batch: Batch) -> Array:
         taps = _taps(calls, sizes, zeros, batch)
         with nn.intercept_methods(_intercept):
             return loss(place(arrays, taps), batch)
@@ -96,8 +105,8 @@ def calibrate_flax(
     return {path: _stats(path, total[path], sizes[path][1]) for path in total}
 
 
-def _split(model: Any) -> tuple[Any, Any, Callable[[Any, Mapping[str, Tap]], Any]]:
-    """`(arrays, params, place)`; `place(arrays, taps)` is what the loss takes, with the taps in."""
+def _split(model: Any) -> tuple[PyTree, Params, Callable[[PyTree, Mapping[str, Tap]], Any]]:
+    """`(arrays, params, place)`; `place(arrays, taps)` is the model with the taps inserted."""
     if not isinstance(model, nnx.Module):
         return model, model, _in_params
     graph, state = nnx.split(model)
@@ -107,7 +116,10 @@ def _split(model: Any) -> tuple[Any, Any, Callable[[Any, Mapping[str, Tap]], Any
     return arrays, params, lambda arrays, taps: _in_module(nnx.merge(graph, arrays), taps)
 
 
-def _taps(calls: Calls, sizes: Mapping, zeros: Mapping, batch: Any) -> dict[str, Tap]:
+def _taps(
+    calls: Calls, sizes: Sizes, zeros: Mapping[str, Array | None], batch: object
+) -> dict[str, Tap]:
+    """The taps of one batch; without `sizes` they only record shapes."""
     mask = batch.get("mask") if isinstance(batch, Mapping) else None
     taps = {}
     for path, sums in zeros.items():
@@ -117,22 +129,24 @@ def _taps(calls: Calls, sizes: Mapping, zeros: Mapping, batch: Any) -> dict[str,
     return taps
 
 
-def _stacked(mask: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+def _stacked(mask: Float[Array, ...], lead: Shape) -> Float[Array, ...]:
     return jnp.broadcast_to(mask.reshape((1,) * len(lead) + mask.shape), (*lead, *mask.shape))
 
 
-# Linen: the tap stands in place of the kernel; an interceptor finds it in the layer's variables.
+# Linen: the tap replaces the kernel; an interceptor finds it in the layer's variables.
 
 
-def _in_params(params: Any, taps: Mapping[str, Tap]) -> Any:
-    def tapped(path: str, leaf: Any) -> Any:
-        return taps[path].replace(kernel=leaf) if path in taps else leaf
+def _in_params(params: Params, taps: Mapping[str, Tap]) -> Params:
+    def tapped(path: str, leaf: Array) -> Array | Tap:
+        return replace(taps[path], kernel=leaf) if path in taps else leaf
 
     return map_leaves(tapped, params)
 
 
-def _intercept(next_function: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    """Run a layer whose kernel is a tap on the kernel itself, and measure what it did."""
+def _intercept(
+    next_function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
+) -> Any:
+    """Run a layer whose kernel is a tap with the kernel itself, and measure it."""
     layer = context.module
     mine = dict(layer.variables.get("params", {})) if layer.scope is not None else {}
     taps = {name: leaf for name, leaf in mine.items() if isinstance(leaf, Tap)}
@@ -144,11 +158,11 @@ def _intercept(next_function: Callable, args: tuple, kwargs: dict, context: Any)
     if context.method_name != "__call__":
         return next_function(*args, **kwargs)
     plain = {**layer.variables, "params": {**mine, "kernel": taps["kernel"].kernel}}
-    y = layer.clone(parent=None).apply(plain, *args, **kwargs)
+    y = cast(Array, layer.clone(parent=None).apply(plain, *args, **kwargs))
     return measure(layer, args[0] if args else kwargs["inputs"], y, taps["kernel"])
 
 
-# NNX: a layer of the copy gets a class that measures, and its tap's arrays as variables.
+# NNX: a layer of the copy gets a class that measures, and the tap's arrays as variables.
 
 
 def _in_module(module: nnx.Module, taps: Mapping[str, Tap]) -> nnx.Module:
@@ -190,15 +204,20 @@ def _no_dense(path: str, found: type, wanted: str) -> BadInput:
     )
 
 
-def _check_scalar(value: Any) -> None:
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-        found = type(value).__name__ if shape is None else f"{dtype}{list(shape)}"
-        raise BadInput(f"the loss is {found}, wanted one float: the sum over the batch")
+def _check_scalar(value: object) -> None:
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        raise BadInput(
+            f"the loss is {type(value).__name__}, wanted one float: the sum over the batch"
+        )
+    if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise BadInput(
+            f"the loss is {value.dtype}{list(value.shape)}, wanted one float: the sum over the "
+            "batch"
+        )
 
 
-def _sizes(path: str, shape: tuple[int, ...], calls: Calls) -> tuple[tuple[int, ...], int, int]:
-    """`(lead, i, o)` of a kernel `[*lead, *inputs, *outputs]`, from what the tracing saw of it."""
+def _sizes(path: str, shape: Shape, calls: Calls) -> tuple[Shape, int, int]:
+    """`(lead, i, o)` of a kernel `[*lead, *inputs, *outputs]`, from the traced calls."""
     if path not in calls.layers:
         raise BadInput(
             f"the loss never calls the layer of {path}: narrow the rule that selects it, or give "
@@ -219,20 +238,10 @@ def _stats(path: str, sums: np.ndarray, i: int) -> Stats:
     count = sums[..., -1:]
     if (count == 0).any():
         raise BadInput(
-            f"calibration of {path}: no gradient of the loss comes back to this layer, or the mask "
-            "keeps none of its positions; narrow the rule that selects it"
+            f"calibration of {path}: the gradient of the loss does not reach this layer, or the "
+            "mask keeps none of its positions; narrow the rule that selects it"
         )
     rms = np.sqrt(sums[..., :-1] / count)
-    for name, s in (("inputs", rms[..., :i]), ("output gradients", rms[..., i:])):
-        if not np.isfinite(s).all():
-            raise BadInput(
-                f"calibration of {path}: the statistics of its {name} are not finite; check the "
-                "loss on these batches, or calibrate in float32"
-            )
-        if (s.max(axis=-1) < NOISE).any():
-            raise BadInput(
-                f"calibration of {path}: the statistics of its {name} are all zero or rounding "
-                "noise; the loss must be the SUM over the batch of a loss against labels, not the "
-                "distance of the model to itself"
-            )
-    return Stats(*(jnp.asarray(s, F32) for s in (rms[..., :i], rms[..., i:])))
+    stats = Stats(jnp.asarray(rms[..., :i], F32), jnp.asarray(rms[..., i:], F32))
+    check_stats(path, stats)
+    return stats

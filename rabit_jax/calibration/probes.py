@@ -1,36 +1,36 @@
 """Calibration by probes: channel statistics of every kernel from one gradient pass.
 
-A probe stands in for a kernel and multiplies like it. Two extra leaves, all zero, have as their
-"gradient" the sums of x^2 per input channel and of (dL/dy)^2 per output channel, so one `jit(grad)`
-collects the statistics of all layers through scan, remat and any mesh, without touching the model.
+A probe replaces a kernel and multiplies like it. Its two extra leaves are zero, and their
+"gradients" are the sums of x^2 per input channel and of (dL/dy)^2 per output channel. So one
+`jit(grad)` collects the statistics of all layers through scan, remat and any mesh, and the model
+need not be changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Bool, Float, PyTree
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import Rules, leaves, map_leaves, match_rules
+from rabit_jax.types import Array, Batch, Params, Shape, Weight
 
-Batch = Mapping[str, Any]
-
-# A gradient that vanishes in exact arithmetic, such as that of the KL to the model itself, measures
-# about 1e-7 in float32; that of the summed cross-entropy about 1.
+# A gradient that is zero in exact arithmetic, such as that of the KL to the model itself, has a
+# root mean square of about 1e-7 in float32; that of the summed cross-entropy has about 1.
 NOISE = 1e-6
 
 
 @struct.dataclass
 class Probe:
-    """A kernel that measures what flows through it.
+    """A kernel that measures its inputs and the gradients of its outputs.
 
     Attributes:
       kernel: float `[..., i, o]`.
@@ -40,19 +40,19 @@ class Probe:
       clip: percentile of the token norms at which single tokens are clipped; 100 clips nothing.
     """
 
-    kernel: jax.Array
-    sum_x2: jax.Array
-    sum_dy2: jax.Array
-    mask: jax.Array
+    kernel: Array
+    sum_x2: Array
+    sum_dy2: Array
+    mask: Array
     clip: float = struct.field(pytree_node=False, default=100.0)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """Shape `[..., i, o]` of the kernel."""
         return self.kernel.shape
 
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ kernel` for `x: [b, t, i]`; BadInput where x has other tokens than the mask."""
+    def matmul(self, x: Float[Array, "b t i"]) -> Float[Array, "b t o"]:
+        """`x @ kernel`; raises BadInput if x has not the tokens of the mask."""
         if x.shape[:-1] != self.mask.shape:
             raise BadInput(
                 f"a kernel {list(self.kernel.shape)} got inputs {list(x.shape)} for a mask "
@@ -60,7 +60,7 @@ class Probe:
             )
         return _probed(x, self.kernel, self.sum_x2, self.sum_dy2, self.mask, self.clip)
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Array:
         """The kernel."""
         return self.kernel
 
@@ -81,7 +81,9 @@ def _probed_backward(clip, residuals, dy):
     return dx, jnp.zeros_like(kernel), x2, dy2, jnp.zeros_like(mask)
 
 
-def _square_sum(a: jax.Array, mask: jax.Array, clip: float) -> jax.Array:
+def _square_sum(
+    a: Float[Array, "*b t c"], mask: Float[Array, "*b t"], clip: float
+) -> Float[Array, " c"]:
     squares = jnp.square(a) * mask[..., None]
     if clip < 100:
         norms = jnp.sqrt(jnp.sum(squares, axis=-1))
@@ -90,22 +92,25 @@ def _square_sum(a: jax.Array, mask: jax.Array, clip: float) -> jax.Array:
         squares *= jnp.square(shrink)[..., None]
     return jnp.sum(squares, axis=tuple(range(a.ndim - 1)))
 
+
 _probed.defvjp(_probed_forward, _probed_backward)
 
 
-def zero_sums(params: Any, paths: Collection[str]) -> dict[str, Stats]:
+def zero_sums(params: Params, paths: Collection[str]) -> dict[str, Stats]:
     """Zeros in the shapes of the statistics of the kernels `[..., i, o]` at `paths`."""
     shapes = {path: leaf.shape for path, leaf in leaves(params) if path in paths}
     return {p: Stats(jnp.zeros(s[:-1]), jnp.zeros((*s[:-2], s[-1]))) for p, s in shapes.items()}
 
 
-def insert_probes(params: Any, sums: Mapping[str, Stats], mask: jax.Array, clip: float) -> Any:
+def insert_probes(
+    params: Params, sums: Mapping[str, Stats], mask: Bool[Array, "b t"], clip: float
+) -> Params:
     """The tree with a `Probe` in place of each kernel that `sums` names.
 
-    The gradient of a loss by `sums`, zeros, is then what the probes measure. `mask: [b, t]`.
+    `sums` are zeros; the gradient of a loss by them holds the measurements of the probes.
     """
 
-    def replace(path: str, leaf: Any) -> Any:
+    def replace(path: str, leaf: Array) -> Array | Weight | Probe:
         if path not in sums:
             return leaf
         stacked = jnp.broadcast_to(
@@ -118,32 +123,32 @@ def insert_probes(params: Any, sums: Mapping[str, Stats], mask: jax.Array, clip:
 
 
 def calibrate(
-    loss: Callable[[Any, Batch], jax.Array],
-    params: Any,
+    loss: Callable[[Params, Batch], Float[Array, ""]],
+    params: Params,
     batches: Iterable[Batch],
     rules: Rules,
     *,
     clip: float = 100.0,
-    shardings: Any = None,
-    batch_sharding: Any = None,
+    shardings: PyTree[jax.sharding.Sharding] | None = None,
+    batch_sharding: jax.sharding.NamedSharding | None = None,
 ) -> dict[str, Stats]:
     """Root mean square of the inputs and of the output gradients of every selected kernel.
 
         s_in[c] = sqrt(mean_t x_t[c]^2),   s_out[c] = sqrt(mean_t (dL/dy_t[c])^2)
 
-    Means over real tokens, sums in float32. `L` should be the SUMMED next-token cross-entropy of
-    the full-precision model: the mean over tokens would scale the squares by 1/N^2, and the KL to
-    the model itself has no gradient.
+    Means are over real tokens, sums in float32. `L` should be the SUMMED next-token cross-entropy
+    of the full-precision model: the mean over tokens would scale the squares by 1/N^2, and the KL
+    to the model itself has no gradient.
 
     Args:
       loss: `loss(params, batch) -> scalar`; the model must multiply through `linear(x, w)`.
       params: full-precision params.
       batches: dicts with `tokens: [b, t]` and `mask: [b, t]` bool (True for real tokens), all of
-        one shape; whatever else `loss` reads may stand beside them.
-      rules: those of `convert`; kernels whose rule names a spec are measured.
+        one shape; they may hold further arrays for `loss`.
+      rules: as for `convert`; kernels whose rule names a spec are measured.
       clip: percentile of the token norms above which a token's contribution is scaled down.
       shardings: shardings of `params` on a mesh, None for one device.
-      batch_sharding: sharding of every batch entry, None for one device.
+      batch_sharding: sharding of every array of a batch on that mesh, None for one device.
 
     Returns:
       `{path: Stats(s_in [..., i], s_out [..., o])}`.
@@ -156,7 +161,7 @@ def calibrate(
     def sums(params, batch):
         return jax.grad(lambda z: loss(insert_probes(params, z, batch["mask"], clip), batch))(zeros)
 
-    if shardings is not None:
+    if shardings is not None and batch_sharding is not None:
         replicated = jax.sharding.NamedSharding(batch_sharding.mesh, jax.sharding.PartitionSpec())
         sums = jax.jit(sums, in_shardings=(shardings, batch_sharding), out_shardings=replicated)
     else:
@@ -170,7 +175,8 @@ def calibrate(
 
 
 def added(total: dict[str, Stats] | None, sums: dict[str, Stats]) -> dict[str, Stats]:
-    """The sums of the batches so far, None for none, and of one more; float64 on the host."""
+    """`total`, the sums of the batches so far (None for none), plus those of one more batch, in
+    float64 on the host."""
     found = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
     return found if total is None else jax.tree.map(np.add, total, found)
 
@@ -185,21 +191,23 @@ def root_mean(total: dict[str, Stats] | None, tokens: int) -> dict[str, Stats]:
         raise BadInput("calibration saw no token: give it at least one batch with real tokens")
     stats = jax.tree.map(lambda s: jnp.asarray(np.sqrt(s / tokens), F32), total)
     for path, s in stats.items():
-        _check(path, s)
+        check_stats(path, s)
     return stats
 
 
-def _check(path: str, stats: Stats) -> None:
+def check_stats(path: str, stats: Stats) -> None:
+    """Raises BadInput if the statistics of some layer of the kernel are not finite or all zero."""
     for name, s in (("inputs", stats.s_in), ("output gradients", stats.s_out)):
-        layers = np.asarray(s).reshape(-1, s.shape[-1])
-        if not np.isfinite(layers).all():
+        s = np.asarray(s)
+        if not np.isfinite(s).all():
             raise BadInput(
                 f"calibration of {path}: the statistics of its {name} are not finite; check the "
-                "model's loss on this text, or calibrate in float32"
+                "loss on these batches, or calibrate in float32"
             )
-        if (layers.max(axis=1) < NOISE).any():
+        if (s.max(axis=-1) < NOISE).any():
             raise BadInput(
                 f"calibration of {path}: the statistics of its {name} are all zero or rounding "
-                "noise; the loss must be the cross-entropy of the full-precision model and the "
-                "mask must keep some tokens"
+                "noise; the loss must be the SUM over the batch of a loss against labels, such as "
+                "the cross-entropy of the full-precision model, not the distance of the model to "
+                "itself, and the mask must keep some tokens"
             )

@@ -1,66 +1,72 @@
-"""Taps: what measures the inputs and the output gradients of one layer of a Flax model.
+"""Taps: measuring the inputs and the output gradients of one layer of a Flax model.
 
 A layer's outputs pass through an identity whose custom_vjp "gradient" by a leaf of zeros is
-`(sum x^2, sum (dL/dy)^2, number of positions)`. The leaf lies beside the kernel, so that whatever
-slices the kernel (scan, vmap) slices it too, and each layer of a stack has its own sums.
+`(sum x^2, sum (dL/dy)^2, number of positions)`. The leaf is stored beside the kernel, so that scan
+and vmap slice it together with the kernel, and each layer of a stack has its own sums.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.ste import F32
+from rabit_jax.types import Array, Shape
+
+Layer = nn.Dense | nn.DenseGeneral | nnx.Linear | nnx.LinearGeneral
 
 
 @dataclass(eq=False)
 class Calls:
-    """What one calibration saw of the layers while tracing: `{path: (kernel shape, i, o)}`.
+    """The shapes of the layers that one calibration traced: `{path: (kernel shape, i, o)}`.
 
-    Two are never equal, so that a jitted part of the user's loss is traced anew.
+    Two instances are never equal, so that a jitted part of the user's loss is traced again.
     """
 
-    layers: dict[str, tuple] = field(default_factory=dict)
+    layers: dict[str, tuple[Shape, int, int]] = field(default_factory=dict)
 
 
 @struct.dataclass
 class Tap:
-    """What measures one layer.
+    """The measurement of one layer.
 
     Attributes:
-      path: of the kernel in the params.
-      calls: where the layer's shapes are noted.
-      kernel: `[*inputs, *outputs]`, after leading axes where layers are stacked.
-      sums: float32 zeros `[..., i + o + 1]`; None where only shapes are wanted.
-      mask: of the batch, repeated for each place of the stack; or None.
+      path: path of the kernel in the params.
+      calls: record of the layer's shapes.
+      kernel: `[..., *inputs, *outputs]`, with leading axes if layers are stacked.
+      sums: float32 zeros `[..., i + o + 1]`; None to record only shapes.
+      mask: float32 mask of the batch, repeated over the leading axes of the kernel; or None.
     """
 
     path: str = struct.field(pytree_node=False)
     calls: Calls = struct.field(pytree_node=False)
-    kernel: Any = None
-    sums: Any = None
-    mask: Any = None
+    kernel: Array | None = None
+    sums: Array | None = None
+    mask: Array | None = None
 
 
-def measure(layer: Any, x: jax.Array, y: jax.Array, tap: Tap) -> jax.Array:
+def measure(
+    layer: Layer, x: Float[Array, ...], y: Float[Array, ...], tap: Tap
+) -> Float[Array, ...]:
     """The outputs y, whose gradient by `tap.sums` is `(sum x^2, sum (dL/dy)^2, positions)`.
 
     Args:
-      layer: an `nn.Dense`, `nn.DenseGeneral`, `nnx.Linear` or `nnx.LinearGeneral`.
+      layer: the layer.
       x: its inputs; positions are all axes that it does not contract.
       y: its outputs `[*positions, *outputs]`.
-      tap: where its shapes are noted; without `sums` that is all.
+      tap: the tap of its kernel, which records the shapes.
 
     Raises:
       BadInput: the kernel has batch axes.
     """
+    assert tap.kernel is not None
     axes = _contracted(layer, x.ndim, tap.path)
     x = jnp.moveaxis(x, axes, range(-len(axes), 0))
     lead, inner = x.shape[: x.ndim - len(axes)], x.shape[x.ndim - len(axes) :]
@@ -75,8 +81,8 @@ def measure(layer: Any, x: jax.Array, y: jax.Array, tap: Tap) -> jax.Array:
     return _tapped(y.reshape(*lead, o), x, counted, tap.sums).reshape(y.shape)
 
 
-def _contracted(layer: Any, ndim: int, path: str) -> tuple[int, ...]:
-    """The input axes that a layer sums over, ascending, as they stand in its kernel."""
+def _contracted(layer: Layer, ndim: int, path: str) -> tuple[int, ...]:
+    """The input axes that a layer sums over, ascending, which is their order in its kernel."""
     if isinstance(layer, (nn.Dense, nnx.Linear)):
         return (ndim - 1,)
     if getattr(layer, "batch_dims", None) or getattr(layer, "batch_axis", None):
@@ -101,5 +107,6 @@ def _tapped_backward(residuals, dy):
     x2, dy2 = (s.reshape(-1, s.shape[-1]).sum(axis=0) for s in squares)
     sums = jnp.concatenate([x2, dy2, jnp.sum(counted)[None]])
     return dy, jnp.zeros_like(x), jnp.zeros_like(counted), sums
+
 
 _tapped.defvjp(_tapped_forward, _tapped_backward)

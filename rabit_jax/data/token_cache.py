@@ -12,7 +12,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -38,7 +38,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def head(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What tokens depend on besides the text, as JSON."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
     model.pop("truncation", None)  # state of the last call, without effect on the next
     model.pop("padding", None)
     return {"version": VERSION, "end": tokenizer.eos_token_id, "tokenizer": model}
@@ -147,12 +147,13 @@ def _encoded(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[str, list[int]]]:
     """Each document with its ids and the end-of-text token."""
+    end = cast(int, tokenizer.eos_token_id)
     for group in _groups(documents):
         encoded = tokenizer(
             group, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         for text, ids in zip(group, encoded["input_ids"], strict=True):
-            yield text, [*ids, tokenizer.eos_token_id]
+            yield text, [*ids, end]
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:

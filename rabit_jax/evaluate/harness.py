@@ -1,26 +1,33 @@
-"""A model of this framework as lm-evaluation-harness wants it; `pip install 'lm-eval<0.5'`."""
+"""The adapter of a model to lm-evaluation-harness; `pip install 'lm-eval<0.5'`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
 
 from rabit_jax.errors import BadInput
+from rabit_jax.evaluate.batched_generation import BatchGenerator, Settings, settings_of
 from rabit_jax.evaluate.scoring import Request, score
-from rabit_jax.evaluate.writing import Settings, Writer, settings_of
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.progress import progress
 from rabit_jax.train.sharding import batch_sharding, param_shardings
+from rabit_jax.types import Params, Tokenizer
 
-try:
+# `(context and continuation as texts, or None; tokens of the context; tokens of the continuation)`
+Tokenised = tuple[tuple[str, str] | None, list[int], list[int]]
+
+_missing: ImportError | None = None
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
-
-    _missing = None
-except ImportError as error:  # told when a HarnessModel is made
-    TemplateLM, _missing = object, error
+else:
+    try:
+        from lm_eval.api.model import TemplateLM
+    except ImportError as error:  # raised when a HarnessModel is made
+        TemplateLM, _missing = object, error
 
 
 class HarnessModel(TemplateLM):
@@ -32,16 +39,16 @@ class HarnessModel(TemplateLM):
       tokenizer: of transformers, with an end-of-text token.
       batch_size: rows per call; on a mesh a multiple of the devices on the data axis.
       max_length: most tokens of a sequence, for models whose attention over all their positions
-        would not fit; None is the model's number of positions. Longer contexts lose their
-        beginning, as in the harness's own models.
-      mesh: of `make_mesh`. Batches are split over `data`, kernels over `tensor`; None for one
+        would not fit in memory; None for the model's number of positions. Longer contexts are cut
+        at the beginning, as in the harness's own models.
+      mesh: from `make_mesh`. Batches are split over `data`, kernels over `tensor`; None for one
         device.
       chunk: positions per vocabulary projection.
-      seed: for tasks that sample.
+      seed: seed for tasks that sample.
 
     Raises:
-      BadInput: lm-eval is not installed, no tokenizer or none with an end, a batch that does not
-        divide over the mesh, a length that the model does not have.
+      BadInput: lm-eval is not installed, no tokenizer or one without an end-of-text token, a batch
+        that does not divide over the mesh, a length beyond the positions of the model.
 
     Example:
       >>> model, params, tokenizer = load_model("runs/quickstart/packed")
@@ -50,7 +57,7 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(
-        self, model: Decoder, params: Any, tokenizer: Any, *, batch_size: int = 8,
+        self, model: Decoder, params: Params, tokenizer: Tokenizer, *, batch_size: int = 8,
         max_length: int | None = None, mesh: Mesh | None = None, chunk: int = 256, seed: int = 0,
     ) -> None:
         require_harness()
@@ -63,7 +70,7 @@ class HarnessModel(TemplateLM):
             self.params = jax.device_put(params, param_shardings(params, mesh))
             self.rows = batch_sharding(mesh)
         eos = {*model.config.eos_ids, tokenizer.eos_token_id}
-        self.writer = Writer(model, self.params, tuple(sorted(eos)), mesh, seed)
+        self.generator = BatchGenerator(model, self.params, tuple(sorted(eos)), mesh, seed)
 
     @property
     def eot_token_id(self) -> int:
@@ -72,22 +79,22 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: the begin token, or else the end."""
+        """The token before a text without context: the begin token, or else the end token."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in the harness's caches of requests."""
+        """The name of the tokenizer in the harness's caches of requests."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
+        self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Tokens of a text, with special ones as the tokenizer adds them by itself.
+        """The tokens of a text, with the special tokens that the tokenizer itself adds.
 
-        None are added to a text that already begins with the begin token, such as one that a chat
-        template made.
+        None are added to a text that already begins with the begin token, such as the output of a
+        chat template.
         """
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
@@ -98,8 +105,8 @@ class HarnessModel(TemplateLM):
     ) -> str:
         """The prompt of a conversation, by the tokenizer's template.
 
-        A template that refuses the conversation gets it again without the system's part, as the
-        harness does for templates that know none.
+        If the template raises an error, it is applied again without the system message, as the
+        harness does for templates that do not support one.
 
         Raises:
           BadInput: the tokenizer has no chat template.
@@ -121,12 +128,12 @@ class HarnessModel(TemplateLM):
             return apply([turn for turn in chat_history if turn["role"] != "system"])
 
     def loglikelihood_rolling(
-        self, requests: Sequence[Any], disable_tqdm: bool = False
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """`sum_s log p(w_s | w_<s)` of whole texts, each token predicted once.
 
-        A text longer than `max_length` is cut into windows of that length, which share one token;
-        the last one reaches back so that it is a full one. See the harness's
+        A text longer than `max_length` is cut into windows of that length that overlap by one
+        token; the last one is extended to the left to full length. See the harness's
         `get_rolling_token_windows`.
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -147,34 +154,32 @@ class HarnessModel(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
-        **_: Any,
+        self, requests: Sequence[Tokenised], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
         """`(log-probability, is_greedy)` of continuations; called by the harness's loglikelihood.
 
         Args:
-          requests: `(texts or None, context tokens, continuation tokens)`.
+          requests: see `Tokenised`.
           disable_tqdm: no progress bar.
         """
-        found: list[Any] = [None] * len(requests)
+        found: dict[int, tuple[float, bool]] = {}
         wanted = [self._request(*request) for request in requests]
-        done = 0
         with progress("log-probabilities", len(requests), hidden=disable_tqdm) as bar:
             for pairs in score(
                 self.model, self.params, wanted, batch_size=self.batch_size, chunk=self.chunk,
                 longest=self.max_length, batch_sharding=self.rows,
             ):
                 for index, answer in pairs:
-                    found[index] = tuple(answer)
-                    if requests[index][0] is not None:
-                        self.cache_hook.add_partial(
-                            "loglikelihood", requests[index][0], found[index])
-                done += len(pairs)
-                bar.update(done)
-        return found
+                    found[index] = (answer.logprob, answer.greedy)
+                    if texts := requests[index][0]:
+                        self.cache_hook.add_partial("loglikelihood", texts, found[index])
+                bar.update(len(found))
+        return [found[index] for index in range(len(requests))]
 
-    def _request(self, texts: Any, context: list[int], continuation: list[int]) -> Request:
-        """The tokens to score, cut at the left to `max_length` and the one that is predicted."""
+    def _request(
+        self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]
+    ) -> Request:
+        """The tokens to score, cut at the left to `max_length` inputs and one predicted token."""
         if not context or not 0 < len(continuation) <= self.max_length:
             raise BadInput(
                 f"a task asks for {texts!r}, which has {len(context)} tokens of context and "
@@ -183,52 +188,53 @@ class HarnessModel(TemplateLM):
             )
         return Request((context + continuation)[-self.max_length - 1 :], len(continuation))
 
-    def _prompt(self, text: str, room: int) -> list[int]:
-        """The last `room` tokens of a prompt; an empty one is the token that begins texts."""
-        return self.tok_encode(text)[-room:] or [self.prefix_token_id]
+    def _prompt(self, text: str, most: int) -> list[int]:
+        """The last `most` tokens of a prompt; an empty prompt becomes the token before texts."""
+        return self.tok_encode(text)[-most:] or [self.prefix_token_id]
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts that continue prompts, each cut before the first of its stop strings.
+    def generate_until(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[str]:
+        """The texts that continue the prompts, each cut before its first stop string.
 
         Requests with the same settings (`until`, `max_gen_toks`, `do_sample`, `temperature`,
         `top_p`) are batched, the longest prompts first.
 
         Raises:
-          BadInput: settings that this model has no form of, such as `num_beams`, or no room for
-            `max_gen_toks` tokens.
+          BadInput: settings that are not implemented, such as `num_beams`, or a `max_gen_toks` that
+            leaves no token of `max_length` for the prompt.
         """
-        found: list[Any] = [None] * len(requests)
+        found: dict[int, str] = {}
         groups: dict[Settings, list[int]] = {}
         for index, request in enumerate(requests):
             settings = settings_of(request.args[1], self.max_length)
             groups.setdefault(settings, []).append(index)
-        done = 0
         with progress("generation", len(requests), hidden=disable_tqdm) as bar:
             for settings, indices in groups.items():
-                room = self.max_length - settings.new_tokens
-                prompts = {i: self._prompt(requests[i].args[0], room) for i in indices}
+                most = self.max_length - settings.new_tokens
+                prompts = {i: self._prompt(requests[i].args[0], most) for i in indices}
                 order = sorted(indices, key=lambda i: (-len(prompts[i]), prompts[i]))
                 for start in range(0, len(order), self.batch_size):
                     part = order[start : start + self.batch_size]
-                    texts = self.writer.write(
+                    texts = self.generator.generate(
                         [prompts[i] for i in part], settings, self.tokenizer, self.batch_size)
                     for i, text in zip(part, texts, strict=True):
                         found[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    done += len(part)
-                    bar.update(done)
-        return found
+                    bar.update(len(found))
+        return [found[index] for index in range(len(requests))]
 
 
 def require_harness() -> None:
-    """Raises BadInput where lm-eval, or something it needs, is not installed."""
+    """Raises BadInput if lm-eval, or a package that it needs, is not installed."""
     if _missing is not None:
         raise BadInput(f"lm-evaluation-harness is not installed ({_missing}): "
                        "pip install 'lm-eval<0.5'")
 
 
 def _check(
-    model: Decoder, tokenizer: Any, batch_size: int, max_length: int | None, mesh: Mesh | None
+    model: Decoder, tokenizer: Tokenizer | None, batch_size: int, max_length: int | None,
+    mesh: Mesh | None,
 ) -> None:
     if tokenizer is None or tokenizer.eos_token_id is None:
         what = "no tokenizer" if tokenizer is None else "a tokenizer without an end-of-text token"

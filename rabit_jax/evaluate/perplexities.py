@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int32
 
 from rabit_jax.errors import BadInput
-from rabit_jax.train.losses import summed_cross_entropy
+from rabit_jax.train.losses import head_of, summed_cross_entropy
+from rabit_jax.types import Array, Params
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Perplexity:
     """How well a model predicts a text.
 
     Attributes:
-      ppl: `exp(nats_per_token)`; inf where a float cannot hold it.
+      ppl: `exp(nats_per_token)`; inf if a float cannot hold it.
       nats_per_token: mean cross-entropy of the scored tokens.
       bits_per_byte: `nats_per_token / ln 2 / (bytes of text per token)`, comparable between
-        tokenisers; None where the bytes were not given.
-      tokens: how many tokens were scored.
-      context: length t of the windows; perplexities of different contexts do not compare.
+        tokenizers; None if the bytes were not given.
+      tokens: number of scored tokens.
+      context: length t of the windows; perplexities of different contexts are not comparable.
     """
 
     ppl: float
@@ -39,8 +40,8 @@ class Perplexity:
 
 def perplexity(
     model: nn.Module,
-    params: Any,
-    windows: np.ndarray,
+    params: Params,
+    windows: Int[np.ndarray, "n t"],
     *,
     batch_size: int,
     chunk: int = 256,
@@ -53,25 +54,26 @@ def perplexity(
 
         nats_per_token = - 1 / (n (t - 1)) sum_w sum_{s=1..t-1} log p(w_s | w_0 .. w_{s-1})
 
-    Each window scores its tokens 1 .. t-1 from its own past alone. Logits are float32 and are made
-    for `chunk` positions at a time; the sums of the batches are added in float64 on the host.
+    Each window scores its tokens 1 .. t-1, each from the tokens before it in the window. Logits are
+    float32 and computed for `chunk` positions at a time; the sums of the batches are added in
+    float64 on the host.
 
     Args:
-      model: has `features(tokens) -> ([b, t, d], hidden)` and `head(features) -> logits`.
-      params: tree of arrays and weight nodes; stays on the devices and in the shards it is in.
-      windows: int `[n, t]`, t >= 2.
+      model: has methods `features(tokens) -> ([b, t, d], hidden)` and `head(features) -> logits`.
+      params: tree of arrays and weight nodes; they keep their devices and shardings.
+      windows: windows of the text, t >= 2.
       batch_size: windows per call b; on a mesh a multiple of the devices on the data axis. The last
         batch is padded with rows that do not count.
       chunk: positions per vocabulary projection.
       text_bytes: UTF-8 bytes of the text that the windows were cut from.
-      total_tokens: tokens of that whole text. The scored tokens stand for
-        `text_bytes / total_tokens` bytes each, since single tokens need not be whole characters.
+      total_tokens: tokens of that whole text. Each scored token counts as
+        `text_bytes / total_tokens` bytes, since single tokens need not be whole characters.
       progress: called with (windows done, n) after each batch.
-      batch_sharding: where batches `[b, t]` live on a mesh; None for one device.
+      batch_sharding: sharding of batches `[b, t]` on a mesh; None for one device.
 
     Raises:
-      BadInput: windows that are no int `[n, t]` with n >= 1, t >= 2, or only one of `text_bytes`
-        and `total_tokens`.
+      BadInput: windows that are not int `[n, t]` with n >= 1 and t >= 2, or only one of
+        `text_bytes` and `total_tokens`.
 
     Example:
       >>> perplexity(model, params, tokens[: n * 512].reshape(n, 512), batch_size=8).ppl
@@ -96,17 +98,17 @@ def from_nats(
     scored = n * (context - 1)
     mean = nats / scored
     ppl = math.exp(mean) if mean < 700 else (math.inf if mean == mean else math.nan)
-    bits = mean / math.log(2) * total_tokens / text_bytes if text_bytes else None
+    bits = mean / math.log(2) * total_tokens / text_bytes if text_bytes and total_tokens else None
     return Perplexity(ppl, mean, bits, scored, context)
 
 
-def unigram_entropy(tokens: np.ndarray, vocab: int) -> float:
+def unigram_entropy(tokens: Int[np.ndarray, ...], vocab: int) -> float:
     """Entropy in nats of the token frequencies, `- sum_v p_v ln p_v`.
 
-    A model that knows how often tokens occur and nothing of their context scores this.
+    This is the cross-entropy of a model that predicts the frequencies whatever the context.
 
     Args:
-      tokens: int ids below `vocab`, any shape.
+      tokens: ids below `vocab`.
       vocab: size v of the vocabulary.
 
     Raises:
@@ -127,26 +129,26 @@ def _summed_nats(model, params, tokens, real, chunk):
 
 
 def features_nats(
-    model: nn.Module, params: Any, features: jax.Array, tokens: jax.Array, real: jax.Array,
+    model: nn.Module,
+    params: Params,
+    features: Float[Array, "b t d"],
+    tokens: Int[Array, "b t"],
+    real: Bool[Array, "b 1"],
     chunk: int,
-) -> jax.Array:
-    """Cross-entropy in nats of tokens 1 .. t-1 of the rows that `real: [b, 1]` marks, float32.
+) -> Float[Array, ""]:
+    """Summed cross-entropy in nats of tokens 1 .. t-1 of the rows that `real` marks.
 
-    `features: [b, t, d]` are what the head reads, so `params` need none of the blocks.
+    `features` are the inputs of the head, so `params` need not hold the blocks.
     """
     labels = jnp.roll(tokens, -1, axis=1)
     mask = real & (jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1)[None]
-
-    def head(features):
-        return model.apply({"params": params}, features, method="head")
-
-    return summed_cross_entropy(head, features, labels, mask, chunk)[0]
+    return summed_cross_entropy(head_of(model, params), features, labels, mask, chunk)[0]
 
 
 def padded_batches(
-    windows: np.ndarray, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Windows `[n, t]` as int32 batches `[b, t]`, and bool `[b, 1]`: False for rows of padding."""
+    windows: Int[np.ndarray, "n t"], batch_size: int
+) -> Iterator[tuple[Int32[np.ndarray, "b t"], Bool[np.ndarray, "b 1"]]]:
+    """`(batch, real)` for each batch of windows; `real` is False for rows of padding."""
     for start in range(0, len(windows), batch_size):
         rows = windows[start : start + batch_size].astype(np.int32)
         missing = batch_size - len(rows)
@@ -154,7 +156,9 @@ def padded_batches(
         yield np.pad(rows, ((0, missing), (0, 0))), real
 
 
-def _check(windows, batch_size, text_bytes, total_tokens) -> None:
+def _check(
+    windows: object, batch_size: int, text_bytes: int | None, total_tokens: int | None
+) -> None:
     shape, dtype = np.shape(windows), getattr(windows, "dtype", np.dtype(object))
     if not np.issubdtype(dtype, np.integer) or len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
         raise BadInput(

@@ -1,23 +1,25 @@
-"""Log-probabilities of continuations, batched by length in few shapes, reduced on the device."""
+"""Log-probabilities of continuations: batched by length in few shapes, reduced on the device."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from rabit_jax.errors import BadInput
-from rabit_jax.train.losses import chunk_sums
+from rabit_jax.train.losses import chunk_sums, head_of
+from rabit_jax.types import Params
 
-# Continuations that end differently after the same tokens share a row, up to so many of them.
+# Most continuations that share a row because they differ in their last token only.
 CHOICES = 8
-# Smallest sequence, and smallest number of scored positions, that a program is compiled for.
+# The shortest sequence, and the fewest scored positions, that a program is compiled for.
 SHORTEST, FEWEST = 32, 16
 
 
@@ -38,26 +40,26 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one call; b rows, t tokens, n scored positions, c continuations of a row.
+    """One call: b rows of t tokens, n scored positions, c continuations of each row.
 
     Attributes:
-      tokens: `[b, t]` int32, padded on the right, where causal attention never looks.
-      first: `[b]` int32, the first of the n positions of each row whose next token may be scored.
-      labels: `[b, n, c]` int32.
-      mask: `[b, n, c]` bool, which labels count.
-      members: for each real row the indices of its requests, at most c.
+      tokens: padded on the right, where causal attention never looks.
+      first: the first of the n positions of each row whose next token may be scored.
+      labels: the next tokens.
+      mask: which labels count.
+      members: for each row that is not padding the indices of its requests, at most c.
     """
 
-    tokens: np.ndarray
-    first: np.ndarray
-    labels: np.ndarray
-    mask: np.ndarray
+    tokens: Int32[np.ndarray, "b t"]
+    first: Int32[np.ndarray, " b"]
+    labels: Int32[np.ndarray, "b n c"]
+    mask: Bool[np.ndarray, "b n c"]
     members: list[list[int]]
 
 
 def score(
     model: nn.Module,
-    params: Any,
+    params: Params,
     requests: Sequence[Request],
     *,
     batch_size: int,
@@ -65,21 +67,22 @@ def score(
     longest: int | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[list[tuple[int, Score]]]:
-    """Scores continuations, the longest first, a batch at a time.
+    """Scores continuations batch by batch, the longest first.
 
-    The last token of a request is only predicted, so requests that differ in nothing else share
-    one row: the answers "A" to "D" of a question cost one forward pass. Lengths are rounded up to
-    powers of two, scored positions to powers of four, so that few programs are compiled; the head
-    reads the scored positions alone, `chunk` of them at a time, and only sums leave the device.
+    The last token of a request is only predicted, so requests that differ only in it share one row:
+    the answers "A" to "D" to a question cost one forward pass. Lengths are rounded up to powers of
+    two and scored positions to powers of four, so that few programs are compiled. The head is
+    applied to the scored positions only, `chunk` of them at a time, and only sums leave the device.
 
     Args:
-      model: has `features(tokens) -> ([b, t, d], hidden)` and `head(features) -> logits`; causal.
-      params: tree of arrays and weight nodes; stays on the devices and in the shards it is in.
+      model: causal, with methods `features(tokens) -> ([b, t, d], hidden)` and
+        `head(features) -> logits`.
+      params: tree of arrays and weight nodes; they keep their devices and shardings.
       requests: at least 2 tokens each, and at least one before the scored ones.
       batch_size: rows per call; on a mesh a multiple of the devices on the data axis.
       chunk: positions per vocabulary projection.
-      longest: most tokens of a padded row; None sets no bound.
-      batch_sharding: where rows live on a mesh; None for one device.
+      longest: most tokens of a padded row; None for no limit.
+      batch_sharding: sharding of the rows on a mesh; None for one device.
 
     Returns:
       An iterator over lists of `(index of the request, its score)`, each index once.
@@ -153,13 +156,13 @@ def _rounded(number: int, least: int, base: int) -> int:
 @functools.partial(jax.jit, static_argnames=("model", "chunk"))
 def _sums(model, params, tokens, first, labels, mask, chunk):
     """Nats, and labels that are not the likeliest token, of each continuation: `[b, c]`."""
-    variables = {"params": params}
-    features, _ = model.apply(variables, tokens, method="features")
+    head = head_of(model, params)
+    features, _ = model.apply({"params": params}, tokens, method="features")
     at = first[:, None] + jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
     features = jnp.take_along_axis(features, at[..., None], axis=1)
 
     def piece(features, labels, mask):
-        logits = model.apply(variables, features, method="head").astype(jnp.float32)
+        logits = head(features).astype(jnp.float32)
         chosen = jnp.take_along_axis(logits, labels, axis=-1)
         nats = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - chosen
         missed = jnp.argmax(logits, axis=-1)[..., None] != labels

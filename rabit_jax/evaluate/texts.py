@@ -1,4 +1,4 @@
-"""The texts whose perplexities are published: what their names mean, and their windows."""
+"""The texts on which perplexities are published: their names, their documents, their windows."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
+from jaxtyping import Int32
 
 from rabit_jax.data.readers import file_documents, named_text
 from rabit_jax.data.tokens import windows
 from rabit_jax.errors import BadInput
+from rabit_jax.types import Tokenizer
 
 FILE = "file:"
-DRAWS = 1_000_000  # after so many no document is long enough
+DRAWS = 1_000_000  # attempts after which no document can be long enough
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which text, and which windows of it.
+    """The text of a published perplexity, and its windows.
 
     Attributes:
       data: a key of `rabit_jax.data.NAMED`.
-      split: of that dataset.
-      documents: the first so many are joined by spaces to one text; 0 leaves the dataset's own.
-      windows: at most so many; 0 is all.
-      drawn: windows are drawn from random documents that are longer than one, as
-        `random.Random(0)` chooses first the document and then the place, instead of being cut from
-        one text in order.
+      split: a split of that dataset.
+      documents: number of documents, from the first, that are joined by spaces to one text; 0 for
+        all.
+      windows: largest number of windows; 0 for all.
+      drawn: windows are not cut from one text in order but drawn at random from documents that are
+        longer than a window: `random.Random(0)` draws the document and then the position in it.
     """
 
     data: str
@@ -39,8 +41,9 @@ class Protocol:
     windows: int = 0
     drawn: bool = False
 
-# As the code of GPTQ (Frantar et al., arXiv 2210.17323) has it and most papers after it. Its `c4`
-# and `c4-new` give different figures on the same model.
+
+# As in the code of GPTQ (Frantar et al., arXiv 2210.17323) and most papers after it. Its `c4` and
+# `c4-new` give different figures for the same model.
 TEXTS = {
     "wikitext2": Protocol("wikitext2", "test"),
     "c4": Protocol("c4", "validation", windows=256, drawn=True),
@@ -50,21 +53,21 @@ TEXTS = {
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """What `perplexity` reads of a text.
+    """The windows of a text, arguments of `perplexity`.
 
     Attributes:
-      tokens: `[n, t]` int32.
-      text_bytes: UTF-8 bytes of the text that the windows were cut from in order, else None.
-      total_tokens: tokens of that text, else None.
+      tokens: n windows of t tokens.
+      text_bytes: UTF-8 bytes of the text that the windows were cut from; None if they were drawn.
+      total_tokens: tokens of that text; None if the windows were drawn.
     """
 
-    tokens: np.ndarray
+    tokens: Int32[np.ndarray, "n t"]
     text_bytes: int | None = None
     total_tokens: int | None = None
 
 
 def check_name(name: str) -> None:
-    """Raises BadInput for what is neither a key of `TEXTS` nor `file:` and a path."""
+    """Raises BadInput for a name that is neither a key of `TEXTS` nor `file:` with a path."""
     if name in TEXTS or name.removeprefix(FILE) not in ("", name):
         return
     near = difflib.get_close_matches(name, TEXTS, n=1, cutoff=0.0)[0]
@@ -73,7 +76,7 @@ def check_name(name: str) -> None:
 
 
 def read_text(name: str) -> list[str]:
-    """The documents of a text, downloaded where they are not on this machine.
+    """The documents of a text, downloaded if they are not on this machine.
 
     Args:
       name: a key of `TEXTS`, or `file:` and the path of a UTF-8 file, which is one document.
@@ -92,24 +95,25 @@ def read_text(name: str) -> list[str]:
 
 
 def text_windows(
-    name: str, documents: Sequence[str], tokenizer: Any, context: int, most: int | None = None,
-    progress: Callable[[int, int], None] | None = None, begin: int | None = None,
+    name: str, documents: Sequence[str], tokenizer: Tokenizer, context: int,
+    most: int | None = None, progress: Callable[[int, int], None] | None = None,
+    begin: int | None = None,
 ) -> Windows:
-    """The windows of `context` tokens on which the perplexity of a text is taken.
+    """The windows of `context` tokens on which the perplexity of a text is computed.
 
-    The whole text is tokenised at once, with the special tokens that the tokenizer adds by itself
-    at its beginning, and cut into non-overlapping windows; a last part that is shorter is left out.
-    See `TEXTS` for `c4`, whose windows are drawn.
+    The whole text is tokenised at once, with the special tokens that the tokenizer itself adds at
+    the beginning, and cut into non-overlapping windows; a shorter rest at the end is left out. The
+    windows of `c4` are drawn instead, see `TEXTS`.
 
     Args:
-      name: what `read_text` read.
-      documents: what it returned.
+      name: the argument of `read_text`.
+      documents: its result.
       tokenizer: of transformers.
       context: t, tokens of a window.
-      most: no more than so many windows, the first ones; None is all of the text's.
-      progress: called with (windows drawn, of how many).
-      begin: put this token in place of the first one of every window: Gemma reads nothing well
-        without its begin token, the others are published without.
+      most: largest number of windows, from the first; None for all windows of the text.
+      progress: called with (windows drawn, windows wanted).
+      begin: token that replaces the first one of every window. Gemma predicts badly without its
+        begin token; figures of other models are published without one.
 
     Raises:
       BadInput: a text that is shorter than one window.
@@ -138,13 +142,13 @@ def _begun(rows: np.ndarray, begin: int | None) -> np.ndarray:
 
 
 def _drawn(
-    documents: Sequence[str], tokenizer: Any, context: int, count: int,
+    documents: Sequence[str], tokenizer: Tokenizer, context: int, count: int,
     progress: Callable[[int, int], None] | None,
 ) -> np.ndarray:
     draw, found = random.Random(0), []
     for _ in range(DRAWS):
         text = documents[draw.randint(0, len(documents) - 1)]
-        # No tokenizer makes so many tokens of so few bytes: this saves time, not more.
+        # So few bytes cannot give so many tokens; skipping them here only saves time.
         if 2 * len(text.encode()) + 8 <= context:
             continue
         tokens = _tokens(tokenizer, text)
@@ -160,5 +164,6 @@ def _drawn(
                    f"wanted {count}: give a shorter context")
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    encoded = tokenizer(text, return_attention_mask=False, verbose=False)
+    return cast(list[int], encoded["input_ids"])

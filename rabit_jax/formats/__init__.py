@@ -1,8 +1,6 @@
-"""Model folders in and out: Hugging Face checkpoints, packed files, tokenizers, the hub, cards."""
+"""Models in folders and files: Hugging Face checkpoints, packed models, tokenizers, the hub."""
 
-from rabit_jax.formats.checkpoint import Checkpoint, open_checkpoint, read_config
-from rabit_jax.formats.families import hf_name, tensor_names
-from rabit_jax.formats.folder import find_folder
+from rabit_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from rabit_jax.formats.hf import load_hf, save_hf
 from rabit_jax.formats.hf_config import from_hf, to_hf
 from rabit_jax.formats.packed_file import load_packed_params, save_packed_params
@@ -11,9 +9,7 @@ from rabit_jax.formats.tokenizer import load_tokenizer, save_tokenizer
 
 __all__ = [
     "Checkpoint",
-    "find_folder",
     "from_hf",
-    "hf_name",
     "load_hf",
     "load_model",
     "load_packed",
@@ -21,11 +17,9 @@ __all__ = [
     "load_tokenizer",
     "open_checkpoint",
     "packed_bytes",
-    "read_config",
     "save_hf",
     "save_packed",
     "save_packed_params",
     "save_tokenizer",
-    "tensor_names",
     "to_hf",
 ]

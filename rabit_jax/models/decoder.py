@@ -1,19 +1,27 @@
-"""The decoder for training and evaluation: embedding, scanned blocks, final norm, head."""
+"""The decoder for whole sequences: embedding, scanned blocks, final norm, head.
+
+Axes: b batch, t time, d model, v vocabulary, l layers.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from flax.core import unfreeze
+from jaxtyping import Bool, Float, Int
 
 from rabit_jax.errors import BadInput
+from rabit_jax.models.block import Block, Fresh, Owner, fresh_norm, rms_norm, soft_cap
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.layers import Block, Embed, Head, RMSNorm, soft_cap
 from rabit_jax.models.rotary import local_layers, make_context
+from rabit_jax.tree import is_weight, leaves
+from rabit_jax.types import Array, Params, Shape
+from rabit_jax.weights.seam import linear
 
 
 class Decoder(nn.Module):
@@ -39,21 +47,24 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         """Names the parts as the params tree names them."""
-        c = self.config
-        self.embed = Embed(c)
+        c, init = self.config, nn.initializers.normal(self.config.initializer_range)
+        self.embed = Owner({"embedding": Fresh((c.vocab_size, c.d_model), init)})
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         scanned = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=(0, nn.broadcast), length=c.n_layers,
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (typed as one int)
+            length=c.n_layers,
         )
         self.layers = scanned(c)
-        self.final_norm = RMSNorm(c)
+        self.final_norm = Owner(fresh_norm(c, c.d_model))
         # `head` is a method, so the part has another attribute; its params are still `head`.
-        self._head = None if c.tied_head else Head(c, name="head")
+        head = {"kernel": Fresh((c.d_model, c.vocab_size), init)}
+        self._head = None if c.tied_head else Owner(head, name="head")
 
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array | None = None, hidden_states: bool = False
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        self, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"] | None = None,
+        hidden_states: bool = False,
+    ) -> Array | tuple[Array, Array | None]:
         """Next-token logits of whole sequences.
 
         Args:
@@ -71,9 +82,10 @@ class Decoder(nn.Module):
         return (logits, hidden) if hidden_states else logits
 
     def features(
-        self, tokens: jax.Array, mask: jax.Array | None = None, hidden_states: bool = False
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """What the head reads: `[b, t, d]` after the final norm, and the hidden states or None.
+        self, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"] | None = None,
+        hidden_states: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Array | None]:
+        """What the head reads, after the final norm, and the hidden states or None.
 
         With `head` this lets a loss project onto the vocabulary in chunks. Arguments as for the
         call; use as `model.apply({"params": params}, tokens, method="features")`.
@@ -81,53 +93,63 @@ class Decoder(nn.Module):
         real = jnp.ones((1, tokens.shape[1]), bool) if mask is None else mask.astype(bool)
         context = make_context(self.config, real, hidden_states)
         local = jnp.asarray(local_layers(self.config))
-        x, hidden = self.layers(self.embed(tokens), local, context)
-        return self.final_norm(x), hidden
+        x, hidden = self.layers(self.embedded(tokens), local, context)
+        return self.normed(x), hidden
 
-    def embedded(self, tokens: jax.Array) -> jax.Array:
-        """What the first block reads: `[b, t]` int to `[b, t, d]`."""
-        return self.embed(tokens)
+    def embedded(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """What the first block reads."""
+        return embed(self.embed()["embedding"], tokens, self.config)
 
-    def normed(self, x: jax.Array) -> jax.Array:
-        """What the head reads, of what the last block leaves: the final norm, `[b, t, d]`."""
-        return self.final_norm(x)
+    def normed(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The final norm of what the last block returns, which the head reads."""
+        return rms_norm(x, self.final_norm()["scale"], self.config)
 
-    def head(self, features: jax.Array) -> jax.Array:
-        """Float32 logits `[..., v]` of `features: [..., d]`."""
+    def head(self, features: Float[Array, "... d"]) -> Float[Array, "... v"]:
+        """Float32 logits."""
+        head = self.embed()["embedding"].T if self._head is None else self._head()["kernel"]
         with jax.named_scope("head"):
-            y = self.embed.attend(features) if self._head is None else self._head(features)
+            y = logits(features.astype(self.config.dtype), head)
             return soft_cap(y, self.config.final_softcap)
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+def embed(
+    table: Float[Array, "v d"], tokens: Int[Array, "b t"], config: ModelConfig
+) -> Float[Array, "b t d"]:
+    """`embed_scale E[tokens]` in the compute dtype."""
+    with jax.named_scope("embed"):
+        x = jnp.take(table, tokens, axis=0).astype(config.dtype)
+        # Gemma's factor is rounded to the compute dtype before it multiplies.
+        return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, config.dtype)
+
+
+def logits(x: Float[Array, "... d"], kernel: Any) -> Float[Array, "... v"]:
+    """`x W` accumulated and returned in float32; `W: [d, v]` is an array or a weight node."""
+    if is_weight(kernel):
+        return linear(x, kernel).astype(jnp.float32)
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
     """Fresh float32 params: normal(initializer_range), factors of norms one, biases zero.
 
     The projections into the residual stream, `o` and `down`, start `sqrt(2 l)` times smaller.
     Works under `jit`, with `out_shardings` so that each leaf is created where it will live.
     """
-    return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return unfreeze(Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
-def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def param_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Shape of every parameter of `config`, by path: `{"embed/embedding": (v, d), ...}`."""
     tree = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+    return {path: leaf.shape for path, leaf in leaves(tree)}
 
 
-@functools.cache
-def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs `(i, o)` of each matrix of a block: `{"q": (d, n h), ...}`."""
-    shapes = param_shapes(config).items()
-    return {path.split("/")[2]: shape[1:] for path, shape in shapes
-            if path.startswith("layers/") and path.endswith("/kernel")}
-
-
-def check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+def check_params(found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
     """Raises BadInput where params by path do not have the names and shapes of the config."""
-    if odd := sorted(set(leaves) ^ set(shapes)):
-        what = "extra" if odd[0] in leaves else "missing"
+    if odd := sorted(set(found) ^ set(shapes)):
+        what = "extra" if odd[0] in found else "missing"
         raise BadInput(f"{what} parameter {odd[0]}: the params do not fit the model's config")
     for path, shape in shapes.items():
-        if tuple(leaves[path].shape) != shape:
-            raise BadInput(f"parameter {path} is {tuple(leaves[path].shape)}, the config wants "
+        if tuple(found[path].shape) != shape:
+            raise BadInput(f"parameter {path} is {tuple(found[path].shape)}, the config wants "
                            f"{shape}")

@@ -10,18 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Bool, Float, Int
 
 from rabit_jax.errors import BadInput
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.engine import Cache, init_cache, step
 from rabit_jax.models.prepared import Engine, prepare
+from rabit_jax.types import Array, Params
 
-# Tokens that the device makes between two that the host may look at.
+# Tokens that the device makes before the host sees them.
 CHUNK = 16
 
 
 class Choice(NamedTuple):
-    """What is fixed when the loop is compiled: how tokens are chosen, and what ends a row."""
+    """Static settings of the compiled loop: the mode of `pick`, and the tokens that end a row."""
 
     mode: str
     eos: tuple[int, ...]
@@ -29,43 +31,43 @@ class Choice(NamedTuple):
 
 @struct.dataclass
 class State:
-    """The loop between two tokens.
+    """The state of the loop after a token.
 
     Attributes:
-      count: scalar int32, new tokens so far.
-      token: `[b]` int32, the last one of each row.
-      done: `[b]` bool, which rows have ended.
-      broken: scalar int32, the number of the new token whose logits were not finite; 0 for none.
+      count: how many new tokens there are.
+      token: the last one of each row.
+      done: which rows have ended.
+      broken: which new token had logits that are not finite, counted from 1; 0 for none.
       cache: of `step`.
       key: for the next token.
     """
 
-    count: jax.Array
-    token: jax.Array
-    done: jax.Array
-    broken: jax.Array
+    count: Int[Array, ""]
+    token: Int[Array, " b"]
+    done: Bool[Array, " b"]
+    broken: Int[Array, ""]
     cache: Cache
-    key: jax.Array
+    key: Array
 
 
 def generate(
     model: Decoder,
-    params: Any,
-    tokens: jax.Array,
-    mask: jax.Array | None = None,
+    params: Params | Engine,
+    tokens: Int[Array | np.ndarray, "b t"],
+    mask: Bool[Array | np.ndarray, "b t"] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    key: jax.Array | None = None,
+    key: Array | None = None,
     eos_ids: Sequence[int] = (),
-) -> jax.Array:
+) -> Int[Array, "b n"]:
     """Continues a batch of prompts; params may be dense, in training form, packed or prepared.
 
     Args:
       model: the decoder; `model.config.eos_ids` holds its own end tokens.
       params: its params tree, or what `prepare` made of it: for more than one call, prepare once.
-      tokens: `[b, t]` int prompts, shorter ones padded on the left.
-      mask: `[b, t]` bool, True for real tokens; None means all real.
+      tokens: prompts, shorter ones padded on the left.
+      mask: True for real tokens; None means all real.
       max_new_tokens: number of tokens to append, at least 1.
       temperature: 0 takes the likeliest token; else samples from `softmax(logits / temperature)`.
       top_p: samples only from the smallest set of likeliest tokens whose probability reaches it.
@@ -73,7 +75,7 @@ def generate(
       eos_ids: a row ends at any of these, and the loop when all rows have ended.
 
     Returns:
-      `[b, max_new_tokens]` int32; after its end a row is filled with the first of `eos_ids`, or
+      int32, `n = max_new_tokens`; after its end a row is filled with the first of `eos_ids`, or
       with 0.
 
     Raises:
@@ -96,20 +98,20 @@ def generate(
 
 def stream(
     model: Decoder,
-    params: Any,
-    tokens: jax.Array,
-    mask: jax.Array | None = None,
+    params: Params | Engine,
+    tokens: Int[Array | np.ndarray, "b t"],
+    mask: Bool[Array | np.ndarray, "b t"] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    key: jax.Array | None = None,
+    key: Array | None = None,
     eos_ids: Sequence[int] = (),
     chunk: int = CHUNK,
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate` as they come: the first after the prefill, then chunk by chunk.
 
     Args:
-      chunk: tokens that the device makes at a stretch, without waiting for the host.
+      chunk: how many tokens the device makes before the host sees them.
       model, params, tokens, mask, max_new_tokens, temperature, top_p, key, eos_ids: as for
         `generate`.
 
@@ -118,13 +120,13 @@ def stream(
       `max_new_tokens` or when all rows have ended. Rows that end before others are filled.
 
     Raises:
-      BadInput: as `generate`; logits that are not finite are told when their turn comes.
+      BadInput: as `generate`; logits that are not finite raise at the chunk that holds them.
 
     Example:
       >>> for new in stream(model, params, tokens, eos_ids=model.config.eos_ids):
       ...     print(new.tolist())
     """
-    tokens, mask = _prompt(model, tokens, mask, max_new_tokens)
+    prompt, real = _prompt(model, tokens, mask, max_new_tokens)
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise BadInput(f"temperature {temperature} and top_p {top_p}: wanted temperature >= 0 and "
                        "0 < top_p <= 1")
@@ -137,14 +139,14 @@ def stream(
     choice = Choice(mode, tuple(int(i) for i in eos_ids))
     engine = params if isinstance(params, Engine) else prepare(model.config, params)
     heat = jnp.float32(temperature), jnp.float32(top_p)
-    return _chunks(engine, tokens, mask, key, heat, choice, max_new_tokens, chunk)
+    return _chunks(engine, prompt, real, key, heat, choice, max_new_tokens, chunk)
 
 
 def _chunks(
-    engine: Engine, tokens: np.ndarray, mask: np.ndarray, key: jax.Array,
-    heat: tuple[jax.Array, jax.Array], choice: Choice, most: int, chunk: int,
+    engine: Engine, tokens: np.ndarray, mask: np.ndarray, key: Array,
+    heat: tuple[Array, Array], choice: Choice, most: int, chunk: int,
 ) -> Iterator[np.ndarray]:
-    """The body of `stream`."""
+    """The body of `stream`; `heat` is temperature and top_p."""
     state = _prefill(engine, tokens, mask, key, heat, choice, tokens.shape[1] + most)
     new, made, done = _fetch(engine, state.token[:, None], state)
     yield new
@@ -157,8 +159,8 @@ def _chunks(
 
 @functools.partial(jax.jit, static_argnames=("choice", "slots"))
 def _prefill(
-    engine: Engine, tokens: jax.Array, mask: jax.Array, key: jax.Array,
-    heat: tuple[jax.Array, jax.Array], choice: Choice, slots: int,
+    engine: Engine, tokens: Array, mask: Array, key: Array,
+    heat: tuple[Array, Array], choice: Choice, slots: int,
 ) -> State:
     """The state after the first new token."""
     b = tokens.shape[0]
@@ -170,9 +172,9 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnames=("choice", "chunk"), donate_argnames="state")
 def _extend(
-    engine: Engine, state: State, heat: tuple[jax.Array, jax.Array], stop: jax.Array,
+    engine: Engine, state: State, heat: tuple[Array, Array], stop: Array,
     choice: Choice, chunk: int,
-) -> tuple[jax.Array, State]:
+) -> tuple[Array, State]:
     """At most `chunk` more tokens, `[b, chunk]` int32, until the count is `stop`; the new state.
 
     The cache is donated: the loop writes it in place from one call to the next.
@@ -180,11 +182,11 @@ def _extend(
     first = state.count
     new = jnp.full((state.token.shape[0], chunk), _fill(choice.eos), jnp.int32)
 
-    def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
+    def unfinished(carry: tuple[Array, State]) -> Array:
         state = carry[1]
         return (state.count < stop) & ~state.done.all() & (state.broken == 0)
 
-    def extend(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+    def extend(carry: tuple[Array, State]) -> tuple[Array, State]:
         new, state = carry
         after = _advance(engine, state, state.token[:, None], None, heat, choice)
         at = (0, state.count - first)
@@ -194,10 +196,10 @@ def _extend(
 
 
 def _advance(
-    engine: Engine, state: State, tokens: jax.Array, mask: jax.Array | None,
-    heat: tuple[jax.Array, jax.Array], choice: Choice,
+    engine: Engine, state: State, tokens: Array, mask: Array | None,
+    heat: tuple[Array, Array], choice: Choice,
 ) -> State:
-    """The state with `tokens: [b, t]` in the cache and one token more."""
+    """The state after `tokens: [b, t]` are in the cache and one more token is chosen."""
     key, now = jax.random.split(state.key)
     logits, cache = step(engine, tokens, state.cache, mask)
     token = jnp.where(state.done, _fill(choice.eos), pick(logits, now, choice.mode, *heat))
@@ -212,17 +214,18 @@ def _fill(eos: tuple[int, ...]) -> int:
     return eos[0] if eos else 0
 
 
-def _fetch(engine: Engine, new: jax.Array, state: State) -> tuple[np.ndarray, int, bool]:
-    """New tokens, how many there are by now, and whether all rows have ended, from the device.
+def _fetch(engine: Engine, new: Array, state: State) -> tuple[np.ndarray, int, bool]:
+    """New tokens, the count of all new tokens, and whether all rows have ended, on the host.
 
     Raises:
       BadInput: logits that were not finite.
     """
-    new, count, done, broken = jax.device_get((new, state.count, state.done, state.broken))
+    found = jax.device_get((new, state.count, state.done, state.broken))
+    tokens, count, done, broken = map(np.asarray, found)
     if broken:
         raise BadInput(f"the logits hold NaN or infinity at new token {broken}: the weights are "
                        f"damaged or overflow {engine.config.dtype}, pack or load them again")
-    return new, int(count), bool(done.all())
+    return tokens, int(count), bool(done.all())
 
 
 def _prompt(
@@ -249,9 +252,9 @@ def _prompt(
 
 
 def pick(
-    logits: jax.Array, key: jax.Array, mode: str, temperature: jax.Array, top_p: jax.Array
-) -> jax.Array:
-    """One token per row of float32 `logits: [b, v]`, as `[b]` int32.
+    logits: Float[Array, "b v"], key: Array, mode: str, temperature: Array, top_p: Array
+) -> Int[Array, " b"]:
+    """One token for each row of float32 logits.
 
     `mode` is "greedy" (argmax), "sample" (all of `softmax(logits / temperature)`) or "nucleus"
     (its likeliest tokens until their probability reaches `top_p`, renormalised).

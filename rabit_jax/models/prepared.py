@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from flax.traverse_util import flatten_dict
+from jaxtyping import Float
 
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import check_params, param_shapes
-from rabit_jax.tree import is_weight
-from rabit_jax.weights.laid import lay
+from rabit_jax.tree import is_weight, leaves
+from rabit_jax.types import Array, Params
+from rabit_jax.weights.laid import LaidLowRank, LaidSign, lay
 from rabit_jax.weights.seam import linear
 from rabit_jax.weights.sign_paths import PackedSign
 
-# What reads the same input, and the bytes of fixed point its input gets on integer kernels: that of
-# `down` has outliers hundreds of times its mean, so it gets three.
+# Matrices that read the same input, and the bytes of fixed point that the input gets on integer
+# kernels: that of `down` has outliers hundreds of times its mean, so it gets three.
 GROUPS = {("q", "k", "v"): 2, ("o",): 2, ("gate", "up"): 2, ("down",): 3}
+LAID = (LaidSign, LaidLowRank)
 
 
 @struct.dataclass
@@ -33,32 +35,44 @@ class Engine:
 
     Attributes:
       embed: `[v, d]`.
+      layers: the subtree `layers` of the params. Matrices that are joined stand under their names
+        with spaces, such as "q k v"; a kernel is a laid weight of all layers, or a tuple with a
+        matrix or weight node for each layer.
+      final_norm: `[d]`.
       head: `[d, v]` as an array, `Rows`, a weight node or a laid weight of one layer; None where
         the head is the embedding.
-      norms: those of the blocks `[l, d]`, of q and k `[l, h]` where there are any, by the last
-        part of their paths, and `final_norm` `[d]`.
-      products: by the names of the matrices that are joined in it, such as "q k v": a laid weight
-        with `matmul_at(x, layer)`, or a tuple with a matrix or weight node for each layer.
-      biases: `[l, o]` by the name of the matrix.
       config: the decoder's; its dtype is that of the products.
     """
 
-    embed: jax.Array
+    embed: Array
+    layers: Params
+    final_norm: Array
     head: Any
-    norms: dict[str, jax.Array]
-    products: dict[str, Any]
-    biases: dict[str, jax.Array]
     config: ModelConfig = struct.field(pytree_node=False)
+
+    @property
+    def products(self) -> dict[str, Any]:
+        """The kernels of `layers` by the names of the matrices that are joined in them."""
+        return {name: part["kernel"] for side in ("attn", "mlp")
+                for name, part in self.layers[side].items() if "kernel" in part}
+
+
+@struct.dataclass
+class At:
+    """One layer of a laid weight; nothing is copied."""
+
+    weight: LaidSign | LaidLowRank
+    layer: Array
 
 
 @struct.dataclass
 class Rows:
     """A 16-bit matrix that lies `[o, i]`, the order in which a CPU multiplies it fastest."""
 
-    rows: jax.Array
+    rows: Float[Array, "o i"]
 
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """`x: [..., i]` to float32 `[..., o]`.
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        """`x W` in float32.
 
         XLA's CPU product has no 16-bit path for a single row: it would first widen the whole
         matrix, which takes 18 times as long. So a single row is multiplied as two.
@@ -70,7 +84,7 @@ class Rows:
         return y[:n].reshape(*x.shape[:-1], -1)
 
 
-def prepare(config: ModelConfig, params: Any) -> Engine:
+def prepare(config: ModelConfig, params: Params) -> Engine:
     """The params of a decoder, laid out for `step`.
 
     Packed signs of one k that read the same input become one `LaidSign` (q, k, v; gate, up), other
@@ -93,36 +107,56 @@ def prepare(config: ModelConfig, params: Any) -> Engine:
       >>> engine = prepare(model.config, params)
       >>> logits, cache = step(engine, tokens, init_cache(engine.config, batch=1, slots=128))
     """
-    check_params(flatten_dict(params, sep="/"), param_shapes(config))
+    check_params(dict(leaves(params)), param_shapes(config))
     platform = jax.devices()[0].platform
     if platform == "cpu" and config.dtype == "float16":
         config = dataclasses.replace(config, dtype="float32")
     params = jax.tree.map(jnp.asarray, params)
-    layers = params["layers"]
-    inner = {**layers["attn"], **layers["mlp"]}
-    parts = {name: part for name, part in inner.items() if "kernel" in part}
-    products = {}
-    for group, limbs in GROUPS.items():
-        for names in _alike(group, parts):
-            nodes = [parts[name]["kernel"] for name in names]
-            products[" ".join(names)] = _product(nodes, config, platform, limbs)
-    norms = {name: part["scale"] for name, part in {**layers, **inner}.items() if "scale" in part}
-    norms["final_norm"] = params["final_norm"]["scale"]
-    biases = {name: part["bias"] for name, part in parts.items() if "bias" in part}
-    embed, head = _ends(params, config, platform)
-    return Engine(embed, head, norms, products, biases, config)
+    layers = {side: _joined(part, config, platform) if side in ("attn", "mlp") else part
+              for side, part in params["layers"].items()}
+    table, head = _ends(params, config, platform)
+    return Engine(table, layers, params["final_norm"]["scale"], head, config)
 
 
-def multiply(x: jax.Array, w: Any) -> jax.Array:
-    """`x W` in `x.dtype` of one matrix as `for_device` gives it, or of a weight node."""
+def layer_at(engine: Engine, layer: int | Array) -> Params:
+    """The params of one layer, as `block` reads them with `multiply`."""
+    def at(leaf: Any) -> Any:
+        if isinstance(leaf, tuple):
+            return leaf[layer]
+        if isinstance(leaf, LAID):
+            return At(leaf, jnp.asarray(layer))
+        return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+    return jax.tree.map(at, engine.layers, is_leaf=lambda leaf: isinstance(leaf, (tuple, *LAID)))
+
+
+def multiply(x: Float[Array, "... i"], w: Any) -> Float[Array, "... o"]:
+    """`x W` in `x.dtype` of a kernel of `layer_at`: an array, `Rows`, `At` or a weight node."""
+    if isinstance(w, At):
+        return w.weight.matmul_at(x, w.layer)
     return w.matmul(x).astype(x.dtype) if isinstance(w, Rows) else linear(x, w)
 
 
-def _alike(group: Sequence[str], parts: Any) -> list[list[str]]:
+def _joined(part: Params, config: ModelConfig, platform: str) -> Params:
+    """The params of attention or MLP of all layers, joined where they read the same input."""
+    kernels = {name: own["kernel"] for name, own in part.items() if "kernel" in own}
+    found = {name: own for name, own in part.items() if name not in kernels}
+    for group, limbs in GROUPS.items():
+        for names in _alike([name for name in group if name in kernels], kernels):
+            own = {"kernel": _product([kernels[name] for name in names], config, platform, limbs)}
+            biases = [part[name]["bias"].astype(config.dtype)
+                      for name in names if "bias" in part[name]]
+            if biases:
+                own["bias"] = jnp.concatenate(biases, axis=-1)
+            found[" ".join(names)] = own
+    return found
+
+
+def _alike(group: Sequence[str], kernels: Mapping[str, Any]) -> list[list[str]]:
     """The names of a group in sets that can be joined: dense, packed signs of one k, or one."""
     sets: dict[Any, list[str]] = {}
     for name in group:
-        node = parts[name]["kernel"]
+        node = kernels[name]
         kind = node.k if isinstance(node, PackedSign) else (name if is_weight(node) else "dense")
         sets.setdefault(kind, []).append(name)
     return list(sets.values())
@@ -135,13 +169,13 @@ def _product(nodes: list[Any], config: ModelConfig, platform: str, limbs: int) -
         return laid
     if is_weight(nodes[0]):
         node = _with_default(nodes[0], limbs)
-        return tuple(_node(node, n) for n in range(config.n_layers))
+        return tuple(_index(node, n) for n in range(config.n_layers))
     matrices = (_matrix(nodes, n, config.dtype) for n in range(config.n_layers))
     return tuple(for_device(matrix, platform) for matrix in matrices)
 
 
 def _with_default(node: Any, limbs: int) -> Any:
-    """The node with `limbs` in packed signs within it that do not say theirs."""
+    """The node with `limbs` in those packed signs within it that have none of their own."""
     def is_sign(n: Any) -> bool:
         return isinstance(n, PackedSign)
 
@@ -150,26 +184,27 @@ def _with_default(node: Any, limbs: int) -> Any:
 
 
 @jax.jit
-def _node(node: Any, layer: Any) -> Any:
+def _index(node: Any, layer: int | Array) -> Any:
+    """One layer of an array or a weight node whose leaves have a leading axis of layers."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), node)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _matrix(kernels: list[jax.Array], layer: Any, dtype: str) -> jax.Array:
+def _matrix(kernels: list[Array], layer: int, dtype: str) -> Array:
     """One layer of stacked kernels `[l, i, o]`, joined along their outputs."""
-    return jnp.concatenate([_node(kernel, layer).astype(dtype) for kernel in kernels], axis=-1)
+    return jnp.concatenate([_index(kernel, layer).astype(dtype) for kernel in kernels], axis=-1)
 
 
-def for_device(matrix: jax.Array, platform: str) -> Any:
-    """A matrix `[i, o]` as it lies best: `Rows` for 16 bits on a CPU, else as it is."""
+def for_device(matrix: Float[Array, "i o"], platform: str) -> Array | Rows:
+    """A matrix in its fastest layout: `Rows` for 16 bits on a CPU, else as it is."""
     return Rows(matrix.T) if _turned(matrix, platform) else matrix
 
 
-def _turned(matrix: jax.Array, platform: str) -> bool:
+def _turned(matrix: Array, platform: str) -> bool:
     return platform == "cpu" and matrix.dtype.itemsize == 2
 
 
-def _ends(params: Any, config: ModelConfig, platform: str) -> tuple[jax.Array, Any]:
+def _ends(params: Any, config: ModelConfig, platform: str) -> tuple[Array, Any]:
     """The embedding and the head of an engine."""
     table = params["embed"]["embedding"].astype(config.dtype)
     if config.tied_head:

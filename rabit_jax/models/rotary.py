@@ -11,29 +11,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Bool, Float, Int
 
 from rabit_jax.models.config import ModelConfig
+from rabit_jax.types import Array
 
 
 class View(struct.PyTreeNode):
-    """How one kind of layer looks at the sequence.
+    """Rotary angles and mask of one kind of layer.
 
     Attributes:
-      cos, sin: `[b or 1, t, 1, h / 2]` float32, of the rotary angles.
-      allowed: `[b or 1, 1, t, s]` bool, which key each query may see.
+      cos, sin: of the rotary angles; b may be 1.
+      allowed: which key each query may see; b may be 1.
     """
 
-    cos: jax.Array
-    sin: jax.Array
-    allowed: jax.Array
+    cos: Float[Array, "b t 1 h/2"]
+    sin: Float[Array, "b t 1 h/2"]
+    allowed: Bool[Array, "b 1 t s"]
 
 
 class Context(struct.PyTreeNode):
-    """What every block of one forward pass shares.
+    """What all blocks of one forward pass share.
 
     Attributes:
-      full: the view of layers that see all keys before them.
-      local: that of layers with a sliding window; None where the model has none.
+      full: the view of layers that see all earlier keys.
+      local: the view of layers with a sliding window; None where the model has none.
       hidden_states: whether blocks return the residual stream.
     """
 
@@ -41,7 +43,7 @@ class Context(struct.PyTreeNode):
     local: View | None = None
     hidden_states: bool = struct.field(pytree_node=False, default=False)
 
-    def view(self, local: jax.Array | bool) -> View:
+    def view(self, local: Array | bool) -> View:
         """The view of a layer; `local` is a scalar bool, traced or not."""
         if self.local is None:
             return self.full
@@ -50,12 +52,14 @@ class Context(struct.PyTreeNode):
         return jax.tree.map(lambda a, b: jnp.where(local, a, b), self.local, self.full)
 
 
-def make_context(config: ModelConfig, real: jax.Array, hidden_states: bool = False) -> Context:
+def make_context(
+    config: ModelConfig, real: Bool[Array, "b t"], hidden_states: bool = False
+) -> Context:
     """The context of whole sequences: causal, and padded keys are never seen.
 
     Args:
       config: of the decoder.
-      real: `[b, t]` bool, True for real tokens, padding left or right.
+      real: True for real tokens, padding left or right.
       hidden_states: whether blocks return the residual stream.
     """
     t = real.shape[1]
@@ -64,41 +68,41 @@ def make_context(config: ModelConfig, real: jax.Array, hidden_states: bool = Fal
 
 
 def seen_from(
-    config: ModelConfig, position: jax.Array, query: jax.Array, key: jax.Array, real: jax.Array,
-    hidden_states: bool = False,
+    config: ModelConfig, position: Int[Array, "b t"], query: Int[Array, " t"],
+    key: Int[Array, " s"], real: Bool[Array, "b s"], hidden_states: bool = False,
 ) -> Context:
-    """The context of queries at places `query: [t]` that look at keys at places `key: [s]`.
+    """The context of queries and keys at given places in the sequence or the cache.
 
         full: key <= query;   local: also key > query - window
 
     Args:
       config: of the decoder.
-      position: `[b, t]` int32, for the rotary angles; it may differ from the place by padding.
-      query, key: int32 places in the sequence or the cache.
-      real: `[b, s]` bool, which keys hold real tokens.
+      position: of each query, for the rotary angles; it may differ from the place by padding.
+      query, key: the places.
+      real: which keys hold real tokens.
       hidden_states: whether blocks return the residual stream.
     """
     behind = query[:, None] - key[None, :]
     allowed = (behind >= 0)[None, None] & real[:, None, None, :]
     full = View(*angles(position, frequencies(config)), allowed)
-    if not any(config.local_layers):
+    if config.window is None or not any(config.local_layers):
         return Context(full, None, hidden_states)
     near = allowed & (behind < config.window)[None, None]
     return Context(full, View(*angles(position, local_frequencies(config)), near), hidden_states)
 
 
-def local_layers(config: ModelConfig) -> np.ndarray:
-    """Which layers have the sliding window, bool `[l]`."""
+def local_layers(config: ModelConfig) -> Bool[np.ndarray, " l"]:
+    """Which layers have the sliding window."""
     return np.asarray(config.local_layers or (False,) * config.n_layers)
 
 
-def positions(real: jax.Array) -> jax.Array:
-    """Number of real tokens before each one, `[b, t]` int32; 0 at padding on the left."""
+def positions(real: Bool[Array, "b t"]) -> Int[Array, "b t"]:
+    """Number of real tokens before each one; 0 at padding on the left."""
     return jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-def frequencies(config: ModelConfig) -> jax.Array:
-    """Rotary frequencies `w_j = theta^(-2j / h)`, `[h / 2]` float32, stretched by rope_scaling.
+def frequencies(config: ModelConfig) -> Float[Array, " h/2"]:
+    """Rotary frequencies `w_j = theta^(-2j / h)`, stretched by rope_scaling.
 
     Source: Su et al., RoFormer, arXiv 2104.09864; `llama3` as in the Llama 3.1 release.
     """
@@ -114,8 +118,8 @@ def frequencies(config: ModelConfig) -> jax.Array:
     return (1.0 - blend) * w / scaling.factor + blend * w
 
 
-def local_frequencies(config: ModelConfig) -> jax.Array:
-    """Rotary frequencies `[h / 2]` of local layers: their own base, unstretched, if there is one.
+def local_frequencies(config: ModelConfig) -> Float[Array, " h/2"]:
+    """Rotary frequencies of local layers: their own base, unstretched, if there is one.
 
     Source: Gemma 3 technical report, arXiv 2503.19786, section 2.
     """
@@ -124,24 +128,21 @@ def local_frequencies(config: ModelConfig) -> jax.Array:
     return _powers(config.local_rope_theta, config.head_dim)
 
 
-def _powers(theta: float, head_dim: int) -> jax.Array:
+def _powers(theta: float, head_dim: int) -> Array:
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     return 1.0 / theta**exponent
 
 
-def angles(positions: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, `[b, t, 1, h / 2]` float32, of `position * w_j`.
-
-    Args:
-      positions: `[b, t]`.
-      w: `[h / 2]` frequencies.
-    """
+def angles(
+    positions: Int[Array, "b t"], w: Float[Array, " h/2"]
+) -> tuple[Float[Array, "b t 1 h/2"], Float[Array, "b t 1 h/2"]]:
+    """Cosine and sine of `position * w_j`, for frequencies `w`."""
     phase = positions.astype(jnp.float32)[..., None, None] * w[None, None, None]
     return jnp.cos(phase), jnp.sin(phase)
 
 
-def rotate(x: jax.Array, view: View) -> jax.Array:
-    """Rotates the pairs `(x_j, x_{j + h/2})` of `x: [b, t, n, h]` by the angles of the view.
+def rotate(x: Float[Array, "b t n h"], view: View) -> Float[Array, "b t n h"]:
+    """Rotates the pairs `(x_j, x_{j + h/2})` by the angles of the view.
 
     This is the half-rotation layout of Hugging Face checkpoints, so their weights load unpermuted.
     """

@@ -3,8 +3,9 @@
 from rabit_jax.train.checkpoints import Checkpoints, abstract
 from rabit_jax.train.loop import Loop, Watch, train
 from rabit_jax.train.losses import distillation_loss, next_token_loss
-from rabit_jax.train.optimizer import OptimizerConfig, make_optimizer, merge, partition, roles
-from rabit_jax.train.step import TrainState, init_state, make_step, next_tokens, real_tokens
+from rabit_jax.train.optimizer import OptimizerConfig
+from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
+from rabit_jax.train.step import TrainState, next_tokens, real_tokens
 from rabit_jax.train.trainer import Trainer, make_trainer
 
 __all__ = [
@@ -15,16 +16,13 @@ __all__ = [
     "Trainer",
     "Watch",
     "abstract",
+    "batch_sharding",
     "distillation_loss",
-    "init_state",
-    "make_optimizer",
-    "make_step",
+    "make_mesh",
     "make_trainer",
-    "merge",
     "next_token_loss",
     "next_tokens",
-    "partition",
+    "param_shardings",
     "real_tokens",
-    "roles",
     "train",
 ]

@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree, UInt32
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, first_line
+from rabit_jax.types import Array
 
 logging.getLogger("absl").setLevel(logging.ERROR)
+Tree = TypeVar("Tree")
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 @jax.jit
-def checksum(tree: Any) -> jax.Array:
-    """A uint32 of all bits of a tree: `sum_n (2 n + 1) word_n` modulo 2^32 over every array.
+def checksum(tree: PyTree[Array]) -> UInt32[Array, ""]:
+    """A checksum of all bits of a tree: `sum_n (2 n + 1) word_n` modulo 2^32 over every array.
 
     Integer sums do not depend on their order, so the value is the same on every mesh.
     """
@@ -41,8 +44,11 @@ def checksum(tree: Any) -> jax.Array:
     return total
 
 
-def abstract(tree: Any, shardings: Any = None) -> Any:
-    """Shapes, dtypes and target shardings of a tree, to restore onto."""
+def abstract(tree: Tree, shardings: PyTree[jax.sharding.Sharding] | None = None) -> Tree:
+    """The tree with `jax.ShapeDtypeStruct` for each array, the target of `Checkpoints.restore`.
+
+    The shardings are those of the arrays unless `shardings` gives others.
+    """
     if shardings is None:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
@@ -55,8 +61,8 @@ def abstract(tree: Any, shardings: Any = None) -> Any:
 class Checkpoints:
     """Checkpoints of one stage in a folder, one per kept step.
 
-    Saving returns at once and is finished in the background; a checkpoint appears under its final
-    name only when it is whole. Each holds a checksum of its bits that restoring verifies.
+    `save` returns at once and the files are written in the background; a checkpoint gets its final
+    name only when it is complete. Each holds a checksum of its bits, which `restore` verifies.
 
     Example:
       >>> with Checkpoints("runs/a/checkpoints/qat") as checkpoints:
@@ -70,11 +76,11 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: PyTree[Array]) -> None:
         """Save `state` after `step` steps, in the background.
 
         Raises:
-          BadInput: the folder holds that step or a later one, of another run.
+          BadInput: the folder already holds that step or a later one, of another run.
         """
         tree = {"state": state, "checksum": checksum(state)}
         if step in self.manager.all_steps() or not self.manager.save(
@@ -86,12 +92,12 @@ class Checkpoints:
             )
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Steps of the complete checkpoints, ascending."""
         self.manager.wait_until_finished()
         return sorted(self.manager.all_steps())
 
-    def restore(self, step: int, target: Any) -> Any:
-        """Restore one step onto the shapes and shardings of `target` (see `abstract`).
+    def restore(self, step: int, target: Tree) -> Tree:
+        """The state after `step` steps, in the shapes and shardings of `target` (see `abstract`).
 
         Raises:
           BadInput: it cannot be read, or its bits do not match its checksum.
@@ -108,7 +114,7 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore raise many types for a damaged file
             raise BadInput(
                 f"checkpoint {self.folder / str(step)} cannot be read "
-                f"({(str(error).strip() or type(error).__name__).splitlines()[0][:200]})"
+                f"({first_line(error)[:200]})"
             ) from error
         if int(checksum(found["state"])) != int(found["checksum"]):
             raise BadInput(
@@ -116,14 +122,14 @@ class Checkpoints:
             )
         return found["state"]
 
-    def restore_last(self, target: Any) -> tuple[int, Any] | None:
-        """The newest whole checkpoint as `(step, state)`, None where there is none.
+    def restore_last(self, target: Tree) -> tuple[int, Tree] | None:
+        """The newest complete checkpoint as `(step, state)`, None if there is none.
 
-        One that cannot be read is named on stderr and the one before it is tried; once that has
-        loaded, the bad one is set aside as `<folder>-damaged-<step>`.
+        If one cannot be read, a line on stderr names it and the one before it is tried; once that
+        has loaded, the damaged one is renamed to `<folder>-damaged-<step>`.
 
         Raises:
-          BadInput: there are checkpoints and none can be read; all stay where they are.
+          BadInput: there are checkpoints but none can be read; all keep their names.
         """
         bad: list[int] = []
         for step in reversed(self.steps()):
@@ -145,14 +151,14 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Wait until the last save is on disk; raises what went wrong in the background."""
+        """Wait until the last save is on disk; raises any error of the background thread."""
         self.manager.wait_until_finished()
 
     def __enter__(self) -> Checkpoints:
-        """Itself."""
+        """The checkpoints themselves."""
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         """Finish pending saves."""
         self.manager.wait_until_finished()
         self.manager.close()

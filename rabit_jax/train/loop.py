@@ -6,28 +6,34 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, ParamSpec, TypeVar
 
 import jax
+import numpy as np
+import optax
 
 from rabit_jax.errors import BadInput
 from rabit_jax.train.checkpoints import Checkpoints, abstract
-from rabit_jax.train.step import TrainState
+from rabit_jax.train.step import Metrics, Step, TrainState
+from rabit_jax.types import Batch, Params
 
+P = ParamSpec("P")
+T = TypeVar("T")
+Record = dict[str, float | int | str]
 
 @dataclass(frozen=True)
-class Watch:
-    """Measurements between steps, outside the timed ones.
+class Watch(Generic[T]):
+    """Measurements between steps, which do not count for the throughput.
 
     Attributes:
-      every: steps between measurements; the first step and the last are always measured.
-      before: `trainable -> snapshot`, taken before a watched step.
+      every: steps between measurements; the first and the last step are always measured.
+      before: `trainable -> snapshot`, called before a measured step.
       after: `(step, trainable, snapshot) -> None`, called after it.
     """
 
     every: int
-    before: Callable[[Any], Any]
-    after: Callable[[int, Any, Any], None]
+    before: Callable[[Params], T]
+    after: Callable[[int, Params, T], None]
 
 
 @dataclass(frozen=True)
@@ -38,58 +44,58 @@ class Loop:
       stage: name in the logs.
       steps: total number of steps.
       tokens_per_step: tokens of one batch, for the throughput.
-      log: receives one record per logged step.
+      log: called with the record of each logged step.
       log_every: steps between records.
-      save_every: steps between checkpoints; 0 saves at the end only.
+      save_every: steps between checkpoints; 0 saves only at the end.
       schedule: step -> learning rate, for the log.
       watch: measurements between steps.
       progress: called with `(steps done, record)`.
-      stop: polled between steps; True ends the loop after a checkpoint.
+      stop: called after each step; True ends the loop after a checkpoint.
     """
 
     stage: str
     steps: int
     tokens_per_step: int
-    log: Callable[[dict], None] = lambda record: None
+    log: Callable[[Record], None] = lambda record: None
     log_every: int = 10
     save_every: int = 0
-    schedule: Callable[[int], Any] = lambda step: 0.0
+    schedule: optax.Schedule = lambda step: 0.0
     watch: Watch | None = None
-    progress: Callable[[int, dict], None] = lambda step, record: None
+    progress: Callable[[int, Record], None] = lambda step, record: None
     stop: Callable[[], bool] = lambda: False
 
 
 def train(
     loop: Loop,
-    step: Callable,
+    step: Step,
     state: TrainState,
-    frozen: Any,
-    teacher: Any,
-    batches: Callable[[int], dict],
+    frozen: Params,
+    teacher: Params | None,
+    batches: Callable[[int], Batch],
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
 ) -> TrainState:
     """Run `step(state, frozen, teacher, batches(s))` for s = 0 .. steps - 1.
 
-    Batch s depends on s alone, so a resumed run sees what an uninterrupted one would have seen, and
-    the state after it is the same bit for bit.
+    Batch s depends on s alone, so a resumed run sees the same batches as an uninterrupted one and
+    ends in the same state, bit for bit.
 
     Args:
       loop: settings.
-      step: jitted, may donate its first argument.
+      step: jitted; it may donate its first argument.
       state: state to start from; with `resume`, the newest whole checkpoint replaces it.
       frozen: params that do not train.
       teacher: params of the teacher, or None.
       batches: step -> batch on its devices.
-      checkpoints: where to save; None saves nothing.
+      checkpoints: where to save; None saves no checkpoint.
       resume: continue from `checkpoints`.
 
     Returns:
       The state after the last step.
 
     Raises:
-      BadInput: the loss or the gradient is not finite; the last good checkpoint stays.
-      KeyboardInterrupt: `loop.stop()` turned true; the state is saved.
+      BadInput: the loss or the gradient is not finite; the last good checkpoint is kept.
+      KeyboardInterrupt: `loop.stop()` returned True; the state has been saved.
     """
     if checkpoints and resume and (found := checkpoints.restore_last(abstract(state))):
         state = found[1]
@@ -97,8 +103,10 @@ def train(
     clock = _Clock(loop.tokens_per_step)
     pending = None
     while done < loop.steps:
-        watched = loop.watch and (done % loop.watch.every == 0 or done == loop.steps - 1)
-        snapshot = clock.pause(loop.watch.before, state.trainable) if watched else None
+        watch = loop.watch
+        if watch and done % watch.every and done != loop.steps - 1:
+            watch = None
+        snapshot = clock.pause(watch.before, state.trainable) if watch else None
         state, metrics = step(state, frozen, teacher, batches(done))
         done += 1
         _report(loop, pending, clock)
@@ -108,11 +116,11 @@ def train(
             done == loop.steps or (loop.save_every and done % loop.save_every == 0)
         )
         stopping = loop.stop()
-        if watched or saving or stopping or done == loop.steps:
+        if watch or saving or stopping or done == loop.steps:
             _report(loop, pending, clock)
             pending = None
-        if watched:
-            clock.pause(loop.watch.after, done, state.trainable, snapshot)
+        if watch:
+            clock.pause(watch.after, done, state.trainable, snapshot)
         if checkpoints and (saving or stopping):
             clock.pause(checkpoints.save, done, state)
         if stopping and done < loop.steps:
@@ -124,8 +132,9 @@ def train(
     return state
 
 
-def _report(loop: Loop, pending: tuple[int, dict] | None, clock: _Clock) -> None:
-    """Read a step's metrics (one step late, so that the device never waits), check and log them."""
+def _report(loop: Loop, pending: tuple[int, Metrics] | None, clock: _Clock) -> None:
+    """Check and log the metrics of a step. They are read one step late, so that the device never
+    waits for the host."""
     if pending is None:
         return
     done, metrics = pending
@@ -136,12 +145,12 @@ def _report(loop: Loop, pending: tuple[int, dict] | None, clock: _Clock) -> None
             f"at step {done} are not finite; the checkpoints before it are kept: lower the "
             "learning rate or the clipping norm"
         )
-    record = {
+    record: Record = {
         "stage": loop.stage,
         "step": done,
         "tokens": done * loop.tokens_per_step,
         **values,
-        "lr": float(loop.schedule(done - 1)),
+        "lr": float(np.asarray(loop.schedule(done - 1))),
         "tokens_per_second": clock.rate(),
     }
     loop.progress(done, record)
@@ -150,21 +159,21 @@ def _report(loop: Loop, pending: tuple[int, dict] | None, clock: _Clock) -> None
 
 
 class _Clock:
-    """Tokens per second over the steps since compilation, pauses left out."""
+    """Tokens per second over the steps since compilation, without the pauses."""
 
     def __init__(self, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
-        self.steps, self.start, self.paused = 0, None, 0.0
+        self.steps, self.start, self.paused = 0, math.nan, 0.0
 
     def tick(self) -> None:
-        if self.start is None:
+        if math.isnan(self.start):
             self.start, self.paused = time.perf_counter(), 0.0
         else:
             self.steps += 1
 
-    def pause(self, function: Callable, *arguments: Any) -> Any:
+    def pause(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         begin = time.perf_counter()
-        result = function(*arguments)
+        result = function(*args, **kwargs)
         self.paused += time.perf_counter() - begin
         return result
 

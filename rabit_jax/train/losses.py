@@ -1,26 +1,34 @@
-"""Losses in sequence chunks: the float32 logits of a whole batch are never held.
+"""Losses computed in chunks of positions, so that the logits of a batch are never held at once.
 
-With a 128k vocabulary the logits of 4 x 4096 tokens would take 8.4 GB. Each chunk of positions
-projects to the vocabulary, reduces, and is recomputed in the backward pass.
+With a 128k vocabulary the float32 logits of 4 x 4096 tokens would take 8.4 GB. Each chunk of
+positions is projected to the vocabulary, reduced to sums, and recomputed in the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Shaped
+
+from rabit_jax.types import Array, Batch, Params
 
 F32 = jnp.float32
-Head = Callable[[jax.Array], jax.Array]
+Head = Callable[[Array], Array]
+Sums = TypeVar("Sums")
 
 
-def chunk_sums(function: Callable, arrays: tuple[jax.Array, ...], chunk: int) -> Any:
+def chunk_sums(
+    function: Callable[..., Sums], arrays: tuple[Shaped[Array, "b t ..."], ...], chunk: int
+) -> Sums:
     """Sum `function(*pieces)` over pieces of `chunk` positions of arrays `[b, t, ...]`.
 
-    The last piece is padded with zeros, so `function` must weigh positions by a mask among
-    `arrays`. Each piece is rematerialised in the backward pass.
+    The last piece is padded with zeros, so `function` must weight positions by a mask among
+    `arrays`. Each piece is rematerialised in the backward pass. A `chunk` of 0 takes all positions
+    at once.
     """
     arrays = tuple(jnp.asarray(a) for a in arrays)
     length = arrays[0].shape[1]
@@ -50,15 +58,19 @@ def chunk_sums(function: Callable, arrays: tuple[jax.Array, ...], chunk: int) ->
 
 
 def summed_cross_entropy(
-    head: Head, features: jax.Array, labels: jax.Array, mask: jax.Array, chunk: int = 256
-) -> tuple[jax.Array, jax.Array]:
+    head: Head,
+    features: Float[Array, "b t d"],
+    labels: Int[Array, "b t"],
+    mask: Shaped[Array, "b t"],
+    chunk: int = 256,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`(sum_t mask_t (log sum_v exp(z_tv) - z_t[label_t]), sum_t mask_t)` in nats.
 
     Args:
-      head: `[b, c, d] -> [b, c, v]` float32 logits.
-      features: `[b, t, d]`, position t already aligned with its label.
-      labels: `[b, t]` int32.
-      mask: `[b, t]` bool or float, what counts.
+      head: features `[b, c, d]` -> logits `[b, c, v]`.
+      features: input of the head, position t aligned with its label.
+      labels: token that each position should predict.
+      mask: bool or float weight of each position.
       chunk: positions per piece; 0 takes all at once.
 
     Returns:
@@ -77,19 +89,19 @@ def summed_cross_entropy(
 def summed_kl(
     student_head: Head,
     teacher_head: Head,
-    student: jax.Array,
-    teacher: jax.Array,
-    mask: jax.Array,
+    student: Float[Array, "b t d"],
+    teacher: Float[Array, "b t e"],
+    mask: Shaped[Array, "b t"],
     chunk: int = 256,
-) -> jax.Array:
+) -> Float[Array, ""]:
     """`sum_t mask_t KL(teacher_t || student_t)` in nats, scalar float32.
 
     Args:
-      student_head: `[b, c, d] -> [b, c, v]`.
-      teacher_head: the same for the teacher.
-      student: features `[b, t, d]`.
-      teacher: features `[b, t, d]`; no gradient flows to them.
-      mask: `[b, t]`.
+      student_head: features `[b, c, d]` -> logits `[b, c, v]`.
+      teacher_head: features `[b, c, e]` -> logits `[b, c, v]`.
+      student: features of the student.
+      teacher: features of the teacher; no gradient flows to them.
+      mask: bool or float weight of each position.
       chunk: positions per piece; 0 takes all at once.
     """
 
@@ -101,24 +113,41 @@ def summed_kl(
     return chunk_sums(piece, (student, jax.lax.stop_gradient(teacher), mask.astype(F32)), chunk)
 
 
-def summed_hidden_error(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
+def summed_hidden_error(
+    student: Float[Array, "l b t d"], teacher: Float[Array, "l b t d"], mask: Shaped[Array, "b t"]
+) -> Float[Array, ""]:
     """`sum_l sum_t mask_t mean_d (s_ltd - t_ltd)^2` for hidden states `[l, b, t, d]`, float32."""
     error = jnp.square(student.astype(F32) - jax.lax.stop_gradient(teacher).astype(F32))
     return jnp.sum(jnp.mean(error, axis=-1) * mask.astype(F32)[None])
 
 
-def _real(batch: dict) -> jax.Array:
+def _real(batch: Batch) -> Bool[Array, "b t"]:
     mask = batch.get("mask")
     return jnp.ones(batch["tokens"].shape, bool) if mask is None else mask
 
 
-def _head(model: Any, params: Any) -> Head:
-    return lambda features: model.apply({"params": params}, features, method="head")
+def head_of(model: nn.Module, params: Params) -> Head:
+    """The vocabulary projection of a decoder: features `[b, t, d]` -> logits `[b, t, v]`."""
+    return lambda features: cast(Array, model.apply({"params": params}, features, method="head"))
+
+
+def _features(
+    model: nn.Module, params: Params, batch: Batch, **options: bool
+) -> tuple[Float[Array, "b t d"], Float[Array, "l b t d"]]:
+    """`(inputs of the head, hidden states of the layers)`, the latter with `hidden_states=True`."""
+    tokens, mask = batch["tokens"], batch.get("mask")
+    found = model.apply({"params": params}, tokens, mask, method="features", **options)
+    return cast(tuple[Array, Array], found)
 
 
 def next_token_loss(
-    model: Any, params: Any, batch: dict, chunk: int = 256, labels: str = "data", key: Any = None
-) -> tuple[jax.Array, jax.Array]:
+    model: nn.Module,
+    params: Params,
+    batch: Batch,
+    chunk: int = 256,
+    labels: str = "data",
+    key: Array | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed next-token cross-entropy of a model: `(sum in nats, scored tokens)`.
 
     Position t predicts token t+1; a pair counts where both are real tokens.
@@ -128,28 +157,36 @@ def next_token_loss(
       params: its params.
       batch: `tokens: [b, t]`, optionally `mask: [b, t]`.
       chunk: positions per piece of the vocabulary projection.
-      labels: "data", or "sampled" from the model's own predictive distribution.
-      key: PRNG key, needed for sampled labels.
+      labels: "data" for the tokens of the batch, or "sampled" for labels drawn from the model's
+        own predictive distribution.
+      key: PRNG key for sampled labels.
     """
-    features, _ = model.apply(
-        {"params": params}, batch["tokens"], batch.get("mask"), method="features"
-    )
-    return features_loss(_head(model, params), features, batch, chunk, labels, key)
+    features, _ = _features(model, params, batch)
+    return features_loss(head_of(model, params), features, batch, chunk, labels, key)
 
 
 def features_loss(
-    head: Head, features: jax.Array, batch: dict, chunk: int, labels: str = "data", key: Any = None
-) -> tuple[jax.Array, jax.Array]:
-    """`next_token_loss` from what the head reads, `features: [b, t, d]` of the whole batch."""
+    head: Head,
+    features: Float[Array, "b t d"],
+    batch: Batch,
+    chunk: int,
+    labels: str = "data",
+    key: Array | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`next_token_loss` from the head and its inputs, the features of the whole batch."""
     tokens, mask = batch["tokens"], _real(batch)
     features, scored = features[:, :-1], mask[:, 1:] & mask[:, :-1]
-    wanted = tokens[:, 1:] if labels == "data" else sample_labels(head, features, key, chunk)
+    if labels == "data":
+        wanted = tokens[:, 1:]
+    else:
+        wanted = sample_labels(head, features, cast(Array, key), chunk)
     return summed_cross_entropy(head, features, wanted, scored, chunk)
 
 
-def sample_labels(head: Head, features: jax.Array, key: jax.Array, chunk: int) -> jax.Array:
-    """Draw one label per position from the model's own distribution: `[b, t, d]` -> `[b, t]`
-    int32."""
+def sample_labels(
+    head: Head, features: Float[Array, "b t d"], key: Array, chunk: int
+) -> Int[Array, "b t"]:
+    """One label per position, drawn from the model's own predictive distribution."""
     chunk = min(chunk, features.shape[1]) if chunk else features.shape[1]
     pieces = [features[:, i : i + chunk] for i in range(0, features.shape[1], chunk)]
     keys = jax.random.split(key, len(pieces))
@@ -161,36 +198,25 @@ def sample_labels(head: Head, features: jax.Array, key: jax.Array, chunk: int) -
 
 
 def distillation_loss(
-    model: Any, params: Any, teacher: Any, batch: dict, gamma: float, chunk: int = 256
-) -> dict[str, jax.Array]:
-    """Sums over the real tokens of a batch of the QAT objective (arXiv 2602.05367, section 4).
+    model: nn.Module, params: Params, teacher: Params, batch: Batch, gamma: float, chunk: int = 256
+) -> dict[str, Float[Array, ""]]:
+    """The QAT objective (arXiv 2602.05367, section 4), summed over the real tokens of a batch.
 
         loss = KL(teacher || student) + gamma * sum_l MSE(hidden_l)
 
-    Both terms are returned as sums over tokens (the MSE as a mean over channels, summed over
-    layers); the caller divides by the number of tokens. So `gamma` weighs per-token quantities: the
-    published gamma = 100 stands beside a KL summed over 4096 positions, which is 0.024 here.
+    Both terms are sums over tokens (the MSE a mean over channels, summed over layers), which the
+    caller divides by the number of tokens. So `gamma` weights per-token quantities: the published
+    gamma = 100 goes with a KL summed over 4096 positions and corresponds to 0.024 here.
 
     Returns:
       `{"loss", "kl", "hidden_mse"}`, scalar float32 sums.
     """
-    tokens, mask = batch["tokens"], _real(batch)
-
-    def run(params):
-        return model.apply(
-            {"params": params},
-            tokens,
-            batch.get("mask"),
-            hidden_states=gamma > 0,
-            method="features",
-        )
-
-    student, student_hidden = run(params)
-    taught, taught_hidden = jax.lax.stop_gradient(run(teacher))
-    kl = summed_kl(_head(model, params), _head(model, teacher), student, taught, mask, chunk)
-    hidden = (
-        summed_hidden_error(student_hidden, taught_hidden, mask)
-        if gamma > 0
-        else jnp.zeros((), F32)
+    mask, heads = _real(batch), (head_of(model, params), head_of(model, teacher))
+    student, student_hidden = _features(model, params, batch, hidden_states=gamma > 0)
+    taught, taught_hidden = jax.lax.stop_gradient(
+        _features(model, teacher, batch, hidden_states=gamma > 0)
     )
+    kl, hidden = summed_kl(*heads, student, taught, mask, chunk), jnp.zeros((), F32)
+    if gamma > 0:
+        hidden = summed_hidden_error(student_hidden, taught_hidden, mask)
     return {"loss": kl + gamma * hidden, "kl": kl, "hidden_mse": hidden}

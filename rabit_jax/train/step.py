@@ -9,47 +9,55 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jaxtyping import Float, PyTree
 
 from rabit_jax.train.optimizer import merge, project_scales
+from rabit_jax.types import Array, Batch, Params
 
 F32 = jnp.float32
 
-# loss(params, teacher, batch) -> {"loss": sum over tokens, other sums ...}
-Loss = Callable[[Any, Any, dict], dict[str, jax.Array]]
+Metrics = dict[str, Float[Array, ""]]
+# loss(params, teacher, batch) -> {"loss": sum over tokens, other sums ...}; the teacher may be None
+Loss = Callable[[Params, Any, Batch], Metrics]
 
 
 @struct.dataclass
 class TrainState:
-    """What a step changes and a checkpoint holds.
+    """The state that a step updates and a checkpoint holds.
 
     Attributes:
-      step: int32 scalar, steps done.
+      step: int32 scalar, number of steps done.
       trainable: params tree with None in place of frozen arrays.
       opt_state: optimiser state over `trainable`.
     """
 
-    step: jax.Array
-    trainable: Any
-    opt_state: Any
+    step: Array
+    trainable: Params
+    opt_state: optax.OptState
 
 
-def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step, on copies: a step that donates its state must not eat the
-    teacher's
-    arrays, which a fresh student shares."""
+# `step(state, frozen, teacher, batch) -> (state, metrics)`
+Step = Callable[[TrainState, Params, Params | None, Batch], tuple[TrainState, Metrics]]
+
+
+def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step.
+
+    It holds copies, because a step that donates its state must not delete the teacher's arrays,
+    which a new student shares.
+    """
     trainable = jax.tree.map(jnp.copy, trainable)
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 
-def real_tokens(batch: dict) -> jax.Array:
-    """Number of real tokens of a batch, float32 scalar: what a distillation loss sums over."""
+def real_tokens(batch: Batch) -> Float[Array, ""]:
+    """Number of real tokens of a batch, the terms of a distillation loss."""
     mask = batch.get("mask")
     return jnp.asarray(batch["tokens"].size, F32) if mask is None else jnp.sum(mask, dtype=F32)
 
 
-def next_tokens(batch: dict) -> jax.Array:
-    """Number of neighbouring pairs of real tokens, float32 scalar: what a language-model loss sums
-    over."""
+def next_tokens(batch: Batch) -> Float[Array, ""]:
+    """Number of adjacent pairs of real tokens of a batch, the terms of a language-model loss."""
     tokens, mask = batch["tokens"], batch.get("mask")
     if mask is None:
         return jnp.asarray(tokens[:, 1:].size, F32)
@@ -58,18 +66,17 @@ def next_tokens(batch: dict) -> jax.Array:
 
 def gradients(
     loss: Loss,
-    trainable: Any,
-    frozen: Any,
-    teacher: Any,
-    batch: dict,
+    trainable: Params,
+    frozen: Params,
+    teacher: Params | None,
+    batch: Batch,
     accumulate: int,
-    count: Callable[[dict], jax.Array] = real_tokens,
-) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradient of the per-token loss of a whole batch, in `accumulate` equal pieces one after
-    another.
+    count: Callable[[Batch], Float[Array, ""]] = real_tokens,
+) -> tuple[Params, Metrics]:
+    """Gradient of the per-token loss of a batch, accumulated over `accumulate` equal pieces.
 
     Sums are divided by `count` of the whole batch, so the pieces add up to the gradient of the
-    batch taken at once, ragged or not.
+    whole batch even if they have different numbers of real tokens.
 
     Returns:
       `(gradients, metrics)`; metrics are per-token means.
@@ -100,28 +107,30 @@ def gradients(
 def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    names: Any,
+    names: PyTree[str],
     *,
     accumulate: int = 1,
     project: bool = True,
-    count: Callable[[dict], jax.Array] = real_tokens,
-) -> Callable:
+    count: Callable[[Batch], Float[Array, ""]] = real_tokens,
+) -> Step:
     """Build `step(state, frozen, teacher, batch) -> (state, metrics)`, to be jitted by the caller.
 
     Args:
       loss: sums over the tokens of a batch, see `Loss`.
       optimizer: over the trainable tree.
       names: roles of the trainable tree.
-      accumulate: pieces the batch is cut into.
+      accumulate: number of pieces that the batch is cut into.
       project: keep scales positive after the update.
-      count: what the sums of a batch are divided by.
+      count: number by which the sums of a batch are divided.
 
     Returns:
       The step function; metrics are per-token means, `grad_norm` before clipping and, with
       `project`, `projected` (scales moved by the projection).
     """
 
-    def step(state: TrainState, frozen: Any, teacher: Any, batch: dict) -> tuple[TrainState, dict]:
+    def step(
+        state: TrainState, frozen: Params, teacher: Params | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
         grads, metrics = gradients(loss, state.trainable, frozen, teacher, batch, accumulate, count)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

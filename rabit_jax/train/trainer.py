@@ -1,13 +1,15 @@
-"""`make_trainer`: params, loss and optimiser settings to a jitted, sharded step and its state."""
+"""The trainer: a jitted, sharded training step with its initial state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.train.optimizer import (
@@ -25,58 +27,59 @@ from rabit_jax.train.sharding import (
     param_shardings,
     replicated,
 )
-from rabit_jax.train.step import Loss, TrainState, init_state, make_step, real_tokens
+from rabit_jax.train.step import Loss, Step, TrainState, init_state, make_step, real_tokens
+from rabit_jax.types import Array, Batch, Params
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """A step and what it runs on.
+    """A jitted training step with its initial state.
 
     Attributes:
       step: jitted `(state, frozen, teacher, batch) -> (state, metrics)`; donates its state.
       state: state before the first step.
-      frozen: params that do not train, None where others do.
+      frozen: params that do not train, with None in place of those that do.
       teacher: params of the teacher, or None.
-      place: puts a host batch on the mesh, rows over `data`.
+      place: puts a host batch on the mesh, rows split over `data`.
       schedule: step -> learning rate of the matrices.
     """
 
-    step: Callable
+    step: Step
     state: TrainState
-    frozen: Any = field(repr=False)
-    teacher: Any = field(repr=False)
-    place: Callable[[dict], dict]
-    schedule: Callable[[int], Any]
+    frozen: Params = field(repr=False)
+    teacher: Params | None = field(repr=False)
+    place: Callable[[Mapping[str, ArrayLike]], Batch]
+    schedule: optax.Schedule
 
-    def params(self, state: TrainState) -> Any:
-        """The whole params tree of a state."""
+    def params(self, state: TrainState) -> Params:
+        """The full params tree of a state, trainable and frozen."""
         return merge(state.trainable, self.frozen)
 
 
 def make_trainer(
     loss: Loss,
-    params: Any,
+    params: Params,
     config: OptimizerConfig,
     steps: int,
     *,
-    teacher: Any = None,
+    teacher: Params | None = None,
     mesh: Mesh | None = None,
     accumulate: int = 1,
     project: bool = True,
-    count: Callable[[dict], jax.Array] = real_tokens,
+    count: Callable[[Batch], Float[Array, ""]] = real_tokens,
 ) -> Trainer:
-    """Build the trainer of any params tree with weight nodes, arrays, or both.
+    """Build a trainer for any params tree of weight nodes, arrays, or both.
 
     Args:
       loss: `loss(params, teacher, batch) -> {"loss": sum over tokens, ...}`.
       params: initial params; they are copied, never donated.
-      config: optimiser and what it freezes.
+      config: settings of the optimiser, with the roles that are frozen.
       steps: length of the schedule.
-      teacher: params handed to the loss.
-      mesh: devices; None takes all of them on `data`.
-      accumulate: pieces each batch is cut into.
+      teacher: params of the teacher, passed to the loss.
+      mesh: devices; None puts all devices on the axis `data`.
+      accumulate: number of pieces that each batch is cut into.
       project: keep scales positive after each update.
-      count: what the loss's sums are divided by.
+      count: number by which the sums of a batch are divided.
 
     Raises:
       BadInput: everything is frozen.

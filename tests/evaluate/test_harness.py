@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
-from rabit_jax.evaluate import writing
+from rabit_jax.evaluate import batched_generation
+from rabit_jax.evaluate.batched_generation import BatchGenerator, Settings, settings_of
 from rabit_jax.evaluate.harness import HarnessModel
-from rabit_jax.evaluate.writing import Settings, Writer, settings_of
 from rabit_jax.formats.hf import load_hf, save_hf
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
@@ -216,11 +216,11 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text(ours, monkeypatch):
         asked_for.append(arguments[-1])
         yield from (rows[:, :1], rows[:, 1:])
 
-    monkeypatch.setattr(writing, "stream", stream)
-    writer = Writer(ours.model, ours.params, (0,), None, 0)
-    monkeypatch.setitem(vars(writer), "engines", [None])
+    monkeypatch.setattr(batched_generation, "stream", stream)
+    generator = BatchGenerator(ours.model, ours.params, (0,), None, 0)
+    monkeypatch.setitem(vars(generator), "engines", [None])
     settings = Settings(("<|turn|>", "og dog"), 4, 0.0, 1.0)
-    texts = writer.write([[cat]] * 3, settings, tokenizer, 3)
+    texts = generator.generate([[cat]] * 3, settings, tokenizer, 3)
     assert texts == [" cat dog", " cat", " dog cat d"] and asked_for == [(0, turn)]
 
 

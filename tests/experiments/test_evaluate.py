@@ -18,7 +18,7 @@ from rabit_jax import PackedSign
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments import evaluate as command
-from rabit_jax.experiments.engine import evaluate_tasks
+from rabit_jax.experiments.engine import evaluation
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.packed_model import load_model, save_packed
 from rabit_jax.models.config import ModelConfig
@@ -122,7 +122,8 @@ def test_gemma_begins_every_window_with_its_begin_token(folders):
              (["--no-begin"], gemma, None)]
     for options, config, wanted in cases:
         given = command.parser().parse_args(["--model", "m", "--ppl", "c4", *options])
-        assert command.begin_token(given, type(model)(config), tokenizer) == wanted
+        subject = evaluation.Subject("m", type(model)(config), {}, tokenizer)
+        assert evaluation.begin_token(subject, given.begin) == wanted
 
 
 @pytest.mark.parametrize("kind", ["dense", pytest.param("packed", marks=pytest.mark.more)])
@@ -241,11 +242,11 @@ def test_what_a_group_holds_is_evaluated_once(folders, harness):
     for names, left in [(("tiny_all",), ["tiny_all"]), (("tiny_*",), ["tiny_all"]),
                         (("tiny_dogs", "tiny_group"), ["tiny_group"]),
                         (("few", "tiny_dogs", "few"), ["few", "tiny_dogs"])]:
-        manager, found = evaluate_tasks.load_tasks(names, str(folders / "tasks"))
-        assert [evaluate_tasks._name(item) for item in found] == left
+        manager, found = evaluation.load_tasks(names, str(folders / "tasks"))
+        assert [evaluation._name(item) for item in found] == left
         assert {"tiny_cats", "tiny_dogs"} == set(manager.load(found)["tasks"])
     with pytest.raises(BadInput, match="'few' and 'tiny_all' share the task 'tiny_cats'"):
-        evaluate_tasks.load_tasks(("few", "tiny_all"), str(folders / "tasks"))
+        evaluation.load_tasks(("few", "tiny_all"), str(folders / "tasks"))
 
 
 def test_without_the_harness(folders, evaluate, monkeypatch):
@@ -257,9 +258,9 @@ def test_without_the_harness(folders, evaluate, monkeypatch):
 
 
 def test_a_figure_that_is_not_finite_is_null():
-    row = evaluate_tasks.make_row("text", "perplexity", math.inf, "N/A", context=16)
+    row = evaluation.make_row("text", "perplexity", math.inf, "N/A", context=16)
     assert row["value"] is None and row["stderr"] is None and row["context"] == 16
-    assert evaluate_tasks.make_row("a", "b", np.float32(2))["value"] == 2
+    assert evaluation.make_row("a", "b", np.float32(2))["value"] == 2
 
 
 @pytest.mark.slow

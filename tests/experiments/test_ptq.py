@@ -263,6 +263,7 @@ def test_what_training_left_in_the_folder_is_not_taken_for_its_own(finished, ptq
     assert ptq() == 0
     assert json.loads((finished / "summary.json").read_text())["seconds"] == before
     assert [file.exists() for file in made] == [False, True, False]
+    made[1].unlink()
 
 
 def test_resume_refuses_another_model(place, ptq_model, ptq, tmp_path, monkeypatch, capsys):

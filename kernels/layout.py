@@ -2,11 +2,11 @@
 
 Row-major over outputs; each row is a sequence of 32-byte blocks and each block holds 256 inputs:
 
-    bit p (least significant first) of byte j of block c  =  input 256 c + 32 p + j;   1 is +1, 0 is
-    -1
+    bit p (least significant first) of byte j of block c  =  input 256 c + 32 p + j
 
-The last block is padded with 0. A byte's eight bits belong to inputs that lie 32 apart, so eight
-masks of one 32-byte block give the inputs in their natural order, without any permutation.
+A bit of 1 stands for +1, a bit of 0 for -1. The last block is padded with 0. The
+eight bits of a byte belong to inputs that lie 32 apart, so eight masks of one 32-byte block give
+the inputs in their natural order, without any permutation.
 
 Read as little-endian uint32 words, bit 8 b + p of word m of block c is input
 256 c + 32 p + 4 m + b. Bits of activations that `pack_bits` packs are in the same order.

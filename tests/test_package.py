@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # Folders at the root, and where their modules lie in the wheel. Benchmarks are not in it.
 FOLDERS = {"rabit_jax": "rabit_jax", "kernels": "rabit_jax/kernels",
            "experiments": "rabit_jax/experiments"}
-NOT_SHIPPED = ("kernels/bench", "experiments/bench", "experiments/notebooks")
+NOT_SHIPPED = ("kernels/bench/", "experiments/bench/", "experiments/notebooks/")
 BENCHMARKS = {"rabit-bench", "rabit-kernels-bench"}
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 # transformers imports `kernels` only where the metadata has a version that it likes; argv: whether

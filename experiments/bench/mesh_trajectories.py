@@ -22,6 +22,7 @@ MESHES = {"data 8": (8, 1), "tensor 8": (1, 8), "data 2, tensor 4": (2, 4)}
 
 def losses(shape: tuple[int, int], quantised: bool, steps: int) -> list[float]:
     """Training losses of a tiny student (or of its dense twin) on a mesh of the given shape."""
+    # Imported here, after `main` has set the flags that JAX reads when it starts.
     import jax
     import numpy as np
     from jax.sharding import Mesh

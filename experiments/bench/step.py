@@ -12,7 +12,7 @@ one step of each that is not counted. step_seconds is the median, step_seconds_m
 step_time_ratio and step_time_ratio_min are those over dense's. state_bytes counts all that training
 keeps between steps: trained params, latents, scales, optimiser state. peak_memory_bytes is the
 compiler's own plan for one step, arguments + results + temporaries - results that reuse arguments,
-teacher included; null where the compiler does not tell.
+teacher included; null where the compiler gives none.
 """
 
 from __future__ import annotations

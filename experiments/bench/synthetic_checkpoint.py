@@ -116,10 +116,11 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("--model", required=True, choices=list(MODELS), help="whose shapes")
+    found.add_argument("--model", required=True, choices=list(MODELS),
+                       help="model with these shapes")
     found.add_argument("--output", required=True, type=Path, metavar="DIR", help="model folder")
-    found.add_argument("--layers", type=int, metavar="N", help="blocks, where not the model's")
-    found.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
+    found.add_argument("--layers", type=int, metavar="N", help="number of blocks (default all)")
+    found.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark must know of the machine: last-level cache, free memory, driver, copy speed."""
+"""Facts about the machine for benchmarks: last-level cache, free memory, driver, copy speed."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Copy:
 
 
 def call_seconds(calls: int = 200) -> float:
-    """Seconds of one call of a compiled function that does nothing worth the name."""
+    """Seconds of one call of a compiled function that does next to nothing."""
     nothing, x = jax.jit(lambda x: x + 1), jnp.zeros(1)
     jax.block_until_ready(nothing(x))
     begin = time.perf_counter()

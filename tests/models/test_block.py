@@ -112,10 +112,14 @@ def test_the_cache_holds_keys_and_values_of_its_layer_and_slots_alone(config):
     cache = jnp.full((3, 2, c.n_kv_heads, 5, c.head_dim), 9.0)
     slots, place = Slots(cache, cache, 1, jnp.int32(0)), jnp.arange(4)
     valid = jnp.arange(5)[None] < 4
+
+    @jax.jit
+    def run(slots, place, *heads):
+        view = seen_from(c, place[None], place, jnp.arange(5), valid).full
+        return rotary_attention(*heads, view, c, slots._replace(layer=1, start=place[0]))
+
     for part in (slice(0, 2), slice(2, 4)):
-        view = seen_from(c, place[None, part], place[part], jnp.arange(5), valid).full
-        y, slots = rotary_attention(
-            q[:, part], k[:, part], v[:, part], view, c, slots._replace(start=place[part][0]))
+        y, slots = run(slots, place[part], q[:, part], k[:, part], v[:, part])
         np.testing.assert_allclose(y, wanted[:, part], atol=1e-5)
     np.testing.assert_array_equal(slots.v[1, :, :, :4], jnp.swapaxes(v, 1, 2))
     assert (slots.k[jnp.array([0, 2])] == 9).all() and (slots.v[:, :, :, 4] == 9).all()

@@ -68,6 +68,7 @@ def test_a_resolved_config_reads_back_to_the_same_text(place, name):
     assert dump_yaml(load_config(RunConfig, file)) == file.read_text()
 
 
+@pytest.mark.more
 def test_a_finished_run_is_found_complete(place):
     folder = place / "runs" / "tiny"
     before, packed = summary(folder), (folder / "packed/model.safetensors").read_bytes()
@@ -78,6 +79,7 @@ def test_a_finished_run_is_found_complete(place):
     assert (folder / "packed/model.safetensors").read_bytes() == packed
 
 
+@pytest.mark.more
 def test_an_unfinished_run_goes_on_from_its_checkpoint(place):
     folder = place / "runs" / "tiny"
     before, curve = summary(folder), losses(folder)
@@ -94,6 +96,7 @@ def test_an_unfinished_run_goes_on_from_its_checkpoint(place):
     assert summary(folder)["packed"]["ppl"] == pytest.approx(before["packed"]["ppl"], rel=1e-4)
 
 
+@pytest.mark.more
 def test_a_finished_post_training_run_packs_nothing_again(place):
     folder = place / "runs" / "ptq"
     before, packed = summary(folder), (folder / "packed/model.safetensors").stat().st_mtime_ns

@@ -138,7 +138,7 @@ import numpy as np
 from huggingface_hub import constants
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments import push
-from rabit_jax.models import load_hf
+from rabit_jax.formats import load_hf
 
 def load(name):
     try:

@@ -214,7 +214,7 @@ def _headers(params: Params) -> dict[str, Json]:
     return headers
 
 
-def _check_parts(path: str, node: Weight, header: Json) -> None:
+def _check_parts(path: str, node: WeightNode, header: Json) -> None:
     """Raises BadInput for an array whose shape or dtype differs from the node's own header."""
     one, lead = abstract_packed(header), node.shape[:-2]
     names = jax.tree.leaves(part_names(one))

@@ -148,7 +148,8 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rabit_jax.formats import load_hf, read_config
+from rabit_jax.formats import load_hf
+from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.models import param_shapes
 
 def status(name):

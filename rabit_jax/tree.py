@@ -6,18 +6,64 @@ Imports nothing of the package but `BadInput` and the named types.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeGuard, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.types import Array, Params, Shape, Spec, Weight
 
 Rules: TypeAlias = Sequence[tuple[str, Spec | None]]
+Class = TypeVar("Class", bound=type)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(struct.field,))
+def pytree_dataclass(cls: Class) -> Class:
+    """A frozen dataclass whose fields are children in JAX trees, but those `pytree_node=False`.
+
+    `flax.struct.dataclass` registers by `jax.tree_util.register_dataclass`, and JAX (0.10 to 0.12)
+    compares the structures of such nodes by their static fields alone: two classes whose static
+    fields agree have equal structures. A compiled function may then take the program of one for
+    the other, whenever their hashes meet in one slot of its cache. Nodes registered with functions
+    are compared by class as well, so this registers functions.
+
+    Example:
+      >>> @pytree_dataclass
+      ... class Scaled(WeightNode):
+      ...     latent: Array = leaf("latent", "i o")
+      ...     bits: int = flax.struct.field(pytree_node=False, default=2)
+    """
+    data = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(data)
+    children = [f.name for f in fields if f.metadata.get("pytree_node", True)]
+    statics = [f.name for f in fields if f.name not in children]
+    keys = [jax.tree_util.GetAttrKey(name) for name in children]
+
+    def values(node: Any) -> tuple[list[Any], tuple]:
+        return [getattr(node, n) for n in children], tuple(getattr(node, n) for n in statics)
+
+    def with_keys(node: Any) -> tuple[list[tuple[Any, Any]], tuple]:
+        found, aux = values(node)
+        return list(zip(keys, found, strict=True)), aux
+
+    def build(aux: tuple, found: Iterable[Any]) -> Any:
+        # JAX fills trees with placeholders, so no __post_init__ may look at the children.
+        node = object.__new__(data)
+        for names, parts in ((children, found), (statics, aux)):
+            for name, part in zip(names, parts, strict=True):
+                object.__setattr__(node, name, part)
+        return node
+
+    jax.tree_util.register_pytree_with_keys(data, with_keys, build, values)
+    if "replace" not in dir(data):
+        data.replace = dataclasses.replace
+    return data
 
 
 def is_weight(x: Any) -> TypeGuard[Weight]:

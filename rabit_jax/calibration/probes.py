@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, PyTree
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32
-from rabit_jax.tree import Rules, leaves, map_leaves, match_rules
+from rabit_jax.tree import Rules, leaves, map_leaves, match_rules, pytree_dataclass
 from rabit_jax.types import Array, Batch, Params, Shape, Weight
 
 # A gradient that is zero in exact arithmetic, such as that of the KL to the model itself, has a
@@ -28,7 +28,7 @@ from rabit_jax.types import Array, Batch, Params, Shape, Weight
 NOISE = 1e-6
 
 
-@struct.dataclass
+@pytree_dataclass
 class Probe:
     """A kernel that measures its inputs and the gradients of its outputs.
 

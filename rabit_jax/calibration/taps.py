@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.ste import F32
+from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array, Shape
 
 Layer = nn.Dense | nn.DenseGeneral | nnx.Linear | nnx.LinearGeneral
@@ -33,7 +34,7 @@ class Calls:
     layers: dict[str, tuple[Shape, int, int]] = field(default_factory=dict)
 
 
-@struct.dataclass
+@pytree_dataclass
 class Tap:
     """The measurement of one layer.
 

@@ -20,7 +20,7 @@ from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.ste import F32
-from rabit_jax.tree import is_weight, leaves, map_leaves, weights_of
+from rabit_jax.tree import is_weight, leaves, map_leaves, pytree_dataclass, weights_of
 from rabit_jax.types import Weight
 from rabit_jax.weights.seam import linear
 
@@ -29,7 +29,7 @@ Apply = Callable[[Any, Batch], jax.Array]
 NAMES = ("path_correlation", "residual_alignment", "slope", "relative_mse")
 
 
-@struct.dataclass
+@pytree_dataclass
 class Meter:
     """A kernel that compares what two weights make of its inputs.
 

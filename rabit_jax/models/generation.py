@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Bool, Float, Int
 
 from rabit_jax.errors import BadInput
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.engine import Cache, init_cache, step
 from rabit_jax.models.prepared import Engine, prepare
+from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array, Params
 
 # Tokens that the device makes before the host sees them.
@@ -29,7 +29,7 @@ class Choice(NamedTuple):
     eos: tuple[int, ...]
 
 
-@struct.dataclass
+@pytree_dataclass
 class State:
     """The state of the loop after a token.
 

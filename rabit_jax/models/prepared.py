@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import check_params, param_shapes
-from rabit_jax.tree import is_weight, leaves
+from rabit_jax.tree import is_weight, leaves, pytree_dataclass
 from rabit_jax.types import Array, Params
 from rabit_jax.weights.laid import LaidLowRank, LaidSign, lay
 from rabit_jax.weights.seam import linear
@@ -29,7 +29,7 @@ GROUPS = {("q", "k", "v"): 2, ("o",): 2, ("gate", "up"): 2, ("down",): 3}
 LAID = (LaidSign, LaidLowRank)
 
 
-@struct.dataclass
+@pytree_dataclass
 class Engine:
     """A decoder's weights as `step` reads them; made by `prepare`.
 
@@ -57,7 +57,7 @@ class Engine:
                 for name, part in self.layers[side].items() if "kernel" in part}
 
 
-@struct.dataclass
+@pytree_dataclass
 class At:
     """One layer of a laid weight; nothing is copied."""
 
@@ -65,7 +65,7 @@ class At:
     layer: Array
 
 
-@struct.dataclass
+@pytree_dataclass
 class Rows:
     """A 16-bit matrix that lies `[o, i]`, the order in which a CPU multiplies it fastest."""
 

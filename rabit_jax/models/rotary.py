@@ -14,10 +14,12 @@ from flax import struct
 from jaxtyping import Bool, Float, Int
 
 from rabit_jax.models.config import ModelConfig
+from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
 
 
-class View(struct.PyTreeNode):
+@pytree_dataclass
+class View:
     """Rotary angles and mask of one kind of layer.
 
     Attributes:
@@ -30,7 +32,8 @@ class View(struct.PyTreeNode):
     allowed: Bool[Array, "b 1 t s"]
 
 
-class Context(struct.PyTreeNode):
+@pytree_dataclass
+class Context:
     """What all blocks of one forward pass share.
 
     Attributes:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Float
 
 from rabit_jax.signs.ste import F32
+from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
 
 FLOOR = 1e-4
 
 
-@struct.dataclass
+@pytree_dataclass
 class Stats:
     """Second moments of one kernel over the calibration tokens.
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jaxtyping import Float, PyTree
 
 from rabit_jax.train.optimizer import merge, project_scales
+from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array, Batch, Params
 
 F32 = jnp.float32
@@ -21,7 +21,7 @@ Metrics = dict[str, Float[Array, ""]]
 Loss = Callable[[Params, Any, Batch], Metrics]
 
 
-@struct.dataclass
+@pytree_dataclass
 class TrainState:
     """The state that a step updates and a checkpoint holds.
 

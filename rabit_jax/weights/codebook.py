@@ -11,13 +11,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.iterative_svid import SMALLEST
 from rabit_jax.signs.ste import F32, summed
-from rabit_jax.tree import per_layer, split_key
+from rabit_jax.tree import per_layer, pytree_dataclass, split_key
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.group_levels import pack_codes, to_half, unpack_codes
@@ -230,7 +229,7 @@ class CodebookSum(WeightNode):
         return Cost(layers * (i + 1) * o, layers * stages * i * o, lookups, self.deployed_bytes())
 
 
-@struct.dataclass
+@pytree_dataclass
 class PackedCodebook(CodebookSum):
     """`W_hat[i, o] = g[o] sum_s C_s[code_s[i // d, o], i mod d]` with the codes as bit planes.
 
@@ -280,7 +279,7 @@ def codebook_terms(codes: jax.Array, codebooks: jax.Array, inputs: int) -> Itera
         yield jnp.swapaxes(found, -1, -2).reshape(*lead, m * d, o)[..., :inputs, :]
 
 
-@struct.dataclass
+@pytree_dataclass
 class Codebook(CodebookSum):
     """`W_hat[i, o] = g[o] sum_s C_s[code_s[i // d, o], i mod d]`: d inputs share a code.
 

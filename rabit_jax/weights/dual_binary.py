@@ -9,13 +9,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.groups import by_group, group_count, group_sum, spread
 from rabit_jax.signs.ste import F32, summed
-from rabit_jax.tree import per_layer
+from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.group_levels import GroupedPlanes, to_half, unpack_codes
 from rabit_jax.weights.leaves import leaf, size
@@ -111,7 +110,7 @@ class TwoPlanes(GroupedPlanes):
     planes = k
 
 
-@struct.dataclass
+@pytree_dataclass
 class PackedDualBinary(TwoPlanes):
     """`W_hat = a_1 b_1 + a_2 b_2` with `b` in {0, 1} as bit planes in the `rb256` layout.
 
@@ -137,7 +136,7 @@ class PackedDualBinary(TwoPlanes):
             yield level * unpack_codes(self.bits[..., j : j + 1, :, :], self.inputs)
 
 
-@struct.dataclass
+@pytree_dataclass
 class DualBinary(TwoPlanes):
     """`W_hat = a_1 b_1 + a_2 b_2` with `b` in {0, 1} and `a` per group of inputs and output.
 

@@ -13,6 +13,7 @@ from flax import struct
 
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, outer, path_slope, scale_gradients, summed, with_sign
+from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.independent_sign import residuals
 from rabit_jax.weights.leaves import leaf
@@ -51,7 +52,7 @@ class FrozenPathSpec(SignFit):
         return node.dense()
 
 
-@struct.dataclass
+@pytree_dataclass
 class FrozenPath(SignPaths):
     """`W_hat = sum_{i<k} diag(h_i) B_i diag(g_i) + diag(h_k) sign(V) diag(g_k)`, `B_i` constant.
 

@@ -9,14 +9,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.groups import by_group, group_sum, spread
 from rabit_jax.signs.iterative_svid import SMALLEST
 from rabit_jax.signs.ste import F32, with_sign
-from rabit_jax.tree import per_layer
+from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.group_levels import GroupedPlanes, pack_codes, to_half, unpack_codes
 from rabit_jax.weights.leaves import leaf, size
@@ -88,7 +87,7 @@ def _fit_levels(spec: GroupUniformSpec, w: jax.Array) -> tuple[jax.Array, jax.Ar
     return per_layer(layer, w)
 
 
-@struct.dataclass
+@pytree_dataclass
 class PackedGroupUniform(GroupedPlanes):
     """`W_hat = s q + c` with the codes `q` as bit planes in the `rb256` layout.
 
@@ -123,7 +122,7 @@ class PackedGroupUniform(GroupedPlanes):
         yield self.dense()
 
 
-@struct.dataclass
+@pytree_dataclass
 class GroupUniform(GroupedPlanes):
     """`W_hat = s q + c`, `q = clip(round((W - c) / s), 0, 2^bits - 1)`, s and c per group.
 

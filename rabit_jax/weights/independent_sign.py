@@ -13,7 +13,7 @@ from flax import struct
 
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, coupled, outer, path_slope, scale_gradients, summed, with_sign
-from rabit_jax.tree import per_layer
+from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.leaves import leaf
 from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, pack_positive, round_scales
@@ -69,7 +69,7 @@ def residuals(w: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
     return per_layer(layer, w, g, h)
 
 
-@struct.dataclass
+@pytree_dataclass
 class IndependentSign(SignPaths):
     """`W_hat = sum_i diag(h_i) sign(V_i) diag(g_i)`: what `ResidualSign` is compared with.
 

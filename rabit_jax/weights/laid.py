@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rabit_jax.tree import per_layer
+from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.weights.low_rank_sign import PackedLowRank
 from rabit_jax.weights.sign_paths import PackedSign, pack_positive
 
 
-@struct.dataclass
+@pytree_dataclass
 class LaidSign:
     """Sign matrices of stacked layers, joined along their outputs.
 
@@ -44,7 +44,7 @@ class LaidSign:
                              limbs=self.limbs, impl=impl)
 
 
-@struct.dataclass
+@pytree_dataclass
 class LaidLowRank:
     """The factors of a `PackedLowRank`, both packed along the axis that is summed over.
 

@@ -128,7 +128,7 @@ def _is_packed(axis: str) -> bool:
 
 
 class WeightNode:
-    """Base of weight nodes, `flax.struct` dataclasses whose arrays are declared by `leaf`.
+    """Base of weight nodes, `pytree_dataclass`es whose arrays are declared by `leaf`.
 
     Other fields are static, or hold weight nodes and are declared by `part`. Shapes, sizes, roles
     and headers read the declaration alone, so they work on abstract arrays too.

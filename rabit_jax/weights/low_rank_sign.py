@@ -17,7 +17,7 @@ from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.iterative_svid import SMALLEST, rank1
 from rabit_jax.signs.ste import F32, outer
-from rabit_jax.tree import per_layer
+from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import WeightNode, leaf
@@ -177,7 +177,7 @@ class LowRankProduct(WeightNode):
         )
 
 
-@struct.dataclass
+@pytree_dataclass
 class PackedLowRank(LowRankProduct):
     """`W_hat = sum_c diag(h_c) sign(U_c) diag(l_c) sign(V_c) diag(g_c)`, signs packed as `rb256`.
 
@@ -247,7 +247,7 @@ FACTOR_STE = get_args(FactorSte)
 STEEPNESS = 100.0
 
 
-@struct.dataclass
+@pytree_dataclass
 class LowRankSign(LowRankProduct):
     """`W_hat = sum_c diag(h_c) sign(U_c) diag(l_c) sign(V_c) diag(g_c)` (arXiv 2506.13771).
 

@@ -7,14 +7,14 @@ from math import prod
 from typing import Any
 
 import jax
-from flax import struct
 
 from rabit_jax.errors import BadInput
+from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Shape
 from rabit_jax.weights.leaves import Header, WeightNode, part, static
 
 
-@struct.dataclass
+@pytree_dataclass
 class Reshaped(WeightNode):
     """A matrix `[..., i, o]` in the shape `[..., *inputs, *outputs]` of its layer's kernel.
 

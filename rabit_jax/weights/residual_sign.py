@@ -12,7 +12,7 @@ from flax import struct
 
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, coupled, coupled_signs, effective_weight, outer
-from rabit_jax.tree import per_layer
+from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.leaves import leaf
 from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, check_choice, round_scales
@@ -64,7 +64,7 @@ class ResidualSignSpec(SignFit):
         return node.dense()
 
 
-@struct.dataclass
+@pytree_dataclass
 class ResidualSign(SignPaths):
     """`W_hat = sum_i diag(h_i) B_i diag(g_i)`, `B_i = sign(W - W_hat_1 - ... - W_hat_{i-1})`.
 

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, outer
+from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array, Spec
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import WeightNode, leaf, part
@@ -74,7 +74,7 @@ def scaled(spec: Spec, a_in: float = 0.5, a_out: float = 0.5) -> ScaledSpec:
     return ScaledSpec(spec, a_in, a_out)
 
 
-@struct.dataclass
+@pytree_dataclass
 class ScaledWeight(WeightNode):
     """`diag(d_in) W_hat diag(d_out)`: how a group quantiser is fitted in a preconditioned space.
 

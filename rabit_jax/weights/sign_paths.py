@@ -18,7 +18,7 @@ from rabit_jax.kernels.layout import pack_bits, unpack_bits
 from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.iterative_svid import svid
 from rabit_jax.signs.ste import F32, STE, Ste, outer
-from rabit_jax.tree import per_layer
+from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import PACKED_DTYPES, Header, WeightNode, leaf
@@ -61,7 +61,7 @@ def plus_minus(positive: jax.Array) -> jax.Array:
 SCALE_DTYPE = PACKED_DTYPES["scale"]
 
 
-@struct.dataclass
+@pytree_dataclass
 class PackedSign(SignPaths):
     """`W_hat = sum_i diag(h_i) B_i diag(g_i)` with `B_i` packed in the `rb256` layout.
 

@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, summed
-from rabit_jax.tree import fold_key
+from rabit_jax.tree import fold_key, pytree_dataclass
 from rabit_jax.types import Spec
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import WeightNode, part
@@ -64,7 +63,7 @@ def residual(*specs: Spec) -> SumSpec:
     return SumSpec(specs)
 
 
-@struct.dataclass
+@pytree_dataclass
 class SumWeight(WeightNode):
     """`W_hat = W_hat_1 + ... + W_hat_n`: in training, packed, and in every count of bits.
 

@@ -13,6 +13,7 @@ from flax import struct
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.iterative_svid import TINY, floored, rank1
 from rabit_jax.signs.ste import F32, outer
+from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.leaves import leaf, size
 from rabit_jax.weights.residual_sign import ResidualSign
@@ -85,7 +86,7 @@ def _fit_layer(fit: UniformResidualSpec, w: jax.Array, d_in: jax.Array, d_out: j
     return (g / d_out)[None], (h / d_in)[None]
 
 
-@struct.dataclass
+@pytree_dataclass
 class UniformResidual(SignPaths):
     """`ResidualSign` with every path's scale half of that before: `a_i = a / 2^(i-1)`.
 

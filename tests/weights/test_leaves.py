@@ -14,8 +14,10 @@ from rabit_jax.train.sharding import make_mesh, param_shardings
 from rabit_jax.train.trainer import make_trainer
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import dense_cost
+from rabit_jax.weights.independent_sign import IndependentSign
 from rabit_jax.weights.leaves import WeightNode, axis_size, declaration, leaf
 from rabit_jax.weights.representations import PACKED_TYPES, abstract_packed
+from rabit_jax.weights.residual_sign import ResidualSign
 
 PATH = "layers/mlp/up/kernel"
 
@@ -165,3 +167,15 @@ def test_parts_of_another_shape_are_refused():
     for kind, held in (("scaled", {"inner": other}), ("sum", {"terms": [other, other]})):
         with pytest.raises(BadInput, match="is damaged"):
             abstract_packed(HEADERS[kind] | {"type": kind} | held)
+
+
+def test_structures_of_classes_with_the_same_static_fields_differ():
+    # JAX compares nodes of register_dataclass by their static fields alone, and a compiled function
+    # may then take the program of one representation for the other.
+    one = ResidualSign(jnp.ones((8, 8)), g=jnp.ones((1, 8)), h=jnp.ones((1, 8)))
+    other = IndependentSign(jnp.ones((8, 8)), g=jnp.ones((1, 8)), h=jnp.ones((1, 8)))
+    assert one.ste == other.ste
+    assert jax.tree.structure(one) != jax.tree.structure(other)
+    assert jax.tree.structure(one) == jax.tree.structure(one.replace(latent=jnp.zeros((8, 8))))
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(one)]
+    assert paths == [".latent", ".g", ".h"]  # the names that checkpoints have

@@ -98,7 +98,7 @@ def config_page() -> str:
 def sections(cls: type, key: str, base: Any, written: dict[type, str]) -> list[str]:
     """The table of a dataclass and those of the dataclasses among its fields.
 
-    `base` holds the defaults, None where there are none; `written` is where a class is described already.
+    `base` holds the defaults, None where there are none; `written` is where a class is described.
     """
     texts, types = descriptions(cls), hints(cls)
     rows, below = [], []

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.formats.folder import FILE, find_folder, finite_as, read_generation, read_json
+from rabit_jax.formats.gguf import LINK, Rearranged, hf_tensors
+from rabit_jax.formats.gguf_file import GGUFTensor, read_gguf
 from rabit_jax.formats.hf_config import from_hf, token_ids
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
@@ -64,6 +66,9 @@ class Stored(NamedTuple):
             yield rows, piece
 
 
+Tensor: TypeAlias = Stored | GGUFTensor | Rearranged
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A model folder in which all tensors have been found, in the right shapes.
@@ -78,7 +83,7 @@ class Checkpoint:
     folder: Path
     config: ModelConfig
     shapes: dict[str, Shape]
-    tensors: dict[str, Stored]
+    tensors: dict[str, Tensor]
 
     def read(
         self, path: str, layer: int | None = None, dtype: DTypeLike = "float32"
@@ -150,8 +155,10 @@ def with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
     return config if ids is None else dataclasses.replace(config, eos_ids=token_ids(ids))
 
 
-def _find_tensors(folder: Path, multimodal: bool) -> dict[str, Stored]:
+def _find_tensors(folder: Path, multimodal: bool) -> dict[str, Tensor]:
     """Where each tensor of the language model is stored, by its name in a model of text alone."""
+    if (folder / LINK).exists():
+        return dict(hf_tensors(read_gguf((folder / LINK).resolve())))
     found = {}
     for file in _shards(folder):
         with _opened(file) as shard:
@@ -197,7 +204,7 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 def _check(
-    tensors: dict[str, Stored], shapes: dict[str, Shape], config: ModelConfig, folder: Path
+    tensors: dict[str, Tensor], shapes: dict[str, Shape], config: ModelConfig, folder: Path
 ) -> None:
     """Raises BadInput for the first tensor that is missing, misshapen or extra."""
     wanted = dict(pair for path, shape in shapes.items() for pair in tensor_names(path, shape))
@@ -205,7 +212,8 @@ def _check(
         if name not in tensors:
             raise BadInput(f"missing tensor {name} {list(shape)} in {folder}")
         found = tensors[name]
-        if found.shape != shape or found.dtype not in FLOATS:
+        readable = found.dtype in FLOATS or not isinstance(found, Stored)
+        if found.shape != shape or not readable:
             raise BadInput(f"tensor {found.name} in {folder} is {found.dtype} {list(found.shape)}, "
                            f"wanted {list(shape)} of float32, bfloat16 or float16")
     for name in sorted(set(tensors) - set(wanted)):
@@ -216,7 +224,7 @@ def _check(
                            "none of that name")
 
 
-def _same(tensors: dict[str, Stored], head: str) -> bool:
+def _same(tensors: dict[str, Tensor], head: str) -> bool:
     """Whether a stored head equals the embedding that the config ties it to."""
     one, other = tensors[head], tensors[hf_name("embed/embedding")]
     if one.shape != other.shape:

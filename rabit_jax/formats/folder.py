@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from rabit_jax.atomic import replacing, write_tensors, write_text
 from rabit_jax.errors import BadInput, first_line
+from rabit_jax.formats.gguf import find_gguf, gguf_folder
 from rabit_jax.formats.hub import ID, fetch
 from rabit_jax.formats.tokenizer import save_tokenizer
 
@@ -23,10 +24,17 @@ EDGE = 1 << 16  # bytes at either end of a file that tell it from another
 def find_folder(path: str | Path) -> Path:
     """The folder itself, or where the hub's snapshot of that id lies (downloaded where missing).
 
+    A GGUF file, or a folder that holds one and no config.json, is read into a folder of its own in
+    a cache, see `formats.gguf.gguf_folder`.
+
     Raises:
-      BadInput: no such folder, and no such model on the hub or no way to reach it.
+      BadInput: no such folder, and no such model on the hub or no way to reach it; a GGUF file that
+        is damaged or not supported.
     """
     folder = Path(path).expanduser()
+    gguf = find_gguf(folder)
+    if gguf is not None:
+        return gguf_folder(gguf)
     if folder.is_dir():
         return folder
     if not ID.fullmatch(str(path)):

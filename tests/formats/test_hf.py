@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.families import hf_name
 from rabit_jax.formats.hf import load_hf, save_hf
+from rabit_jax.tree import pytree_dataclass
 
 
 def _same(a, b):
@@ -126,7 +126,8 @@ def test_end_tokens_of_generation_config_win(folder):
     assert load_hf(folder)[0].config.eos_ids == (5, 9)
 
 
-class Sign(struct.PyTreeNode):
+@pytree_dataclass
+class Sign:
     """A weight node of one scale per layer."""
 
     scale: jax.Array

@@ -11,6 +11,11 @@ remove its folder. ablation.csv, .md and .html are written after every cell.
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import CELLS, watch
+
+if __name__ == "__main__":
+    watch(CELLS)  # before the imports below, which take seconds
+
 import argparse
 import shlex
 import sys

@@ -13,6 +13,11 @@ each scored from its own past alone, as published figures are. Texts:
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import AGAIN, watch
+
+if __name__ == "__main__":
+    watch(AGAIN)  # before the imports below, which take seconds
+
 import argparse
 import importlib.metadata
 import json

@@ -23,12 +23,12 @@ from rabit_jax.atomic import remove, write_text
 from rabit_jax.experiments.ablation.cells import Cell
 from rabit_jax.experiments.engine.config import dump_yaml, load_config, section_hash
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.signals import RESUMABLE, handling
 from rabit_jax.formats.folder import fingerprint
 from rabit_jax.progress import number, progress, say
 
 RUN = (sys.executable, "-m", "rabit_jax.experiments.run")
 LOG = "log.txt"
-RESUMABLE = 75
 POLL_SECONDS = 0.05
 # The `summary.json` of a run as it is read: nested dicts of numbers, strings and nulls.
 Summary = Mapping[str, Any]
@@ -170,12 +170,8 @@ class Runner:
 
         # The cells have sessions of their own: a terminal that closes would not reach them.
         closing = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
-        kept = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, *closing)}
-        try:
+        with handling(stop, (signal.SIGINT, signal.SIGTERM, *closing)):
             yield
-        finally:
-            for signum, handler in kept.items():
-                signal.signal(signum, handler)
 
     def _interrupt(self) -> None:
         for running in list(self._slots.values()):

@@ -9,45 +9,22 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import signal
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rabit_jax.errors import BadInput
+from rabit_jax.experiments.engine.signals import CONTINUE, RESUMABLE
 from rabit_jax.progress import Value, number, say
 
 # What every command ends with; `--help` prints it, `main_guard` does it.
 EXIT_CODES = """exit codes:
   0 done, 1 a crash (of an ablation: a cell failed), 2 bad input or a full disk (one sentence on
-  stderr), 75 stopped but resumable, 130 stopped"""
-
-
-class Stoppable(Protocol):
-    """A run that reads `stopped` between its steps."""
-
-    stopped: bool
-
-
-def watch_signals(run: Stoppable, when: str) -> None:
-    """Let the first Ctrl-C or SIGTERM set `run.stopped`, and the second end the process.
-
-    Args:
-      run: what is to be stopped.
-      when: where the run will stop, such as "after this block".
-    """
-
-    def stop(*_: object) -> None:
-        if run.stopped:
-            raise KeyboardInterrupt
-        run.stopped = True
-        say(f"stopping {when} (again to stop at once)")
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+  stderr), 75 stopped by Ctrl-C or SIGTERM: run, ptq and ablate
+  go on and evaluate starts again by the same command; 130 other commands stopped"""
 
 
 def table(
@@ -84,8 +61,8 @@ def main_guard(function: Callable[[], int | None], resumable: bool = False) -> i
         if not resumable:
             say("stopped")
             return 130
-        say("stopped; the same command with --resume continues from the last checkpoint")
-        return 75
+        say(CONTINUE)
+        return RESUMABLE
     except Exception as error:
         if not _disk_full(error):
             raise

@@ -19,6 +19,7 @@ from rabit_jax.data.tokens import batch
 from rabit_jax.evaluate.diagnostics import Apply
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.settings import RunConfig, Training
+from rabit_jax.experiments.engine.signals import stopping_between_steps
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.hf import load_hf
@@ -225,7 +226,10 @@ class Inputs:
             if resume:
                 say(f"{stage}: continuing after step {begin}")
                 self.folder.metrics.forget((stage,), begin)
-            with progress(stage, section.steps, start=begin) as bar:
+            with (
+                stopping_between_steps(self, "at the next step"),
+                progress(stage, section.steps, start=begin) as bar,
+            ):
                 loop = Loop(
                     stage,
                     section.steps,

@@ -38,6 +38,7 @@ from rabit_jax.experiments.engine.machine import peak_memory
 from rabit_jax.experiments.engine.measure import figures
 from rabit_jax.experiments.engine.pieces import Pieces
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.signals import stopping_between_steps
 from rabit_jax.experiments.engine.stages import Ids, Record, Stage
 from rabit_jax.experiments.engine.sweeps import FromCheckpoint, FromParams, Source, Sweep
 from rabit_jax.experiments.engine.text import Text
@@ -149,7 +150,8 @@ def block_name(n: int) -> str:
 
 def quantise(job: Job, continues: bool) -> Record:
     """Calibrate, initialise and pack every block that is not there yet; then the packed model."""
-    _quantise_blocks(job)
+    with stopping_between_steps(job, "after this block"):
+        _quantise_blocks(job)
     pack_model(job)
     calibration, layers = job.calibration, range(job.model_config.n_layers)
     records = [job.blocks.read_block(block_name(n))[2]["relative_error"] for n in layers]
@@ -331,7 +333,8 @@ def _perplexity(
     states = [sweep.name("x", n) for n in range(job.model_config.n_layers + 1)]
     if not any(map(pieces.has, states)):
         sweep.embed()
-    _forward(job, sweep, stage, keep=False)
+    with stopping_between_steps(job, "after this block"):
+        _forward(job, sweep, stage, keep=False)
     with job.step(stage, len(states), tokens.size):
         nats = sweep.nats(job.config.compute.chunk)
     found = figures(from_nats(nats, len(rows), rows.shape[1], text.bytes, len(text.tokens)))

@@ -27,7 +27,7 @@ from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, param_shapes
 from rabit_jax.progress import loading, progress, say
 from rabit_jax.train.checkpoints import Checkpoints, abstract
-from rabit_jax.train.loop import Loop, Watch, train
+from rabit_jax.train.loop import Loop, Watch, train, whole
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import make_mesh, param_shardings
 from rabit_jax.train.step import TrainState
@@ -218,7 +218,7 @@ class Inputs:
         tokens = section.batch_size * section.length
         with Checkpoints(self.folder.checkpoints(stage)) as kept:
             state = trainer.state
-            if resume and (found := kept.restore_last(abstract(state))):
+            if resume and (found := kept.restore_last(abstract(state), whole)):
                 # The fresh state would stand beside the restored one for the whole training.
                 jax.tree.map(lambda leaf: leaf.delete(), state)
                 state = found[1]

@@ -67,17 +67,19 @@ def execute(arguments: argparse.Namespace, made_by: str) -> int:
         dry_run(config)
         return 0
     folder = RunFolder(config)
-    with opened(config, folder) as run:
-        folder.open(arguments.resume)
-        try:
+    try:
+        if folder.exists():
+            folder.lock()  # before text is read, which may take long
+        with opened(config, folder) as run:
+            folder.open(arguments.resume)
             last = until or stages[-1].name
             records = run_stages(run, stages, arguments.resume, set(arguments.force), last)
             if last != stages[-1].name:
                 say(f"{last}: complete in {folder.path}, the stages after it are left out")
                 return 0
             finish(run, records, made_by)
-        finally:
-            folder.metrics.close()
+    finally:
+        folder.close()
     return 0
 
 

@@ -11,11 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What a folder, or a file beside the folders, may import besides itself. "experiments" is above
 # all others, and `rabit_jax/public.py` gathers the public names of the library.
-BASE = {"errors", "types", "atomic", "progress", "tree"}
+BASE = {"errors", "types", "atomic", "locks", "progress", "tree"}
 WEIGHTS = BASE | {"signs", "kernels", "weights"}
 DATA = WEIGHTS | {"calibration", "models", "formats", "data"}
 MAY = {
-    "errors": set(), "types": set(), "atomic": {"errors"}, "progress": {"errors", "types"},
+    "errors": set(), "types": set(), "atomic": {"errors"}, "locks": {"errors"},
+    "progress": {"errors", "types"},
     "tree": {"errors", "types"},
     "kernels": {"errors"},
     "signs": BASE,

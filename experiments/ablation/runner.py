@@ -6,7 +6,6 @@ A signal stops them so that the same command continues them.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ from rabit_jax.experiments.engine.config import dump_yaml, load_config, section_
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.signals import RESUMABLE, handling
 from rabit_jax.formats.folder import fingerprint
+from rabit_jax.locks import locked as held
 from rabit_jax.progress import number, progress, say
 
 RUN = (sys.executable, "-m", "rabit_jax.experiments.run")
@@ -105,23 +105,15 @@ def locked(folder: Path) -> Iterator[int]:
     Raises:
       BadInput: another process has locked the folder, or it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise BadInput(
-            f"cannot write the folder {folder} ({error.strerror or error}); set output to another "
-            "place"
-        ) from error
-    with file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock = stack.enter_context(held(folder / ".lock", f"the ablation {folder}"))
+        except OSError as error:
             raise BadInput(
-                f"another ablation, or a cell that a killed one has left, works in {folder}: wait "
-                f"for it, or stop it (`fuser {folder / '.lock'}` prints its process id)"
-            ) from None
-        yield file.fileno()
+                f"cannot write the folder {folder} ({error.strerror or error}); set output to "
+                "another place"
+            ) from error
+        yield lock
 
 
 @dataclass

@@ -18,6 +18,7 @@ from rabit_jax.atomic import remove, write_tensors
 from rabit_jax.data.tokens import batch
 from rabit_jax.evaluate.diagnostics import Apply
 from rabit_jax.experiments.engine.folder import RunFolder
+from rabit_jax.experiments.engine.records import check_files
 from rabit_jax.experiments.engine.settings import RunConfig, Training
 from rabit_jax.experiments.engine.signals import stopping_between_steps
 from rabit_jax.experiments.engine.text import Text
@@ -134,6 +135,7 @@ class Inputs:
     def teacher(self) -> Params:
         """Full-precision params, placed on the mesh as they are read."""
         where = param_shardings(abstract_params(self.model_config), self.mesh)
+        check_teacher(self.teacher_folder)
         with loading(self.teacher_folder) as done:
             return load_hf(self.teacher_folder, shardings=where, done=done)[1]
 
@@ -141,6 +143,7 @@ class Inputs:
     def stats(self) -> dict[str, Stats]:
         """Calibration statistics by path."""
         file = self.folder.path / "calibration.safetensors"
+        check_files(self.folder.path, "calibrate", file.name)
         try:
             arrays = load_file(file)
         except (OSError, SafetensorError) as error:
@@ -248,6 +251,17 @@ class Inputs:
                 return train(
                     loop, trainer.step, state, trainer.frozen, trainer.teacher, batches, kept
                 )
+
+
+def check_teacher(path: str) -> None:
+    """Verify a teacher that a run has trained, which lies beside the records of that run.
+
+    Raises:
+      BadInput: a file differs from the digest that the run noted.
+    """
+    folder = Path(path).expanduser()
+    if folder.name == "teacher":
+        check_files(folder.parent, "teacher", "teacher")
 
 
 def check_rules(selected: Collection[str]) -> None:

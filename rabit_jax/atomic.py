@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -114,7 +115,7 @@ def write_text(target: Path, text: str) -> None:
 def write_tensors(
     target: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file; the same content gives the same bytes.
 
     Raises:
       OSError, SafetensorError: the file cannot be written.
@@ -125,7 +126,22 @@ def write_tensors(
         new.touch()
         usual = new.stat().st_mode  # safetensors leaves a file that only its owner can read
         save_file(dict(tensors), new, metadata=None if metadata is None else dict(metadata))
+        _order_header(new)
         new.chmod(usual)
+
+
+def _order_header(file: Path) -> None:
+    """Put the keys of a safetensors header in order; the library has them in a random one."""
+    with open(file, "r+b") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False)
+        ordered = text.encode()
+        if len(ordered) <= length:  # else the library escapes a character that Python does not
+            content.seek(8)
+            content.write(ordered.ljust(length))
 
 
 def remove(target: Path) -> None:

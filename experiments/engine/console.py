@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -52,6 +55,24 @@ def main_guard(function: Callable[[], int | None], resumable: bool = False) -> i
     # Of transformers a command uses the tokenizers; it would say on stderr that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     again = ", then continue with --resume" if resumable else ""
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
+    _quiet_about_full_disks()
+    full = False
+    try:
+        return _outcome(function, resumable)
+    except Exception as error:
+        full = _disk_full(error)
+        if not full:
+            raise
+        say(f"error: the disk is full: free some space{again}")
+        return 2
+    finally:
+        # What is still to be flushed to a full disk fails later, and need not be said again.
+        if not full:
+            sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+
+
+def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
     try:
         return function() or 0
     except BadInput as error:
@@ -63,20 +84,43 @@ def main_guard(function: Callable[[], int | None], resumable: bool = False) -> i
             return 130
         say(CONTINUE)
         return RESUMABLE
-    except Exception as error:
-        if not _disk_full(error):
-            raise
-        say(f"error: the disk is full: free some space{again}")
-        return 2
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _disk_full(error: BaseException | None) -> bool:
-    """Whether the error or what caused it is ENOSPC; storage libraries give it only as text."""
+    """Whether the error or what caused it is a full disk, a quota or a limit on files.
+
+    Storage libraries give the reason only as text.
+    """
     while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        text = str(error)
+        if getattr(error, "errno", None) in _FULL or any(os.strerror(n) in text for n in _FULL):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _quiet_about_full_disks() -> None:
+    """Print no traceback of what a full disk makes of other threads and of files at the end.
+
+    The main thread raises the error once. Writes of TensorStore that are still under way then
+    report to the event loop of a save that has ended.
+    """
+
+    def known(error: BaseException | None) -> bool:
+        closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        return closed or _disk_full(error)
+
+    def of_task(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and known(record.exc_info[1]))
+
+    logging.getLogger("asyncio").addFilter(of_task)
+    plain, of_thread, unraisable = sys.excepthook, threading.excepthook, sys.unraisablehook
+    sys.excepthook = lambda kind, error, trace: known(error) or plain(kind, error, trace)
+    threading.excepthook = lambda args: known(args.exc_value) or of_thread(args)
+    sys.unraisablehook = lambda args: known(args.exc_value) or unraisable(args)
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,7 +18,8 @@ from rabit_jax.atomic import remove
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.types import Array
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs every error with its traceback in each of its threads and raises it as well.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 Tree = TypeVar("Tree")
 _ITEM = "default"  # the folder in that of a step in which Orbax keeps the one tree
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}

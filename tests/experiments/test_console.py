@@ -1,6 +1,10 @@
 """What a command prints and how it ends: exit codes and tables."""
 
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +47,34 @@ def test_a_full_disk_is_one_sentence_however_deep_it_lies(capsys):
     wrapped.__cause__ = ValueError("RESOURCE_EXHAUSTED: write: No space left on device")
     assert console.main_guard(raising(wrapped)) == 2
     assert capsys.readouterr().err.count("error: the disk is full") == 2
+
+
+SAVING = """
+import resource, sys
+import jax.numpy as jnp
+from rabit_jax.experiments.engine.console import main_guard
+from rabit_jax.train.checkpoints import Checkpoints
+def main():
+    with Checkpoints(sys.argv[1]) as kept:
+        kept.save(1, {"w": jnp.ones(8)})
+        kept.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        rng = __import__("numpy").random.default_rng(0)
+        for step in range(2, 5):
+            kept.save(step, {str(n): jnp.asarray(rng.normal(size=(200, 200))) for n in range(12)})
+sys.exit(main_guard(main, resumable=True))
+"""
+
+
+def test_a_full_disk_in_the_threads_of_a_save_is_one_sentence_alone(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", SAVING, str(tmp_path / "kept")], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.stderr == "error: the disk is full: free some space, then continue with --resume\n"
+    assert done.returncode == 2 and done.stdout == ""
+    assert "1" in {p.name for p in (tmp_path / "kept").iterdir()}
 
 
 def test_any_other_error_propagates():

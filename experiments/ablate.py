@@ -55,7 +55,8 @@ def execute(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             raise BadInput(f"there is no folder {plan.folder}: run the ablation without --table")
         show(write_tables(plan, made_by), plan.folder)
         return 0
-    runner = Runner(command, arguments.jobs)
+    imported = (part for name in arguments.imported for part in ("--import", name))
+    runner = Runner((*command, *imported), arguments.jobs)
     with locked(plan.folder) as runner.lock:
         write_text(plan.folder / "config.yaml", dump_yaml(plan.ablation))
         with runner.signals():

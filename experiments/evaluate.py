@@ -32,7 +32,13 @@ import jax
 from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
 from rabit_jax.evaluate.texts import check_name, read_text
-from rabit_jax.experiments.engine.console import EXIT_CODES, Parser, main_guard, table
+from rabit_jax.experiments.engine.console import (
+    EXIT_CODES,
+    Parser,
+    common_options,
+    main_guard,
+    table,
+)
 from rabit_jax.experiments.engine.evaluation import (
     Subject,
     begin_token,
@@ -64,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     found = Parser(prog="python -m experiments.evaluate", description=__doc__,
                    epilog=f"{EXAMPLES}\n{EXIT_CODES}",
                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_options(found)
     add = found.add_argument
     add("--model", required=True, metavar="DIR",
         help="model folder, dense or packed, a hub id, or a run folder for its trained student")

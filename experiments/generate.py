@@ -14,7 +14,7 @@ import jax
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.chat import chat
-from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard
+from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, main_guard
 from rabit_jax.experiments.engine.continuing import Text, Writer
 from rabit_jax.formats.packed_model import load_model
 from rabit_jax.models.prepared import prepare
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Continue prompts with a dense or packed model, or talk to it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    common_options(parser)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="model folder, dense or packed, or a hub id")
     what = parser.add_mutually_exclusive_group(required=True)

@@ -14,7 +14,7 @@ from rabit_jax.formats import (
     save_packed_params,
 )
 from rabit_jax.models import generate
-from rabit_jax.signs import Stats, effective_weight, svid
+from rabit_jax.signs import Stats, add_ste, effective_weight, svid
 from rabit_jax.weights import (
     LLAMA_LINEARS,
     CodebookSpec,
@@ -29,6 +29,7 @@ from rabit_jax.weights import (
     ResidualSignSpec,
     UniformResidualSpec,
     Weight,
+    add_representation,
     convert,
     cost,
     dense,
@@ -55,6 +56,8 @@ __all__ = [
     "Stats",
     "UniformResidualSpec",
     "Weight",
+    "add_representation",
+    "add_ste",
     "calibrate",
     "calibrate_flax",
     "convert",

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, first_line
 from rabit_jax.experiments.engine.signals import CONTINUE, RESUMABLE
 from rabit_jax.progress import Value, number, say
 
@@ -121,6 +122,63 @@ def _quiet_about_full_disks() -> None:
     sys.excepthook = lambda kind, error, trace: known(error) or plain(kind, error, trace)
     threading.excepthook = lambda args: known(args.exc_value) or of_thread(args)
     sys.unraisablehook = lambda args: known(args.exc_value) or unraisable(args)
+
+
+def common_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes: `--version`, `--import MODULE` and shell completion."""
+    parser.add_argument("--version", action=_Version, nargs=0,
+                        help="print versions and device, and end")
+    parser.add_argument("--import", action=_Import, metavar="MODULE", dest="imported", default=[],
+                        help="import a module of yours first, such as one that defines a weight "
+                             "representation; may be given several times")
+
+
+    parser.add_argument("--print-completion", action=_Completion, metavar="SHELL",
+                        choices=("bash", "zsh", "tcsh"),
+                        help="print the completion of the installed command for bash, zsh or tcsh")
+
+
+class _Completion(argparse.Action):
+    """Prints the completion script of the installed command, such as `rabit-run`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        import shtab
+
+        parser.prog = f"rabit-{parser.prog.rpartition('.')[2]}"
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
+class _Import(argparse.Action):
+    """Imports a module when the option is read; the working directory is searched as well."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # A console script does not search it.
+        try:
+            importlib.import_module(values)
+        except Exception as error:  # A module of the user's raises whatever it raises.
+            parser.error(f"--import {values}: {type(error).__name__}: {first_line(error)}")
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
+
+
+class _Version(argparse.Action):
+    """Prints what a report of a fault should name."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        from rabit_jax.experiments.engine.machine import version_lines
+
+        print(version_lines())
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):

@@ -93,5 +93,5 @@ def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> dict[s
         "parameters": parameters(job),
         "versions": versions(),
         "device": device(),
-        "spec": str(job.config.init.spec),
+        "spec": str(job.config.init),
     }

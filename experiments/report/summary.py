@@ -76,7 +76,7 @@ def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[
         "parameters": parameters(run),
         "versions": records["qat"]["versions"],
         "device": records["qat"]["device"],
-        "spec": str(run.config.init.spec),
+        "spec": str(run.config.init),
     }
 
 

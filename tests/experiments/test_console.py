@@ -1,13 +1,16 @@
 """What a command prints and how it ends: exit codes and tables."""
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+import rabit_jax
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine import console
 
@@ -82,3 +85,19 @@ def test_any_other_error_propagates():
         console.main_guard(raising(FileNotFoundError("x")))
     with pytest.raises(ValueError, match="bug"):
         console.main_guard(raising(ValueError("bug")))
+
+
+@pytest.mark.parametrize("name", ["run", "ptq", "ablate", "evaluate", "generate", "export", "push"])
+def test_every_command_tells_its_versions_and_completes(name, capsys):
+    main = importlib.import_module(f"rabit_jax.experiments.{name}").main
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert ended.value.code == 0
+    assert list(lines) == ["rabit_jax", "jax", "jaxlib", "python", "device"]
+    assert lines["rabit_jax"] == rabit_jax.__version__ and lines["jax"] == jax.__version__
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    wanted = "rabit-run" if name == "ptq" else f"rabit-{name}"
+    assert "complete -o bashdefault -F _shtab_rabit_" in (out := capsys.readouterr().out)
+    assert out.rstrip().endswith(wanted) and "--version" in out

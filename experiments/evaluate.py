@@ -49,6 +49,7 @@ from rabit_jax.experiments.engine.evaluation import (
 )
 from rabit_jax.experiments.engine.machine import report
 from rabit_jax.formats.folder import find_folder
+from rabit_jax.weights.description import describe
 
 COLUMNS = ("name", "metric", "value", "stderr", "shots", "samples", "context")
 EXAMPLES = """\
@@ -123,6 +124,12 @@ def run(arguments: Sequence[str]) -> None:
                           limit=options.limit, chat=options.chat)
     result = report(shlex.join(["python", "-m", "experiments.evaluate", *arguments]), rows)
     result |= {"model": str(options.model), "limit": options.limit, "begin": begin is not None}
+    size = describe(subject.params)
+    result["size"] = {
+        "bits_per_weight": size.bits_per_weight if size.quantised else None,
+        "whole_model_bits_per_weight": size.whole_model_bits_per_weight,
+        "whole_model_ratio": size.whole_model_ratio,
+    }
     if tasks:
         result["versions"]["lm-eval"] = importlib.metadata.version("lm-eval")
     text = json.dumps(result, allow_nan=False)
@@ -132,6 +139,7 @@ def run(arguments: Sequence[str]) -> None:
         only = f", the first {options.limit} of each only" if options.limit else ""
         table(f"{options.model}{only}: {result['device']}, {result['date']}", COLUMNS,
               [[row[name] for name in COLUMNS] for row in rows], stdout=True)
+        print(f"bits per weight: {size.size}")
     if options.output:
         write_text(Path(options.output), text + "\n")
 

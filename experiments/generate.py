@@ -19,6 +19,7 @@ from rabit_jax.experiments.engine.continuing import Text, Writer
 from rabit_jax.formats.packed_model import load_model
 from rabit_jax.models.prepared import prepare
 from rabit_jax.progress import loading, say
+from rabit_jax.weights.description import describe
 
 NEW_TOKENS, NEW_TOKENS_CHAT = 64, 512
 EXAMPLES = """\
@@ -93,6 +94,8 @@ def _load(args: argparse.Namespace) -> tuple[Writer, Any]:
     if count is None:
         count = NEW_TOKENS_CHAT if args.chat else NEW_TOKENS
     temperature = 0.0 if args.greedy else args.temperature
+    if (size := describe(params)).quantised:
+        say(f"bits per weight: {size.size}")
     engine = prepare(model.config, params)
     return Writer(model, engine, count, temperature, args.top_p, jax.random.key(args.seed)), \
         tokenizer

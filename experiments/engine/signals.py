@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from rabit_jax.atomic import remove_workspaces
+from rabit_jax.workspaces import remove_workspaces
 
 RESUMABLE = 75  # exit code: stopped, the same command goes on or begins again
 AGAIN = "stopped; the same command starts again, nothing was written"

@@ -65,7 +65,7 @@ def specs() -> tuple[Any, ...]:
     return (*SPECS, *_own_specs)
 
 
-def type_name(spec: Any) -> str:
+def type_name(spec: type) -> str:
     """The `type` by which a config names a class of specs.
 
     Raises:

@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> None:
         raise BadInput(f"--seed is {args.seed}, wanted 0 to {2**32 - 1}")
     if args.system is not None and not args.chat:
         raise BadInput("--system is for --chat alone: put it into the prompt")
-    writer, tokenizer = _load(args)
+    writer, tokenizer, size = _load(args)
     if args.chat:
         return chat(writer, tokenizer, args.system)
     ids = tokenizer(prompts, return_attention_mask=False)["input_ids"]
@@ -81,10 +81,12 @@ def _run(args: argparse.Namespace) -> None:
     else:
         print("\n\n".join(_continued(writer, tokenizer, prompts, ids)), flush=True)
     say(str(writer.speed))
+    if size:
+        say(f"bits per weight: {size}")
 
 
-def _load(args: argparse.Namespace) -> tuple[Writer, Any]:
-    """The model, ready to write, and its tokenizer."""
+def _load(args: argparse.Namespace) -> tuple[Writer, Any, str]:
+    """The model, ready to write, its tokenizer, and the bits per weight of a packed one."""
     with loading(args.model) as done:
         model, params, tokenizer = load_model(args.model, done)
     if tokenizer is None:
@@ -94,11 +96,10 @@ def _load(args: argparse.Namespace) -> tuple[Writer, Any]:
     if count is None:
         count = NEW_TOKENS_CHAT if args.chat else NEW_TOKENS
     temperature = 0.0 if args.greedy else args.temperature
-    if (size := describe(params)).quantised:
-        say(f"bits per weight: {size.size}")
     engine = prepare(model.config, params)
-    return Writer(model, engine, count, temperature, args.top_p, jax.random.key(args.seed)), \
-        tokenizer
+    writer = Writer(model, engine, count, temperature, args.top_p, jax.random.key(args.seed))
+    size = describe(params)
+    return writer, tokenizer, size.size if size.quantised else ""
 
 
 def _text(prompt: str) -> str:

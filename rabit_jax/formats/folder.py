@@ -16,6 +16,7 @@ from rabit_jax.errors import BadInput, first_line
 from rabit_jax.formats.gguf import find_gguf, gguf_folder
 from rabit_jax.formats.hub import ID, fetch
 from rabit_jax.formats.tokenizer import save_tokenizer
+from rabit_jax.locks import locked
 
 FILE = "model.safetensors"
 EDGE = 1 << 16  # bytes at either end of a file that tell it from another
@@ -86,13 +87,15 @@ def write_folder(
       tokenizer: of transformers, a plain `tokenizers.Tokenizer`, or None.
 
     Raises:
-      BadInput: the target exists and is no model folder, or it cannot be written (a full disk).
+      BadInput: the target exists and is no model folder, another process is writing it, or it
+        cannot be written (a full disk).
     """
     folder = Path(folder)
     if folder.exists() and not _replaceable(folder):
         raise BadInput(f"{folder} exists and is not a model folder, choose another place to save")
     try:
-        with replacing(folder) as new:
+        lock = folder.absolute().with_name(f".{folder.absolute().name}.lock")
+        with locked(lock, folder), replacing(folder) as new:
             new.mkdir()
             for name, content in files.items():
                 text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"

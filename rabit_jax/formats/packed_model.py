@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from rabit_jax.errors import BadInput
-from rabit_jax.formats.checkpoint import with_end_tokens
+from rabit_jax.formats.checkpoint import with_end_token_of, with_end_tokens
 from rabit_jax.formats.families import tensor_names
 from rabit_jax.formats.folder import (
     FILE,
@@ -127,14 +127,15 @@ def load_packed(folder: str | Path) -> tuple[Decoder, Params, Tokenizer | None]:
                        f"names no quant_method {METHOD!r}")
     check_version(raw.pop("quantization_config"), f"{folder / 'config.json'}")
     config = with_end_tokens(from_hf(raw), folder)
-    tokenizer = read_tokenizer(folder, config.vocab_size)
+    tokenizer = read_tokenizer(folder, config)
     with open_packed(folder / FILE) as file:
         _check_config(file, raw, folder)
         shapes = param_shapes(config)
         nodes = packed_kernels(file, shapes)
         check_tensors(file, shapes, nodes)
         params = {path: _read(file, path, s, nodes.get(path)) for path, s in shapes.items()}
-    return Decoder(config), unflatten_dict(params, sep="/"), tokenizer
+    model = Decoder(with_end_token_of(tokenizer, config))
+    return model, unflatten_dict(params, sep="/"), tokenizer
 
 
 def load_model(

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from rabit_jax.errors import BadInput
 from rabit_jax.models.block import Block, Fresh, Owner, fresh_norm, rms_norm, soft_cap
-from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.tree import is_weight, leaves
 from rabit_jax.types import Array, Params, Shape
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         """Float32 logits."""
         head = self.embed()["embedding"].T if self._head is None else self._head()["kernel"]
         with jax.named_scope("head"):
-            y = logits(features.astype(self.config.dtype), head)
+            y = logits(features.astype(compute_dtype(self.config)), head)
             return soft_cap(y, self.config.final_softcap)
 
 
@@ -117,9 +117,9 @@ def embed(
 ) -> Float[Array, "b t d"]:
     """`embed_scale E[tokens]` in the compute dtype."""
     with jax.named_scope("embed"):
-        x = jnp.take(table, tokens, axis=0).astype(config.dtype)
+        x = jnp.take(table, tokens, axis=0).astype(compute_dtype(config))
         # Gemma's factor is rounded to the compute dtype before it multiplies.
-        return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, config.dtype)
+        return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
 def logits(x: Float[Array, "... d"], kernel: Any) -> Float[Array, "... v"]:

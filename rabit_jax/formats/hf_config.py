@@ -110,7 +110,8 @@ def _refuse(family: str, raw: Json) -> None:
     if raw.get("use_bidirectional_attention"):
         raise BadInput("unsupported use_bidirectional_attention: the decoder is causal")
     if raw["quantization_config"]:
-        raise BadInput("unsupported quantization_config, load the full-precision model instead")
+        raise BadInput("unsupported quantization_config, load the full-precision model instead "
+                       "(a packed one of ours by load_model)")
     # A Llama converted from a Qwen names windows and switches them off.
     windowless = {"max_window_layers"} if raw.get("use_sliding_window") is False else set()
     known = COMMON.keys() | FAMILIES[family].keys() | windowless

@@ -42,6 +42,7 @@ from rabit_jax.experiments.engine.console import (
 from rabit_jax.experiments.engine.evaluation import (
     Subject,
     begin_token,
+    is_run_folder,
     load_subject,
     load_tasks,
     perplexity_rows,
@@ -74,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
     common_options(found)
     add = found.add_argument
     add("--model", required=True, metavar="DIR",
-        help="model folder, dense or packed, a hub id, or a run folder for its trained student")
+        help="model folder, dense or packed, a hub id, or a run folder for its trained student or "
+             "else its packed model")
     add("--tasks", type=_names, default=(), metavar="A,B", help="tasks, groups or patterns")
     add("--ppl", type=_names, default=(), metavar="A,B", help="texts, see above")
     add("--context", type=int, default=2048, metavar="N",
@@ -108,7 +110,8 @@ def run(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_args(arguments)
     check(options)
-    find_folder(options.model)  # before data are fetched for a name that is mistyped
+    if not is_run_folder(options.model):
+        find_folder(options.model)  # before data are fetched for a name that is mistyped
     tasks = load_tasks(options.tasks, options.include_path) if options.tasks else None
     texts = {name: read_text(name) for name in options.ppl}
     subject = load_subject(options.model)

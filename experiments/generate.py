@@ -17,6 +17,7 @@ from rabit_jax.experiments.engine.chat import chat
 from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, main_guard
 from rabit_jax.experiments.engine.continuing import Text, Writer
 from rabit_jax.formats.packed_model import load_model
+from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.prepared import prepare
 from rabit_jax.progress import loading, say
 from rabit_jax.weights.description import describe
@@ -46,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     common_options(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model folder, dense or packed, or a hub id")
+    add("--model", required=True, metavar="DIR", 
+        help="model folder, dense or packed, a run folder for its packed model, or a hub id")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT",
                       help="text to continue; - reads it from stdin; give it several times for a "
@@ -75,7 +77,8 @@ def _run(args: argparse.Namespace) -> None:
     writer, tokenizer, size = _load(args)
     if args.chat:
         return chat(writer, tokenizer, args.system)
-    ids = tokenizer(prompts, return_attention_mask=False)["input_ids"]
+    size = writer.model.config.vocab_size
+    ids = [prompt_ids(tokenizer, prompt, size) for prompt in prompts]
     if len(ids) == 1 and sys.stdout.isatty():
         _print_as_it_comes(writer, tokenizer, prompts[0], ids[0])
     else:

@@ -11,6 +11,6 @@ class BadInput(ValueError):
     """
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's type where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,6 +26,7 @@ MAY = {
     "models": WEIGHTS,
     "formats": WEIGHTS | {"calibration", "models"},
     "data": DATA - {"data"},
+    "integrations": DATA - {"data"},
     "train": DATA - {"data"},
     "evaluate": DATA | {"train"},
     "experiments": DATA | {"train", "evaluate", "rabit_jax"},

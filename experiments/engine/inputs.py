@@ -24,6 +24,7 @@ from rabit_jax.experiments.engine.signals import stopping_between_steps
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.hf import load_hf
+from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, param_shapes
 from rabit_jax.progress import loading, progress, say
@@ -74,9 +75,10 @@ class Inputs:
         """
         config, text = self.config, self.text
         lengths = {name: getattr(config, name).length for name in self._reads_text()}
-        prompts = [len(text.tokenizer(prompt)["input_ids"]) for prompt in config.generate.prompts]
-        if not all(prompts):
+        size = self.model_config.vocab_size
+        if not all(map(str.strip, config.generate.prompts)):
             raise BadInput("generate.prompts holds an empty prompt: give it some text")
+        prompts = [len(prompt_ids(text.tokenizer, one, size)) for one in config.generate.prompts]
         longest = max(prompts, default=0) + config.generate.max_new_tokens
         every = {**lengths, "evaluate": config.evaluate.context, "generate": longest}
         check_lengths(every, self.model_config.max_position)

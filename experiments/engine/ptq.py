@@ -108,7 +108,7 @@ class Job:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokeniser; None where the folder has none and no text is read."""
-        return read_tokenizer(self.checkpoint.folder, self.checkpoint.config.vocab_size)
+        return read_tokenizer(self.checkpoint.folder, self.checkpoint.config)
 
     @cached_property
     def calibration(self) -> Sweep | None:

@@ -32,6 +32,7 @@ from rabit_jax.experiments.engine.stages import Ids, Read, Stage
 from rabit_jax.formats.folder import find_folder, fingerprint, read_generation
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packed
+from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.decoder import init_params
 from rabit_jax.models.generation import generate
 from rabit_jax.models.prepared import Engine, prepare
@@ -274,7 +275,8 @@ def samples(run: Inputs, continues: bool) -> Record:
 def continuation(run: Inputs, engine: Engine, prompt: str) -> str:
     """One continuation of a prompt as text."""
     section = run.config.generate
-    tokens = jnp.asarray([run.text.tokenizer(prompt)["input_ids"]], jnp.int32)
+    ids = prompt_ids(run.text.tokenizer, prompt, run.model_config.vocab_size)
+    tokens = jnp.asarray([ids], jnp.int32)
     new = generate(
         run.model,
         engine,

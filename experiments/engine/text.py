@@ -21,8 +21,15 @@ from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows
 from rabit_jax.experiments.engine.records import digest, digests, read_record, write_record
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.folder import find_folder
-from rabit_jax.formats.tokenizer import load_tokenizer, save_tokenizer
+from rabit_jax.formats.tokenizer import (
+    check_ids,
+    load_tokenizer,
+    read_tokenizer,
+    save_tokenizer,
+    tokens_beyond,
+)
 from rabit_jax.progress import say
 from rabit_jax.train.sharding import batch_sharding
 from rabit_jax.types import Array
@@ -60,7 +67,7 @@ class Text:
     def tokenizer(self) -> Any:
         """The teacher's tokeniser; if it is trained here, a byte-level BPE of the training text."""
         if path := self.config.teacher.path:
-            found = load_tokenizer(find_folder(path))
+            found = read_tokenizer(find_folder(path), read_config(path))
             if found is None:
                 raise BadInput(
                     f"teacher.path {path} has no tokeniser: add its tokenizer.json to the folder"
@@ -109,8 +116,16 @@ class Text:
             found = tokenise_stream(*mixed(data, side), self.tokenizer, data.cache, what)
         else:
             found = tokenise(texts(), self.tokenizer, data.cache, what)
+        self._check_ids(found)
         # what stages depend on: the same text with begin tokens is another input
         return replace(found, digest=f"{found.digest}-begin") if data.begin else found
+
+    def _check_ids(self, text: TokenText) -> None:
+        """Raises BadInput for a token that the teacher's table has no row for."""
+        if path := self.config.teacher.path:
+            size = read_config(path).vocab_size
+            if tokens_beyond(self.tokenizer, size):  # else no text can hold one
+                check_ids(text.tokens, self.tokenizer, size)
 
     def _begun(self, rows: np.ndarray) -> np.ndarray:
         """Windows `[n, t]` with the begin token first, where the config asks for it."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from rabit_jax.atomic import publish, workspace
 from rabit_jax.errors import BadInput
+from rabit_jax.formats.tokenizer import encode
 from rabit_jax.progress import reading
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def build(
       BadInput: There is no text.
       OSError: The folder cannot be written.
     """
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    largest = max(tokenizer.get_vocab().values(), default=0)  # not their number: ids may have gaps
+    dtype = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
     header = {"dtype": dtype.name, "documents": 0, "bytes": 0, "tokens": 0}
     digest = Digest(tokenizer)
     with workspace(folder / "tokens") as place:
@@ -156,10 +158,7 @@ def _encoded(
     """Each document with its ids and the end-of-text token."""
     end = cast(int, tokenizer.eos_token_id)
     for group in _groups(documents):
-        encoded = tokenizer(
-            group, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        for text, ids in zip(group, encoded["input_ids"], strict=True):
+        for text, ids in zip(group, encode(cast(Any, tokenizer), group), strict=True):
             yield text, [*ids, end]
 
 

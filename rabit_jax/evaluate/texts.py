@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,6 +15,7 @@ from jaxtyping import Int32
 from rabit_jax.data.readers import file_documents, matching_files, named_text
 from rabit_jax.data.tokens import windows
 from rabit_jax.errors import BadInput
+from rabit_jax.formats.tokenizer import text_ids
 from rabit_jax.types import Tokenizer
 
 FILE = "file:"
@@ -139,7 +139,7 @@ def text_windows(
         return Windows(_begun(_drawn(documents, tokenizer, context, count, progress), begin))
     documents = documents[: protocol.documents or None]
     text = " ".join(documents)
-    tokens = _tokens(tokenizer, text)
+    tokens = text_ids(tokenizer, text)
     found = _begun(windows(np.asarray(tokens), context)[:count], begin)
     return Windows(found, len(text.encode()), len(tokens))
 
@@ -162,7 +162,7 @@ def _drawn(
         # So few bytes cannot give so many tokens; skipping them here only saves time.
         if 2 * len(text.encode()) + 8 <= context:
             continue
-        tokens = _tokens(tokenizer, text)
+        tokens = text_ids(tokenizer, text)
         if len(tokens) <= context:
             continue
         start = draw.randint(0, len(tokens) - context - 1)
@@ -173,8 +173,3 @@ def _drawn(
             return np.asarray(found, np.int32)
     raise BadInput(f"found {len(found)} windows of {context} tokens in {len(documents)} documents, "
                    f"wanted {count}: give a shorter context")
-
-
-def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    encoded = tokenizer(text, return_attention_mask=False, verbose=False)
-    return cast(list[int], encoded["input_ids"])

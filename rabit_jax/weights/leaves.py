@@ -147,6 +147,15 @@ class WeightNode:
         """The node with other values in some fields."""
         return dataclasses.replace(self, **changes)  # pyright: ignore
 
+    def __jax_array__(self) -> Array:
+        """A weight node is no array; JAX calls this where one is used as if it were.
+
+        Raises:
+          BadInput: always, with what to do.
+        """
+        raise BadInput(f"a {type(self).__name__} is no array, and the model multiplies by arrays: "
+                       'apply it to dense params, model.apply({"params": dense(params)}, ...)')
+
     @property
     def shape(self) -> Shape:
         """Shape `[..., i, o]` of the matrix."""

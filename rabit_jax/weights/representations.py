@@ -116,14 +116,14 @@ def abstract_packed(header: Header) -> Any:
       BadInput: a type that this version does not know, or fields that are missing or of no sense.
     """
     kind = header.get("type") if isinstance(header, Mapping) else None
-    if kind not in PACKED_TYPES:
+    if not isinstance(kind, str) or kind not in PACKED_TYPES:
         raise BadInput(
             f"a packed weight has the type {kind!r}: the types are {', '.join(PACKED_TYPES)}; "
             "one of your own is known once its module is imported (--import MODULE)"
         )
     try:
         return PACKED_TYPES[kind].abstract(header, abstract_packed)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise BadInput(f"the header of a packed {kind} weight is damaged ({error})") from error
 
 

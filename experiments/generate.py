@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", 
+    add("--model", required=True, metavar="DIR",
         help="model folder, dense or packed, a run folder for its packed model, or a hub id")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT",

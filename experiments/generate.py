@@ -14,12 +14,13 @@ import jax
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.chat import chat
-from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard
+from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, main_guard
 from rabit_jax.experiments.engine.continuing import Text, Writer
 from rabit_jax.formats.packed_model import load_model
 from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.prepared import prepare
 from rabit_jax.progress import loading, say
+from rabit_jax.weights.description import describe
 
 NEW_TOKENS, NEW_TOKENS_CHAT = 64, 512
 EXAMPLES = """\
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Continue prompts with a dense or packed model, or talk to it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    common_options(parser)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR",
         help="model folder, dense or packed, a run folder for its packed model, or a hub id")
@@ -72,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
         raise BadInput(f"--seed is {args.seed}, wanted 0 to {2**32 - 1}")
     if args.system is not None and not args.chat:
         raise BadInput("--system is for --chat alone: put it into the prompt")
-    writer, tokenizer = _load(args)
+    writer, tokenizer, size = _load(args)
     if args.chat:
         return chat(writer, tokenizer, args.system)
     size = writer.model.config.vocab_size
@@ -82,10 +84,12 @@ def _run(args: argparse.Namespace) -> None:
     else:
         print("\n\n".join(_continued(writer, tokenizer, prompts, ids)), flush=True)
     say(str(writer.speed))
+    if size:
+        say(f"bits per weight: {size}")
 
 
-def _load(args: argparse.Namespace) -> tuple[Writer, Any]:
-    """The model, ready to write, and its tokenizer."""
+def _load(args: argparse.Namespace) -> tuple[Writer, Any, str]:
+    """The model, ready to write, its tokenizer, and the bits per weight of a packed one."""
     with loading(args.model) as done:
         model, params, tokenizer = load_model(args.model, done)
     if tokenizer is None:
@@ -96,8 +100,9 @@ def _load(args: argparse.Namespace) -> tuple[Writer, Any]:
         count = NEW_TOKENS_CHAT if args.chat else NEW_TOKENS
     temperature = 0.0 if args.greedy else args.temperature
     engine = prepare(model.config, params)
-    return Writer(model, engine, count, temperature, args.top_p, jax.random.key(args.seed)), \
-        tokenizer
+    writer = Writer(model, engine, count, temperature, args.top_p, jax.random.key(args.seed))
+    size = describe(params)
+    return writer, tokenizer, size.size if size.quantised else ""
 
 
 def _text(prompt: str) -> str:

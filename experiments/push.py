@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard, table
+from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, main_guard, table
 from rabit_jax.formats.checkpoint import open_checkpoint
 from rabit_jax.formats.folder import find_folder, is_model_folder, is_run_folder, read_json
 from rabit_jax.formats.hub import ID, why
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Upload a model folder, packed or dense, to the Hugging Face hub.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    common_options(parser)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR",
         help="model folder, or a run folder for its packed model")

@@ -10,12 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # What a folder, or a file beside the folders, may import besides itself. "experiments" is above
-# all others, and `rabit_jax/__init__.py` gathers the public names of the library.
-BASE = {"errors", "types", "atomic", "progress", "tree"}
+# all others, and `rabit_jax/public.py` gathers the public names of the library.
+BASE = {"errors", "types", "atomic", "locks", "workspaces", "progress", "tree"}
 WEIGHTS = BASE | {"signs", "kernels", "weights"}
 DATA = WEIGHTS | {"calibration", "models", "formats", "data"}
 MAY = {
-    "errors": set(), "types": set(), "atomic": {"errors"}, "progress": {"errors", "types"},
+    "errors": set(), "types": set(), "workspaces": set(),
+    "atomic": {"errors", "workspaces"}, "locks": {"errors"},
+    "progress": {"errors", "types"},
     "tree": {"errors", "types"},
     "kernels": {"errors"},
     "signs": BASE,
@@ -28,7 +30,8 @@ MAY = {
     "train": DATA - {"data"},
     "evaluate": DATA | {"train"},
     "experiments": DATA | {"train", "evaluate", "rabit_jax"},
-    "rabit_jax": WEIGHTS | {"calibration", "models", "formats"},
+    "public": WEIGHTS | {"calibration", "models", "formats"},
+    "rabit_jax": {"public"},
 }
 
 SCRIPT = """

@@ -7,11 +7,12 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
 
-from rabit_jax.data.readers import file_documents, named_text
+from rabit_jax.data.readers import file_documents, matching_files, named_text
 from rabit_jax.data.tokens import windows
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.tokenizer import text_ids
@@ -67,9 +68,19 @@ class Windows:
 
 
 def check_name(name: str) -> None:
-    """Raises BadInput for a name that is neither a key of `TEXTS` nor `file:` with a path."""
-    if name in TEXTS or name.removeprefix(FILE) not in ("", name):
+    """Raises BadInput for a name that is neither a key of `TEXTS` nor `file:` with a file."""
+    if name in TEXTS:
         return
+    path = name.removeprefix(FILE)
+    if path not in ("", name):
+        try:
+            matching_files((path,))
+        except BadInput as error:
+            raise BadInput(f"{name} names no text: {error}") from None
+        return
+    if name and Path(name).expanduser().is_file():
+        raise BadInput(f"no text for perplexities is named {name!r}, but there is a file of that "
+                       f"name: give {FILE}{name}")
     near = difflib.get_close_matches(name, TEXTS, n=1, cutoff=0.0)[0]
     raise BadInput(f"no text for perplexities is named {name!r}, the nearest is {near!r}: choose "
                    f"from {', '.join(TEXTS)}, or give {FILE}PATH")

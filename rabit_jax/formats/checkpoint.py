@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.formats.folder import FILE, find_folder, finite_as, read_generation, read_json
+from rabit_jax.formats.gguf import LINK, Rearranged, hf_tensors
+from rabit_jax.formats.gguf_file import GGUFTensor, read_gguf
 from rabit_jax.formats.hf_config import from_hf
 from rabit_jax.formats.hf_fields import token_ids
 from rabit_jax.formats.tokenizer import load_tokenizer
@@ -66,6 +68,9 @@ class Stored(NamedTuple):
             yield rows, piece
 
 
+Tensor: TypeAlias = Stored | GGUFTensor | Rearranged
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A model folder in which all tensors have been found, in the right shapes.
@@ -80,7 +85,7 @@ class Checkpoint:
     folder: Path
     config: ModelConfig
     shapes: dict[str, Shape]
-    tensors: dict[str, Stored]
+    tensors: dict[str, Tensor]
 
     def read(
         self, path: str, layer: int | None = None, dtype: DTypeLike = "float32"
@@ -169,12 +174,14 @@ def _ending(
     return dataclasses.replace(config, eos_ids=tuple(i for i in ids if i < config.vocab_size))
 
 
-def _find_tensors(folder: Path, multimodal: bool) -> dict[str, Stored]:
+def _find_tensors(folder: Path, multimodal: bool) -> dict[str, Tensor]:
     """Where each tensor of the language model is stored, by its name in a model of text alone.
 
     A tensor that several shards hold is taken from the one that the index names.
     """
-    found: dict[str, Stored] = {}
+    if (folder / LINK).exists():
+        return dict(hf_tensors(read_gguf((folder / LINK).resolve())))
+    found: dict[str, Tensor] = {}
     shards, index = _shards(folder)
     for file in shards:
         with _opened(file) as shard:
@@ -229,7 +236,7 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 def _check(
-    tensors: dict[str, Stored], shapes: dict[str, Shape], config: ModelConfig, folder: Path
+    tensors: dict[str, Tensor], shapes: dict[str, Shape], config: ModelConfig, folder: Path
 ) -> None:
     """Raises BadInput for the first tensor that is missing, misshapen or extra."""
     wanted = dict(pair for path, shape in shapes.items() for pair in tensor_names(path, shape))
@@ -237,7 +244,8 @@ def _check(
         if name not in tensors:
             raise BadInput(f"missing tensor {name} {list(shape)} in {folder}")
         found = tensors[name]
-        if found.shape != shape or found.dtype not in FLOATS:
+        readable = found.dtype in FLOATS or not isinstance(found, Stored)
+        if found.shape != shape or not readable:
             raise BadInput(f"tensor {found.name} in {folder} is {found.dtype} {list(found.shape)}, "
                            f"wanted {list(shape)} of float32, bfloat16 or float16")
     for name in sorted(set(tensors) - set(wanted)):
@@ -248,7 +256,7 @@ def _check(
                            "none of that name")
 
 
-def _same(tensors: dict[str, Stored], head: str) -> bool:
+def _same(tensors: dict[str, Tensor], head: str) -> bool:
     """Whether a stored head equals the embedding that the config ties it to."""
     one, other = tensors[head], tensors[hf_name("embed/embedding")]
     if one.shape != other.shape:

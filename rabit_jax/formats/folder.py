@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 
 from rabit_jax.atomic import replacing, write_tensors, write_text
 from rabit_jax.errors import BadInput, first_line
+from rabit_jax.formats.gguf import find_gguf, gguf_folder
 from rabit_jax.formats.hub import ID, fetch
 from rabit_jax.formats.tokenizer import save_tokenizer
+from rabit_jax.locks import locked
 
 FILE = "model.safetensors"
 EDGE = 1 << 16  # bytes at either end of a file that tell it from another
@@ -29,10 +31,17 @@ def find_folder(path: str | Path) -> Path:
       path: a model folder; a run folder, for the packed model in it; or the id of a model on the
         hub, for its snapshot on this machine, which is downloaded where it is missing.
 
+    A GGUF file, or a folder that holds one and no config.json, is read into a folder of its own in
+    a cache, see `formats.gguf.gguf_folder`.
+
     Raises:
-      BadInput: none of these, or a model of the hub that does not exist or cannot be reached.
+      BadInput: none of these, a model of the hub that does not exist or cannot be reached, a GGUF
+        file that is damaged or not supported.
     """
     folder = Path(path).expanduser()
+    gguf = find_gguf(folder)
+    if gguf is not None:
+        return gguf_folder(gguf)
     if folder.is_dir():
         return _model_in(folder)
     if folder.exists() or not ID.fullmatch(str(path)):
@@ -127,13 +136,15 @@ def write_folder(
       tokenizer: of transformers, a plain `tokenizers.Tokenizer`, or None.
 
     Raises:
-      BadInput: the target exists and is no model folder, or it cannot be written (a full disk).
+      BadInput: the target exists and is no model folder, another process is writing it, or it
+        cannot be written (a full disk).
     """
     folder = Path(folder)
     if folder.exists() and not _replaceable(folder):
         raise BadInput(f"{folder} exists and is not a model folder, choose another place to save")
     try:
-        with replacing(folder) as new:
+        lock = folder.absolute().with_name(f".{folder.absolute().name}.lock")
+        with locked(lock, folder), replacing(folder) as new:
             new.mkdir()
             for name, content in files.items():
                 text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"

@@ -26,7 +26,7 @@ _LOCAL = re.compile(r"(file:(//)?)?(~?/|~\w+/|\.\.?/|[A-Za-z]:[\\/])")
 def packed_card(
     name: str, bits: float, stored_bits: float, base: str | None = None,
     licence: str | None = None, scores: Sequence[Score] = (),
-    facts: Mapping[str, str] | None = None,
+    facts: Mapping[str, str] | None = None, whole_bits: float | None = None,
 ) -> str:
     """The card of a packed model. Of local paths, here and in `facts`, it gives the last part.
 
@@ -37,6 +37,7 @@ def packed_card(
       base: the model that was quantised; a hub id is named in the front matter.
       licence: its licence as the hub spells it, None where it is not known.
       scores: rows of model, perplexity, bits per byte and context.
+      whole_bits: bits per weight of the whole model, embedding and head included.
       facts: more lines of Markdown, such as the data, the tokens and the command.
 
     Returns:
@@ -47,7 +48,8 @@ def packed_card(
     """
     return _render(
         "packed_card", front=_front(base, licence, "rabit_jax", [*_TAGS, "quantized"]), name=name,
-        bits=bits, stored_bits=stored_bits, base=_model_name(base) if base else None,
+        bits=bits, stored_bits=stored_bits, whole_bits=whole_bits,
+        base=_model_name(base) if base else None,
         licence=licence or _UNKNOWN_LICENCE, scores=scores,
         facts={fact: without_local_paths(text) for fact, text in (facts or {}).items()},
     )

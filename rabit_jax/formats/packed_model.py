@@ -107,7 +107,8 @@ def save_packed(
                     "types": types}
     files = json_files({**raw, **REFUSAL, "quantization_config": quantization}, generation)
     sizes = describe(params)
-    card = packed_card(Path(folder).name, sizes.bits_per_weight, sizes.stored_bits_per_weight, base)
+    card = packed_card(Path(folder).name, sizes.bits_per_weight, sizes.stored_bits_per_weight, base,
+                       whole_bits=sizes.whole_model_bits_per_weight)
     return write_folder(folder, [(FILE, tensors)], header, {**files, CARD: card}, tokenizer)
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
@@ -21,6 +20,7 @@ from rabit_jax.formats.families import hf_name
 from rabit_jax.formats.hf import load_hf, save_hf
 from rabit_jax.formats.packed_model import load_packed, save_packed
 from rabit_jax.formats.tokenizer import load_tokenizer, save_tokenizer
+from rabit_jax.tree import pytree_dataclass
 
 
 def _same(a, b):
@@ -165,7 +165,8 @@ def test_a_tensor_that_two_shards_hold(folder, params, kind):
     _same(load_hf(folder)[1], params)  # the shards are all there and agree
 
 
-class Sign(struct.PyTreeNode):
+@pytree_dataclass
+class Sign:
     """A weight node of one scale per layer."""
 
     scale: jax.Array

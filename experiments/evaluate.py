@@ -42,14 +42,13 @@ from rabit_jax.experiments.engine.console import (
 from rabit_jax.experiments.engine.evaluation import (
     Subject,
     begin_token,
-    is_run_folder,
     load_subject,
     load_tasks,
     perplexity_rows,
     task_rows,
 )
 from rabit_jax.experiments.engine.machine import report
-from rabit_jax.formats.folder import find_folder
+from rabit_jax.formats.folder import find_folder, is_run_folder
 from rabit_jax.weights.description import describe
 
 COLUMNS = ("name", "metric", "value", "stderr", "shots", "samples", "context")
@@ -110,7 +109,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_args(arguments)
     check(options)
-    if not is_run_folder(options.model):
+    if not is_run_folder(Path(options.model).expanduser()):
         find_folder(options.model)  # before data are fetched for a name that is mistyped
     tasks = load_tasks(options.tasks, options.include_path) if options.tasks else None
     texts = {name: read_text(name) for name in options.ppl}

@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     common_options(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model folder, packed or dense, or a hub id")
+    add("--model", required=True, metavar="DIR", 
+        help="model folder, packed or dense, a run folder for its packed model, or a hub id")
     add("--output", required=True, metavar="DIR",
         help="where to write; a model folder of that name is replaced")
     add("--dtype", default="bfloat16", choices=DTYPES,

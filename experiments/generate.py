@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     common_options(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", 
+    add("--model", required=True, metavar="DIR",
         help="model folder, dense or packed, a run folder for its packed model, or a hub id")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT",

@@ -143,13 +143,9 @@ def _pairs(rules: Any) -> list[tuple[str, Spec | None]]:
         raise BadInput(f"rules are a {type(rules).__name__}, {wanted}")
     for rule in rules:
         pair = isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2
-        if not pair or not isinstance(rule[0], str) or not _is_spec(rule[1]):
+        if not pair or not isinstance(rule[0], str):
             raise BadInput(f"a rule is {str(rule)[:80]!r}, {wanted}")
     return list(rules)
-
-
-def _is_spec(value: Any) -> bool:
-    return value is None or (hasattr(value, "init") and not isinstance(value, type))
 
 
 def _fullmatch(pattern: str, path: str) -> bool:

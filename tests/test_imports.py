@@ -107,7 +107,8 @@ def wrong_direction(edges):
 
 
 def test_all_modules_import_without_what_is_optional():
-    names = list(modules())
+    # The integrations import the program that they are for, which looks for torch.
+    names = [name for name in modules() if folder(name) != "integrations"]
     assert "rabit_jax.signs.ste" in names and "rabit_jax.kernels.reference" in names
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *names], cwd=ROOT, capture_output=True, text=True

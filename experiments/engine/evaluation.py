@@ -28,6 +28,7 @@ from rabit_jax.experiments.engine.config import load_config
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.formats.folder import is_run_folder
 from rabit_jax.formats.packed_model import load_model
 from rabit_jax.formats.tokenizer import check_ids
 from rabit_jax.models.decoder import Decoder
@@ -74,14 +75,8 @@ def load_subject(path: str) -> Subject:
     return Subject(path, model, placed, tokenizer, mesh)
 
 
-def is_run_folder(path: str) -> bool:
-    """Whether a folder is that of a run, and not a model's."""
-    folder = Path(path).expanduser()
-    return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
-
-
 def _load(path: str) -> tuple[Decoder, Params, Any]:
-    if not is_run_folder(path):
+    if not is_run_folder(Path(path).expanduser()):
         with loading(path) as done:
             return load_model(path, done)
     folder = Path(path).expanduser().resolve()

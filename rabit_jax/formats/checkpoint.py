@@ -85,7 +85,7 @@ class Checkpoint:
     folder: Path
     config: ModelConfig
     shapes: dict[str, Shape]
-    tensors: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
 
     def read(
         self, path: str, layer: int | None = None, dtype: DTypeLike = "float32"
@@ -174,14 +174,14 @@ def _ending(
     return dataclasses.replace(config, eos_ids=tuple(i for i in ids if i < config.vocab_size))
 
 
-def _find_tensors(folder: Path, multimodal: bool) -> Mapping[str, Tensor]:
+def _find_tensors(folder: Path, multimodal: bool) -> dict[str, Tensor]:
     """Where each tensor of the language model is stored, by its name in a model of text alone.
 
     A tensor that several shards hold is taken from the one that the index names.
     """
     if (folder / LINK).exists():
         return dict(hf_tensors(read_gguf((folder / LINK).resolve())))
-    found: dict[str, Stored] = {}
+    found: dict[str, Tensor] = {}
     shards, index = _shards(folder)
     for file in shards:
         with _opened(file) as shard:
@@ -236,7 +236,7 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 def _check(
-    tensors: Mapping[str, Tensor], shapes: dict[str, Shape], config: ModelConfig, folder: Path
+    tensors: dict[str, Tensor], shapes: dict[str, Shape], config: ModelConfig, folder: Path
 ) -> None:
     """Raises BadInput for the first tensor that is missing, misshapen or extra."""
     wanted = dict(pair for path, shape in shapes.items() for pair in tensor_names(path, shape))

@@ -35,8 +35,8 @@ def find_folder(path: str | Path) -> Path:
     a cache, see `formats.gguf.gguf_folder`.
 
     Raises:
-      BadInput: none of these, or a model of the hub that does not exist or cannot be reached;
-        a GGUF file that is damaged or not supported.
+      BadInput: none of these, a model of the hub that does not exist or cannot be reached, a GGUF
+        file that is damaged or not supported.
     """
     folder = Path(path).expanduser()
     gguf = find_gguf(folder)
@@ -57,7 +57,7 @@ def _model_in(folder: Path) -> Path:
         return folder
     if (folder / "packed" / "config.json").exists():
         return folder / "packed"
-    if (folder / "config.yaml").exists():
+    if is_run_folder(folder):
         raise BadInput(f"{folder} is a run folder without packed/: let the run finish, or name a "
                        "model folder in it, such as teacher")
     raise BadInput(f"{folder} is no model folder, it holds neither config.json nor packed/ of a "
@@ -176,6 +176,11 @@ def fingerprint(path: str | Path) -> list[tuple[str, int, str]]:
             digest.update(content.read())
         found.append((file.name, size, digest.hexdigest()))
     return found
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a folder is that of a run, and not a model's."""
+    return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -46,8 +46,8 @@ class Pieces:
         if found and resume:
             raise BadInput(
                 f"cannot resume {self.folder}: since it was stopped, what it reads has changed "
-                f"(its pieces have the key {found[:12]!r}..., now it is {key[:12]!r}...); put it back, "
-                "or run without --resume to start again"
+                f"(its pieces have the key {found[:12]!r}..., now it is {key[:12]!r}...); put it "
+                "back, or run without --resume to start again"
             )
         remove(self.folder)
         write_text(file, key)

@@ -48,16 +48,14 @@ def test_logits_and_tokens_are_those_of_transformers(loaded):
     np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
-def test_the_model_knows_the_capital_of_france_and_stops(loaded):
+def test_a_chat_model_knows_the_capital_of_france_and_stops(loaded):
     path, model, params, tokenizer = loaded
     if tokenizer.chat_template is None:
-        prompt = tokenizer("The capital of France is", return_tensors="np")["input_ids"]
-    else:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "What is the capital of France? One sentence."}],
-            add_generation_prompt=True, return_tensors="np", return_dict=True)["input_ids"]
-    new = generate(model, params, prompt, max_new_tokens=24, eos_ids=model.config.eos_ids)
-    text = tokenizer.decode(np.asarray(new)[0])
-    assert "Paris" in text
-    if tokenizer.chat_template is not None:
-        assert any(tokenizer.decode([i]) in text for i in model.config.eos_ids)
+        pytest.skip(f"{path.name} is no chat model")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France? One sentence."}],
+        add_generation_prompt=True, return_tensors="np", return_dict=True)["input_ids"]
+    new = np.asarray(generate(model, params, prompt, max_new_tokens=24,
+                              eos_ids=model.config.eos_ids))[0]
+    assert "Paris" in tokenizer.decode(new)
+    assert set(new.tolist()) & set(model.config.eos_ids)

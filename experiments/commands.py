@@ -8,33 +8,39 @@ from __future__ import annotations
 from rabit_jax.experiments.engine.signals import AGAIN, CELLS, CONTINUE, watch
 
 
-def run() -> int:
+def _watch(argv: list[str] | None, message: str) -> None:
+    """Watch in a command; with `argv` it is a call from Python, whose process goes on."""
+    if argv is None:
+        watch(message)
+
+
+def run(argv: list[str] | None = None) -> int:
     """`rabit-run`."""
-    watch(CONTINUE)
+    _watch(argv, CONTINUE)
     from rabit_jax.experiments.run import main
 
-    return main()
+    return main(argv)
 
 
-def ptq() -> int:
+def ptq(argv: list[str] | None = None) -> int:
     """`rabit-ptq`."""
-    watch(CONTINUE)
+    _watch(argv, CONTINUE)
     from rabit_jax.experiments.ptq import main
 
-    return main()
+    return main(argv)
 
 
-def ablate() -> int:
+def ablate(argv: list[str] | None = None) -> int:
     """`rabit-ablate`."""
-    watch(CELLS)
+    _watch(argv, CELLS)
     from rabit_jax.experiments.ablate import main
 
-    return main()
+    return main(argv)
 
 
-def evaluate() -> int:
+def evaluate(argv: list[str] | None = None) -> int:
     """`rabit-evaluate`."""
-    watch(AGAIN)
+    _watch(argv, AGAIN)
     from rabit_jax.experiments.evaluate import main
 
-    return main()
+    return main(argv)

@@ -113,7 +113,7 @@ def to_dict(config: Any) -> Any:
 
 def dump_yaml(config: Any) -> str:
     """Return the YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(_recorded(config), sort_keys=False, allow_unicode=True, width=100)
 
 
 def difference(a: Any, b: Any) -> str:
@@ -127,18 +127,18 @@ def difference(a: Any, b: Any) -> str:
     return "\n".join(lines)
 
 
-def _hashed(config: Any) -> Any:
+def _recorded(config: Any) -> Any:
     """As `to_dict`, without the fields that came after 0.1 where they have their defaults.
 
-    So the records of earlier runs keep their keys.
+    So the records of earlier runs keep their keys, and their configs their text.
     """
     if dataclasses.is_dataclass(config):
-        return {f.name: _hashed(getattr(config, f.name)) for f in dataclasses.fields(config)
+        return {f.name: _recorded(getattr(config, f.name)) for f in dataclasses.fields(config)
                 if not (ADDED in f.metadata and getattr(config, f.name) == f.default)}
     if isinstance(config, dict):
-        return {str(key): _hashed(value) for key, value in config.items()}
+        return {str(key): _recorded(value) for key, value in config.items()}
     if isinstance(config, tuple | list):
-        return [_hashed(item) for item in config]
+        return [_recorded(item) for item in config]
     return to_dict(config)
 
 
@@ -148,7 +148,7 @@ def section_hash(*objects: Any) -> str:
     The same on every machine and Python; the order of dict keys does not matter, that of the
     objects does.
     """
-    text = json.dumps(_hashed(objects), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_recorded(objects), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -45,9 +45,9 @@ class Pieces:
             return True
         if found and resume:
             raise BadInput(
-                f"cannot resume {self.folder}: the key of its pieces, {found[:12]!r}..., is not "
-                f"that of what the stage reads now, {key[:12]!r}...; put back what was "
-                "changed, or run without --resume to start again"
+                f"cannot resume {self.folder}: since it was stopped, what it reads has changed "
+                f"(its pieces have the key {found[:12]!r}..., now it is {key[:12]!r}...); put it "
+                "back, or run without --resume to start again"
             )
         remove(self.folder)
         write_text(file, key)

@@ -237,7 +237,7 @@ def _changes(before: Record, read: Read) -> str:
 def _disown(path: Path, stage: Stage) -> None:
     """Remove the records of other stages whose files this one writes: they are another task's."""
     for file in (path / "stages").glob("*.json"):
-        files = (read_record(file, FIELDS) or {}).get("files", {})
+        files = (read_record(file, {"files": dict}) or {}).get("files", {})
         written = {place for place in stage.leaves for name in files
                    if name == place or name.startswith(f"{place}/")}
         if written and file.stem != stage.name:

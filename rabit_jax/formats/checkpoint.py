@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -256,7 +256,7 @@ def _check(
                            "none of that name")
 
 
-def _same(tensors: dict[str, Tensor], head: str) -> bool:
+def _same(tensors: Mapping[str, Tensor], head: str) -> bool:
     """Whether a stored head equals the embedding that the config ties it to."""
     one, other = tensors[head], tensors[hf_name("embed/embedding")]
     if one.shape != other.shape:

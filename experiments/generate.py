@@ -77,8 +77,7 @@ def _run(args: argparse.Namespace) -> None:
     writer, tokenizer, size = _load(args)
     if args.chat:
         return chat(writer, tokenizer, args.system)
-    size = writer.model.config.vocab_size
-    ids = [prompt_ids(tokenizer, prompt, size) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt, writer.model.config.vocab_size) for prompt in prompts]
     if len(ids) == 1 and sys.stdout.isatty():
         _print_as_it_comes(writer, tokenizer, prompts[0], ids[0])
     else:

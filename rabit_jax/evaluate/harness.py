@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import jax
 from jax.sharding import Mesh
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, first_line
 from rabit_jax.evaluate.batched_generation import BatchGenerator, Settings, settings_of
 from rabit_jax.evaluate.scoring import Request, score
 from rabit_jax.formats.tokenizer import check_ids, encode, prompt_ids
@@ -131,9 +131,13 @@ class HarnessModel(TemplateLM):
             ))
 
         try:
-            return apply(chat_history)
-        except jinja2.exceptions.TemplateError:
-            return apply([turn for turn in chat_history if turn["role"] != "system"])
+            try:
+                return apply(chat_history)
+            except jinja2.exceptions.TemplateError:
+                return apply([turn for turn in chat_history if turn["role"] != "system"])
+        except Exception as error:  # a template is a program, and fails like one
+            raise BadInput(f"the chat template cannot be applied ({first_line(error)}): evaluate "
+                           "without it, or correct chat_template in the folder") from error
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False

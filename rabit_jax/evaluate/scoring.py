@@ -89,15 +89,15 @@ def score(
       An iterator over lists of `(index of the request, its score)`, each index once.
 
     Raises:
-      BadInput: logits that are not finite.
+      BadInput: a token outside of a decoder's vocabulary, or logits that are not finite.
 
     Example:
       >>> pairs = score(model, params, [Request([5, 9, 2], 1)], batch_size=8)
       >>> dict(pair for batch in pairs for pair in batch)[0].logprob
     """
     if isinstance(model, Decoder):
-        ids = [token for request in requests for token in request.tokens]
-        check_tokens(np.asarray([ids], np.int64), model.config.vocab_size)
+        ends = [end for one in requests for end in (min(one.tokens), max(one.tokens))]
+        check_tokens(np.asarray([ends], np.int64), model.config.vocab_size)
     for batch in batches(requests, batch_size, longest):
         arrays = (batch.tokens, batch.first, batch.labels, batch.mask)
         if batch_sharding is not None:

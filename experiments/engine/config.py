@@ -99,9 +99,16 @@ def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def to_dict(config: Any) -> Any:
-    """Return dataclasses, nested in whatever way, as the dicts, lists and scalars of JSON."""
+    """Return dataclasses, nested in whatever way, as the dicts, lists and scalars of JSON.
+
+    A field that is marked `added` is left out while it has its default, so that the configs and
+    the stages of earlier versions keep their text and their hashes.
+    """
     if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {
+            f.name: to_dict(value) for f in dataclasses.fields(config)
+            if (value := getattr(config, f.name)) != f.default or "added" not in f.metadata
+        }
     if isinstance(config, dict):
         return {str(key): to_dict(value) for key, value in config.items()}
     if isinstance(config, tuple | list):

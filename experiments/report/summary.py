@@ -10,6 +10,7 @@ from typing import Any
 
 from rabit_jax import ResidualSign, cost
 from rabit_jax.atomic import write_text
+from rabit_jax.evaluate.gap import gap_closed
 from rabit_jax.evaluate.sign_statistics import weight_histogram
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.machine import peak_memory
@@ -36,17 +37,12 @@ LABELS = {
 }
 
 
-def gap_closed(teacher: float, start: float, end: float) -> float | None:
-    """Share of the log-perplexity gap between `start` and the teacher that `end` has closed."""
-    gap = math.log(start) - math.log(teacher)
-    return 1 - (math.log(end) - math.log(teacher)) / gap if gap > 0 else None
-
-
 def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[str, Any]:
     """The nested summary. Other tools read it, so its keys do not change."""
     results = {name: record["result"] for name, record in records.items()}
     measured, packed = results["evaluate"], dict(results["pack"])
     dense = packed.pop("dense_bytes")
+    closed = gap_closed(*([measured[name]["ppl"]] for name in ("teacher", "init", "qat")))
     return {
         "name": run.config.name,
         "command": command,
@@ -59,7 +55,7 @@ def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[
         "packed": packed,
         "dense": {"bytes": dense},
         "unigram_nats": measured["unigram_nats"],
-        "gap_closed": gap_closed(*(measured[n]["ppl"] for n in ("teacher", "init", "qat"))),
+        "gap_closed": closed and closed.share,
         "diagnostics": {"init": results["init"]["diagnostics"], **measured["diagnostics"]},
         "relative_error": {
             "init": results["init"]["relative_error"],

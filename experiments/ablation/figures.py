@@ -138,7 +138,7 @@ def _quality_against_size(results: Results) -> str:
     """Perplexity against bits per weight, with the intervals of both tables."""
     rows = [row.label for row in results.plan.rows]
     points = {
-        row: (results.estimate(row, "packed.bits_per_weight"), results.estimate(row, "qat.ppl"))
+        row: (results.estimate(row, "packed.stored_bits_per_weight"), results.estimate(row, "qat.ppl"))
         for row in rows
     }
     if not any(bits and ppl for bits, ppl in points.values()):

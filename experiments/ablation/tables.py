@@ -97,8 +97,8 @@ DIAGNOSTICS = (
     Column("signs flipped per step, %", "flip_rate", ".4f", 100),
 )
 COST = (
-    Column("bits per weight", "packed.bits_per_weight", ".4f"),
-    Column("stored bits per weight", "packed.stored_bits_per_weight", ".4f"),
+    Column("bits per weight, stored", "packed.stored_bits_per_weight", ".4f"),
+    Column("bits per weight, nominal", "packed.bits_per_weight", ".4f"),
     Column("training state, MB", "state_bytes", ".1f", 1e-6),
     Column("peak memory, GB", "training_memory_bytes", ".2f", 1e-9),
     Column("seconds per step", "step_seconds", ".3f"),

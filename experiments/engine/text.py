@@ -130,9 +130,9 @@ class Text:
             begin = len(found) - -(-len(found) // 4)
             if begin == 0:
                 raise BadInput(
-                    f"the evaluation text has one window of {settings.context} tokens, and a search "
-                    "needs windows of its own beside those of the tables; give more evaluation "
-                    "text or a shorter evaluate.context"
+                    f"the evaluation text has one window of {settings.context} tokens, and a "
+                    "search needs windows of its own beside those of the tables; give more "
+                    "evaluation text or a shorter evaluate.context"
                 )
             found = found[begin:] if settings.part == "search" else found[:begin]
         return self._begun(found[: settings.windows or None])

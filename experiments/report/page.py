@@ -149,7 +149,7 @@ def _headline(summary: Summary) -> list[tuple[str, str]]:
         closed = gap_closed([ppl["teacher"]], [ppl["init"]], [ppl["qat"]])
         if closed:
             found.append(("of the gap closed by QAT", f"{100 * closed.share:.0f} %"))
-    if bits := _get(summary, "packed", "bits_per_weight"):
+    if bits := _get(summary, "packed", "stored_bits_per_weight"):
         found.append(("bits per weight", f"{bits:.3f}"))
     if bits := _get(summary, "packed", "whole_model_bits_per_weight"):
         found.append(("bits per weight, whole model", f"{bits:.3f}"))

@@ -53,7 +53,7 @@ def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
     write_card(job.config, folder, summary)
     teacher, packed = summary["teacher"], summary["packed"]
     rows = []
-    for name, bits in (("teacher", None), ("packed", packed["bits_per_weight"])):
+    for name, bits in (("teacher", None), ("packed", packed["stored_bits_per_weight"])):
         found = summary[name] or {}
         ppl = found.get("ppl")
         over = f"{100 * (ppl / teacher['ppl'] - 1):+.1f}%" if ppl and teacher else None

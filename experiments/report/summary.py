@@ -104,8 +104,8 @@ def parameters(run: Inputs | Job) -> dict[str, int]:
 
 
 def table_rows(summary: Summary) -> list[ResultRow]:
-    """The results table: one row per model."""
-    packed_bits: float = summary["packed"]["bits_per_weight"]
+    """The results table: one row per model, with the bits per weight that are stored."""
+    packed_bits: float = summary["packed"]["stored_bits_per_weight"]
     bits = {"teacher": 32.0, "round_to_nearest": 2.25}
     return [
         ResultRow(

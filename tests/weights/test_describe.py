@@ -69,6 +69,9 @@ def test_the_table_shows_every_row_and_the_total(student):
     assert len(text) == 5
     assert "a/kernel" in text[1] and "ResidualSign" in text[1] and "[2, 256, 8]" in text[1]
     assert text[-1].startswith("total")
+    # The padding of the rows of 10 inputs is stored, so it is counted.
+    assert f"{8 * 224 / 60:7.3f}" in text[2]
+    assert f"{describe(student).stored_bits_per_weight:.3f}" in text[-1]
 
 
 def test_a_tree_without_nodes_is_described_too():

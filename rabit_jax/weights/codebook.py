@@ -320,4 +320,4 @@ class Codebook(CodebookSum):
         return PackedCodebook(planes, books, g, self.inputs)
 
     def _terms(self) -> Iterator[jax.Array]:
-        return codebook_terms(self.codes, self.codebooks, self.inputs)
+        return codebook_terms(self.codes, self.codebooks.astype(F32), self.inputs)

@@ -30,7 +30,7 @@ PACKAGES = {
     "calibration": ("rabit_jax/calibration", "Channel statistics by probes, taps, or blocks"),
     "models": ("rabit_jax/models", "Config, block, decoder, generation"),
     "formats": ("rabit_jax/formats", "Hugging Face and packed folders, tokenizers, hub, cards"),
-    "data": ("rabit_jax/data", "Text, tokeniser, token cache, deterministic batches"),
+    "data": ("rabit_jax/data", "Text, tokenizer, token cache, deterministic batches"),
     "train": ("rabit_jax/train", "Losses, optimisers, the step, the loop, checkpoints, sharding"),
     "evaluate": ("rabit_jax/evaluate", "Perplexity, tasks, diagnostics, sign flips"),
     "kernels": ("kernels", "Packed bit layout and the packed products by device"),
@@ -95,10 +95,10 @@ def config_page() -> str:
     return "\n".join(text)
 
 
-def sections(cls: type, key: str, base: Any, told: dict[type, str]) -> list[str]:
+def sections(cls: type, key: str, base: Any, written: dict[type, str]) -> list[str]:
     """The table of a dataclass and those of the dataclasses among its fields.
 
-    `base` holds the defaults, None where there are none; `told` is where a class is told already.
+    `base` holds the defaults, None where there are none; `written` is where a class is described.
     """
     texts, types = descriptions(cls), hints(cls)
     rows, below = [], []
@@ -113,16 +113,16 @@ def sections(cls: type, key: str, base: Any, told: dict[type, str]) -> list[str]
         item = get_args(inner)[0] if repeated else inner
         nested = [m for m in variants(item).values() or [item] if is_section(m)]
         place = f"{dotted}[]" if repeated else dotted
-        # A choice of classes, or of what a list holds, is told where it first stands.
+        # A choice of classes, or of what a list holds, is described where it first stands.
         known = nested if repeated or len(nested) > 1 or base is None else []
-        known = [member for member in known if member in told]
-        told |= {member: place for member in nested if member not in known}
+        known = [member for member in known if member in written]
+        written |= {member: place for member in nested if member not in known}
         for member in nested:
             if member not in known:
                 own = value if isinstance(value, member) else empty(member)
-                below += sections(member, place, own, told)
+                below += sections(member, place, own, written)
         if known:
-            places = sorted({told[member] for member in known})
+            places = sorted({written[member] for member in known})
             text += f" Its keys are those of {', '.join(f'`{place}`' for place in places)}."
         if known or repeated or not nested:
             rows.append(f"| `{dotted}` | {type_name(kind)} | {shown(value)} | {text} |")

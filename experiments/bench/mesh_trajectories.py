@@ -6,7 +6,7 @@ full size. So runs on different meshes are compared state by state (the tests do
 step. This command shows it: eight simulated CPU devices, one state, one set of batches, four
 meshes.
 
-    python -m experiments.bench.mesh_trajectories --steps 60 --output docs/parting.svg
+    python -m experiments.bench.mesh_trajectories --steps 60 --output docs/mesh-trajectories.svg
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=60, help="steps of each run (default 60)")
-    parser.add_argument("--output", type=Path, default=Path("parting.svg"), help="the plot")
+    parser.add_argument(
+        "--output", type=Path, default=Path("mesh-trajectories.svg"), help="the plot")
     arguments = parser.parse_args(argv)
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}"

@@ -133,7 +133,7 @@ def _row(path: str, leaf: Any) -> Row:
     stored = leaf.deployed_bytes()
     return Row(
         path,
-        # A kernel of several axes is told by its shape: what matters is how its matrix is stored.
+        # The shape shows a kernel of several axes: what matters is how its matrix is stored.
         type(getattr(leaf, "matrix", leaf)).__name__,
         leaf.shape,
         getattr(leaf, "k", None),

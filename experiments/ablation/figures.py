@@ -27,6 +27,7 @@ MARKERS = "osD^vPX*<>"
 SIZE = (5.2, 3.3)
 MOST_CURVES = 8  # in one figure: more cannot be told apart
 ROW_INCHES = 0.27
+BITS = "packed.stored_bits_per_weight"
 Band = tuple[np.ndarray, np.ndarray]
 
 
@@ -138,8 +139,7 @@ def _quality_against_size(results: Results) -> str:
     """Perplexity against bits per weight, with the intervals of both tables."""
     rows = [row.label for row in results.plan.rows]
     points = {
-        row: (results.estimate(row, "packed.stored_bits_per_weight"), results.estimate(row, "qat.ppl"))
-        for row in rows
+        row: tuple(results.estimate(row, key) for key in (BITS, "qat.ppl")) for row in rows
     }
     if not any(bits and ppl for bits, ppl in points.values()):
         return ""

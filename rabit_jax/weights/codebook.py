@@ -105,9 +105,7 @@ def _fit_layer(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes uint8 `[stages, m, o]`, codebooks `[stages, entries, d]` and `g: [o]` of one matrix."""
     w = w.astype(F32)
-    # Divided by the largest first, so that no square leaves the float32 range.
-    unit = jnp.max(jnp.abs(w))
-    unit = jnp.where(unit > 0, unit, 1)
+    unit = _power_of_two(jnp.max(jnp.abs(w)))  # so that no square leaves the float32 range
     g = storable(unit * jnp.sqrt(jnp.mean(jnp.square(w / unit), axis=0)))
     pad = -w.shape[0] % spec.dim
     x = jnp.pad(w / jnp.where(g > 0, g, 1)[None], [(0, pad), (0, 0)])
@@ -122,6 +120,12 @@ def _fit_layer(
         books.append(book)
         x = x - book[code]
     return jnp.stack(codes).astype(jnp.uint8), jnp.stack(books), g
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The largest power of two that is not above `x`, 1 for 0: to divide by it rounds nothing."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
+    return jnp.where(bits > 0, jax.lax.bitcast_convert_type(bits, F32), 1)
 
 
 def draw(x: jax.Array, count: int, key: jax.Array) -> jax.Array:

@@ -71,7 +71,8 @@ class Description:
         )
         body = [
             f"{r.path:{long}} {r.representation:{wide}} {str(list(r.shape)):18} {r.k or '-':>2} "
-            f"{r.stored_bits_per_weight:7.3f} {_size(r.trained_bytes):>9} {_size(r.deployed_bytes):>9}"
+            f"{r.stored_bits_per_weight:7.3f} {_size(r.trained_bytes):>9} "
+            f"{_size(r.deployed_bytes):>9}"
             for r in self.rows
         ]
         average = f"{self.stored_bits_per_weight:.3f}" if self.quantised else ""

@@ -10,6 +10,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from rabit_jax import LLAMA_LINEARS, ResidualSignSpec, calibrate, load_hf, save_hf
+from rabit_jax.data.sources import DataConfig, documents
 from rabit_jax.data.tokens import batch, tokenise
 from rabit_jax.experiments import run as command
 from rabit_jax.formats.packed_model import load_packed
@@ -27,8 +28,9 @@ def pruned(place, ptq_model):
         kernel = params["layers"][group][projection]["kernel"]
         params["layers"][group][projection]["kernel"] = kernel.at[layer].set(0)
     save_hf(place / "pruned", model, params, tokenizer)
-    text = tokenise([(place / "train.txt").read_text()], tokenizer, place / "cache")
-    return place / "pruned", text
+    data = DataConfig(source="files", files=(str(place / "train.txt"),),
+                      eval_files=(str(place / "eval.txt"),))
+    return place / "pruned", tokenise(documents(data)[0], tokenizer, place / "cache")
 
 
 def run(place, name, pruned, **sections):

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from rabit_jax.experiments.engine import measure
 from rabit_jax.experiments.engine.settings import Evaluate
-from rabit_jax.train.sharding import make_mesh
+from rabit_jax.train.sharding import AXES
 
 
 @pytest.mark.parametrize("devices, size", [(1, 32), (1, 50), (1, 64), (4, 32), (4, 64)])
@@ -17,7 +18,7 @@ def test_a_last_batch_that_is_not_full_counts(devices, size):
     run = SimpleNamespace(
         text=SimpleNamespace(windows=lambda: rows), config=SimpleNamespace(
             evaluate=Evaluate(batch_size=size)),
-        mesh=make_mesh({"data": devices}, jax.devices()[:devices]),
+        mesh=Mesh(np.asarray(jax.devices()[:devices]).reshape(-1, 1), AXES),
     )
     for count in (50, 33, 3):
         batches = list(measure._windows(run, count))

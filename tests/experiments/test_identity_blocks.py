@@ -75,12 +75,14 @@ def test_post_training_packs_them_as_zeros_and_measures_every_sequence(place, pr
 
 @pytest.mark.more
 def test_training_keeps_them_zero_and_measures_every_window(place, pruned):
-    training = {"batch_size": 4, "length": 24, "steps": 3, "watch_every": 2}
+    # 12 sequences and 12 windows in batches of 8, on the 8 devices of the tests.
     _, summary = run(
-        place, "pruned-qat", pruned[0], qat=training, generate={"prompts": []},
-        evaluate={"context": 32, "windows": 6, "batch_size": 4, "diagnostic_windows": 6,
-                  "watch_windows": 6},
+        place, "pruned-qat", pruned[0], generate={"prompts": []},
+        calibrate={"sequences": 12, "batch_size": 8, "length": 24},
+        qat={"batch_size": 8, "length": 24, "steps": 3, "watch_every": 2},
+        evaluate={"context": 32, "windows": 12, "batch_size": 8, "diagnostic_windows": 12,
+                  "watch_windows": 12},
     )
     errors = summary["relative_error"]["qat"]
     assert errors["layers/attn/o/kernel"][1] == errors["layers/mlp/down/kernel"][2] == 0
-    assert summary["tokens"]["calibrate"] == 10 * 24
+    assert summary["tokens"]["calibrate"] == 12 * 24

@@ -61,7 +61,8 @@ def _dots(results: Results) -> str:
     rows = [(label, e) for label, e in found if e and np.isfinite(e.mean)]
     if not rows:
         return ""
-    taught = {lookup(summary, "teacher.ppl") for _, summary in results.cells if summary} - {None}
+    found = (lookup(summary, "teacher.ppl") for _, summary in results.cells if summary)
+    taught = {ppl for ppl in found if ppl is not None}
     most = 1.5 * float(np.median([e.mean for _, e in rows]))
 
     def draw(axes: Axes) -> None:

@@ -188,7 +188,7 @@ def _paired(
                            if row is not None and base is not None)
 
 
-def _closed(found: Iterable[tuple[float | None, float | None, float | None]]) -> GapClosed | None:
+def _closed(found: Iterable[tuple[float | None, ...]]) -> GapClosed | None:
     """`gap_closed` of (teacher, start, end) of each run; runs that lack a number are left out."""
     whole = [run for run in found if None not in run]
     return gap_closed(*zip(*whole, strict=True)) if whole else None  # pyright: ignore

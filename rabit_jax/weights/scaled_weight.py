@@ -62,8 +62,9 @@ class ScaledSpec:
         if isinstance(self.spec, SignFit):
             return replace(self.spec, **own).init(w, stats, key)
         if isinstance(parts := getattr(self.spec, "parts", None), tuple):
+            sum_of: Any = self.spec
             each = tuple(replace(self, spec=spec) for spec in parts)
-            return replace(self.spec, parts=each).init(w, stats, key)
+            return replace(sum_of, parts=each).init(w, stats, key)
         d_in, d_out = importances(self, w.shape, stats)
         p = w.astype(F32) * outer(d_in, d_out)
         if isinstance(self.spec, LowRankSignSpec):

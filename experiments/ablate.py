@@ -11,6 +11,11 @@ remove its folder. ablation.csv, .md and .html are written after every cell.
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import CELLS, watch
+
+if __name__ == "__main__":
+    watch(CELLS)  # before the imports below, which take seconds
+
 import argparse
 import shlex
 import sys
@@ -50,7 +55,8 @@ def execute(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             raise BadInput(f"there is no folder {plan.folder}: run the ablation without --table")
         show(write_tables(plan, made_by), plan.folder)
         return 0
-    runner = Runner(command, arguments.jobs)
+    imported = (part for name in arguments.imported for part in ("--import", name))
+    runner = Runner((*command, *imported), arguments.jobs)
     with locked(plan.folder) as runner.lock:
         write_text(plan.folder / "config.yaml", dump_yaml(plan.ablation))
         with runner.signals():

@@ -13,6 +13,11 @@ each scored from its own past alone, as published figures are. Texts:
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import AGAIN, watch
+
+if __name__ == "__main__":
+    watch(AGAIN)  # before the imports below, which take seconds
+
 import argparse
 import importlib.metadata
 import json
@@ -27,7 +32,13 @@ import jax
 from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
 from rabit_jax.evaluate.texts import check_name, read_text
-from rabit_jax.experiments.engine.console import EXIT_CODES, Parser, main_guard, table
+from rabit_jax.experiments.engine.console import (
+    EXIT_CODES,
+    Parser,
+    common_options,
+    main_guard,
+    table,
+)
 from rabit_jax.experiments.engine.evaluation import (
     Subject,
     begin_token,
@@ -37,7 +48,8 @@ from rabit_jax.experiments.engine.evaluation import (
     task_rows,
 )
 from rabit_jax.experiments.engine.machine import report
-from rabit_jax.formats.folder import find_folder
+from rabit_jax.formats.folder import find_folder, is_run_folder
+from rabit_jax.weights.description import describe
 
 COLUMNS = ("name", "metric", "value", "stderr", "shots", "samples", "context")
 EXAMPLES = """\
@@ -59,9 +71,11 @@ def parser() -> argparse.ArgumentParser:
     found = Parser(prog="python -m experiments.evaluate", description=__doc__,
                    epilog=f"{EXAMPLES}\n{EXIT_CODES}",
                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_options(found)
     add = found.add_argument
     add("--model", required=True, metavar="DIR",
-        help="model folder, dense or packed, a hub id, or a run folder for its trained student")
+        help="model folder, dense or packed, a hub id, or a run folder for its trained student or "
+             "else its packed model")
     add("--tasks", type=_names, default=(), metavar="A,B", help="tasks, groups or patterns")
     add("--ppl", type=_names, default=(), metavar="A,B", help="texts, see above")
     add("--context", type=int, default=2048, metavar="N",
@@ -95,7 +109,8 @@ def run(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_args(arguments)
     check(options)
-    find_folder(options.model)  # before data are fetched for a name that is mistyped
+    if not is_run_folder(Path(options.model).expanduser()):
+        find_folder(options.model)  # before data are fetched for a name that is mistyped
     tasks = load_tasks(options.tasks, options.include_path) if options.tasks else None
     texts = {name: read_text(name) for name in options.ppl}
     subject = load_subject(options.model)
@@ -111,6 +126,12 @@ def run(arguments: Sequence[str]) -> None:
                           limit=options.limit, chat=options.chat)
     result = report(shlex.join(["python", "-m", "experiments.evaluate", *arguments]), rows)
     result |= {"model": str(options.model), "limit": options.limit, "begin": begin is not None}
+    size = describe(subject.params)
+    result["size"] = {
+        "bits_per_weight": size.bits_per_weight if size.quantised else None,
+        "whole_model_bits_per_weight": size.whole_model_bits_per_weight,
+        "whole_model_ratio": size.whole_model_ratio,
+    }
     if tasks:
         result["versions"]["lm-eval"] = importlib.metadata.version("lm-eval")
     text = json.dumps(result, allow_nan=False)
@@ -120,6 +141,7 @@ def run(arguments: Sequence[str]) -> None:
         only = f", the first {options.limit} of each only" if options.limit else ""
         table(f"{options.model}{only}: {result['device']}, {result['date']}", COLUMNS,
               [[row[name] for name in COLUMNS] for row in rows], stdout=True)
+        print(f"bits per weight: {size.size}")
     if options.output:
         write_text(Path(options.output), text + "\n")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard
+from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, main_guard
 from rabit_jax.formats.families import tensor_names
 from rabit_jax.formats.folder import find_folder, read_generation
 from rabit_jax.formats.hf import save_hf
@@ -40,8 +40,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Write the dense Hugging Face folder of a packed (or dense) model.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    common_options(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model folder, packed or dense, or a hub id")
+    add("--model", required=True, metavar="DIR", 
+        help="model folder, packed or dense, a run folder for its packed model, or a hub id")
     add("--output", required=True, metavar="DIR",
         help="where to write; a model folder of that name is replaced")
     add("--dtype", default="bfloat16", choices=DTYPES,

@@ -14,11 +14,13 @@ import jax
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.chat import chat
-from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard
+from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, main_guard
 from rabit_jax.experiments.engine.continuing import Text, Writer
 from rabit_jax.formats.packed_model import load_model
+from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.prepared import prepare
 from rabit_jax.progress import loading, say
+from rabit_jax.weights.description import describe
 
 NEW_TOKENS, NEW_TOKENS_CHAT = 64, 512
 EXAMPLES = """\
@@ -43,8 +45,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Continue prompts with a dense or packed model, or talk to it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    common_options(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model folder, dense or packed, or a hub id")
+    add("--model", required=True, metavar="DIR",
+        help="model folder, dense or packed, a run folder for its packed model, or a hub id")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT",
                       help="text to continue; - reads it from stdin; give it several times for a "
@@ -70,19 +74,22 @@ def _run(args: argparse.Namespace) -> None:
         raise BadInput(f"--seed is {args.seed}, wanted 0 to {2**32 - 1}")
     if args.system is not None and not args.chat:
         raise BadInput("--system is for --chat alone: put it into the prompt")
-    writer, tokenizer = _load(args)
+    writer, tokenizer, size = _load(args)
     if args.chat:
         return chat(writer, tokenizer, args.system)
-    ids = tokenizer(prompts, return_attention_mask=False)["input_ids"]
+    size = writer.model.config.vocab_size
+    ids = [prompt_ids(tokenizer, prompt, size) for prompt in prompts]
     if len(ids) == 1 and sys.stdout.isatty():
         _print_as_it_comes(writer, tokenizer, prompts[0], ids[0])
     else:
         print("\n\n".join(_continued(writer, tokenizer, prompts, ids)), flush=True)
     say(str(writer.speed))
+    if size:
+        say(f"bits per weight: {size}")
 
 
-def _load(args: argparse.Namespace) -> tuple[Writer, Any]:
-    """The model, ready to write, and its tokenizer."""
+def _load(args: argparse.Namespace) -> tuple[Writer, Any, str]:
+    """The model, ready to write, its tokenizer, and the bits per weight of a packed one."""
     with loading(args.model) as done:
         model, params, tokenizer = load_model(args.model, done)
     if tokenizer is None:
@@ -93,8 +100,9 @@ def _load(args: argparse.Namespace) -> tuple[Writer, Any]:
         count = NEW_TOKENS_CHAT if args.chat else NEW_TOKENS
     temperature = 0.0 if args.greedy else args.temperature
     engine = prepare(model.config, params)
-    return Writer(model, engine, count, temperature, args.top_p, jax.random.key(args.seed)), \
-        tokenizer
+    writer = Writer(model, engine, count, temperature, args.top_p, jax.random.key(args.seed))
+    size = describe(params)
+    return writer, tokenizer, size.size if size.quantised else ""
 
 
 def _text(prompt: str) -> str:

@@ -6,6 +6,11 @@
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import CONTINUE, watch
+
+if __name__ == "__main__":
+    watch(CONTINUE)  # before the imports below, which take seconds
+
 import sys
 
 from rabit_jax.experiments import run

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard, table
+from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, main_guard, table
 from rabit_jax.formats.checkpoint import open_checkpoint
-from rabit_jax.formats.folder import is_model_folder, read_json
+from rabit_jax.formats.folder import find_folder, is_model_folder, is_run_folder, read_json
 from rabit_jax.formats.hub import ID, why
 from rabit_jax.formats.packed_model import is_packed, packed_bytes
 from rabit_jax.progress import say
@@ -36,8 +36,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Upload a model folder, packed or dense, to the Hugging Face hub.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    common_options(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model folder")
+    add("--model", required=True, metavar="DIR",
+        help="model folder, or a run folder for its packed model")
     add("--repo", required=True, metavar="ORG/NAME", help="model repository on the hub")
     add("--yes-upload", action="store_true",
         help="really upload; without it the files are only listed")
@@ -47,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     folder = Path(args.model).expanduser()
+    if is_run_folder(folder):
+        folder = find_folder(folder)
     if "/" not in args.repo or not ID.fullmatch(args.repo):
         raise BadInput(f"--repo is {args.repo!r}, wanted an owner and a name such as org/name")
     _check(folder)

@@ -13,6 +13,11 @@ A stage whose inputs and settings have not changed since it was completed is ski
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import CONTINUE, watch
+
+if __name__ == "__main__":
+    watch(CONTINUE)  # before the imports below, which take seconds
+
 import argparse
 import dataclasses
 import sys
@@ -21,7 +26,7 @@ import jax
 
 from rabit_jax import BadInput, convert, describe
 from rabit_jax.experiments.engine.config import SHIPPED, config_parser, dump_yaml, load_config
-from rabit_jax.experiments.engine.console import main_guard, watch_signals
+from rabit_jax.experiments.engine.console import main_guard
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.settings import RunConfig
@@ -62,18 +67,19 @@ def execute(arguments: argparse.Namespace, made_by: str) -> int:
         dry_run(config)
         return 0
     folder = RunFolder(config)
-    with opened(config, folder) as run:
-        folder.open(arguments.resume)
-        watch_signals(run, "at the next step, block or stage")
-        try:
+    try:
+        if folder.exists():
+            folder.lock()  # before text is read, which may take long
+        with opened(config, folder) as run:
+            folder.open(arguments.resume)
             last = until or stages[-1].name
             records = run_stages(run, stages, arguments.resume, set(arguments.force), last)
             if last != stages[-1].name:
                 say(f"{last}: complete in {folder.path}, the stages after it are left out")
                 return 0
             finish(run, records, made_by)
-        finally:
-            folder.metrics.close()
+    finally:
+        folder.close()
     return 0
 
 

@@ -7,75 +7,33 @@ The params tree is the model state; a weight is a small pytree that knows how to
 everything here is a pure function over the tree.
 """
 
-from rabit_jax.calibration import calibrate, calibrate_flax
-from rabit_jax.errors import BadInput
-from rabit_jax.formats import (
-    load_hf,
-    load_model,
-    load_packed_params,
-    save_hf,
-    save_packed_params,
-)
-from rabit_jax.models import generate
-from rabit_jax.signs import Stats, effective_weight, svid
-from rabit_jax.weights import (
-    LLAMA_LINEARS,
-    CodebookSpec,
-    DualBinarySpec,
-    FrozenPathSpec,
-    GroupUniformSpec,
-    IndependentSign,
-    IndependentSignSpec,
-    LowRankSignSpec,
-    PackedSign,
-    ResidualSign,
-    ResidualSignSpec,
-    UniformResidualSpec,
-    Weight,
-    convert,
-    cost,
-    dense,
-    describe,
-    linear,
-    pack,
-    residual,
-    scaled,
-)
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rabit_jax.public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "LLAMA_LINEARS",
-    "BadInput",
-    "CodebookSpec",
-    "DualBinarySpec",
-    "FrozenPathSpec",
-    "GroupUniformSpec",
-    "IndependentSign",
-    "IndependentSignSpec",
-    "LowRankSignSpec",
-    "PackedSign",
-    "ResidualSign",
-    "ResidualSignSpec",
-    "Stats",
-    "UniformResidualSpec",
-    "Weight",
-    "calibrate",
-    "calibrate_flax",
-    "convert",
-    "cost",
-    "dense",
-    "describe",
-    "effective_weight",
-    "generate",
-    "linear",
-    "load_hf",
-    "load_model",
-    "load_packed_params",
-    "pack",
-    "residual",
-    "save_hf",
-    "save_packed_params",
-    "scaled",
-    "svid",
-]
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module or package of the library, imported when first asked for.
+
+    Raises:
+      AttributeError: the library has no such name.
+    """
+    here = pkgutil.iter_modules(__path__)  # noqa: F405
+    if name in {module.name for module in here}:
+        return importlib.import_module(f"{__name__}.{name}")
+    public = importlib.import_module(f"{__name__}.public")
+    if name == "__all__" or name in public.__all__:
+        return getattr(public, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The names that completion offers."""
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -1,28 +1,23 @@
 """Files and folders that exist whole or not at all: written beside their place, then renamed.
 
 A name that exists is complete, whatever stopped the process that wrote it. What a failed attempt
-has left is removed on the way out, and permissions are those that the umask gives a new file.
+has left is removed on the way out, and what a killed process has left by the next one that writes
+in the same folder. Permissions are those that the umask gives a new file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
-
-@contextlib.contextmanager
-def workspace(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, on the same disk; parent folders are made."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as place:
-        yield Path(place)
+from rabit_jax.workspaces import workspace
 
 
 def publish(new: Path, target: Path) -> None:
@@ -67,7 +62,7 @@ def write_text(target: Path, text: str) -> None:
 def write_tensors(
     target: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file; the same content gives the same bytes.
 
     Raises:
       OSError, SafetensorError: the file cannot be written.
@@ -76,7 +71,22 @@ def write_tensors(
         new.touch()
         usual = new.stat().st_mode  # safetensors leaves a file that only its owner can read
         save_file(dict(tensors), new, metadata=None if metadata is None else dict(metadata))
+        _order_header(new)
         new.chmod(usual)
+
+
+def _order_header(file: Path) -> None:
+    """Put the keys of a safetensors header in order; the library has them in a random one."""
+    with open(file, "r+b") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False)
+        ordered = text.encode()
+        if len(ordered) <= length:  # else the library escapes a character that Python does not
+            content.seek(8)
+            content.write(ordered.ljust(length))
 
 
 def remove(target: Path) -> None:

@@ -17,6 +17,6 @@ def check_choice(name: str, found: object, choices: tuple[str, ...]) -> None:
         raise BadInput(f"{name} is {found!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's type where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

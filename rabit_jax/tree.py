@@ -115,12 +115,16 @@ def match_rules(params: Params, rules: Rules) -> dict[str, Spec]:
       `{path: spec}` of the leaves whose rule names a spec.
 
     Raises:
-      BadInput: a rule matches no path, names one layer of a stack, or selects something that is no
-        matrix or is a weight node already.
+      BadInput: params that are no tree of arrays, rules that are no pairs, a rule that matches no
+        path, names one layer of a stack, or selects something that is no matrix or is a weight node
+        already.
     """
     found = dict(leaves(params))
+    if not found or ("" in found and not hasattr(found[""], "shape")):
+        raise BadInput(f"params are a {type(params).__name__}, wanted a tree of arrays, such as "
+                       "variables['params'] of a Flax model")
     chosen: dict[str, Spec | None] = {}
-    for pattern, spec in rules:
+    for pattern, spec in _pairs(rules):
         hits = [path for path in found if _fullmatch(pattern, path)]
         if not hits:
             raise BadInput(_no_match(pattern, found))
@@ -130,6 +134,18 @@ def match_rules(params: Params, rules: Rules) -> dict[str, Spec]:
     for path in selected:
         _check_matrix(path, found[path])
     return selected
+
+
+def _pairs(rules: Any) -> list[tuple[str, Spec | None]]:
+    """The rules, each a regex and a spec or None."""
+    wanted = "wanted a list of pairs (regex, spec), such as [(r'layers/.*/kernel', spec)]"
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
+        raise BadInput(f"rules are a {type(rules).__name__}, {wanted}")
+    for rule in rules:
+        pair = isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2
+        if not pair or not isinstance(rule[0], str):
+            raise BadInput(f"a rule is {str(rule)[:80]!r}, {wanted}")
+    return list(rules)
 
 
 def _fullmatch(pattern: str, path: str) -> bool:
@@ -144,6 +160,8 @@ def _check_matrix(path: str, leaf: Any) -> None:
         raise BadInput(
             f"{path} is a {type(leaf).__name__} already: convert the full-precision params"
         )
+    if not hasattr(leaf, "shape"):
+        raise BadInput(f"{path} is a {type(leaf).__name__}, wanted an array: give the params")
     if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise BadInput(
             f"{path} is {leaf.dtype}{list(leaf.shape)}, no float matrix [..., in, out]: "

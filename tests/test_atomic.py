@@ -5,6 +5,7 @@ import stat
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from rabit_jax.atomic import publish, remove, replacing, workspace, write_tensors, write_text
@@ -63,3 +64,17 @@ def test_remove_takes_a_link_and_not_what_it_points_to(tmp_path):
     remove(folder)
     remove(folder)
     assert not any(tmp_path.iterdir())
+
+
+def test_the_same_tensors_and_texts_give_the_same_bytes_whatever_the_order(tmp_path):
+    tensors = {f"layer.{n}.ü": np.arange(n + 1.0) for n in range(20)}
+    texts = {f"text {n}": '{"a": "é\\n"}' * n for n in range(20)}
+    for name, order in (("one", 1), ("other", -1)):
+        write_tensors(tmp_path / name, dict(list(tensors.items())[::order]),
+                      dict(list(texts.items())[::order]))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    with safe_open(tmp_path / "one", "numpy") as file:
+        assert file.metadata() == texts
+    found = load_file(tmp_path / "one")
+    assert set(found) == set(tensors)
+    assert all((found[name] == tensors[name]).all() for name in tensors)

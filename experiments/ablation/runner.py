@@ -6,7 +6,6 @@ A signal stops them so that the same command continues them.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -23,12 +22,13 @@ from rabit_jax.atomic import remove, write_text
 from rabit_jax.experiments.ablation.cells import Cell
 from rabit_jax.experiments.engine.config import dump_yaml, load_config, section_hash
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.signals import RESUMABLE, handling
 from rabit_jax.formats.folder import fingerprint
+from rabit_jax.locks import locked as held
 from rabit_jax.progress import number, progress, say
 
 RUN = (sys.executable, "-m", "rabit_jax.experiments.run")
 LOG = "log.txt"
-RESUMABLE = 75
 POLL_SECONDS = 0.05
 # The `summary.json` of a run as it is read: nested dicts of numbers, strings and nulls.
 Summary = Mapping[str, Any]
@@ -105,23 +105,15 @@ def locked(folder: Path) -> Iterator[int]:
     Raises:
       BadInput: another process has locked the folder, or it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise BadInput(
-            f"cannot write the folder {folder} ({error.strerror or error}); set output to another "
-            "place"
-        ) from error
-    with file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock = stack.enter_context(held(folder / ".lock", f"the ablation {folder}"))
+        except OSError as error:
             raise BadInput(
-                f"another ablation, or a cell that a killed one has left, works in {folder}: wait "
-                f"for it, or stop it (`fuser {folder / '.lock'}` prints its process id)"
-            ) from None
-        yield file.fileno()
+                f"cannot write the folder {folder} ({error.strerror or error}); set output to "
+                "another place"
+            ) from error
+        yield lock
 
 
 @dataclass
@@ -170,12 +162,8 @@ class Runner:
 
         # The cells have sessions of their own: a terminal that closes would not reach them.
         closing = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
-        kept = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, *closing)}
-        try:
+        with handling(stop, (signal.SIGINT, signal.SIGTERM, *closing)):
             yield
-        finally:
-            for signum, handler in kept.items():
-                signal.signal(signum, handler)
 
     def _interrupt(self) -> None:
         for running in list(self._slots.values()):

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from rabit_jax.experiments.bench import decode, kernels, step, svid
-from rabit_jax.experiments.engine.console import EXIT_CODES, Parser, main_guard, table
+from rabit_jax.experiments.engine.console import (
+    EXIT_CODES,
+    Parser,
+    common_options,
+    main_guard,
+    table,
+)
 from rabit_jax.experiments.engine.machine import report
 from rabit_jax.kernels.bench import aot
 from rabit_jax.kernels.bench.machine import driver
@@ -42,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="python -m experiments.bench", description=__doc__,
                  epilog=f"{EXAMPLES}\n{EXIT_CODES}",
                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_options(top)
     commands = top.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, module in BENCHMARKS.items():
         text = module.__doc__ or ""

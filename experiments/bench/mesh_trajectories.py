@@ -16,6 +16,8 @@ import os
 import sys
 from pathlib import Path
 
+from rabit_jax.experiments.engine.console import common_options
+
 DEVICES = 8
 MESHES = {"data 8": (8, 1), "tensor 8": (1, 8), "data 2, tensor 4": (2, 4)}
 
@@ -93,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="exit codes: 0 done, 2 bad options",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    common_options(parser)
     parser.add_argument("--steps", type=int, default=60, help="steps of each run (default 60)")
     parser.add_argument(
         "--output", type=Path, default=Path("mesh-trajectories.svg"), help="the plot")

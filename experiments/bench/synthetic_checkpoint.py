@@ -25,7 +25,7 @@ from rabit_jax.data.embedded import embedded_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.bench.shapes import MODELS, model_config
-from rabit_jax.experiments.engine.console import main_guard
+from rabit_jax.experiments.engine.console import common_options, main_guard
 from rabit_jax.formats.families import tensor_names
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.models.config import ModelConfig
@@ -116,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    common_options(found)
     found.add_argument("--model", required=True, choices=list(MODELS),
                        help="model with these shapes")
     found.add_argument("--output", required=True, type=Path, metavar="DIR", help="model folder")

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, first_line
 from rabit_jax.experiments.engine.continuing import Text, Writer
+from rabit_jax.formats.tokenizer import check_ids, encode
 from rabit_jax.progress import say
 
 # Every turn reads the whole conversation again; its length is rounded up to a multiple of this, or
@@ -75,7 +76,7 @@ def _lines() -> Iterator[str]:
 
 def _answer(writer: Writer, tokenizer: Any, messages: Messages) -> str:
     """Prints the answer to the last message and returns it; "" where it does not fit."""
-    ids = _template(tokenizer, messages)
+    ids = _template(tokenizer, messages, writer.model.config.vocab_size)
     most = writer.model.config.max_position
     if len(ids) >= most:
         say(f"the conversation now has {len(ids)} tokens and the model a context of {most}, so the "
@@ -92,7 +93,7 @@ def _answer(writer: Writer, tokenizer: Any, messages: Messages) -> str:
     return text.whole()
 
 
-def _template(tokenizer: Any, messages: Messages) -> list[int]:
+def _template(tokenizer: Any, messages: Messages, vocab_size: int) -> list[int]:
     """Token ids of the conversation up to where the answer begins."""
     try:
         from jinja2 import TemplateError
@@ -100,8 +101,16 @@ def _template(tokenizer: Any, messages: Messages) -> list[int]:
         raise BadInput("--chat renders the model's chat template with jinja2, which is not "
                        "installed: pip install jinja2") from None
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                             return_dict=False)
+        # The template writes the special tokens itself, so the tokenizer adds none.
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise BadInput(f"the chat template refuses the conversation ({error}): leave --system out "
                        "or correct the template") from error
+    except Exception as error:  # a template is a program, and fails like one
+        raise BadInput(f"the chat template cannot be applied ({first_line(error)}): correct "
+                       "chat_template in the folder") from error
+    (ids,) = encode(tokenizer, [text])
+    if not ids:
+        raise BadInput("the chat template gives an empty text: correct chat_template in the folder")
+    check_ids(ids, tokenizer, vocab_size)
+    return ids

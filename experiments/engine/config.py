@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import EXIT_CODES
+from rabit_jax.experiments.engine.console import EXIT_CODES, common_options
 from rabit_jax.experiments.engine.validation import (
     Annotation,
     Tree,
@@ -31,6 +31,7 @@ from rabit_jax.experiments.engine.validation import (
 )
 
 T = TypeVar("T")
+ADDED = "added"  # in the metadata of a field that came after 0.1
 SHIPPED = Path(__file__).parents[1] / "configs"
 MOST_VALUES = 100_000  # of a YAML text once its aliases are written out
 MOST_LEVELS = 50
@@ -86,6 +87,7 @@ def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    common_options(found)
     found.add_argument(
         "--config",
         required=True,
@@ -99,16 +101,9 @@ def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def to_dict(config: Any) -> Any:
-    """Return dataclasses, nested in whatever way, as the dicts, lists and scalars of JSON.
-
-    A field that is marked `added` is left out while it has its default, so that the configs and
-    the stages of earlier versions keep their text and their hashes.
-    """
+    """Return dataclasses, nested in whatever way, as the dicts, lists and scalars of JSON."""
     if dataclasses.is_dataclass(config):
-        return {
-            f.name: to_dict(value) for f in dataclasses.fields(config)
-            if (value := getattr(config, f.name)) != f.default or "added" not in f.metadata
-        }
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, dict):
         return {str(key): to_dict(value) for key, value in config.items()}
     if isinstance(config, tuple | list):
@@ -118,7 +113,7 @@ def to_dict(config: Any) -> Any:
 
 def dump_yaml(config: Any) -> str:
     """Return the YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(_recorded(config), sort_keys=False, allow_unicode=True, width=100)
 
 
 def difference(a: Any, b: Any) -> str:
@@ -132,13 +127,28 @@ def difference(a: Any, b: Any) -> str:
     return "\n".join(lines)
 
 
+def _recorded(config: Any) -> Any:
+    """As `to_dict`, without the fields that came after 0.1 where they have their defaults.
+
+    So the records of earlier runs keep their keys, and their configs their text.
+    """
+    if dataclasses.is_dataclass(config):
+        return {f.name: _recorded(getattr(config, f.name)) for f in dataclasses.fields(config)
+                if not (ADDED in f.metadata and getattr(config, f.name) == f.default)}
+    if isinstance(config, dict):
+        return {str(key): _recorded(value) for key, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [_recorded(item) for item in config]
+    return to_dict(config)
+
+
 def section_hash(*objects: Any) -> str:
     """Return the SHA-256 (hex) of the JSON form of dataclasses, dicts, sequences and scalars.
 
     The same on every machine and Python; the order of dict keys does not matter, that of the
     objects does.
     """
-    text = json.dumps(to_dict(objects), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_recorded(objects), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -8,46 +8,27 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
+import logging
 import os
-import signal
+import sys
+import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, first_line
+from rabit_jax.experiments.engine.signals import CONTINUE, RESUMABLE
 from rabit_jax.progress import Value, number, say
 
 # What every command ends with; `--help` prints it, `main_guard` does it.
 EXIT_CODES = """exit codes:
   0 done, 1 a crash (of an ablation: a cell failed), 2 bad input or a full disk (one sentence on
-  stderr), 75 stopped but resumable, 130 stopped"""
-
-
-class Stoppable(Protocol):
-    """A run that reads `stopped` between its steps."""
-
-    stopped: bool
-
-
-def watch_signals(run: Stoppable, when: str) -> None:
-    """Let the first Ctrl-C or SIGTERM set `run.stopped`, and the second end the process.
-
-    Args:
-      run: what is to be stopped.
-      when: where the run will stop, such as "after this block".
-    """
-
-    def stop(*_: object) -> None:
-        if run.stopped:
-            raise KeyboardInterrupt
-        run.stopped = True
-        say(f"stopping {when} (again to stop at once)")
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+  stderr), 75 stopped by Ctrl-C or SIGTERM: run, ptq and ablate
+  go on and evaluate starts again by the same command; 130 other commands stopped"""
 
 
 def table(
@@ -75,6 +56,24 @@ def main_guard(function: Callable[[], int | None], resumable: bool = False) -> i
     # Of transformers a command uses the tokenizers; it would say on stderr that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     again = ", then continue with --resume" if resumable else ""
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
+    _quiet_about_full_disks()
+    full = False
+    try:
+        return _outcome(function, resumable)
+    except Exception as error:
+        full = _disk_full(error)
+        if not full:
+            raise
+        say(f"error: the disk is full: free some space{again}")
+        return 2
+    finally:
+        # What is still to be flushed to a full disk fails later, and need not be said again.
+        if not full:
+            sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+
+
+def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
     try:
         return function() or 0
     except BadInput as error:
@@ -84,22 +83,102 @@ def main_guard(function: Callable[[], int | None], resumable: bool = False) -> i
         if not resumable:
             say("stopped")
             return 130
-        say("stopped; the same command with --resume continues from the last checkpoint")
-        return 75
-    except Exception as error:
-        if not _disk_full(error):
-            raise
-        say(f"error: the disk is full: free some space{again}")
-        return 2
+        say(CONTINUE)
+        return RESUMABLE
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _disk_full(error: BaseException | None) -> bool:
-    """Whether the error or what caused it is ENOSPC; storage libraries give it only as text."""
+    """Whether the error or what caused it is a full disk, a quota or a limit on files.
+
+    Storage libraries give the reason only as text.
+    """
     while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        text = str(error)
+        if getattr(error, "errno", None) in _FULL or any(os.strerror(n) in text for n in _FULL):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _quiet_about_full_disks() -> None:
+    """Print no traceback of what a full disk makes of other threads and of files at the end.
+
+    The main thread raises the error once. Writes of TensorStore that are still under way then
+    report to the event loop of a save that has ended.
+    """
+
+    def known(error: BaseException | None) -> bool:
+        closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        return closed or _disk_full(error)
+
+    def of_task(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and known(record.exc_info[1]))
+
+    logging.getLogger("asyncio").addFilter(of_task)
+    plain, of_thread, unraisable = sys.excepthook, threading.excepthook, sys.unraisablehook
+    sys.excepthook = lambda kind, error, trace: known(error) or plain(kind, error, trace)
+    threading.excepthook = lambda args: known(args.exc_value) or of_thread(args)
+    sys.unraisablehook = lambda args: known(args.exc_value) or unraisable(args)
+
+
+def common_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes: `--version`, `--import MODULE` and shell completion."""
+    parser.add_argument("--version", action=_Version, nargs=0,
+                        help="print versions and device, and end")
+    parser.add_argument("--import", action=_Import, metavar="MODULE", dest="imported", default=[],
+                        help="import a module of yours first, such as one that defines a weight "
+                             "representation; may be given several times")
+
+
+    parser.add_argument("--print-completion", action=_Completion, metavar="SHELL",
+                        choices=("bash", "zsh", "tcsh"),
+                        help="print the completion of the installed command for bash, zsh or tcsh")
+
+
+class _Completion(argparse.Action):
+    """Prints the completion script of the installed command, such as `rabit-run`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        import shtab
+
+        parser.prog = f"rabit-{parser.prog.rpartition('.')[2]}"
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
+class _Import(argparse.Action):
+    """Imports a module when the option is read; the working directory is searched as well."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # A console script does not search it.
+        try:
+            importlib.import_module(values)
+        except Exception as error:  # A module of the user's raises whatever it raises.
+            parser.error(f"--import {values}: {type(error).__name__}: {first_line(error)}")
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
+
+
+class _Version(argparse.Action):
+    """Prints what a report of a fault should name."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        from rabit_jax.experiments.engine.machine import version_lines
+
+        print(version_lines())
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):

@@ -28,9 +28,9 @@ from rabit_jax.experiments.engine.config import load_config
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.experiments.engine.settings import RunConfig
-from rabit_jax.formats.folder import find_folder
+from rabit_jax.formats.folder import is_run_folder
 from rabit_jax.formats.packed_model import load_model
-from rabit_jax.formats.tokenizer import load_tokenizer
+from rabit_jax.formats.tokenizer import check_ids
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.progress import loading, progress, say
 from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
@@ -76,11 +76,10 @@ def load_subject(path: str) -> Subject:
 
 
 def _load(path: str) -> tuple[Decoder, Params, Any]:
-    folder = Path(path).expanduser()
-    if not (folder / "config.yaml").is_file() or (folder / "config.json").exists():
+    if not is_run_folder(Path(path).expanduser()):
         with loading(path) as done:
             return load_model(path, done)
-    folder = folder.resolve()
+    folder = Path(path).expanduser().resolve()
     config = load_config(RunConfig, folder / "config.yaml")
     # Neither the run's devices nor its text need be on this machine.
     teacher = dataclasses.replace(
@@ -89,10 +88,13 @@ def _load(path: str) -> tuple[Decoder, Params, Any]:
                                  teacher=teacher, mesh={"tensor": len(jax.devices())})
     found = Inputs(config, RunFolder(config))
     if not (folder / "stages" / "qat.json").exists():
+        if (folder / "packed" / "config.json").exists():  # a run of task ptq, which trains none
+            with loading(path) as done:
+                return load_model(folder / "packed", done)
         raise BadInput(f"{path} has no trained student: let the run finish its stage qat, or name "
                        "a model folder in it, such as teacher or packed")
     say(f"the trained student of {path}")
-    return found.model, found.student, load_tokenizer(find_folder(found.teacher_folder))
+    return found.model, found.student, found.text.tokenizer
 
 
 def begin_token(subject: Subject, wanted: bool | None) -> int | None:
@@ -124,6 +126,7 @@ def perplexity_rows(
         cut = text_windows(name, documents, subject.tokenizer, context, limit,
                            lambda done, total: bar.update(100 * done // total), begin)
         bar.update(100)
+    check_ids(cut.tokens, subject.tokenizer, subject.model.config.vocab_size)
     with progress(f"perplexity, {name}", len(cut.tokens)) as bar:
         found = perplexity(
             subject.model, subject.params, cut.tokens, batch_size=batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from rabit_jax import BadInput
@@ -9,6 +10,7 @@ from rabit_jax.atomic import write_text
 from rabit_jax.experiments.engine.config import difference, dump_yaml, load_config, to_dict
 from rabit_jax.experiments.engine.metrics import Metrics, WandbLog
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.locks import locked
 from rabit_jax.progress import say
 
 # Names that a run writes. A folder that holds one of them and no config is somebody else's.
@@ -29,13 +31,40 @@ class RunFolder:
         self.path = Path(config.output) / config.name
         self.config = config
         self.metrics = Metrics(self.path)
+        self._lock = contextlib.ExitStack()
+        self._locked = False
+
+    def lock(self) -> None:
+        """Become the one process that writes the folder, until `close`.
+
+        Raises:
+          BadInput: another process works in it, which the message names, or it cannot be written.
+        """
+        if self._locked:
+            return
+        try:
+            self._lock.enter_context(locked(self.path / ".lock", f"the run folder {self.path}"))
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._locked = True
+
+    def exists(self) -> bool:
+        """Whether a run was started in the folder."""
+        return (self.path / "config.yaml").exists()
+
+    def close(self) -> None:
+        """Send what is left of the metrics and give the lock up."""
+        self.metrics.close()
+        self._lock.close()
+        self._locked = False
 
     def open(self, resume: bool) -> None:
-        """Create the folder and write the resolved config.
+        """Create the folder, lock it and write the resolved config.
 
         Raises:
           BadInput: `resume` with a config that differs from the one in the folder, a folder that
-            is no run's or cannot be written, or Weights & Biases is asked for and not installed.
+            is no run's, is in use or cannot be written, or Weights & Biases is asked for and not
+            installed.
         """
         if project := self.config.wandb:
             self.metrics.wandb = WandbLog(self.path, project, to_dict(self.config), resume)
@@ -56,12 +85,16 @@ class RunFolder:
                 "of a run: set name or output to another place"
             )
         try:
+            self.lock()
             write_text(written, dump_yaml(self.config))
         except OSError as error:
-            raise BadInput(
-                f"cannot write the run folder {self.path} ({error.strerror or error}); "
-                "set output to another place"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> BadInput:
+        return BadInput(
+            f"cannot write the run folder {self.path} ({error.strerror or error}); set output to "
+            "another place"
+        )
 
     def _changed(self, written: Path) -> str:
         """How the config in the folder differs from this one, "" where it does not."""

@@ -18,15 +18,18 @@ from rabit_jax.atomic import remove, write_tensors
 from rabit_jax.data.tokens import batch
 from rabit_jax.evaluate.diagnostics import Apply
 from rabit_jax.experiments.engine.folder import RunFolder
+from rabit_jax.experiments.engine.records import check_files
 from rabit_jax.experiments.engine.settings import RunConfig, Training
+from rabit_jax.experiments.engine.signals import stopping_between_steps
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.hf import load_hf
+from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, param_shapes
 from rabit_jax.progress import loading, progress, say
 from rabit_jax.train.checkpoints import Checkpoints, abstract
-from rabit_jax.train.loop import Loop, Record, Watch, train
+from rabit_jax.train.loop import Loop, Record, Watch, train, whole
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import make_mesh, param_shardings
 from rabit_jax.train.step import TrainState
@@ -72,9 +75,10 @@ class Inputs:
         """
         config, text = self.config, self.text
         lengths = {name: getattr(config, name).length for name in self._reads_text()}
-        prompts = [len(text.tokenizer(prompt)["input_ids"]) for prompt in config.generate.prompts]
-        if not all(prompts):
+        size = self.model_config.vocab_size
+        if not all(map(str.strip, config.generate.prompts)):
             raise BadInput("generate.prompts holds an empty prompt: give it some text")
+        prompts = [len(prompt_ids(text.tokenizer, one, size)) for one in config.generate.prompts]
         longest = max(prompts, default=0) + config.generate.max_new_tokens
         every = {**lengths, "evaluate": config.evaluate.context, "generate": longest}
         check_lengths(every, self.model_config.max_position)
@@ -133,6 +137,7 @@ class Inputs:
     def teacher(self) -> Params:
         """Full-precision params, placed on the mesh as they are read."""
         where = param_shardings(abstract_params(self.model_config), self.mesh)
+        check_teacher(self.teacher_folder)
         with loading(self.teacher_folder) as done:
             return load_hf(self.teacher_folder, shardings=where, done=done)[1]
 
@@ -140,6 +145,7 @@ class Inputs:
     def stats(self) -> dict[str, Stats]:
         """Calibration statistics by path."""
         file = self.folder.path / "calibration.safetensors"
+        check_files(self.folder.path, "calibrate", file.name)
         try:
             arrays = load_file(file)
         except (OSError, SafetensorError) as error:
@@ -220,7 +226,7 @@ class Inputs:
         tokens = section.batch_size * section.length
         with Checkpoints(self.folder.checkpoints(stage)) as kept:
             state = trainer.state
-            if resume and (found := kept.restore_last(abstract(state))):
+            if resume and (found := kept.restore_last(abstract(state), whole)):
                 # The fresh state would stand beside the restored one for the whole training.
                 jax.tree.map(lambda leaf: leaf.delete(), state)
                 state = found[1]
@@ -228,7 +234,10 @@ class Inputs:
             if resume:
                 say(f"{stage}: continuing after step {begin}")
                 self.folder.metrics.forget((stage,), begin)
-            with progress(stage, section.steps, start=begin) as bar:
+            with (
+                stopping_between_steps(self, "at the next step"),
+                progress(stage, section.steps, start=begin) as bar,
+            ):
                 def shown(step: int, record: Record) -> None:
                     bar.update(
                         step, loss=record["loss"], tokens_per_second=record["tokens_per_second"]
@@ -252,6 +261,17 @@ class Inputs:
                 return train(
                     loop, trainer.step, state, trainer.frozen, trainer.teacher, batches, kept
                 )
+
+
+def check_teacher(path: str) -> None:
+    """Verify a teacher that a run has trained, which lies beside the records of that run.
+
+    Raises:
+      BadInput: a file differs from the digest that the run noted.
+    """
+    folder = Path(path).expanduser()
+    if folder.name == "teacher":
+        check_files(folder.parent, "teacher", "teacher")
 
 
 def check_rules(selected: Collection[str]) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from rabit_jax import __version__
+
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy",
 )
@@ -46,6 +48,14 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def version_lines() -> str:
+    """Versions of this package, of jax, jaxlib and Python, and the device, a line each."""
+    known = versions()
+    found = {"rabit_jax": __version__, "jax": known.get("jax"), "jaxlib": known.get("jaxlib"),
+             "python": known["python"], "device": device()}
+    return "\n".join(f"{name} {value}" for name, value in found.items())
 
 
 def peak_memory() -> int:

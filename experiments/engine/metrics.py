@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
+from rabit_jax.progress import say
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -56,22 +57,31 @@ class Metrics:
         return self._boards[stage]
 
     def lines(self) -> list[Line]:
-        """All whole lines; a line cut by a crash is left out."""
-        texts = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        found = []
-        for text in texts:
-            try:
-                found.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
-        return found
+        """All whole lines; one that was cut by a crash or is damaged is left out."""
+        return [line for _, line in self._read() if line is not None]
+
+    def _read(self) -> Iterator[tuple[str, Line | None]]:
+        """Each line as text, and as read; None where it is no line of metrics."""
+        if self.file.exists():
+            for text in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
+                yield text, _parsed(text)
 
     def forget(self, stages: Collection[str], after: int = -1) -> None:
-        """Drop the lines of these stages after a step, and any line cut by a crash."""
-        if self.file.exists():
-            kept = [json.dumps(line) + "\n" for line in self.lines()
-                    if _owner(line) not in stages or line["step"] <= after]
-            write_text(self.file, "".join(kept))
+        """Drop the lines of these stages after a step; damaged lines are set aside.
+
+        Those go to `metrics.damaged` beside the file, and one line on stderr says so.
+        """
+        if not self.file.exists():
+            return
+        found = list(self._read())
+        kept = [line for _, line in found if line is not None
+                and (_owner(line) not in stages or line["step"] <= after)]
+        if damaged := [text for text, line in found if line is None]:
+            aside = self.file.with_suffix(".damaged")
+            with open(aside, "a", encoding="utf-8") as file:
+                file.writelines(f"{text}\n" for text in damaged)
+            say(f"{self.file}: {len(damaged)} damaged lines were set aside in {aside.name}")
+        write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
         """Flush TensorBoard and Weights & Biases."""
@@ -83,6 +93,19 @@ class Metrics:
 
 def _owner(line: Line) -> str:
     return line.get("during", line["stage"])
+
+
+def _parsed(text: str) -> Line | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict):
+        return None
+    kinds = {"stage": str, "during": str, "step": int, "tokens": int | float}
+    sound = all(isinstance(line.get(name), kind) for name, kind in kinds.items()
+                if name in ("stage", "step") or name in line)
+    return line if sound and "\ufffd" not in text else None
 
 
 class WandbLog:

@@ -1,12 +1,13 @@
-"""What a block-wise run keeps on disk: each piece is there whole or not at all."""
+"""What a block-wise run keeps on disk: each piece is there whole or not at all, with a checksum."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from rabit_jax import BadInput, Stats
 from rabit_jax.atomic import remove, replacing, write_tensors, write_text
-from rabit_jax.formats.packed_file import named_parts, part_names
+from rabit_jax.errors import first_line
+from rabit_jax.experiments.engine.records import Record, read_record, write_record
+from rabit_jax.formats.packed_file import checksum, named_parts, part_names, text_checksum
 from rabit_jax.types import Array
 from rabit_jax.weights.representations import abstract_packed
-
-Record: TypeAlias = dict[str, Any]  # what JSON holds
 
 
 class Pieces:
@@ -39,14 +40,14 @@ class Pieces:
           BadInput: `resume`, and the pieces there were made with another key.
         """
         file = self.folder / "key"
-        found = file.read_text() if file.exists() else None
+        found = file.read_text(errors="replace") if file.exists() else None
         if found == key:
             return True
         if found and resume:
             raise BadInput(
-                f"cannot resume {self.folder}: since it was stopped, what it reads has "
-                "changed (text, model files or the version of this package); put it back, or run "
-                "without --resume to start again"
+                f"cannot resume {self.folder}: since it was stopped, what it reads has changed "
+                f"(its pieces have the key {found[:12]!r}..., now it is {key[:12]!r}...); put it "
+                "back, or run without --resume to start again"
             )
         remove(self.folder)
         write_text(file, key)
@@ -59,6 +60,11 @@ class Pieces:
     def drop(self, name: str) -> None:
         """Remove a piece; nothing there is fine."""
         remove(self.folder / name)
+        remove(self._sum(name))
+
+    def _sum(self, name: str) -> Path:
+        """The file beside the arrays of a piece that holds their CRC-32."""
+        return self.folder / f"{name}.crc32"
 
     # arrays, batch by batch
 
@@ -67,19 +73,37 @@ class Pieces:
         """Yields a function that appends an array; the piece is there when the block ends."""
         with replacing(self.folder / name) as work, open(work, "wb") as file:
             # Not a memory map: where the disk is full, writing to one kills the process.
+            total = 0
 
             def append(array: Array) -> None:
-                file.write(np.asarray(array).tobytes())
+                nonlocal total
+                content = np.asarray(array).tobytes()
+                total = zlib.crc32(content, total)
+                file.write(content)
 
             yield append
+            write_text(self._sum(name), str(total))
 
     def reading(self, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[np.ndarray]:
-        """The arrays `shape` of a piece, one after another."""
+        """The arrays `shape` of a piece, one after another.
+
+        Raises:
+          BadInput: after the last array, where they are not those that were written.
+        """
+        total, known = 0, self._sum(name)
         kind = jnp.dtype(dtype)
         count = int(np.prod(shape)) * kind.itemsize
         with open(self.folder / name, "rb") as file:
             while content := file.read(count):
+                total = zlib.crc32(content, total)
+                if len(content) < count:
+                    break
                 yield np.frombuffer(content, kind).reshape(shape)
+        if known.exists() and known.read_text(errors="replace") != str(total):
+            raise BadInput(
+                f"{self.folder / name} is damaged, its checksum differs: remove {self.folder} to "
+                "start the stage again"
+            )
 
     # packed blocks
 
@@ -98,22 +122,31 @@ class Pieces:
         for path, one in (stats or {}).items():
             arrays |= {f"{path}:s_in": np.asarray(one.s_in), f"{path}:s_out": np.asarray(one.s_out)}
         headers = {path: node.header() for path, node in packed.items()}
+        sums = {name: checksum(np.asarray(array)) for name, array in arrays.items()}
         metadata = {"headers": json.dumps(headers), "record": json.dumps(record)}
+        metadata["sha256"] = json.dumps({**sums, **_sums(metadata)})
         write_tensors(self.folder / name, arrays, metadata)
 
     def read_block(self, name: str) -> tuple[dict[str, Any], dict[str, Stats] | None, Record]:
         """What `write_block` kept; statistics None where there were none.
 
         Raises:
-          BadInput: the file cannot be read.
+          BadInput: the file cannot be read or is damaged.
         """
         try:
             with safe_open(self.folder / name, framework="numpy") as file:
                 arrays = {key: file.get_tensor(key) for key in file.keys()}
-                header = {key: json.loads(text) for key, text in file.metadata().items()}
-        except (OSError, SafetensorError) as error:
+                metadata = dict(file.metadata())
+                header = {key: json.loads(text) for key, text in metadata.items()}
+            sums = header.pop("sha256", None)  # blocks of 0.1 have none
+            metadata.pop("sha256", None)
+            found = {key: checksum(array) for key, array in arrays.items()} | _sums(metadata)
+            if sums is not None and sums != found:
+                raise ValueError("a checksum differs")
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise BadInput(
-                f"cannot read {self.folder / name}: remove {self.folder} to start again"
+                f"cannot read {self.folder / name}, which is damaged ({first_line(error)}): remove "
+                f"{self.folder} to start the stage again"
             ) from error
         packed = {
             path: jax.tree.map(lambda part, p=path: arrays[f"{p}:{part}"],
@@ -128,8 +161,13 @@ class Pieces:
 
     def write_record(self, name: str, record: Record) -> None:
         """Keep a record as JSON."""
-        write_text(self.folder / name, json.dumps(record, indent=1))
+        write_record(self.folder / name, record)
 
     def record(self, name: str) -> Record | None:
-        """A record, None where there is none."""
-        return json.loads((self.folder / name).read_text()) if self.has(name) else None
+        """A record, None where there is none or it was damaged and set aside."""
+        return read_record(self.folder / name)
+
+
+def _sums(metadata: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of each text."""
+    return {f"text {name}": text_checksum(text) for name, text in metadata.items()}

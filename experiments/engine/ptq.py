@@ -32,13 +32,16 @@ from rabit_jax.experiments.engine.inputs import (
     abstract_params,
     check_lengths,
     check_rules,
+    check_teacher,
     write_stats,
 )
 from rabit_jax.experiments.engine.machine import peak_memory
 from rabit_jax.experiments.engine.measure import figures
 from rabit_jax.experiments.engine.pieces import Pieces
+from rabit_jax.experiments.engine.records import Record
 from rabit_jax.experiments.engine.settings import RunConfig
-from rabit_jax.experiments.engine.stages import Ids, Record, Stage
+from rabit_jax.experiments.engine.signals import stopping_between_steps
+from rabit_jax.experiments.engine.stages import Ids, Read, Stage
 from rabit_jax.experiments.engine.sweeps import FromCheckpoint, FromParams, Source, Sweep
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import Checkpoint
@@ -74,6 +77,7 @@ class Job:
             sequences that are longer than the model's.
         """
         check_rules(self.specs)
+        check_teacher(self.config.teacher.path)
         config, lengths = self.config, {}
         if config.calibrate.mode != "none":
             self.text.rows(config.calibrate, 0, config.seed + 1)
@@ -104,7 +108,7 @@ class Job:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokeniser; None where the folder has none and no text is read."""
-        return read_tokenizer(self.checkpoint.folder, self.checkpoint.config.vocab_size)
+        return read_tokenizer(self.checkpoint.folder, self.checkpoint.config)
 
     @cached_property
     def calibration(self) -> Sweep | None:
@@ -149,7 +153,8 @@ def block_name(n: int) -> str:
 
 def quantise(job: Job, continues: bool) -> Record:
     """Calibrate, initialise and pack every block that is not there yet; then the packed model."""
-    _quantise_blocks(job)
+    with stopping_between_steps(job, "after this block"):
+        _quantise_blocks(job)
     pack_model(job)
     calibration, layers = job.calibration, range(job.model_config.n_layers)
     records = [job.blocks.read_block(block_name(n))[2]["relative_error"] for n in layers]
@@ -305,12 +310,15 @@ def _score(label: str, source: Callable[[Job], Source]) -> Stage[Job]:
                  for name in job.texts()}
         return {**found.pop("held_out"), **found}
 
-    def inputs(job: Job, ids: Ids) -> tuple:
+    def inputs(job: Job, ids: Ids) -> Read:
         c = job.config
         texts = {name: text.digest for name, text in job.texts().items()}
         settings = dataclasses.replace(c.evaluate, models=())
         made = ids["quantise"] if label == "packed" else ""
-        return "ptq", settings, c.compute, fingerprint(c.teacher.path), texts, made
+        return Read("ptq", {"evaluate": settings, "compute": c.compute,
+                            f"the files of {c.teacher.path}": fingerprint(c.teacher.path),
+                            "the evaluation text": texts,
+                            "the result of stage quantise": made}, flat=True)
 
     return Stage(f"score_{label}", work, inputs, (), pieces, tuple(names.values()),
                  lambda config: label in config.evaluate.models)
@@ -329,7 +337,8 @@ def _perplexity(
     states = [sweep.name("x", n) for n in range(job.model_config.n_layers + 1)]
     if not any(map(pieces.has, states)):
         sweep.embed()
-    _forward(job, sweep, stage, keep=False)
+    with stopping_between_steps(job, "after this block"):
+        _forward(job, sweep, stage, keep=False)
     with job.step(stage, len(states), tokens.size):
         nats = sweep.nats(job.config.compute.chunk)
     found = figures(from_nats(nats, len(rows), rows.shape[1], text.bytes, len(text.tokens)))
@@ -345,10 +354,12 @@ def padded(rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.repeat(real[:, None], tokens.shape[1], axis=1)
 
 
-def _quantise_inputs(job: Job, ids: Ids) -> tuple:
+def _quantise_inputs(job: Job, ids: Ids) -> Read:
     c = job.config
     text = None if c.calibrate.mode == "none" else job.text.train.digest
-    return "ptq", c.calibrate, c.init, c.compute, c.seed, text, fingerprint(c.teacher.path)
+    return Read("ptq", {"calibrate": c.calibrate, "init": c.init, "compute": c.compute,
+                        "seed": c.seed, "the training text": text,
+                        f"the files of {c.teacher.path}": fingerprint(c.teacher.path)}, flat=True)
 
 
 STAGES = (

@@ -27,10 +27,12 @@ from rabit_jax.experiments.engine.measure import (
     scores,
     watched_nats,
 )
-from rabit_jax.experiments.engine.stages import Ids, Record, Stage
+from rabit_jax.experiments.engine.records import Record
+from rabit_jax.experiments.engine.stages import Ids, Read, Stage
 from rabit_jax.formats.folder import find_folder, fingerprint, read_generation
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packed
+from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.decoder import init_params
 from rabit_jax.models.generation import generate
 from rabit_jax.models.prepared import Engine, prepare
@@ -281,7 +283,8 @@ def samples(run: Inputs, continues: bool) -> Record:
 def continuation(run: Inputs, engine: Engine, prompt: str) -> str:
     """One continuation of a prompt as text."""
     section = run.config.generate
-    tokens = jnp.asarray([run.text.tokenizer(prompt)["input_ids"]], jnp.int32)
+    ids = prompt_ids(run.text.tokenizer, prompt, run.model_config.vocab_size)
+    tokens = jnp.asarray([ids], jnp.int32)
     new = generate(
         run.model,
         engine,
@@ -297,25 +300,27 @@ def continuation(run: Inputs, engine: Engine, prompt: str) -> str:
 
 def _inputs(
     name: str, sections: tuple[str, ...], texts: tuple[str, ...] = (), after: str = ""
-) -> Callable[[Inputs, Ids], tuple]:
+) -> Callable[[Inputs, Ids], Read]:
     """The inputs of a stage: sections of the config, texts by digest, and the stage before it."""
 
-    def found(run: Inputs, ids: Ids) -> tuple:
-        parts = [getattr(run.config, section) for section in sections]
+    def found(run: Inputs, ids: Ids) -> Read:
+        values = {section: getattr(run.config, section) for section in sections}
         if "train" in texts:
-            parts.append(run.text.train.digest)
+            values["the training text"] = run.text.train.digest
         if "held_out" in texts:
             held_out = (run.text.held_out, run.text.unseen)
-            parts.append([text.digest for text in held_out if text])
-        return name, parts + ([ids[after]] if after else [])
+            values["the evaluation text"] = [text.digest for text in held_out if text]
+        if after:
+            values[f"the result of stage {after}"] = ids[after]
+        return Read(name, values)
 
     return found
 
 
-def _teacher_inputs(run: Inputs, ids: Ids) -> tuple:
+def _teacher_inputs(run: Inputs, ids: Ids) -> Read:
     """The files of a given teacher, or what one that is trained here depends on."""
-    if run.config.teacher.path:
-        return "teacher", fingerprint(run.config.teacher.path)
+    if path := run.config.teacher.path:
+        return Read("teacher", {f"the file {f[0]} of {path}": f for f in fingerprint(path)})
     return _inputs("teacher", ("teacher", "model", "compute", "seed"), ("train",))(run, ids)
 
 

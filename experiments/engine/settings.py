@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rabit_jax import LLAMA_LINEARS, BadInput, ResidualSignSpec
 from rabit_jax.data.sources import DataConfig
+from rabit_jax.experiments.engine.config import ADDED
 from rabit_jax.train.optimizer import OptimizerConfig
 from rabit_jax.types import Spec
 
@@ -118,6 +119,19 @@ class Calibrate:
 
 
 @dataclass(frozen=True)
+class PathSpec:
+    """A representation of their own for some of the matrices.
+
+    Attributes:
+      paths: a regular expression on parameter paths such as "layers/attn/[kv]/kernel".
+      spec: as `init.spec`.
+    """
+
+    paths: str
+    spec: Spec = field(default_factory=ResidualSignSpec)
+
+
+@dataclass(frozen=True)
 class Init:
     """What is quantised, and how it starts.
 
@@ -125,16 +139,24 @@ class Init:
       quantise: regular expressions on parameter paths such as "layers/attn/q/kernel".
       keep: paths that stay as they are although `quantise` names them.
       spec: representation and initialisation; `spec.type` names it, the other keys are its own.
+      by_path: other representations for some paths, such as a larger k; the first that matches
+        goes before `quantise` and after `keep`.
     """
 
     quantise: tuple[str, ...] = (LLAMA_LINEARS,)
     keep: tuple[str, ...] = ()
     spec: Spec = field(default_factory=ResidualSignSpec)
+    by_path: tuple[PathSpec, ...] = field(default=(), metadata={ADDED: True})
 
     def rules(self) -> list[tuple[str, Spec | None]]:
         """The rules of `convert`."""
         kept: list[tuple[str, Spec | None]] = [(pattern, None) for pattern in self.keep]
+        kept += [(one.paths, one.spec) for one in self.by_path]
         return kept + [(pattern, self.spec) for pattern in self.quantise]
+
+    def __str__(self) -> str:
+        """The specs as results name them."""
+        return "; ".join([str(self.spec), *(f"{one.paths}: {one.spec}" for one in self.by_path)])
 
 
 @dataclass(frozen=True)
@@ -178,7 +200,7 @@ class Evaluate:
     diagnostic_windows: PositiveInt = 16
     baselines: bool = True
     models: tuple[Literal["teacher", "packed"], ...] = ("teacher", "packed")
-    part: Literal["all", "search", "report"] = field(default="all", metadata={"added": True})
+    part: Literal["all", "search", "report"] = field(default="all", metadata={ADDED: True})
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,28 @@
 """The run engine: a task is a list of stages, and a stage is skipped while its inputs are the same.
 
 `stages/<name>.json` in the run folder is the record of a complete stage: the hash of its inputs
-(`key`), its id (that hash, or a new one where the stage was forced, so that what depends on it
-follows), seconds, versions, device, result, and the sizes of the files that it left.
-`stages/<name>.started` holds the key of a stage that was begun and is not complete.
+(`key`) and the inputs themselves, its id (that hash, or a new one where the stage was forced, so
+that what depends on it follows), seconds, versions, device, result, and sizes and digests of the
+files that it left. `stages/<name>.started` holds key and inputs of a stage that was begun and is
+not complete.
 """
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from rabit_jax import BadInput
-from rabit_jax.atomic import remove, write_text
-from rabit_jax.experiments.engine.config import section_hash
+from rabit_jax.atomic import remove
+from rabit_jax.experiments.engine.config import difference, section_hash, to_dict
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.machine import device, peak_memory, versions
-from rabit_jax.experiments.engine.pieces import Pieces, Record
+from rabit_jax.experiments.engine.pieces import Pieces
+from rabit_jax.experiments.engine.records import Record, digests, read_record, write_record
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.formats.model_card import CARD
 from rabit_jax.progress import say
@@ -30,7 +31,33 @@ from rabit_jax.progress import say
 # of every key: raise it when a stage changes what it computes, and old records are redone.
 RESULTS_OF = "0.1.0"
 
+FIELDS = {"key": str, "id": str, "files": dict, "result": dict}  # of every record
 Ids: TypeAlias = dict[str, str]  # id of each stage that is complete, by name
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a stage depends on, by the names that messages use.
+
+    Attributes:
+      label: opens the hash: the stage or the task.
+      values: JSON, dataclasses or digests by name.
+      flat: whether the values stand in the hash side by side; earlier versions had it either way.
+    """
+
+    label: str
+    values: Mapping[str, Any]
+    flat: bool = False
+
+    @property
+    def key(self) -> str:
+        """The hash."""
+        values = list(self.values.values())
+        return section_hash(RESULTS_OF, self.label, *(values if self.flat else [values]))
+
+    def record(self) -> Record:
+        """Key and values as JSON."""
+        return {"key": self.key, "inputs": {"version": RESULTS_OF, **to_dict(dict(self.values))}}
 
 
 class Run(Protocol):
@@ -55,7 +82,7 @@ class Stage(Generic[R]):
       name: in records, on the command line and, unless `metrics` says otherwise, in metrics.jsonl.
       work: `(run, continues) -> result`; `continues` is True where an unfinished attempt with the
         same inputs goes on. The result is JSON, and a summary is made of the results.
-      inputs: `(run, ids) -> everything that the result depends on`, which is hashed to the key.
+      inputs: `(run, ids) -> everything that the result depends on`, with its key.
       leaves: files and folders, relative to the run folder, that later stages read. The stage is
         complete only while they have the sizes that its record lists.
       pieces: folder of a stage that works piece by piece. The pieces are kept while the key stays
@@ -66,7 +93,7 @@ class Stage(Generic[R]):
 
     name: str
     work: Callable[[R, bool], Record]
-    inputs: Callable[[R, Ids], tuple]
+    inputs: Callable[[R, Ids], Read]
     leaves: tuple[str, ...] = ()
     pieces: str = ""
     metrics: tuple[str, ...] = ()
@@ -86,15 +113,15 @@ def run_stages(
     ids: Ids = {}
     for stage in stages:
         name, again = stage.name, stage.name in forced
-        key = section_hash(RESULTS_OF, *stage.inputs(run, ids))
+        read = stage.inputs(run, ids)
         _disown(run.folder.path, stage)
-        record = None if again else completed(run.folder, stage, key)
+        record = None if again else completed(run.folder, stage, read.key)
         if record:
             say(f"{name}: complete with the same inputs, skipped (--force {name} redoes it)")
         else:
             if resume and not again:
-                _check_resumable(run.folder, stages, stage, key)
-            record = _carry_out(run, stage, key, resume, again)
+                _check_resumable(run.folder, stages, stage, read)
+            record = _carry_out(run, stage, read, resume, again)
         records[name], ids[name] = record, record["id"]
         if run.stopped:
             raise KeyboardInterrupt
@@ -103,16 +130,16 @@ def run_stages(
     return records
 
 
-def _carry_out(run: R, stage: Stage[R], key: str, resume: bool, forced: bool) -> Record:
+def _carry_out(run: R, stage: Stage[R], read: Read, resume: bool, forced: bool) -> Record:
     """Do the work of a stage and record it."""
     if forced and stage.pieces:
         remove(run.folder.path / stage.pieces)
-    continues = begin(run.folder, stage, key, resume and not forced)
+    continues = begin(run.folder, stage, read, resume and not forced)
     start = time.perf_counter()
     result = stage.work(run, continues)
     record = {
-        "key": key,
-        "id": uuid.uuid4().hex if forced else key,
+        **read.record(),
+        "id": uuid.uuid4().hex if forced else read.key,
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
@@ -125,16 +152,13 @@ def _carry_out(run: R, stage: Stage[R], key: str, resume: bool, forced: bool) ->
 
 def completed(folder: RunFolder, stage: Stage, key: str) -> Record | None:
     """The record of a complete stage with the same inputs whose files are all still there."""
-    try:
-        record = json.loads(_record(folder.path, stage).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    if record.get("key") != key or record["files"] != _sizes(folder.path, stage):
+    record = read_record(_record(folder.path, stage), FIELDS)
+    if record is None or record["key"] != key or record["files"] != _sizes(folder.path, stage):
         return None
     return record
 
 
-def begin(folder: RunFolder, stage: Stage, key: str, resume: bool) -> bool:
+def begin(folder: RunFolder, stage: Stage, read: Read, resume: bool) -> bool:
     """Note that a stage starts; True if it continues an unfinished attempt with the same inputs.
 
     Otherwise what that attempt has left (pieces, checkpoints, metrics) is removed, and the packed
@@ -145,9 +169,9 @@ def begin(folder: RunFolder, stage: Stage, key: str, resume: bool) -> bool:
       BadInput: `resume`, and the pieces that are there were made with another key.
     """
     if stage.pieces:
-        continues = Pieces(folder.path / stage.pieces).claim(key, resume)
+        continues = Pieces(folder.path / stage.pieces).claim(read.key, resume)
     else:
-        continues = resume and _started(folder.path, stage) == key
+        continues = resume and _started(folder.path, stage).get("key") == read.key
     stale = [f"stages/{stage.name}.json", "summary.json", "report.html"]
     if not continues:
         names = stage.metrics or (stage.name,)
@@ -158,50 +182,77 @@ def begin(folder: RunFolder, stage: Stage, key: str, resume: bool) -> bool:
             stale += ["packed", "blocks/packed.json"]
     for name in stale:
         remove(folder.path / name)
-    write_text(folder.path / "stages" / f"{stage.name}.started", key)
+    write_record(folder.path / "stages" / f"{stage.name}.started", read.record())
     return continues
 
 
 def complete(folder: RunFolder, stage: Stage, record: Record) -> Record:
     """Record a finished stage together with the files that it left."""
-    record = {**record, "files": _sizes(folder.path, stage)}
-    write_text(_record(folder.path, stage), json.dumps(record, indent=1))
+    sizes = _sizes(folder.path, stage)
+    # Checkpoints and packed models hold checksums of their own.
+    plain = [name for name in sizes if not name.startswith(("checkpoints/", "packed/"))]
+    record = {**record, "files": sizes, "digests": digests(folder.path, plain)}
+    write_record(_record(folder.path, stage), record)
     remove(folder.path / "stages" / f"{stage.name}.started")
     return record
 
 
 def _check_resumable(
-    folder: RunFolder, stages: Sequence[Stage], stage: Stage, key: str
+    folder: RunFolder, stages: Sequence[Stage], stage: Stage, read: Read
 ) -> None:
-    """Raise BadInput where resuming would have to throw an unfinished stage away."""
+    """Raise BadInput where resuming would have to throw an unfinished stage away.
+
+    A stage that is done again with the same inputs, because its record or files were damaged,
+    changes nothing for those after it.
+    """
     unfinished = next((one for one in stages if _started(folder.path, one)), None)
-    if unfinished is None or (unfinished is stage and _started(folder.path, stage) == key):
+    if unfinished is None:
+        return
+    if unfinished is stage:
+        before = _started(folder.path, stage)
+    else:
+        before = read_record(_record(folder.path, stage), FIELDS)
+    if before is None or before.get("key") == read.key:
         return
     reader = "it" if unfinished is stage else f"stage {stage.name}"
     raise BadInput(
         f"cannot resume {folder.path}: since stage {unfinished.name} was stopped, what {reader} "
-        "reads has changed (text, model files or the version of this package); put it back, or "
-        "run without --resume to start that stage again"
+        f"reads has changed ({_changes(before, read)}); put it back, or run without --resume to "
+        "start that stage again"
     )
+
+
+def _changes(before: Record, read: Read) -> str:
+    """The names of the inputs that differ, with their values where these are settings."""
+    old, new = before.get("inputs"), read.record()["inputs"]
+    if not isinstance(old, dict):
+        return "an earlier version of this package began it, which did not note what it reads"
+    found = []
+    for line in difference(old, new).splitlines():
+        key = line.partition(": ")[0]
+        found.append(key if " " in key else line)
+    return "; ".join(found) or "its record is damaged"
 
 
 def _disown(path: Path, stage: Stage) -> None:
     """Remove the records of other stages whose files this one writes: they are another task's."""
     for file in (path / "stages").glob("*.json"):
-        try:
-            files = json.loads(file.read_text(encoding="utf-8")).get("files", {})
-        except json.JSONDecodeError:
-            continue
+        files = (read_record(file, {"files": dict}) or {}).get("files", {})
         written = {place for place in stage.leaves for name in files
                    if name == place or name.startswith(f"{place}/")}
         if written and file.stem != stage.name:
             remove(file)
 
 
-def _started(path: Path, stage: Stage) -> str | None:
-    """The key with which an unfinished stage was begun."""
+def _started(path: Path, stage: Stage) -> Record:
+    """Key and inputs with which an unfinished stage was begun; empty where there is none."""
     file = path / "stages" / f"{stage.name}.started"
-    return file.read_text() if file.exists() else None
+    if not file.exists():
+        return {}
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("{"):
+        return {"key": text}  # as 0.1 wrote it
+    return read_record(file, {"key": str, "inputs": dict}) or {}
 
 
 def _record(path: Path, stage: Stage) -> Path:

@@ -23,7 +23,7 @@ from rabit_jax.evaluate.perplexities import features_nats
 from rabit_jax.experiments.engine.pieces import Pieces
 from rabit_jax.formats.checkpoint import Checkpoint
 from rabit_jax.models.block import block
-from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.signs.ste import F32
@@ -173,7 +173,8 @@ class Sweep:
 
     def state_bytes(self) -> int:
         """Bytes of one state."""
-        return self.tokens.size * self.config.d_model * jnp.dtype(self.config.dtype).itemsize
+        item = jnp.dtype(compute_dtype(self.config)).itemsize
+        return self.tokens.size * self.config.d_model * item
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
         for begin in range(0, len(self.tokens), self.batch_size):
@@ -182,7 +183,7 @@ class Sweep:
 
     def _states(self, kind: str, n: int) -> Iterator[np.ndarray]:
         shape = (self.batch_size, self.tokens.shape[1], self.config.d_model)
-        return self.pieces.reading(self.name(kind, n), shape, self.config.dtype)
+        return self.pieces.reading(self.name(kind, n), shape, compute_dtype(self.config))
 
     def _local(self, n: int) -> np.ndarray:
         return local_layers(self.config)[n]

@@ -19,11 +19,22 @@ from rabit_jax.atomic import replacing
 from rabit_jax.data.sources import documents, mixed, unseen_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows
+from rabit_jax.experiments.engine.records import digest, digests, read_record, write_record
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.folder import find_folder
-from rabit_jax.formats.tokenizer import load_tokenizer, save_tokenizer
+from rabit_jax.formats.tokenizer import (
+    check_ids,
+    load_tokenizer,
+    read_tokenizer,
+    save_tokenizer,
+    tokens_beyond,
+)
+from rabit_jax.progress import say
 from rabit_jax.train.sharding import batch_sharding
 from rabit_jax.types import Array
+
+SUMS = "checksums.json"  # of the files of a tokeniser that was trained here
 
 
 class Section(Protocol):
@@ -56,7 +67,7 @@ class Text:
     def tokenizer(self) -> Any:
         """The teacher's tokeniser; if it is trained here, a byte-level BPE of the training text."""
         if path := self.config.teacher.path:
-            found = load_tokenizer(find_folder(path))
+            found = read_tokenizer(find_folder(path), read_config(path))
             if found is None:
                 raise BadInput(
                     f"teacher.path {path} has no tokeniser: add its tokenizer.json to the folder"
@@ -71,9 +82,11 @@ class Text:
             key = "\0".join(texts)
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         place = Path(data.cache) / f"tokenizer-{data.vocab_size}-{digest}"
-        if not (place / "tokenizer.json").exists():
+        if not _sound(place):
             with replacing(place) as new:
                 save_tokenizer(train_tokenizer(texts, data.vocab_size), new)
+                files = [file.name for file in new.iterdir()]
+                write_record(new / SUMS, digests(new, sorted(files)))
         return load_tokenizer(place)
 
     @cached_property
@@ -103,8 +116,16 @@ class Text:
             found = tokenise_stream(*mixed(data, side), self.tokenizer, data.cache, what)
         else:
             found = tokenise(texts(), self.tokenizer, data.cache, what)
+        self._check_ids(found)
         # what stages depend on: the same text with begin tokens is another input
         return replace(found, digest=f"{found.digest}-begin") if data.begin else found
+
+    def _check_ids(self, text: TokenText) -> None:
+        """Raises BadInput for a token that the teacher's table has no row for."""
+        if path := self.config.teacher.path:
+            size = read_config(path).vocab_size
+            if tokens_beyond(self.tokenizer, size):  # else no text can hold one
+                check_ids(text.tokens, self.tokenizer, size)
 
     def _begun(self, rows: np.ndarray) -> np.ndarray:
         """Windows `[n, t]` with the begin token first, where the config asks for it."""
@@ -151,3 +172,19 @@ class Text:
         return self._begun(
             batch(self.train.tokens, step, section.batch_size, section.length, seed)
         )
+
+
+def _sound(place: Path) -> bool:
+    """Whether a tokeniser in the cache is there and has the bytes that were written.
+
+    One of version 0.1 has no checksums and is taken as it is.
+    """
+    if not (place / "tokenizer.json").exists():
+        return False
+    if not (place / SUMS).exists():
+        return True
+    sums = read_record(place / SUMS) or {}
+    if sums and all((place / n).is_file() and digest(place / n) == s for n, s in sums.items()):
+        return True
+    say(f"the tokeniser {place} is damaged; training it again")
+    return False

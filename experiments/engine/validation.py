@@ -21,7 +21,7 @@ from pydantic_core import CoreSchema, ErrorDetails, SchemaValidator, core_schema
 
 from rabit_jax.errors import BadInput
 from rabit_jax.types import Spec
-from rabit_jax.weights import SPECS
+from rabit_jax.weights.representations import specs, type_name
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -47,7 +47,7 @@ def build(cls: type[T], tree: Tree) -> T:
         the message names the dotted key.
     """
     try:
-        return _validator(cls).validate_python(_fill(cls, tree, None))
+        return _validator(cls, specs()).validate_python(_fill(cls, tree, None))
     except ValidationError as failed:
         errors = failed.errors(include_url=False)
     # A misspelt key makes its section incomplete as well, so it is what has to be put right first.
@@ -90,7 +90,7 @@ def _without_none(wanted: Annotation) -> tuple[Annotation, bool]:
 
 def variants(kind: Annotation) -> dict[str, type[DataclassInstance]]:
     """Return the dataclasses that the annotation `Spec` stands for, by their `type`; else {}."""
-    return {typing.get_args(hints(m)["type"])[0]: m for m in SPECS} if kind is Spec else {}
+    return {type_name(m): m for m in specs()} if kind is Spec else {}
 
 
 def child(wanted: Annotation, name: str) -> Annotation:
@@ -130,7 +130,7 @@ def _fill(wanted: Annotation, tree: Any, base: object) -> Any:
     if not isinstance(tree, dict):
         return tree
     if members:
-        tree = {"type": typing.cast(Any, base).type, **tree} if isinstance(base, SPECS) else tree
+        tree = {"type": typing.cast(Any, base).type, **tree} if isinstance(base, specs()) else tree
         kind = members.get(str(tree.get("type")))
     if not is_section(kind):
         return tree
@@ -149,7 +149,8 @@ def _fill(wanted: Annotation, tree: Any, base: object) -> Any:
 
 
 @cache
-def _validator(cls: type) -> SchemaValidator:
+def _validator(cls: type, known: tuple[type, ...]) -> SchemaValidator:
+    """The validator of a class while these classes of specs are known."""
     made: dict[type, CoreSchema] = {}
     root = _schema(cls, made)
     return SchemaValidator(core_schema.definitions_schema(root, list(made.values())))

@@ -33,13 +33,19 @@ _STAGES = {
     "init_student": "init, student inputs", "qat_student": "after QAT, student inputs",
 }
 _MODELS = {"teacher": "teacher", "init": "init", "qat": "QAT", "packed": "packed"}
-_HEADINGS = {"name": "", "ppl": "perplexity", "ppl_over_teacher": "over teacher"}
-_DECIMALS = {"ppl": 2, "bits_per_byte": 3, "bits_per_weight": 4}
+_HEADINGS = {"name": "", "ppl": "perplexity", "ppl_over_teacher": "over teacher",
+             "bits_per_weight": "bits per weight, blocks",
+             "whole_model_bits_per_weight": "bits per weight, whole model"}
+_DECIMALS = {"ppl": 2, "bits_per_byte": 3, "bits_per_weight": 4,
+             "whole_model_bits_per_weight": 4}
 _TEACHER: tuple[Panel, ...] = (
     ("loss", "Teacher loss", "nats per token"),
     ("lr", "Teacher learning rate", "learning rate"),
     ("grad_norm", "Teacher gradient norm", "gradient norm"),
     ("tokens_per_second", "Teacher speed", "tokens per second"),
+)
+_HELD_OUT: tuple[Panel, ...] = (
+    ("nats_per_token", "Held-out text during training", "nats per token"),
 )
 _QAT: tuple[Panel, ...] = (
     ("loss", "QAT loss", "KL + weighted MSE"),
@@ -69,6 +75,7 @@ class ResultRow(TypedDict):
     bits_per_byte: float
     ppl_over_teacher: float
     bits_per_weight: float
+    whole_model_bits_per_weight: float | None
 
 
 class Histogram(TypedDict):
@@ -108,25 +115,28 @@ def write_report(
     Args:
       folder: the run folder; its name is the title.
       summary: the content of `summary.json`.
-      metrics: the lines of `metrics.jsonl`; `stage` is `teacher`, `qat` or `diagnostics`.
+      metrics: the lines of `metrics.jsonl`; `stage` is `teacher`, `validation`,
+        `qat` or `diagnostics`.
       histogram: weights of one layer, None where there is none.
       samples: continuations of the prompts.
       results: the rows of the results table.
     """
     path = Path(folder) / "report.html"
-    teacher, qat, diagnostics = (
+    teacher, held_out, qat, diagnostics = (
         [line for line in metrics if line.get("stage") == stage]
-        for stage in ("teacher", "qat", "diagnostics")
+        for stage in ("teacher", "validation", "qat", "diagnostics")
     )
     dense, packed = (_get(summary, name, "bytes") for name in ("dense", "packed"))
     page = environment(TEMPLATES).get_template("report.html.j2")
     text = page.render(
         title=Path(folder).resolve().name,
         headline=_headline(summary),
+        about=_about(summary),
         results=_results(results),
-        teacher=_panels(teacher, _TEACHER),
-        qat=_panels(qat, _QAT),
+        teacher=_panels(held_out, _HELD_OUT) + _panels(teacher, _TEACHER),
+        qat=_panels(diagnostics, _HELD_OUT) + _panels(qat, _QAT),
         diagnostics=_diagnostics(summary),
+        correlation=_correlation(summary),
         by_layer=_by_layer(summary),
         over_time=_panels(diagnostics, _OVER_TIME),
         histogram=histogram,
@@ -150,10 +160,44 @@ def _headline(summary: Summary) -> list[tuple[str, str]]:
         if closed:
             found.append(("of the gap closed by QAT", f"{100 * closed.share:.0f} %"))
     if bits := _get(summary, "packed", "stored_bits_per_weight"):
-        found.append(("bits per weight", f"{bits:.3f}"))
+        found.append(("bits per weight, blocks", f"{bits:.3f}"))
     if bits := _get(summary, "packed", "whole_model_bits_per_weight"):
         found.append(("bits per weight, whole model", f"{bits:.3f}"))
     return found
+
+
+def _about(summary: Summary) -> list[tuple[str, str]]:
+    """What the results belong to: model, size, text, tokens, time and place."""
+    found = []
+    sizes = _get(summary, "parameters") or {}
+    if sizes.get("total"):
+        found.append(("model", f"{summary.get('model', '')}: {number(sizes['total'])} parameters, "
+                               f"{number(sizes['quantised'])} of them quantised".lstrip(": ")))
+    if packed := _get(summary, "packed"):
+        if whole := packed.get("whole_model_bits_per_weight"):
+            found.append((
+                "bits per weight",
+                f"{packed['bits_per_weight']:.3f} in the quantised blocks, {whole:.3f} over the "
+                f"whole model ({packed['whole_model_ratio']:.2f} times smaller than bfloat16)"))
+        if packed.get("bytes"):
+            dense = _get(summary, "dense", "bytes")
+            found.append(("size", f"{number(packed['bytes'])} bytes packed, {number(dense)} bytes "
+                                  "dense in 16 bits"))
+    if context := next((c for m in _MODELS if (c := _get(summary, m, "context"))), None):
+        found.append(("context", f"{number(context)} tokens, of every perplexity here"))
+    if tokens := summary.get("tokens"):
+        found.append(("tokens", ", ".join(f"{k} {number(n)}" for k, n in tokens.items() if n)))
+    found += [(key, summary[key]) for key in ("data", "date", "device") if summary.get(key)]
+    if versions := summary.get("versions"):
+        found.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
+    return found
+
+
+def _correlation(summary: Summary) -> tuple[float, float] | None:
+    """The mean path correlation at init and after QAT, where it has risen and stayed negative."""
+    init, qat = (_get(summary, "diagnostics", stage, "mean", "path_correlation")
+                 for stage in ("init", "qat"))
+    return (init, qat) if init is not None and qat is not None and init < qat < 0 else None
 
 
 def _results(rows: Sequence[ResultRow]) -> Table:
@@ -224,7 +268,7 @@ def _made(summary: Summary) -> list[tuple[str, str]]:
     found = [(key, number(summary[key])) for key in ("command", "seed") if key in summary]
     if peak := summary.get("peak_memory_bytes"):
         found.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
-    for key, unit in (("seconds", " s"), ("tokens", ""), ("versions", "")):
+    for key, unit in (("seconds", " s"),):
         if values := summary.get(key):
             pairs = (f"{name} {number(value)}{unit}" for name, value in values.items())
             found.append((key, ", ".join(pairs)))

@@ -15,14 +15,17 @@ from rabit_jax.experiments.engine.stages import Record
 from rabit_jax.experiments.report.run_card import write_card
 from rabit_jax.experiments.report.summary import (
     LABELS,
+    circumstances,
     costs,
     parameters,
     summarise,
     table_rows,
+    whole_model,
     write_results,
 )
 
-COLUMNS = ("model", "perplexity", "bits per byte", "over teacher", "bits per weight")
+COLUMNS = ("model", "perplexity", "bits per byte", "over teacher", "block bits",
+           "whole-model bits")
 
 
 def finish(run: Inputs | Job, records: dict[str, Record], command: str) -> None:
@@ -38,7 +41,7 @@ def _finish_qat(run: Inputs, records: dict[str, Record], command: str) -> None:
     summary = summarise(run, records, command)
     report = write_results(run, summary, records["generate"]["result"]["samples"])
     rows = [(r["name"], r["ppl"], r["bits_per_byte"], f"{100 * r['ppl_over_teacher']:+.1f}%",
-             r["bits_per_weight"]) for r in table_rows(summary)]
+             r["bits_per_weight"], r["whole_model_bits_per_weight"]) for r in table_rows(summary)]
     title = f"{summary['name']}, context {summary['teacher']['context']}"
     table(title, COLUMNS, rows, stdout=True)
     closed = summary["gap_closed"]
@@ -53,11 +56,13 @@ def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
     write_card(job.config, folder, summary)
     teacher, packed = summary["teacher"], summary["packed"]
     rows = []
-    for name, bits in (("teacher", None), ("packed", packed["stored_bits_per_weight"])):
+    sizes = {"teacher": (None, None),
+             "packed": (packed["stored_bits_per_weight"], packed["whole_model_bits_per_weight"])}
+    for name, bits in sizes.items():
         found = summary[name] or {}
         ppl = found.get("ppl")
         over = f"{100 * (ppl / teacher['ppl'] - 1):+.1f}%" if ppl and teacher else None
-        rows.append((LABELS[name], ppl, found.get("bits_per_byte"), over, bits))
+        rows.append((LABELS[name], ppl, found.get("bits_per_byte"), over, *bits))
     context = next((m["context"] for m in (teacher, packed) if m and "context" in m), None)
     title = f"{summary['name']}, post-training" + (f", context {context}" if context else "")
     table(title, COLUMNS, rows, stdout=True)
@@ -82,7 +87,7 @@ def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> dict[s
         "teacher": scored.get("teacher"),
         "init": None,
         "qat": None,
-        "packed": {**scored.get("packed", {}), **made},
+        "packed": {**scored.get("packed", {}), **made, **whole_model(job.folder.path)},
         "dense": {"bytes": describe(abstract_params(job.model_config)).deployed_bytes},
         "diagnostics": {"init": None, "qat": None},
         "relative_error": {"init": errors},
@@ -93,5 +98,6 @@ def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> dict[s
         "parameters": parameters(job),
         "versions": versions(),
         "device": device(),
-        "spec": str(job.config.init.spec),
+        "spec": str(job.config.init),
+        **circumstances(job),
     }

@@ -28,7 +28,7 @@ def write_card(config: RunConfig, folder: Path, summary: Summary) -> Path:
         "file": f"{number(packed['bytes'])} bytes; dense in 16 bits "
                 f"{number(summary['dense']['bytes'])} bytes",
         "made with": code(summary["spec"]),
-        "data": code(_changed_settings(config.data)),
+        "data": code(changed_settings(config.data)),
         "tokens": ", ".join(f"{k} {number(n)}" for k, n in summary["tokens"].items() if n),
         "command": code(summary["command"]),
         "versions": plain(", ".join(f"{k} {v}" for k, v in versions.items())),
@@ -41,12 +41,13 @@ def write_card(config: RunConfig, folder: Path, summary: Summary) -> Path:
     ]
     licence = base_and_licence(find_folder(base))[1] if base else None
     text = packed_card(summary["name"], packed["bits_per_weight"],
-                       packed["stored_bits_per_weight"], base, licence, scores, facts)
+                       packed["stored_bits_per_weight"], base, licence, scores, facts,
+                       packed["whole_model_bits_per_weight"])
     write_text(path, text)
     return path
 
 
-def _changed_settings(data: DataConfig) -> str:
+def changed_settings(data: DataConfig) -> str:
     """The source and the settings that are not defaults, as a command line would give them."""
     found = {f.name: (getattr(data, f.name), f.default) for f in dataclasses.fields(data)}
     return " ".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ from rabit_jax.experiments.report.page import (
     Summary,
     write_report,
 )
-from rabit_jax.experiments.report.run_card import write_card
+from rabit_jax.experiments.report.run_card import changed_settings, write_card
+from rabit_jax.formats.packed_model import packed_bytes
 from rabit_jax.progress import number
 from rabit_jax.tree import leaves, weights_of
 
@@ -40,7 +42,8 @@ LABELS = {
 def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[str, Any]:
     """The nested summary. Other tools read it, so its keys do not change."""
     results = {name: record["result"] for name, record in records.items()}
-    measured, packed = results["evaluate"], dict(results["pack"])
+    measured = results["evaluate"]
+    packed = {**results["pack"], **whole_model(run.folder.path)}
     dense = packed.pop("dense_bytes")
     closed = gap_closed(*([measured[name]["ppl"]] for name in ("teacher", "init", "qat")))
     return {
@@ -72,7 +75,27 @@ def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[
         "parameters": parameters(run),
         "versions": records["qat"]["versions"],
         "device": records["qat"]["device"],
-        "spec": str(run.config.init.spec),
+        "spec": str(run.config.init),
+        **circumstances(run),
+    }
+
+
+def whole_model(folder: Path) -> dict[str, float]:
+    """Bits of the packed file in a run's folder per parameter, embedding and head included; and how
+    many times smaller that is than bfloat16."""
+    sizes = packed_bytes(folder / "packed")
+    # What is not packed is stored in 16 bits.
+    count = sizes["weights"] + sizes["other_bytes"] / 2
+    bits = 8 * sizes["file_bytes"] / count
+    return {"whole_model_bits_per_weight": bits, "whole_model_ratio": 16 / bits}
+
+
+def circumstances(run: Inputs | Job) -> dict[str, str]:
+    """The model that was quantised, the text, and when the results were written."""
+    return {
+        "model": run.config.teacher.path or "trained in this run",
+        "data": changed_settings(run.config.data),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -107,6 +130,7 @@ def table_rows(summary: Summary) -> list[ResultRow]:
     """The results table: one row per model, with the bits per weight that are stored."""
     packed_bits: float = summary["packed"]["stored_bits_per_weight"]
     bits = {"teacher": 32.0, "round_to_nearest": 2.25}
+    whole = {"teacher": 32.0, "packed": summary["packed"].get("whole_model_bits_per_weight")}
     return [
         ResultRow(
             name=label,
@@ -114,6 +138,7 @@ def table_rows(summary: Summary) -> list[ResultRow]:
             bits_per_byte=summary[key]["bits_per_byte"],
             ppl_over_teacher=summary[key]["ppl"] / summary["teacher"]["ppl"] - 1,
             bits_per_weight=bits.get(key, packed_bits),
+            whole_model_bits_per_weight=whole.get(key),
         )
         for key, label in LABELS.items()
         if key in summary
@@ -124,7 +149,9 @@ def costs(summary: Summary) -> str:
     """Two lines for the terminal: bytes of the packed and the dense model; time and memory."""
     return (
         f"packed file: {number(summary['packed']['bytes'])} bytes; 16-bit dense: "
-        f"{number(summary['dense']['bytes'])} bytes\n"
+        f"{number(summary['dense']['bytes'])} bytes; bits per weight: "
+        f"{summary['packed']['bits_per_weight']:.3f} in the blocks, "
+        f"{summary['packed']['whole_model_bits_per_weight']:.3f} over the whole model\n"
         f"time: {sum(summary['seconds'].values()):.0f} s; peak memory: "
         f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"
     )

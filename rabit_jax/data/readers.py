@@ -63,7 +63,7 @@ def _nearest(path: Path) -> str:
     if not folder.is_dir():
         return ""
     files = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    near = difflib.get_close_matches(path.name, files, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(path.name, files, n=1, cutoff=0.6)
     return f" (the nearest file there is {str(folder / near[0])!r})" if near else ""
 
 

@@ -1,7 +1,7 @@
 """The token cache: files that are whole or not there, named by what they hold.
 
-`<digest>.bin` holds tokens, `<digest>.json` beside it their dtype, counts and checksum; the latter
-is written last, and both by renaming.
+`<digest>.bin` holds tokens, `<digest>.json` beside it their dtype, counts and checksum, and a
+checksum of itself; the latter is written last, and both by renaming.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from rabit_jax.atomic import publish, workspace
 from rabit_jax.errors import BadInput
+from rabit_jax.formats.tokenizer import encode
 from rabit_jax.progress import reading
 
 if TYPE_CHECKING:
@@ -68,14 +69,21 @@ def read_header(path: Path) -> dict | None:
         return None
     try:
         header = json.loads(side.read_text())
-        sound = header["digest"] == path.stem and header["crc32"] == _crc32(path)
+        own = header.pop("sha256", None)  # headers of 0.1 have none
+        sound = own in (None, header_checksum(header))
+        sound &= header["digest"] == path.stem and header["crc32"] == _crc32(path)
         sound &= header["tokens"] * np.dtype(header["dtype"]).itemsize == path.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         print(f"token cache {path} is damaged; building it again", file=sys.stderr)
         return None
     return header
+
+
+def header_checksum(header: dict) -> str:
+    """SHA-256 of a header without its own checksum, in hex."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def _crc32(path: Path) -> int:
@@ -106,7 +114,8 @@ def build(
       BadInput: There is no text.
       OSError: The folder cannot be written.
     """
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    largest = max(tokenizer.get_vocab().values(), default=0)  # not their number: ids may have gaps
+    dtype = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
     header = {"dtype": dtype.name, "documents": 0, "bytes": 0, "tokens": 0}
     digest = Digest(tokenizer)
     with workspace(folder / "tokens") as place:
@@ -123,7 +132,7 @@ def build(
         if not header["bytes"]:
             raise BadInput(f"found no text to tokenise for {what}; give documents that have some")
         header |= {"digest": digest.hex(), "crc32": _crc32(work)}
-        side.write_text(json.dumps(header))
+        side.write_text(json.dumps({**header, "sha256": header_checksum(header)}))
         path = folder / f"{digest.hex()}.bin"
         publish(work, path)
         publish(side, path.with_suffix(".json"))
@@ -149,10 +158,7 @@ def _encoded(
     """Each document with its ids and the end-of-text token."""
     end = cast(int, tokenizer.eos_token_id)
     for group in _groups(documents):
-        encoded = tokenizer(
-            group, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        for text, ids in zip(group, encoded["input_ids"], strict=True):
+        for text, ids in zip(group, encode(cast(Any, tokenizer), group), strict=True):
             yield text, [*ids, end]
 
 

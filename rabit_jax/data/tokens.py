@@ -26,7 +26,8 @@ class TokenText:
     """Documents as one run of tokens, each document followed by the end-of-text token.
 
     Attributes:
-      tokens: `[n]` uint16, or uint32 if the vocabulary exceeds 65,536; a read-only memory map.
+      tokens: `[n]` uint16, or uint32 if the tokenizer has an id above 65,535; a read-only memory
+        map.
       bytes: UTF-8 bytes of the text, end-of-text tokens not counted: the base of bits per byte.
       documents: Number of documents.
       digest: sha256 over documents, tokenizer and layout, in hex; the key of the cache.

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rabit_jax.errors import BadInput
 from rabit_jax.evaluate.batched_generation import BatchGenerator, Settings, settings_of
 from rabit_jax.evaluate.scoring import Request, score
+from rabit_jax.formats.tokenizer import check_ids, encode, prompt_ids
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.progress import progress
 from rabit_jax.train.sharding import batch_sharding, param_shardings
@@ -74,8 +75,9 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token."""
-        return cast(int, self.tokenizer.eos_token_id)
+        """The end-of-text token: the tokenizer's, or else the model's first."""
+        own = cast(int | None, self.tokenizer.eos_token_id)
+        return self.model.config.eos_ids[0] if own is None else own
 
     @property
     def prefix_token_id(self) -> int:
@@ -91,15 +93,20 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """The tokens of a text, with the special tokens that the tokenizer itself adds.
+        """The tokens of a text, after the special tokens that the tokenizer puts before a text.
 
-        None are added to a text that already begins with the begin token, such as the output of a
-        chat template.
+        None are added to a text that already begins with them, such as the output of a chat
+        template, and none behind it, where they would end a context before its continuation.
+
+        Raises:
+          BadInput: a token that the model has no row for; the message names it.
         """
-        if add_special_tokens is None:
-            begin = str(self.tokenizer.decode(self.prefix_token_id))
-            add_special_tokens = not string.startswith(begin)
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+        size = self.model.config.vocab_size
+        if add_special_tokens is not False:
+            return prompt_ids(self.tokenizer, string, size)
+        (ids,) = encode(self.tokenizer, [string])
+        check_ids(ids, self.tokenizer, size)
+        return ids
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -141,8 +148,10 @@ class HarnessModel(TemplateLM):
 
         pieces, owners = [], []
         for index, request in enumerate(requests):
-            windows = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            # The windows put this token before the text.
+            ids = ids[1:] if ids[:1] == [self.prefix_token_id] else ids
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             for window in map(make_disjoint_window, windows):
                 pieces.append((None, *window))
                 owners.append(index)
@@ -181,7 +190,8 @@ class HarnessModel(TemplateLM):
         self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]
     ) -> Request:
         """The tokens to score, cut at the left to `max_length` inputs and one predicted token."""
-        if not context or not 0 < len(continuation) <= self.max_length:
+        context = context or [self.prefix_token_id]  # it was blank, and is part of what is scored
+        if not 0 < len(continuation) <= self.max_length:
             raise BadInput(
                 f"a task asks for {texts!r}, which has {len(context)} tokens of context and "
                 f"{len(continuation)} to score: wanted at least 1 of both and at most "
@@ -237,7 +247,7 @@ def _check(
     model: Decoder, tokenizer: Tokenizer | None, batch_size: int, max_length: int | None,
     mesh: Mesh | None,
 ) -> None:
-    if tokenizer is None or tokenizer.eos_token_id is None:
+    if tokenizer is None or (tokenizer.eos_token_id is None and not model.config.eos_ids):
         what = "no tokenizer" if tokenizer is None else "a tokenizer without an end-of-text token"
         raise BadInput(f"found {what}, wanted one with: put the model's tokenizer.json and "
                        "tokenizer_config.json into its folder")

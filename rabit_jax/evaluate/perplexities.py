@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 
 from rabit_jax.errors import BadInput
+from rabit_jax.models.decoder import Decoder, check_tokens
 from rabit_jax.train.losses import head_of, summed_cross_entropy
 from rabit_jax.types import Array, Params, Shape
 
@@ -79,6 +80,8 @@ def perplexity(
       >>> perplexity(model, params, tokens[: n * 512].reshape(n, 512), batch_size=8).ppl
     """
     _check(windows, batch_size, text_bytes, total_tokens)
+    if isinstance(model, Decoder):
+        check_tokens(windows, model.config.vocab_size)
     n, context = windows.shape
     nats, done = 0.0, 0
     for tokens, real in padded_batches(windows, batch_size):

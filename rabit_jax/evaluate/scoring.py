@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from rabit_jax.errors import BadInput
+from rabit_jax.models.decoder import Decoder, check_tokens
 from rabit_jax.train.losses import chunk_sums, head_of
 from rabit_jax.types import Params
 
@@ -94,6 +95,9 @@ def score(
       >>> pairs = score(model, params, [Request([5, 9, 2], 1)], batch_size=8)
       >>> dict(pair for batch in pairs for pair in batch)[0].logprob
     """
+    if isinstance(model, Decoder):
+        ids = [token for request in requests for token in request.tokens]
+        check_tokens(np.asarray([ids], np.int64), model.config.vocab_size)
     for batch in batches(requests, batch_size, longest):
         arrays = (batch.tokens, batch.first, batch.labels, batch.mask)
         if batch_sharding is not None:

@@ -7,14 +7,15 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
 
-from rabit_jax.data.readers import file_documents, named_text
+from rabit_jax.data.readers import file_documents, matching_files, named_text
 from rabit_jax.data.tokens import windows
 from rabit_jax.errors import BadInput
+from rabit_jax.formats.tokenizer import text_ids
 from rabit_jax.types import Tokenizer
 
 FILE = "file:"
@@ -67,9 +68,19 @@ class Windows:
 
 
 def check_name(name: str) -> None:
-    """Raises BadInput for a name that is neither a key of `TEXTS` nor `file:` with a path."""
-    if name in TEXTS or name.removeprefix(FILE) not in ("", name):
+    """Raises BadInput for a name that is neither a key of `TEXTS` nor `file:` with a file."""
+    if name in TEXTS:
         return
+    path = name.removeprefix(FILE)
+    if path not in ("", name):
+        try:
+            matching_files((path,))
+        except BadInput as error:
+            raise BadInput(f"{name} names no text: {error}") from None
+        return
+    if name and Path(name).expanduser().is_file():
+        raise BadInput(f"no text for perplexities is named {name!r}, but there is a file of that "
+                       f"name: give {FILE}{name}")
     near = difflib.get_close_matches(name, TEXTS, n=1, cutoff=0.0)[0]
     raise BadInput(f"no text for perplexities is named {name!r}, the nearest is {near!r}: choose "
                    f"from {', '.join(TEXTS)}, or give {FILE}PATH")
@@ -128,7 +139,7 @@ def text_windows(
         return Windows(_begun(_drawn(documents, tokenizer, context, count, progress), begin))
     documents = documents[: protocol.documents or None]
     text = " ".join(documents)
-    tokens = _tokens(tokenizer, text)
+    tokens = text_ids(tokenizer, text)
     found = _begun(windows(np.asarray(tokens), context)[:count], begin)
     return Windows(found, len(text.encode()), len(tokens))
 
@@ -151,7 +162,7 @@ def _drawn(
         # So few bytes cannot give so many tokens; skipping them here only saves time.
         if 2 * len(text.encode()) + 8 <= context:
             continue
-        tokens = _tokens(tokenizer, text)
+        tokens = text_ids(tokenizer, text)
         if len(tokens) <= context:
             continue
         start = draw.randint(0, len(tokens) - context - 1)
@@ -162,8 +173,3 @@ def _drawn(
             return np.asarray(found, np.int32)
     raise BadInput(f"found {len(found)} windows of {context} tokens in {len(documents)} documents, "
                    f"wanted {count}: give a shorter context")
-
-
-def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    encoded = tokenizer(text, return_attention_mask=False, verbose=False)
-    return cast(list[int], encoded["input_ids"])

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -19,10 +19,14 @@ from safetensors import SafetensorError, safe_open
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.formats.folder import FILE, find_folder, finite_as, read_generation, read_json
-from rabit_jax.formats.hf_config import from_hf, token_ids
+from rabit_jax.formats.gguf import LINK, Rearranged, hf_tensors
+from rabit_jax.formats.gguf_file import GGUFTensor, read_gguf
+from rabit_jax.formats.hf_config import from_hf
+from rabit_jax.formats.hf_fields import token_ids
+from rabit_jax.formats.tokenizer import load_tokenizer
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
-from rabit_jax.types import Shape
+from rabit_jax.types import Shape, Tokenizer
 
 INDEX = f"{FILE}.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -64,6 +68,9 @@ class Stored(NamedTuple):
             yield rows, piece
 
 
+Tensor: TypeAlias = Stored | GGUFTensor | Rearranged
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A model folder in which all tensors have been found, in the right shapes.
@@ -78,7 +85,7 @@ class Checkpoint:
     folder: Path
     config: ModelConfig
     shapes: dict[str, Shape]
-    tensors: dict[str, Stored]
+    tensors: dict[str, Tensor]
 
     def read(
         self, path: str, layer: int | None = None, dtype: DTypeLike = "float32"
@@ -135,46 +142,78 @@ def open_checkpoint(path: str | Path) -> Iterator[Checkpoint]:
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The config of a model folder or hub id, with the end tokens of its generation_config.json.
+    """The config of a model folder or hub id, with all of its end tokens.
 
     Raises:
-      BadInput: no such model, or a config that cannot be read or is not supported.
+      BadInput: no such model, or a config or tokenizer that cannot be read or is not supported.
     """
     folder = find_folder(path)
-    return with_end_tokens(from_hf(read_json(folder / "config.json")), folder)
+    config = with_end_tokens(from_hf(read_json(folder / "config.json")), folder)
+    return with_end_token_of(load_tokenizer(folder), config)
 
 
 def with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
-    """The config with the end tokens of generation_config.json, if the folder has them."""
-    ids = read_generation(folder).get("eos_token_id")
-    return config if ids is None else dataclasses.replace(config, eos_ids=token_ids(ids))
+    """The config with the end tokens of the folder's generation_config.json before its own.
+
+    Ids beyond the vocabulary, which the model cannot make, are left out.
+    """
+    where = f"eos_token_id in {folder / 'generation_config.json'}"
+    return _ending(config, token_ids(read_generation(folder).get("eos_token_id"), where), ())
 
 
-def _find_tensors(folder: Path, multimodal: bool) -> dict[str, Stored]:
-    """Where each tensor of the language model is stored, by its name in a model of text alone."""
-    found = {}
-    for file in _shards(folder):
+def with_end_token_of(tokenizer: Tokenizer | None, config: ModelConfig) -> ModelConfig:
+    """The config with the tokenizer's end token after its own."""
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    return _ending(config, (), token_ids(end, "the end token of the tokenizer"))
+
+
+def _ending(
+    config: ModelConfig, before: tuple[int, ...], after: tuple[int, ...]
+) -> ModelConfig:
+    ids = dict.fromkeys((*before, *config.eos_ids, *after))
+    return dataclasses.replace(config, eos_ids=tuple(i for i in ids if i < config.vocab_size))
+
+
+def _find_tensors(folder: Path, multimodal: bool) -> dict[str, Tensor]:
+    """Where each tensor of the language model is stored, by its name in a model of text alone.
+
+    A tensor that several shards hold is taken from the one that the index names.
+    """
+    if (folder / LINK).exists():
+        return dict(hf_tensors(read_gguf((folder / LINK).resolve())))
+    found: dict[str, Tensor] = {}
+    shards, index = _shards(folder)
+    for file in shards:
         with _opened(file) as shard:
             for name in shard.keys():
+                if index.get(name, file.name) != file.name:
+                    continue
                 if multimodal and name.startswith(_IMAGES):
                     continue
                 info = shard.get_slice(name)
                 plain = _plain(name) if multimodal else name
-                found[plain] = Stored(file, name, tuple(info.get_shape()), info.get_dtype())
+                stored = Stored(file, name, tuple(info.get_shape()), info.get_dtype())
+                if plain in found:
+                    raise BadInput(f"{found[plain].label} and {stored.label} are one parameter of "
+                                   f"the model: take one of them out, or name it in {INDEX}")
+                found[plain] = stored
     return found
 
 
-def _shards(folder: Path) -> list[Path]:
+def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files of a folder, and the file name of each tensor in its index, if any."""
     index = folder / INDEX
     if (folder / FILE).exists():
-        return [folder / FILE]
+        return [folder / FILE], {}
     if index.exists():
         table = read_json(index).get("weight_map")
-        names = set(table.values()) if isinstance(table, dict) else set()
+        names = list(table.values()) if isinstance(table, dict) else []
         if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
             raise BadInput(f"{index} has no weight_map from tensors to files of this folder: "
                            "fetch it again")
-        return [folder / name for name in sorted(names)]
+        return [folder / name for name in sorted(set(names))], dict(table or {})
+    if files := sorted(folder.glob("model-*-of-*.safetensors")):
+        return files, {}
     raise BadInput(f"{folder} holds no {FILE} and no {INDEX}: convert the model to safetensors, or "
                    "take one that has them")
 
@@ -197,7 +236,7 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 def _check(
-    tensors: dict[str, Stored], shapes: dict[str, Shape], config: ModelConfig, folder: Path
+    tensors: dict[str, Tensor], shapes: dict[str, Shape], config: ModelConfig, folder: Path
 ) -> None:
     """Raises BadInput for the first tensor that is missing, misshapen or extra."""
     wanted = dict(pair for path, shape in shapes.items() for pair in tensor_names(path, shape))
@@ -205,7 +244,8 @@ def _check(
         if name not in tensors:
             raise BadInput(f"missing tensor {name} {list(shape)} in {folder}")
         found = tensors[name]
-        if found.shape != shape or found.dtype not in FLOATS:
+        readable = found.dtype in FLOATS or not isinstance(found, Stored)
+        if found.shape != shape or not readable:
             raise BadInput(f"tensor {found.name} in {folder} is {found.dtype} {list(found.shape)}, "
                            f"wanted {list(shape)} of float32, bfloat16 or float16")
     for name in sorted(set(tensors) - set(wanted)):
@@ -216,7 +256,7 @@ def _check(
                            "none of that name")
 
 
-def _same(tensors: dict[str, Stored], head: str) -> bool:
+def _same(tensors: Mapping[str, Tensor], head: str) -> bool:
     """Whether a stored head equals the embedding that the config ties it to."""
     one, other = tensors[head], tensors[hf_name("embed/embedding")]
     if one.shape != other.shape:

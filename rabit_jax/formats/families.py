@@ -66,21 +66,58 @@ FAMILIES: dict[str, Json] = {
         **_GEMMA, "vocab_size": 262208, "max_position_embeddings": 131072,
         # Transformers reads no attn_logit_softcapping here: its attention leaves the scores alone.
         "final_logit_softcapping": None,
-        "rope_local_base_freq": 10000.0, "sliding_window_pattern": 6,
+        "rope_local_base_freq": None, "sliding_window_pattern": 6,
     },
 }
 
-# Fields that do not change the logits of the decoder.
+# Fields that do not change the logits of the decoder, whatever they hold: how the model is trained,
+# run, sampled from, labelled and stored.
 HARMLESS = frozenset({
-    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path",
-    "_sliding_window_pattern", "architectures", "attention_dropout", "attn_implementation",
-    "cache_implementation", "chunk_size_feed_forward", "do_sample", "id2label", "is_llama_config",
-    "label2id", "max_length", "max_sequence_length", "min_length", "model_type", "num_beams",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
-    "repetition_penalty", "return_dict", "return_dict_in_generate", "temperature", "top_k",
-    "top_p", "torchscript", "transformers.js_config", "transformers_version", "unk_token_id",
-    "unsloth_fixed", "unsloth_version", "use_cache",
+    "architectures", "attn_implementation", "bad_words_ids", "begin_suppress_tokens",
+    "cache_implementation", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
+    "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label",
+    "is_decoder", "is_llama_config", "label2id", "length_penalty", "max_length",
+    "max_new_tokens", "max_seq_len", "max_sequence_length", "min_length", "min_new_tokens",
+    "min_p", "model_max_length", "model_type", "name_or_path", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_router_logits", "output_scores", "pad_token",
+    "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
+    "seq_length", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
+    "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torchscript",
+    "transformers.js_config", "transformers_version", "transformers_weights", "typical_p",
+    "unk_token_id", "use_bfloat16", "use_cache", "use_flash_attention", "use_flash_attn",
 })
+# Values at which a field of another family does nothing.
+NEUTRAL: Json = {
+    "embedding_multiplier": 1, "logit_scale": 1, "logits_scaling": 1,
+    "residual_multiplier": 1, "num_experts": 0, "num_local_experts": 0,
+}
+# Code that comes with a model: what it reads of these does not change the decoder.
+_CODE = {"AutoConfig", "AutoTokenizer"}
+
+
+
+def is_inert(name: str, value: object) -> bool:
+    """Whether a field that no family reads leaves the logits as they are.
+
+    Such are fields in `HARMLESS`, private ones, those of dropout, and any that is null, false or
+    empty: what a field would switch on is then off.
+    """
+    if name in HARMLESS or name.startswith(("_", "unsloth_")) or _is_dropout(name):
+        return True
+    if name == "auto_map":
+        return isinstance(value, dict) and value.keys() <= _CODE
+    empty = value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
+    neutral = name in NEUTRAL and not isinstance(value, bool) and value == NEUTRAL[name]
+    return empty or neutral
+
+
+def _is_dropout(name: str) -> bool:
+    return "dropout" in name or name.endswith("_pdrop")
+
 
 # The module of transformers for each module of the decoder; `{}` is the number of the layer.
 HF_MODULES = {

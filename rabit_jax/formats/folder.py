@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,36 +14,93 @@ from safetensors import SafetensorError
 
 from rabit_jax.atomic import replacing, write_tensors, write_text
 from rabit_jax.errors import BadInput, first_line
+from rabit_jax.formats.gguf import find_gguf, gguf_folder
 from rabit_jax.formats.hub import ID, fetch
 from rabit_jax.formats.tokenizer import save_tokenizer
+from rabit_jax.locks import locked
 
 FILE = "model.safetensors"
 EDGE = 1 << 16  # bytes at either end of a file that tell it from another
+LARGEST_JSON = 1 << 28  # bytes: the index of a model of a million tensors has 2^27
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder itself, or where the hub's snapshot of that id lies (downloaded where missing).
+    """The folder of a model.
+
+    Args:
+      path: a model folder; a run folder, for the packed model in it; or the id of a model on the
+        hub, for its snapshot on this machine, which is downloaded where it is missing.
+
+    A GGUF file, or a folder that holds one and no config.json, is read into a folder of its own in
+    a cache, see `formats.gguf.gguf_folder`.
 
     Raises:
-      BadInput: no such folder, and no such model on the hub or no way to reach it.
+      BadInput: none of these, a model of the hub that does not exist or cannot be reached, a GGUF
+        file that is damaged or not supported.
     """
     folder = Path(path).expanduser()
+    gguf = find_gguf(folder)
+    if gguf is not None:
+        return gguf_folder(gguf)
     if folder.is_dir():
-        return folder
-    if not ID.fullmatch(str(path)):
-        raise BadInput(f"no model folder {path}")
+        return _model_in(folder)
+    if folder.exists() or not ID.fullmatch(str(path)):
+        what = "is a file" if folder.exists() else "does not exist"
+        raise BadInput(f"no model folder {path}, it {what}: wanted a folder with config.json and "
+                       "safetensors, a run folder with packed/, or the id of a model on the hub")
     return fetch(str(path))
 
 
+def _model_in(folder: Path) -> Path:
+    """The folder itself where it holds a model, or `packed/` of a run folder."""
+    if (folder / "config.json").exists():
+        return folder
+    if (folder / "packed" / "config.json").exists():
+        return folder / "packed"
+    if is_run_folder(folder):
+        raise BadInput(f"{folder} is a run folder without packed/: let the run finish, or name a "
+                       "model folder in it, such as teacher")
+    raise BadInput(f"{folder} is no model folder, it holds neither config.json nor packed/ of a "
+                   "run: name a folder that does")
+
+
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; BadInput where it cannot be read or is no object."""
+    """A JSON object from a file.
+
+    Raises:
+      BadInput: a file that cannot be read, is larger than 256 MB, is nested too deeply, or holds
+        something else than an object or a number that is not finite.
+    """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no file")
+        if file.exists() and file.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON} bytes")
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {file}: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise BadInput(f"{file} holds a {type(content).__name__}, wanted a JSON object")
     return content
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text holds; ValueError where it is none.
+
+    Python's own parser takes NaN and Infinity, rounds 1e999 to infinity, and raises RecursionError
+    for a text that is nested deeply.
+    """
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds {text[:20]}, which is no finite number")
+    return number
 
 
 def json_files(
@@ -78,13 +136,15 @@ def write_folder(
       tokenizer: of transformers, a plain `tokenizers.Tokenizer`, or None.
 
     Raises:
-      BadInput: the target exists and is no model folder, or it cannot be written (a full disk).
+      BadInput: the target exists and is no model folder, another process is writing it, or it
+        cannot be written (a full disk).
     """
     folder = Path(folder)
     if folder.exists() and not _replaceable(folder):
         raise BadInput(f"{folder} exists and is not a model folder, choose another place to save")
     try:
-        with replacing(folder) as new:
+        lock = folder.absolute().with_name(f".{folder.absolute().name}.lock")
+        with locked(lock, folder), replacing(folder) as new:
             new.mkdir()
             for name, content in files.items():
                 text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
@@ -116,6 +176,11 @@ def fingerprint(path: str | Path) -> list[tuple[str, int, str]]:
             digest.update(content.read())
         found.append((file.name, size, digest.hexdigest()))
     return found
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a folder is that of a run, and not a model's."""
+    return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from rabit_jax.formats.checkpoint import INDEX, open_checkpoint
+from rabit_jax.formats.checkpoint import INDEX, open_checkpoint, with_end_token_of
 from rabit_jax.formats.families import tensor_names
 from rabit_jax.formats.folder import finite_as, json_files, write_folder
 from rabit_jax.formats.hf_config import to_hf
@@ -51,8 +51,10 @@ def load_hf(
       done: called after each parameter with the bytes of params read so far and in total.
 
     Returns:
-      `(Decoder, params, tokenizer)`; torch's `[out, in]` matrices come transposed and stacked as
-      `[l, in, out]`; the tokenizer is one of transformers, or None if the folder has none.
+      `(Decoder, params, tokenizer)`. Torch's `[out, in]` matrices come transposed and stacked as
+      `[l, in, out]`. The tokenizer is one of transformers, or None if the folder has none.
+      `model.config.eos_ids` are the end tokens that generation_config.json, config.json and the
+      tokenizer name.
 
     Raises:
       BadInput: no such folder or hub model, an unsupported config (the message begins with
@@ -61,7 +63,7 @@ def load_hf(
     """
     targets = {} if shardings is None else dict(leaves(shardings))
     with open_checkpoint(path) as checkpoint:
-        tokenizer = read_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+        tokenizer = read_tokenizer(checkpoint.folder, checkpoint.config)
         params, ready, size = {}, 0, jnp.dtype(dtype or "float32").itemsize
         total = size * sum(int(np.prod(shape)) for shape in checkpoint.shapes.values())
         for name in checkpoint.shapes:
@@ -71,7 +73,8 @@ def load_hf(
             params[name] = jax.block_until_ready(_placed(value, targets.get(name)))
             del value
             done(ready, total)
-    return Decoder(checkpoint.config), unflatten_dict(params, sep="/"), tokenizer
+    config = with_end_token_of(tokenizer, checkpoint.config)
+    return Decoder(config), unflatten_dict(params, sep="/"), tokenizer
 
 
 def _placed(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> Array:

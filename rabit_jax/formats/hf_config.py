@@ -12,19 +12,20 @@ from rabit_jax.formats.families import (
     ARCHITECTURES,
     COMMON,
     FAMILIES,
-    HARMLESS,
     LANGUAGE_MODELS,
-    SIZES,
+    is_inert,
 )
+from rabit_jax.formats.hf_fields import OBJECT, ROTARY, check_fields, check_kinds, shown, token_ids
 from rabit_jax.models.config import ModelConfig, RopeScaling
 from rabit_jax.types import Json
 
 T = TypeVar("T")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
-_ROPE_KEYS = frozenset({
-    "rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor",
-    "original_max_position_embeddings", "partial_rotary_factor",
+# Rotary fields without effect where no frequency is stretched.
+_UNSTRETCHED = frozenset({
+    "attention_factor", "beta_fast", "beta_slow", "finetuned", "mscale", "mscale_all_dim",
+    "truncate",
 })
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -39,13 +40,14 @@ def from_hf(raw: Json) -> ModelConfig:
     Raises:
       BadInput: a model type, or a field that changes the result, is not implemented; the message
         begins with `unsupported` and names it. An unknown field counts as one that changes the
-        result unless its value is null or false. Missing or malformed sizes raise it too.
+        result unless `is_inert` says otherwise. A field that is missing, or that holds what it
+        cannot mean, raises it too.
     """
     raw = language_model(raw)
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join([*FAMILIES, *LANGUAGE_MODELS])
-        raise BadInput(f"unsupported model_type {family!r}, supported are {known}")
+        raise BadInput(f"unsupported model_type {shown(family)}, supported are {known}")
     full = {**COMMON, **FAMILIES[family], **raw}
     _refuse(family, full)
     theta, scaling, local_theta = _rope(family, full)
@@ -71,14 +73,15 @@ def from_hf(raw: Json) -> ModelConfig:
         attention_softcap=full.get("attn_logit_softcapping"),
         final_softcap=full.get("final_logit_softcapping"),
         initializer_range=float(full["initializer_range"]),
-        bos_id=full["bos_token_id"], eos_ids=token_ids(full["eos_token_id"]),
+        bos_id=full["bos_token_id"],
+        eos_ids=token_ids(full["eos_token_id"], "config field eos_token_id"),
         max_position=full["max_position_embeddings"], family=family, dtype=_dtype(full),
     )
 
 
 def language_model(raw: Json) -> Json:
     """The language model's part of a `config.json`; all of it unless the model is multimodal."""
-    if raw.get("model_type") not in LANGUAGE_MODELS:
+    if raw.get("model_type") not in list(LANGUAGE_MODELS):
         return dict(raw)
     text = raw.get("text_config")
     if not isinstance(text, Mapping):
@@ -90,13 +93,6 @@ def language_model(raw: Json) -> Json:
     return {**outer, "model_type": LANGUAGE_MODELS[raw["model_type"]], **inner, **outer}
 
 
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """A token id, a list of them or null, as Hugging Face writes `eos_token_id`, as a tuple."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
@@ -106,28 +102,23 @@ def _activation(raw: Json) -> str:
 
 
 def _refuse(family: str, raw: Json) -> None:
-    """Raises for the first field that is missing or whose effect is not implemented."""
-    for name in SIZES:
-        if not isinstance(raw.get(name), int) or raw[name] < 1:
-            raise BadInput(f"config field {name} is {raw.get(name)!r}, wanted a positive integer")
-    for name in ("rms_norm_eps", "initializer_range"):
-        if not isinstance(raw[name], (int, float)):
-            raise BadInput(f"config field {name} is {raw[name]!r}, wanted a number")
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw[name] or {}, Mapping):
-            raise BadInput(f"config field {name} is {raw[name]!r}, wanted an object or null")
+    """Raises for the first field that is malformed or whose effect is not implemented."""
+    check_fields(raw)
     if _activation(raw) not in _ACTIVATIONS:
         raise BadInput(f"unsupported hidden_act {_activation(raw)!r}, supported are "
                        f"{', '.join(_ACTIVATIONS)}")
     if raw.get("use_bidirectional_attention"):
         raise BadInput("unsupported use_bidirectional_attention: the decoder is causal")
     if raw["quantization_config"]:
-        raise BadInput("unsupported quantization_config, load the full-precision model instead")
-    known = COMMON.keys() | FAMILIES[family].keys() | HARMLESS
+        raise BadInput("unsupported quantization_config, load the full-precision model instead "
+                       "(a packed one of ours by load_model)")
+    # A Llama converted from a Qwen names windows and switches them off.
+    windowless = {"max_window_layers"} if raw.get("use_sliding_window") is False else set()
+    known = COMMON.keys() | FAMILIES[family].keys() | windowless
     for name, value in raw.items():
-        if name not in known and value is not None and value is not False:
-            raise BadInput(f"unsupported config field {name} = {value!r}: its effect on the result "
-                           f"is not known here for model_type {family}")
+        if name not in known and not is_inert(name, value):
+            raise BadInput(f"unsupported config field {name} = {shown(value)}: its effect on the "
+                           f"result is not known here for model_type {family}")
 
 
 def _windows(family: str, raw: Json) -> tuple[int | None, tuple[bool, ...]]:
@@ -136,7 +127,8 @@ def _windows(family: str, raw: Json) -> tuple[int | None, tuple[bool, ...]]:
     kinds = _layer_types(raw, layers)
     if family == "llama":
         local = [kind == "sliding_attention" for kind in kinds or []]
-        if window is not None or any(local):
+        reached = window is not None and window < raw["max_position_embeddings"]
+        if (reached and raw.get("use_sliding_window") is not False) or any(local):
             raise BadInput(f"unsupported sliding_window {window} or layer_types {kinds} of a llama "
                            "model: transformers gives it full attention alone")
         return None, ()
@@ -152,9 +144,9 @@ def _windows(family: str, raw: Json) -> tuple[int | None, tuple[bool, ...]]:
     elif family.startswith("qwen"):
         local = [window is not None and n >= raw["max_window_layers"] for n in range(layers)]
     else:
-        period = raw.get("sliding_window_pattern", 2)
+        period = _or(raw.get("sliding_window_pattern"), 6 if family == "gemma3_text" else 2)
         local = [bool((n + 1) % period) for n in range(layers)]
-    if any(local) and (not isinstance(window, int) or window < 1):
+    if any(local) and window is None:
         raise BadInput(f"config field sliding_window is {window!r}, wanted a positive integer for "
                        "its layers of sliding_attention")
     return (window, tuple(local)) if any(local) else (None, ())
@@ -181,41 +173,51 @@ def _dtype(raw: Json) -> str:
 def _rope(family: str, raw: Json) -> tuple[float, RopeScaling | None, float | None]:
     """`(rotary base, scaling, rotary base of local layers)` from either spelling."""
     new, old = raw["rope_parameters"], raw["rope_scaling"]
+    both = BadInput("unsupported config with both rope_parameters and a different rope_scaling")
     if family != "gemma3_text":
         found = _one_rope(new or old or {}, raw, 10000.0)
         if new and old and _one_rope({"rope_theta": new.get("rope_theta"), **old}, raw,
                                      10000.0) != found:
-            raise BadInput("unsupported config with both rope_parameters and a different "
-                           "rope_scaling")
+            raise both
         return *found, None
     new = new or {}
     if odd := sorted(set(new) - set(_LAYER_TYPES)):
         raise BadInput(f"unsupported rotary field {odd[0]} = {new[odd[0]]!r}: a {family} model has "
                        f"rope_parameters for {' and '.join(_LAYER_TYPES)}")
+    check_kinds("rotary field", new, dict.fromkeys(_LAYER_TYPES, OBJECT))
     local = _one_rope(new.get("sliding_attention") or {},
                       {**raw, "rope_theta": raw["rope_local_base_freq"]}, 10000.0)
     if local[1] is not None:
         raise BadInput("unsupported rope scaling of sliding_attention layers")
-    full = {**(new.get("full_attention") or {}), **(old or {})}
-    return *_one_rope(full, raw, 1e6), local[0]
+    full = new.get("full_attention") or {}
+    found = _one_rope(full or old or {}, raw, 1e6)
+    if full and old and _one_rope({"rope_theta": full.get("rope_theta"), **old}, raw, 1e6) != found:
+        raise both
+    return *found, local[0]
 
 
 def _one_rope(
     rope: Json, raw: Json, default: float
 ) -> tuple[float, RopeScaling | None]:
+    """`(rotary base, scaling)` of one set of rotary fields; raw has what stands outside of it."""
+    check_kinds("rotary field", rope, ROTARY)
     rope = {"partial_rotary_factor": raw["partial_rotary_factor"], **rope}
+    known = ROTARY.keys() | (_UNSTRETCHED if rope.get("factor") == 1 else set())
     for name, value in rope.items():
-        if name not in _ROPE_KEYS and value is not None:
-            raise BadInput(f"unsupported rotary field {name} = {value!r}")
+        if name not in known and value is not None and value is not False:
+            raise BadInput(f"unsupported rotary field {name} = {shown(value)}")
     if rope["partial_rotary_factor"] not in (None, 1, 1.0):
         raise BadInput(f"unsupported partial_rotary_factor {rope['partial_rotary_factor']}")
-    theta = _or(rope.get("rope_theta"), _or(raw["rope_theta"], default))
-    return float(theta), _scaling(rope, raw["max_position_embeddings"])
+    inner, outer = rope.get("rope_theta"), raw["rope_theta"]
+    if inner is not None and outer is not None and inner != outer:
+        raise BadInput(f"config.json names two rotary bases, {inner} in rope_parameters and "
+                       f"{outer} outside of it: take the wrong one out")
+    return float(_or(inner, _or(outer, default))), _scaling(rope, raw["max_position_embeddings"])
 
 
 def _scaling(rope: Json, max_position: int) -> RopeScaling | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
+    if kind == "default" or _is_unstretched(kind, rope, max_position):
         return None
     if kind not in ("linear", "llama3"):
         raise BadInput(f"unsupported rope_type {kind!r}, supported are default, linear, llama3")
@@ -226,8 +228,20 @@ def _scaling(rope: Json, max_position: int) -> RopeScaling | None:
     factor, *frequencies = (float(rope[name]) for name in needed)
     if kind == "linear":
         return RopeScaling("linear", factor)
+    if not frequencies[0] < frequencies[1]:
+        raise BadInput(f"rotary field low_freq_factor is {frequencies[0]}, wanted less than "
+                       f"high_freq_factor {frequencies[1]}: correct config.json")
     original = _or(rope.get("original_max_position_embeddings"), max_position)
     return RopeScaling("llama3", factor, *frequencies, original_max_position=original)
+
+
+def _is_unstretched(kind: str, rope: Json, max_position: int) -> bool:
+    """Whether a scaling leaves all frequencies, up to the last position, as they are."""
+    if kind not in ("linear", "dynamic", "yarn") or rope.get("factor") != 1:
+        return False
+    if kind == "dynamic":
+        return _or(rope.get("original_max_position_embeddings"), max_position) >= max_position
+    return rope.get("attention_factor") in (None, 1)
 
 
 def to_hf(config: ModelConfig) -> Json:

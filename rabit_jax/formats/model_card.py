@@ -17,12 +17,16 @@ _UNKNOWN_LICENCE = "not known here; where there is a base model, that one's appl
 _TAGS = ["rabit", "residual-binarisation"]
 # What may be a path inside of a longer text: anything between blanks, quotes, brackets and "=".
 _WORD = re.compile(r"[^\s=,'\"`()\[\]{}]+")
+# In quotes a path may have blanks.
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_PHRASE = re.compile(r"[^=,'\"`()\[\]{}]+")
+_LOCAL = re.compile(r"(file:(//)?)?(~?/|~\w+/|\.\.?/|[A-Za-z]:[\\/])")
 
 
 def packed_card(
     name: str, bits: float, stored_bits: float, base: str | None = None,
     licence: str | None = None, scores: Sequence[Score] = (),
-    facts: Mapping[str, str] | None = None,
+    facts: Mapping[str, str] | None = None, whole_bits: float | None = None,
 ) -> str:
     """The card of a packed model. Of local paths, here and in `facts`, it gives the last part.
 
@@ -33,6 +37,7 @@ def packed_card(
       base: the model that was quantised; a hub id is named in the front matter.
       licence: its licence as the hub spells it, None where it is not known.
       scores: rows of model, perplexity, bits per byte and context.
+      whole_bits: bits per weight of the whole model, embedding and head included.
       facts: more lines of Markdown, such as the data, the tokens and the command.
 
     Returns:
@@ -43,7 +48,8 @@ def packed_card(
     """
     return _render(
         "packed_card", front=_front(base, licence, "rabit_jax", [*_TAGS, "quantized"]), name=name,
-        bits=bits, stored_bits=stored_bits, base=_model_name(base) if base else None,
+        bits=bits, stored_bits=stored_bits, whole_bits=whole_bits,
+        base=_model_name(base) if base else None,
         licence=licence or _UNKNOWN_LICENCE, scores=scores,
         facts={fact: without_local_paths(text) for fact, text in (facts or {}).items()},
     )
@@ -79,7 +85,12 @@ def without_local_paths(text: str) -> str:
     >>> without_local_paths("--config /home/me/my.yaml teacher.path=org/name")
     '--config my.yaml teacher.path=org/name'
     """
-    return _WORD.sub(lambda word: _last_part(word[0]) if _is_local(word[0]) else word[0], text)
+    text = _QUOTED.sub(lambda quoted: _shortened(_PHRASE, quoted[0]), text)
+    return _shortened(_WORD, text)
+
+
+def _shortened(pieces: re.Pattern[str], text: str) -> str:
+    return pieces.sub(lambda one: _last_part(one[0]) if _is_local(one[0]) else one[0], text)
 
 
 def _render(template: str, **values: object) -> str:
@@ -107,9 +118,10 @@ def _model_name(name: str) -> str:
 
 def _is_local(word: str) -> bool:
     """Whether a word is a path: one that begins like it, or that matches a file from here."""
-    begins = word.startswith(("/", "~/", "./", "../"))
-    return begins or ("/" in word and next(glob.iglob(word), None) is not None)
+    if _LOCAL.match(word.strip()):
+        return True
+    return "/" in word and "\0" not in word and next(glob.iglob(word), None) is not None
 
 
 def _last_part(path: str) -> str:
-    return os.path.basename(os.path.abspath(path)) or path
+    return re.split(r"[\\/]", os.path.abspath(path.strip()))[-1] or path

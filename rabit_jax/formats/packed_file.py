@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from rabit_jax.atomic import write_tensors
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.families import hf_name, tensor_names
+from rabit_jax.formats.folder import parse_json
 from rabit_jax.tree import is_weight
 from rabit_jax.weights.leaves import WeightNode
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
@@ -82,7 +83,9 @@ def open_packed(path: Path) -> Iterator[PackedFile]:
         header = tensors.metadata() or {}
         check_version(header, str(path))
         try:
-            parts = [dict(json.loads(header[name])) for name in ("config", "modules", "sha256")]
+            parts = [dict(parse_json(header[name])) for name in ("config", "modules", "sha256")]
+            if not all(isinstance(one, dict) for one in parts[1].values()):
+                raise TypeError("modules hold something else than objects")
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"the header of {path} is damaged ({error}): fetch it again") from error
         for name in ("config", "modules"):

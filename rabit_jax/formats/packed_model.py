@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from rabit_jax.errors import BadInput
-from rabit_jax.formats.checkpoint import with_end_tokens
+from rabit_jax.formats.checkpoint import with_end_token_of, with_end_tokens
 from rabit_jax.formats.families import tensor_names
 from rabit_jax.formats.folder import (
     FILE,
@@ -55,6 +55,12 @@ from rabit_jax.weights.representations import abstract_packed, is_packed_node
 
 if TYPE_CHECKING:
     import tokenizers
+
+# Without our quantiser transformers would only warn of an unknown method and load random weights.
+# It reads the file that this entry names, and this one it refuses, naming what to do.
+REFUSAL = {
+    "transformers_weights": "packed: import rabit_jax.integrations.transformers before loading",
+}
 
 
 def save_packed(
@@ -99,9 +105,10 @@ def save_packed(
     types = sorted({one["type"] for one in headers.values()})
     quantization = {**(extra or {}), "quant_method": METHOD, "format": FORMAT, "version": VERSION,
                     "types": types}
-    files = json_files({**raw, "quantization_config": quantization}, generation)
+    files = json_files({**raw, **REFUSAL, "quantization_config": quantization}, generation)
     sizes = describe(params)
-    card = packed_card(Path(folder).name, sizes.bits_per_weight, sizes.stored_bits_per_weight, base)
+    card = packed_card(Path(folder).name, sizes.bits_per_weight, sizes.stored_bits_per_weight, base,
+                       whole_bits=sizes.whole_model_bits_per_weight)
     return write_folder(folder, [(FILE, tensors)], header, {**files, CARD: card}, tokenizer)
 
 
@@ -126,15 +133,18 @@ def load_packed(folder: str | Path) -> tuple[Decoder, Params, Tokenizer | None]:
         raise BadInput(f"{folder} holds no packed model: the quantization_config of config.json "
                        f"names no quant_method {METHOD!r}")
     check_version(raw.pop("quantization_config"), f"{folder / 'config.json'}")
+    for name in REFUSAL:  # which folders of 0.1 lack
+        raw.pop(name, None)
     config = with_end_tokens(from_hf(raw), folder)
-    tokenizer = read_tokenizer(folder, config.vocab_size)
+    tokenizer = read_tokenizer(folder, config)
     with open_packed(folder / FILE) as file:
         _check_config(file, raw, folder)
         shapes = param_shapes(config)
         nodes = packed_kernels(file, shapes)
         check_tensors(file, shapes, nodes)
         params = {path: _read(file, path, s, nodes.get(path)) for path, s in shapes.items()}
-    return Decoder(config), unflatten_dict(params, sep="/"), tokenizer
+    model = Decoder(with_end_token_of(tokenizer, config))
+    return model, unflatten_dict(params, sep="/"), tokenizer
 
 
 def load_model(

@@ -22,7 +22,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 
 from rabit_jax.errors import BadInput
-from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.rotary import Context, View, rotate
 from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Params, Shape
@@ -224,7 +224,8 @@ def rms_norm(
     x = x.astype(jnp.float32)
     power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     factor = scale.astype(jnp.float32) + (1.0 if config.norm_plus_one else 0.0)
-    return (x * jax.lax.rsqrt(power + config.norm_eps) * along_last(factor, x)).astype(config.dtype)
+    y = x * jax.lax.rsqrt(power + config.norm_eps) * along_last(factor, x)
+    return y.astype(compute_dtype(config))
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 from rabit_jax.errors import BadInput
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("silu", "gelu_tanh")
+MOST = 2**31 - 1  # of any size: token ids and positions are int32
+MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,9 @@ class ModelConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise BadInput(f"model {field} is {value!r}, wanted a positive integer")
+            most = MOST_LAYERS if field == "n_layers" else MOST
+            if value > most:
+                raise BadInput(f"model {field} is {value}, wanted at most {most}")
         if self.n_heads % self.n_kv_heads:
             raise BadInput(f"model n_heads {self.n_heads} is not a multiple of n_kv_heads "
                            f"{self.n_kv_heads}; choose sizes where it is")
@@ -118,3 +125,13 @@ class ModelConfig:
                            f"{', '.join(ACTIVATIONS)}")
         if self.dtype not in DTYPES:
             raise BadInput(f"unsupported dtype {self.dtype!r}, wanted one of {', '.join(DTYPES)}")
+
+
+def compute_dtype(config: ModelConfig) -> str:
+    """The dtype of the matrix products on this machine: the config's, but on a CPU no float16.
+
+    A CPU has no float16 arithmetic, and XLA compiles only some float16 products for it. float32
+    holds every float16 value, so a float16 model computes in that.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    return "float32" if on_cpu and config.dtype == "float16" else config.dtype

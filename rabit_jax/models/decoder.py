@@ -12,12 +12,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import unfreeze
+from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
 from rabit_jax.errors import BadInput
 from rabit_jax.models.block import Block, Fresh, Owner, fresh_norm, rms_norm, soft_cap
-from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.tree import is_weight, leaves
 from rabit_jax.types import Array, Params, Shape
@@ -76,6 +78,10 @@ class Decoder(nn.Module):
 
         Returns:
           float32 `[b, t, v]`, or that and `[l, b, t, d]` in the compute dtype.
+
+        Raises:
+          BadInput: tokens that are no integers `[b, t]` or, where they are not traced, lie outside
+            of the vocabulary.
         """
         features, hidden = self.features(tokens, mask, hidden_states)
         logits = self.head(features)
@@ -90,6 +96,7 @@ class Decoder(nn.Module):
         With `head` this lets a loss project onto the vocabulary in chunks. Arguments as for the
         call; use as `model.apply({"params": params}, tokens, method="features")`.
         """
+        check_tokens(tokens, self.config.vocab_size)
         real = jnp.ones((1, tokens.shape[1]), bool) if mask is None else mask.astype(bool)
         context = make_context(self.config, real, hidden_states)
         local = jnp.asarray(local_layers(self.config))
@@ -108,18 +115,37 @@ class Decoder(nn.Module):
         """Float32 logits."""
         head = self.embed()["embedding"].T if self._head is None else self._head()["kernel"]
         with jax.named_scope("head"):
-            y = logits(features.astype(self.config.dtype), head)
+            y = logits(features.astype(compute_dtype(self.config)), head)
             return soft_cap(y, self.config.final_softcap)
 
 
 def embed(
     table: Float[Array, "v d"], tokens: Int[Array, "b t"], config: ModelConfig
 ) -> Float[Array, "b t d"]:
-    """`embed_scale E[tokens]` in the compute dtype."""
+    """`embed_scale E[tokens]` in the compute dtype; a token without a row reads NaN."""
     with jax.named_scope("embed"):
-        x = jnp.take(table, tokens, axis=0).astype(config.dtype)
+        x = jnp.take(table, tokens, axis=0).astype(compute_dtype(config))
         # Gemma's factor is rounded to the compute dtype before it multiplies.
-        return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, config.dtype)
+        return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype)
+
+
+def check_tokens(tokens: Any, vocab_size: int) -> None:
+    """Raises BadInput for tokens that are no integers `[b, t]` from 0 to `vocab_size - 1`.
+
+    The values of traced tokens are not known and not checked.
+    """
+    dtype, shape = getattr(tokens, "dtype", None), tuple(getattr(tokens, "shape", ()))
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or len(shape) != 2:
+        found = f"{dtype}{list(shape)}" if dtype is not None else f"a {type(tokens).__name__}"
+        raise BadInput(f"tokens are {found}, wanted integer ids [b, t]: encode the text with the "
+                       "model's tokenizer")
+    if isinstance(tokens, Tracer) or not getattr(tokens, "is_fully_addressable", True):
+        return
+    values = np.asarray(tokens)  # jnp would trace it where constant tokens meet a traced call
+    least, most = values.min(initial=0), values.max(initial=0)
+    if least < 0 or most >= vocab_size:
+        raise BadInput(f"tokens hold the id {least if least < 0 else most}, the model's vocabulary "
+                       f"has 0..{vocab_size - 1}: use the model's own tokenizer")
 
 
 def logits(x: Float[Array, "... d"], kernel: Any) -> Float[Array, "... v"]:

@@ -233,7 +233,14 @@ def _prompt(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The prompts and their mask as `[b, t]` int32 and bool, checked."""
     c = model.config
-    tokens = np.asarray(tokens)
+    try:
+        tokens = np.asarray(tokens)
+    except ValueError:
+        raise BadInput("prompts are lists of different lengths, wanted [b, t]: pad them on the "
+                       "left and give a mask") from None
+    if tokens.dtype.kind not in "iu" and tokens.size:
+        raise BadInput(f"a prompt is {_kind(tokens)}, wanted token ids [b, t]: encode it first, "
+                       "such as tokenizer([text], return_tensors='np')['input_ids']")
     if tokens.ndim != 2 or not tokens.size:
         raise BadInput(f"empty prompt: tokens have shape {tokens.shape}, wanted [b, t] with at "
                        "least one token in each row")
@@ -249,6 +256,10 @@ def _prompt(
         raise BadInput(f"{longest} prompt tokens and {max_new_tokens} new ones, the model has "
                        f"{c.max_position} positions and makes at least 1; ask for fewer")
     return tokens.astype(np.int32), mask
+
+
+def _kind(tokens: np.ndarray) -> str:
+    return "text" if tokens.dtype.kind in "US" else f"of {tokens.dtype}"
 
 
 def pick(

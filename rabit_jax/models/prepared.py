@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Float
 
-from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.decoder import check_params, param_shapes
 from rabit_jax.tree import is_weight, leaves, pytree_dataclass
 from rabit_jax.types import Array, Params
@@ -98,7 +98,7 @@ def prepare(config: ModelConfig, params: Params) -> Engine:
 
     Returns:
       The engine. Dense matrices are cast once to `config.dtype`, as `Decoder` casts them at each
-      product; on a CPU, which has no float16 arithmetic, a float16 model computes in float32.
+      product; see `compute_dtype`.
 
     Raises:
       BadInput: params that do not fit the config; the message names the path.
@@ -109,8 +109,7 @@ def prepare(config: ModelConfig, params: Params) -> Engine:
     """
     check_params(dict(leaves(params)), param_shapes(config))
     platform = jax.devices()[0].platform
-    if platform == "cpu" and config.dtype == "float16":
-        config = dataclasses.replace(config, dtype="float32")
+    config = dataclasses.replace(config, dtype=compute_dtype(config))
     params = jax.tree.map(jnp.asarray, params)
     layers = {side: _joined(part, config, platform) if side in ("attn", "mlp") else part
               for side, part in params["layers"].items()}

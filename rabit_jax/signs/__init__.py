@@ -2,10 +2,11 @@
 
 from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.iterative_svid import greedy, relative_error, svid
-from rabit_jax.signs.ste import coupled_signs, effective_weight
+from rabit_jax.signs.ste import add_ste, coupled_signs, effective_weight
 
 __all__ = [
     "Stats",
+    "add_ste",
     "coupled_signs",
     "effective_weight",
     "greedy",

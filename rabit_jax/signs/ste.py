@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Literal, get_args
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from rabit_jax.errors import check_choice
+from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.types import Array
 
 F32 = jnp.float32
@@ -23,6 +23,33 @@ SIGN_BIT = 0x80000000
 # What the backward takes sign(V) for, see `path_slope`.
 Ste = Literal["identity", "scaled", "clipped", "smooth"]
 STE = get_args(Ste)
+Slope = Callable[[Array, Array], Array]  # (v, a) -> d(a sign(v)) / dv, all float32 [..., i, o]
+_own_rules: dict[str, Slope] = {}
+
+
+def add_ste(name: str, slope: Slope) -> None:
+    """Give a straight-through rule of your own a name, for `ste` of a spec or of a config.
+
+    Args:
+      name: of the rule.
+      slope: `(v, a) -> d(a sign(v)) / dv` as the rule takes it, float32 arrays of one shape; see
+        `path_slope`.
+
+    Raises:
+      BadInput: the name is taken.
+
+    Example:
+      >>> add_ste("triangle", lambda v, a: jnp.maximum(0.0, 1 - jnp.abs(v / a)))
+      >>> spec = ResidualSignSpec(ste="triangle")
+    """
+    if name in ste_names():
+        raise BadInput(f"the straight-through rule {name!r} exists: choose another name")
+    _own_rules[name] = slope
+
+
+def ste_names() -> tuple[str, ...]:
+    """The names of all straight-through rules."""
+    return (*STE, *_own_rules)
 
 
 def outer(h: Float[Array, "*l i"], g: Float[Array, "*l o"]) -> Float[Array, "*l i o"]:
@@ -96,8 +123,10 @@ def path_slope(
 
     Raises BadInput for an unknown rule.
     """
-    check_choice("ste", ste, STE)
+    check_choice("ste", ste, ste_names())
     v = v.astype(F32)
+    if ste in _own_rules:
+        return _own_rules[ste](v, a).astype(F32)
     if ste == "scaled":
         return a
     if ste == "clipped":
@@ -157,7 +186,7 @@ def effective_weight(
       >>> effective_weight(w, g=jnp.array([[1.0, 1.0], [1.0, 1.0]]), h=jnp.array([[0.5], [0.25]]))
       Array([[ 0.75, -0.25]], dtype=float32)
     """
-    check_choice("ste", ste, STE)
+    check_choice("ste", ste, ste_names())
     return summed(term for _, term in coupled(latent, g, h)).astype(dtype)
 
 

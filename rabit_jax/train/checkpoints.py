@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jaxtyping import PyTree, UInt32
+from jaxtyping import Bool, PyTree, UInt32
 
+from rabit_jax.atomic import remove
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.types import Array
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs every error with its traceback in each of its threads and raises it as well.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 Tree = TypeVar("Tree")
+_ITEM = "default"  # the folder in that of a step in which Orbax keeps the one tree
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -42,6 +47,16 @@ def checksum(tree: PyTree[Array]) -> UInt32[Array, ""]:
             )
         total = total * jnp.uint32(31) + jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
     return total
+
+
+@jax.jit
+def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
+    """Whether no array of a tree holds NaN or infinity."""
+    found = jnp.bool_(True)
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            found &= jnp.all(jnp.isfinite(leaf))
+    return found
 
 
 def abstract(tree: Tree, shardings: PyTree[jax.sharding.Sharding] | None = None) -> Tree:
@@ -74,7 +89,10 @@ class Checkpoints:
         """Open or create `folder`; at most `keep` checkpoints stay."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.folder = Path(folder).absolute()
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        # Without the handler Orbax takes it from the newest step, and an empty folder has none.
+        self.manager = ocp.CheckpointManager(
+            self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     def save(self, step: int, state: PyTree[Array]) -> None:
         """Save `state` after `step` steps, in the background.
@@ -83,6 +101,8 @@ class Checkpoints:
           BadInput: the folder already holds that step or a later one, of another run.
         """
         tree = {"state": state, "checksum": checksum(state)}
+        if os.path.lexists(self.folder / str(step)) and step not in self.manager.all_steps():
+            self._set_aside(step)
         if step in self.manager.all_steps() or not self.manager.save(
             step, args=ocp.args.StandardSave(tree)
         ):
@@ -102,6 +122,10 @@ class Checkpoints:
         Raises:
           BadInput: it cannot be read, or its bits do not match its checksum.
         """
+        self.manager.wait_until_finished()
+        if not (self.folder / str(step) / _ITEM).is_dir():
+            raise BadInput(f"checkpoint {self.folder / str(step)} cannot be read (it holds no "
+                           "state)")
         replicated = jax.tree.leaves(target)[0].sharding
         if isinstance(replicated, jax.sharding.NamedSharding):
             replicated = jax.sharding.NamedSharding(replicated.mesh, jax.sharding.PartitionSpec())
@@ -122,33 +146,62 @@ class Checkpoints:
             )
         return found["state"]
 
-    def restore_last(self, target: Tree) -> tuple[int, Tree] | None:
-        """The newest complete checkpoint as `(step, state)`, None if there is none.
+    def restore_last(
+        self, target: Tree, sound: Callable[[Tree], object] = lambda state: True
+    ) -> tuple[int, Tree] | None:
+        """The newest whole checkpoint as `(step, state)`, None if there is none.
 
         If one cannot be read, a line on stderr names it and the one before it is tried; once that
-        has loaded, the damaged one is renamed to `<folder>-damaged-<step>`.
+        has loaded, the damaged one is renamed to `<folder>-damaged-<step>`, with a number behind
+        it where that name is taken. What an interrupted save has left is removed.
+
+        Args:
+          target: as for `restore`.
+          sound: whether a state that was read can be used.
 
         Raises:
-          BadInput: there are checkpoints but none can be read; all keep their names.
+          BadInput: there are checkpoints but none can be used; all keep their names.
         """
+        self.manager.wait_until_finished()
+        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            remove(unfinished)
         bad: list[int] = []
-        for step in reversed(self.steps()):
+        for step in self._named_steps():
             try:
                 found = self.restore(step, target)
+                if not sound(found):
+                    raise BadInput(f"checkpoint {self.folder / str(step)} holds values that are "
+                                   "not finite")
             except BadInput as error:
                 print(f"{error}; trying the one before it", file=sys.stderr)
                 bad.append(step)
                 continue
             for other in bad:
-                (self.folder / str(other)).rename(f"{self.folder}-damaged-{other}")
+                self._set_aside(other)
             if bad:
                 self.manager.reload()
             return step, found
         if bad:
             raise BadInput(
-                f"no checkpoint in {self.folder} can be read: start the stage again without them"
+                f"no checkpoint in {self.folder} can be used: start the stage again without them "
+                "(a run does so without --resume)"
             )
         return None
+
+    def _named_steps(self) -> list[int]:
+        """Steps of all that has the name of a checkpoint, whatever it is, newest first."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return sorted((int(n) for n in names if n.isascii() and n.isdigit() and str(int(n)) == n),
+                      reverse=True)
+
+    def _set_aside(self, step: int) -> None:
+        """Rename what has the name of a step to a name that is free."""
+        wanted = free = f"{self.folder}-damaged-{step}"
+        count = 1
+        while os.path.lexists(free):
+            count += 1
+            free = f"{wanted}-{count}"
+        os.rename(self.folder / str(step), free)
 
     def wait(self) -> None:
         """Wait until the last save is on disk; raises any error of the background thread."""

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from rabit_jax.errors import BadInput
-from rabit_jax.train.checkpoints import Checkpoints, abstract
+from rabit_jax.train.checkpoints import Checkpoints, abstract, all_finite
 from rabit_jax.train.step import Metrics, Step, TrainState
 from rabit_jax.types import Batch, Params
 
@@ -94,10 +94,13 @@ def train(
       The state after the last step.
 
     Raises:
-      BadInput: the loss or the gradient is not finite; the last good checkpoint is kept.
+      BadInput: the loss, the gradient or the state that is to be saved is not finite; the last
+        good checkpoint is kept.
       KeyboardInterrupt: `loop.stop()` returned True; the state has been saved.
     """
-    if checkpoints and resume and (found := checkpoints.restore_last(abstract(state))):
+    if checkpoints and resume and (
+        found := checkpoints.restore_last(abstract(state), whole)
+    ):
         state = found[1]
     done = int(state.step)
     clock = _Clock(loop.tokens_per_step)
@@ -119,6 +122,8 @@ def train(
         if watch or saving or stopping or done == loop.steps:
             _report(loop, pending, clock)
             pending = None
+        if saving or stopping or done == loop.steps:
+            clock.pause(_check_state, loop, done, state)
         if watch:
             clock.pause(watch.after, done, state.trainable, snapshot)
         if checkpoints and (saving or stopping):
@@ -130,6 +135,21 @@ def train(
     if checkpoints:
         checkpoints.wait()
     return state
+
+
+def whole(state: TrainState) -> bool:
+    """Whether training can go on from a state: all that trains, and its moments, is finite."""
+    return bool(all_finite((state.trainable, state.opt_state)))
+
+
+def _check_state(loop: Loop, done: int, state: TrainState) -> None:
+    """Raise BadInput where the update has made a state that is not finite."""
+    if not whole(state):
+        raise BadInput(
+            f"stage {loop.stage}: the update of step {done} has made weights or moments that are "
+            "not finite, so the state is not saved; the checkpoints before it are kept: lower the "
+            "learning rate or the clipping norm"
+        )
 
 
 def _report(loop: Loop, pending: tuple[int, Metrics] | None, clock: _Clock) -> None:

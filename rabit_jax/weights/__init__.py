@@ -10,7 +10,7 @@ from rabit_jax.weights.frozen_path import FrozenPath, FrozenPathSpec
 from rabit_jax.weights.group_uniform import GroupUniform, GroupUniformSpec
 from rabit_jax.weights.independent_sign import IndependentSign, IndependentSignSpec
 from rabit_jax.weights.low_rank_sign import LowRankSign, LowRankSignSpec, rank_for_bits
-from rabit_jax.weights.representations import SPECS
+from rabit_jax.weights.representations import SPECS, add_representation
 from rabit_jax.weights.reshaped import Reshaped
 from rabit_jax.weights.residual_sign import ResidualSign, ResidualSignSpec
 from rabit_jax.weights.rounding import round_to_nearest
@@ -48,6 +48,7 @@ __all__ = [
     "UniformResidual",
     "UniformResidualSpec",
     "Weight",
+    "add_representation",
     "convert",
     "cost",
     "dense",

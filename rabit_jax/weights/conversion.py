@@ -38,12 +38,17 @@ def convert(
       The tree with `spec.init(kernel, stats, key)` in place of each selected kernel.
 
     Raises:
-      BadInput: see `match_rules`; or `stats` lacks a selected kernel.
+      BadInput: see `match_rules`; a rule that names something else than a spec; or `stats` lacks a
+        selected kernel.
 
     Example:
       >>> student = convert(params, [(LLAMA_LINEARS, ResidualSignSpec(k=2))], stats)
     """
     selected = match_rules(params, rules)
+    for path, spec in selected.items():
+        if not hasattr(spec, "init") or isinstance(spec, type):
+            raise BadInput(f"the rule for {path} names {spec!r}, wanted a spec such as "
+                           "ResidualSignSpec(k=2), or None")
     missing = sorted(set(selected) - set(stats)) if stats is not None else []
     if missing:
         raise BadInput(f"no calibration statistics for {missing[0]}: calibrate with the same rules")

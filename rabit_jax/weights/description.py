@@ -52,6 +52,25 @@ class Description:
         return _mean(self.quantised, "stored_bits_per_weight")
 
     @property
+    def whole_model_bits_per_weight(self) -> float:
+        """Bits of the deployed model per parameter, embedding, norms and head included."""
+        count = sum(prod(row.shape) for row in self.rows)
+        return 8 * self.deployed_bytes / count if count else float("nan")
+
+    @property
+    def whole_model_ratio(self) -> float:
+        """How many times smaller the deployed model is than the same one in bfloat16."""
+        return 16 / self.whole_model_bits_per_weight
+
+    @property
+    def size(self) -> str:
+        """Stored bits of the quantised matrices and of the whole model, in one line."""
+        whole = (f"{self.whole_model_bits_per_weight:.3f} over the whole model, "
+                 f"{self.whole_model_ratio:.2f} times smaller than bfloat16")
+        return f"{self.stored_bits_per_weight:.3f} in the quantised matrices, {whole}" \
+            if self.quantised else whole
+
+    @property
     def trained_bytes(self) -> int:
         """Bytes of all leaves as they are."""
         return sum(row.trained_bytes for row in self.rows)
@@ -80,7 +99,7 @@ class Description:
             f"{'total':{long}} {'':{wide}} {'':18} {'':>2} {average:>7} "
             f"{_size(self.trained_bytes):>9} {_size(self.deployed_bytes):>9}"
         )
-        return "\n".join([head, *body, total])
+        return "\n".join([head, *body, total, f"bits per weight: {self.size}"])
 
 
 def _mean(rows: tuple[Row, ...], field: str) -> float:

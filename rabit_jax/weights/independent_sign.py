@@ -14,11 +14,11 @@ from rabit_jax.errors import check_choice
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import (
     F32,
-    STE,
     coupled,
     outer,
     path_slope,
     scale_gradients,
+    ste_names,
     summed,
     with_sign,
 )
@@ -98,7 +98,7 @@ class IndependentSign(SignPaths):
     latents: Array = leaf("latent", "k i o")
     g: Array = leaf("scale", "k o")
     h: Array = leaf("scale", "k i")
-    ste: str = choice("identity", STE)
+    ste: str = choice("identity", ste_names)
 
     packed = PackedSign
 
@@ -166,7 +166,7 @@ def independent_weight(
     Returns:
       `[..., i, o]` in `dtype`.
     """
-    check_choice("ste", ste, STE)
+    check_choice("ste", ste, ste_names())
     return summed(_terms(latents, g, h)).astype(dtype)
 
 

@@ -93,8 +93,9 @@ def static() -> Any:
     return struct.field(pytree_node=False)
 
 
-def choice(default: str, choices: tuple[str, ...]) -> Any:
-    """A static field of a weight node that is one of a few names; any other is a BadInput."""
+def choice(default: str, choices: Callable[[], tuple[str, ...]]) -> Any:
+    """A static field of a weight node that is one of the names that `choices()` returns; any other
+    is a BadInput."""
     return struct.field(pytree_node=False, default=default, metadata={"choices": choices})
 
 
@@ -152,11 +153,20 @@ class WeightNode:
         """Raises BadInput for a field that is none of its choices."""
         for field in _fields(self):
             if "choices" in field.metadata:
-                check_choice(field.name, getattr(self, field.name), field.metadata["choices"])
+                check_choice(field.name, getattr(self, field.name), field.metadata["choices"]())
 
     def replace(self, **changes: Any) -> Self:
         """The node with other values in some fields."""
         return dataclasses.replace(self, **changes)  # pyright: ignore
+
+    def __jax_array__(self) -> Array:
+        """A weight node is no array; JAX calls this where one is used as if it were.
+
+        Raises:
+          BadInput: always, with what to do.
+        """
+        raise BadInput(f"a {type(self).__name__} is no array, and the model multiplies by arrays: "
+                       'apply it to dense params, model.apply({"params": dense(params)}, ...)')
 
     @property
     def shape(self) -> Shape:

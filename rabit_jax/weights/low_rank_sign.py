@@ -276,7 +276,7 @@ class LowRankSign(LowRankProduct):
     h: Array = leaf("scale", "c i")
     l: Array = leaf("scale", "c r")
     g: Array = leaf("scale", "c o")
-    ste: str = choice("smooth", FACTOR_STE)
+    ste: str = choice("smooth", lambda: FACTOR_STE)
 
     packed = PackedLowRank
 

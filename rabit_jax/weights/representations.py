@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    TypeGuard,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from rabit_jax.errors import BadInput
 from rabit_jax.weights.codebook import Codebook, CodebookSpec, PackedCodebook
@@ -48,6 +57,56 @@ REPRESENTATIONS = (
 )
 SPECS = tuple(one.spec for one in REPRESENTATIONS if one.spec is not None)
 PACKED_TYPES = {one.packed.header_type: one.packed for one in REPRESENTATIONS}
+_own_specs: list[Any] = []
+
+
+def specs() -> tuple[Any, ...]:
+    """All classes of specs, those that `add_representation` has listed included."""
+    return (*SPECS, *_own_specs)
+
+
+def type_name(spec: type) -> str:
+    """The `type` by which a config names a class of specs.
+
+    Raises:
+      BadInput: the class is no dataclass with a field such as `type: Literal["mine"] = "mine"`.
+    """
+    found = get_type_hints(spec).get("type") if dataclasses.is_dataclass(spec) else None
+    names = get_args(found) if get_origin(found) is Literal else ()
+    if len(names) != 1:
+        raise BadInput(f"{spec.__name__} has no `type` by which a config could name it: make it a "
+                       'frozen dataclass with a field such as type: Literal["mine"] = "mine"')
+    return names[0]
+
+
+def add_representation(spec: type, packed: type[WeightNode] | None = None) -> None:
+    """List a representation of your own, so that configs can name it and packed files hold it.
+
+    Called where the class is defined; the commands import such a module by `--import MODULE`.
+
+    Args:
+      spec: a frozen dataclass with `init(w, stats, key) -> node`, `dense(node)` and a field `type`.
+      packed: the deployed form of its nodes, unless that is one of this package. Its `header_type`
+        is the type in a packed file.
+
+    Raises:
+      BadInput: a `type` or `header_type` that is missing or taken.
+
+    Example:
+      >>> add_representation(RowSignSpec, PackedRowSign)
+    """
+    name, taken = type_name(spec), {type_name(one): one for one in specs()}
+    if taken.get(name, spec) is not spec:
+        raise BadInput(f"the type {name!r} of {spec.__name__} is that of {taken[name].__name__}: "
+                       "choose another")
+    if packed is not None:
+        kind = packed.header_type
+        if not kind or PACKED_TYPES.get(kind, packed) is not packed:
+            raise BadInput(f"{packed.__name__}.header_type is {kind!r}, which is empty or taken: "
+                           "choose another")
+        PACKED_TYPES[kind] = packed
+    if name not in taken:
+        _own_specs.append(spec)
 
 
 def abstract_packed(header: Header) -> Any:
@@ -57,13 +116,14 @@ def abstract_packed(header: Header) -> Any:
       BadInput: a type that this version does not know, or fields that are missing or of no sense.
     """
     kind = header.get("type") if isinstance(header, Mapping) else None
-    if kind not in PACKED_TYPES:
+    if not isinstance(kind, str) or kind not in PACKED_TYPES:
         raise BadInput(
-            f"a packed weight has the type {kind!r}: the types are {', '.join(PACKED_TYPES)}"
+            f"a packed weight has the type {kind!r}: the types are {', '.join(PACKED_TYPES)}; "
+            "one of your own is known once its module is imported (--import MODULE)"
         )
     try:
         return PACKED_TYPES[kind].abstract(header, abstract_packed)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise BadInput(f"the header of a packed {kind} weight is damaged ({error})") from error
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rabit_jax.errors import check_choice
 from rabit_jax.signs.channel_importance import Stats
-from rabit_jax.signs.ste import F32, STE, coupled, coupled_signs, effective_weight, outer
+from rabit_jax.signs.ste import F32, coupled, coupled_signs, effective_weight, outer, ste_names
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.leaves import choice, leaf
@@ -83,7 +83,7 @@ class ResidualSign(SignPaths):
     latent: Array = leaf("latent", "i o")
     g: Array = leaf("scale", "k o")
     h: Array = leaf("scale", "k i")
-    ste: str = choice("identity", STE)
+    ste: str = choice("identity", ste_names)
 
     packed = PackedSign
 

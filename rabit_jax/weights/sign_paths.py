@@ -17,7 +17,7 @@ from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import pack_bits, unpack_bits
 from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.iterative_svid import svid
-from rabit_jax.signs.ste import F32, STE, Ste, outer
+from rabit_jax.signs.ste import F32, outer, ste_names
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
@@ -181,7 +181,8 @@ class SignFit:
       shrinkage: how far the importances are drawn to their mean, 0 to 1.
       rounds: most refinement rounds; 0 is greedy SVID.
       tolerance: share of the error below which a round's gain ends the rounds.
-      ste: straight-through rule of the latents, see `weights.ste.path_slope`.
+      ste: straight-through rule of the latents: identity, scaled, clipped, smooth, see
+        `signs.ste.path_slope`, or one that `add_ste` named.
     """
 
     k: int = 2
@@ -190,7 +191,7 @@ class SignFit:
     shrinkage: float = 0.0
     rounds: int = 80
     tolerance: float = 1e-3
-    ste: Ste = "identity"
+    ste: str = "identity"
 
     def __post_init__(self):
         """Raises BadInput for a setting out of its range."""
@@ -201,7 +202,7 @@ class SignFit:
                 f"rounds {self.rounds}, tolerance {self.tolerance}, shrinkage {self.shrinkage}: "
                 "rounds and tolerance must not be negative, shrinkage must lie in 0..1"
             )
-        check_choice("ste", self.ste, STE)
+        check_choice("ste", self.ste, ste_names())
 
     def scales(self, w: jax.Array, stats: Stats | None) -> tuple[jax.Array, jax.Array]:
         """Scales `g: [..., k, o]`, `h: [..., k, i]` float32 of `w: [..., i, o]`, layer by layer."""

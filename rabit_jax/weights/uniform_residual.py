@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.iterative_svid import TINY, floored, rank1
-from rabit_jax.signs.ste import F32, STE, coupled, outer, summed, with_sign
+from rabit_jax.signs.ste import F32, coupled, outer, ste_names, summed, with_sign
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.leaves import choice, leaf, size
@@ -108,7 +108,7 @@ class UniformResidual(SignPaths):
     g: Array = leaf("scale", "1 o")
     h: Array = leaf("scale", "1 i")
     k: int = size("k", default=2)
-    ste: str = choice("identity", STE)
+    ste: str = choice("identity", ste_names)
 
     packed = PackedSign
 

@@ -104,7 +104,16 @@ def widen(path):
     side.write_text(json.dumps({**json.loads(side.read_text()), "dtype": "uint32"}))
 
 
-@pytest.mark.parametrize("damage", [shorten, flip, rename, garble, widen, lambda p: p.unlink()])
+def miscount(path):
+    """The bytes of the text, which nothing else in the cache tells."""
+    side = path.with_suffix(".json")
+    side.write_text(side.read_text().replace('"bytes": 5', '"bytes": 7'))
+    assert '"bytes": 7' in side.read_text()
+
+
+@pytest.mark.parametrize(
+    "damage", [shorten, flip, rename, garble, widen, miscount, lambda p: p.unlink()]
+)
 def test_a_damaged_cache_is_built_again(tokenizer, tmp_path, capsys, damage):
     text = tokenise(TEXTS, tokenizer, tmp_path)
     expected = text.tokens.tolist()

@@ -1,6 +1,7 @@
 """The harness adapter against the harness's own Hugging Face model, on the same weights."""
 
 import copy
+import dataclasses
 import json
 import random
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from rabit_jax.evaluate.batched_generation import BatchGenerator, Settings, sett
 from rabit_jax.evaluate.harness import HarnessModel
 from rabit_jax.formats.hf import load_hf, save_hf
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.decoder import param_shapes
+from rabit_jax.models.decoder import Decoder, param_shapes
 from rabit_jax.train.sharding import AXES
 
 pytest.importorskip("lm_eval", reason="the adapter is for lm-evaluation-harness")
@@ -227,14 +228,47 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text(ours, monkeypatch):
 def test_bad_input(ours):
     model, params, tokenizer = ours.model, ours.params, ours.tokenizer
     without = SimpleNamespace(eos_token_id=None)
+    endless = Decoder(dataclasses.replace(model.config, eos_ids=()))
     for wrong, settings, message in [
         (None, {}, "no tokenizer"), (without, {}, "without an end-of-text token"),
         (tokenizer, {"max_length": 97}, "max_length is 97, wanted 2 to the model's 96"),
         (tokenizer, {"batch_size": 0}, "batch_size is 0"),
     ]:
         with pytest.raises(BadInput, match=message):
-            HarnessModel(model, params, wrong, **settings)
+            HarnessModel(model if wrong is tokenizer else endless, params, wrong, **settings)
+    assert HarnessModel(model, params, without).eot_token_id == 0  # the model names one
+    with pytest.raises(BadInput, match="holds the token .* ends at 299"):
+        wider = copy.copy(ours)
+        wider.tokenizer = copy.deepcopy(tokenizer)
+        wider.tokenizer.add_tokens(["<extra>"])
+        wider.tok_encode("the <extra>")
     with pytest.raises(BadInput, match="0 to score"):
         ours.loglikelihood([asked("the cat", "")])
     with pytest.raises(BadInput, match="wanted at least 1 of both and at most 96"):
         ours.loglikelihood([asked("the cat", " the" * 97)])
+
+
+def test_special_tokens_stay_before_the_text(place, ours):
+    """A tokenizer that writes `<s> text </s>`: no end before a continuation, no begin twice."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(ours.tokenizer)
+    begin, end = tokenizer.convert_ids_to_tokens([5, 7])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A {end}", special_tokens=[(begin, 5), (end, 7)])
+    tokenizer.bos_token = begin
+    wrapping = copy.copy(ours)
+    wrapping.tokenizer = tokenizer
+    bare = ours.tok_encode("the cat")
+    assert tokenizer.encode("the cat") == [5, *bare, 7]
+    assert wrapping.tok_encode("the cat") == [5, *bare]
+    assert wrapping.tok_encode(tokenizer.decode([5, *bare])) == [5, *bare]
+    assert wrapping.tok_encode("the cat", add_special_tokens=False) == bare
+    context, continuation = wrapping._encode_pair("the cat", " sat")
+    assert (context, continuation) == ([5, *bare], ours.tok_encode(" sat"))
+    # Of a whole text the first token is predicted from one begin token.
+    one = [asked("the cat sat")]
+    (wanted, _), = wrapping._loglikelihood_tokens([(None, [5], ours.tok_encode("the cat sat"))])
+    assert wrapping.loglikelihood_rolling(one) == pytest.approx([wanted], rel=1e-5)
+    again = [asked(tokenizer.decode([5, *ours.tok_encode("the cat sat")]))]
+    assert wrapping.loglikelihood_rolling(again) == pytest.approx([wanted], rel=1e-5)

@@ -99,3 +99,18 @@ def test_a_text_out_of_reach(monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(BadInput, match=r"'c4' .* no route to the hub.*file:PATH instead of c4"):
         texts.read_text("c4")
+
+
+def test_a_file_that_is_not_there_is_named_with_what_was_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("story.txt", "README.md"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(BadInput, match="^file:nothing.txt names no text: no file matches") as said:
+        texts.check_name("file:nothing.txt")
+    assert "README" not in str(said.value) and "story" not in str(said.value)
+    with pytest.raises(BadInput, match="the nearest file there is '.*story.txt'"):
+        texts.check_name("file:stroy.txt")
+    with pytest.raises(BadInput, match="give file:story.txt"):
+        texts.check_name("story.txt")
+    texts.check_name("file:story.txt")
+    texts.check_name("file:*.txt")

@@ -67,8 +67,10 @@ def main(arguments):
     if order in ("stop", "kill"):
         os.kill(os.getppid(), signal.SIGTERM if order == "stop" else signal.SIGKILL)
     if order in ("stop", "kill", "wait"):
-        for _ in range(20 if order == "kill" else 1000):
+        for _ in range(3000):
             time.sleep(0.02)
+            if order == "kill" and Path("go").exists():
+                break
             if stopped:
                 print("stopped; --resume continues")
                 return 75

@@ -1,9 +1,16 @@
 """What a command prints and how it ends: exit codes and tables."""
 
 import errno
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import pytest
 
+import rabit_jax
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine import console
 
@@ -45,8 +52,52 @@ def test_a_full_disk_is_one_sentence_however_deep_it_lies(capsys):
     assert capsys.readouterr().err.count("error: the disk is full") == 2
 
 
+SAVING = """
+import resource, sys
+import jax.numpy as jnp
+from rabit_jax.experiments.engine.console import main_guard
+from rabit_jax.train.checkpoints import Checkpoints
+def main():
+    with Checkpoints(sys.argv[1]) as kept:
+        kept.save(1, {"w": jnp.ones(8)})
+        kept.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        rng = __import__("numpy").random.default_rng(0)
+        for step in range(2, 5):
+            kept.save(step, {str(n): jnp.asarray(rng.normal(size=(200, 200))) for n in range(12)})
+sys.exit(main_guard(main, resumable=True))
+"""
+
+
+def test_a_full_disk_in_the_threads_of_a_save_is_one_sentence_alone(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", SAVING, str(tmp_path / "kept")], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.stderr == "error: the disk is full: free some space, then continue with --resume\n"
+    assert done.returncode == 2 and done.stdout == ""
+    assert "1" in {p.name for p in (tmp_path / "kept").iterdir()}
+
+
 def test_any_other_error_propagates():
     with pytest.raises(FileNotFoundError):
         console.main_guard(raising(FileNotFoundError("x")))
     with pytest.raises(ValueError, match="bug"):
         console.main_guard(raising(ValueError("bug")))
+
+
+@pytest.mark.parametrize("name", ["run", "ptq", "ablate", "evaluate", "generate", "export", "push"])
+def test_every_command_tells_its_versions_and_completes(name, capsys):
+    main = importlib.import_module(f"rabit_jax.experiments.{name}").main
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert ended.value.code == 0
+    assert list(lines) == ["rabit_jax", "jax", "jaxlib", "python", "device"]
+    assert lines["rabit_jax"] == rabit_jax.__version__ and lines["jax"] == jax.__version__
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    wanted = "rabit-run" if name == "ptq" else f"rabit-{name}"
+    assert "complete -o bashdefault -F _shtab_rabit_" in (out := capsys.readouterr().out)
+    assert out.rstrip().endswith(wanted) and "--version" in out

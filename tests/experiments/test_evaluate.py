@@ -149,7 +149,10 @@ def test_one_object_on_stdout_and_in_the_file(folders, evaluate, harness, tmp_pa
     found = json.loads(out)
     assert json.loads((tmp_path / "new" / "out.json").read_text()) == found
     assert {"device", "date", "versions", "command", "rows", "model", "limit",
-            "begin"} == set(found)
+            "begin", "size"} == set(found)
+    size = found["size"]
+    assert 1 < size["bits_per_weight"] < size["whole_model_bits_per_weight"] < 16
+    assert size["whole_model_ratio"] == pytest.approx(16 / size["whole_model_bits_per_weight"])
     assert "lm-eval" in found["versions"] and found["limit"] == 4 and found["begin"] is False
     assert found["command"].startswith("python -m experiments.evaluate --model ")
     rows = {(row["name"], row["metric"]): row for row in found["rows"]}

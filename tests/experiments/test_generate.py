@@ -15,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 from rabit_jax import LLAMA_LINEARS, PackedSign
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.experiments import generate as command
+from rabit_jax.experiments.engine.continuing import Writer
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.packed_model import load_model, save_packed
 from rabit_jax.models.config import ModelConfig
@@ -78,9 +79,10 @@ def test_greedy_text_is_the_argmax(folders, run, kind):
     assert out == "the cat" + tokenizer.decode(new, skip_special_tokens=True) + "\n"
     # The first new token comes out of the prefill.
     read = len(tokenizer.encode("the cat"))
+    size = r"bits per weight: .* over the whole model, .*\n" if kind == "packed" else ""
     rate = r"in \d+\.\d\d s, [\d,]+\.\d tokens/s"
     assert re.fullmatch(rf"prefill: {read} tokens {rate}; decode: 7 tokens {rate} "
-                        r"\(compilation not included\)\n", err)
+                        r"\(compilation not included\)\n" + size, err)
 
 
 def test_a_batch_gives_each_prompt_its_own_text(folders, run):
@@ -178,6 +180,49 @@ def test_bad_folders_are_one_sentence(folders, run, tmp_path):
         code, out, err = run("--model", folder, "--prompt", "a")
         assert (code, out) == (2, "")
         assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_special_tokens_stay_before_the_prompt(folders, run, tmp_path):
+    """A tokenizer that writes `<|endoftext|> text X`: X would end the prompt."""
+    folder = shutil.copytree(folders / "dense", tmp_path / "dense")
+    new, plain = greedy(folders / "dense", "<|endoftext|>the cat", 6)
+    file = folder / "tokenizer.json"
+    raw, tokens = json.loads(file.read_text()), {"<|endoftext|>": 0, "the": 7}
+    raw["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}},
+                   {"SpecialToken": {"id": "the", "type_id": 0}}],
+        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in tokens.items()},
+    }
+    file.write_text(json.dumps(raw))
+    assert load_model(folder)[2].encode("the cat")[-1] == 7
+    settings = ("--model", folder, "--greedy", "--max-new-tokens", 6, "--prompt")
+    text = plain.decode(new[: (new + [0]).index(0)])
+    assert run(*settings, "the cat")[1] == f"the cat{text}\n"
+    assert run(*settings, "<|endoftext|>the cat")[1] == f"<|endoftext|>the cat{text}\n"
+
+
+def test_a_run_folder_stands_for_its_packed_model(folders, run, tmp_path):
+    settings = ("--greedy", "--max-new-tokens", 8, "--prompt", "the cat")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("task: qat")
+    code, out, err = run("--model", tmp_path / "run", *settings)
+    assert (code, out) == (2, "") and "is a run folder without packed/" in err
+    shutil.copytree(folders / "packed", tmp_path / "run" / "packed")
+    assert run("--model", tmp_path / "run", *settings)[:2] == run(
+        "--model", folders / "packed", *settings)[:2]
+
+
+def test_a_token_without_a_row_is_named_before_any_work(folders, run, tmp_path, monkeypatch):
+    folder = shutil.copytree(folders / "dense", tmp_path / "dense")
+    tokenizer = load_model(folder)[2]
+    tokenizer.add_tokens([f"<{n}>" for n in range(300)])
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(Writer, "write", lambda *_: pytest.fail("worked"))
+    code, out, err = run("--model", folder, "--prompt", "see <299>")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert "holds the token '<299>' with id" in err and "ends at 299" in err
 
 
 def test_usage(capsys):

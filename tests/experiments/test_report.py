@@ -157,6 +157,36 @@ def test_every_section_has_its_numbers_and_figures(whole):
     assert not any("Not in this report" in text for text in page.text.values())
 
 
+def test_what_it_is_stands_on_top_and_samples_before_the_details(tmp_path):
+    packed = SUMMARY["packed"] | {"whole_model_bits_per_weight": 7.25, "whole_model_ratio": 2.207}
+    summary = SUMMARY | {
+        "packed": packed, "model": "org/teacher", "data": "source=files", "device": "a GPU",
+        "date": "2026-01-02T03:04:05+00:00", "parameters": {"total": 1_234_567, "quantised": 900},
+    }
+    text = (write_report(tmp_path, summary, METRICS, HISTOGRAM, SAMPLES, TABLE)).read_text()
+    top = " ".join(Page(text).text["top"].split())
+    for word in ("org/teacher: 1,234,567 parameters, 900 of them quantised", "2,000,000 bytes",
+                 "2.188 in the quantised blocks, 7.250 over the whole model (2.21 times smaller",
+                 "128 tokens", "qat 2,000", "source=files", "2026-01-02", "a GPU", "jax 0.10.2"):
+        assert word in top, word
+    places = [text.index(f'<section id="{name}"') for name in SECTIONS]
+    order = [name for _, name in sorted(zip(places, SECTIONS, strict=True))]
+    assert order[:2] == ["results", "samples"]
+    assert text.index("<dt>versions</dt>") < places[0]
+
+
+def test_a_held_out_curve_is_drawn_and_a_rising_correlation_explained(tmp_path, whole):
+    watched = [{"stage": stage, "step": s, "tokens": 64 * s, "nats_per_token": 3 / s}
+               for stage in ("validation", "diagnostics") for s in range(1, 4)]
+    summary = SUMMARY | {"diagnostics": {"init": diagnostics(0.0), "qat": diagnostics(-0.1)}}
+    page = report(tmp_path, summary, METRICS + watched)
+    assert page.figures["teacher"] == 5 and page.figures["qat"] == 7
+    for name in ("teacher", "qat"):
+        assert "Held-out text during training" in page.text[name]
+    assert "rose from -0.25 at the start to -0.15" in " ".join(page.text["paths"].split())
+    assert "no fault" not in whole[1].text["paths"]
+
+
 def test_nothing_runs_and_nothing_is_loaded_from_elsewhere(whole):
     folder, page = whole
     assert "script" not in page.tags and "link" not in page.tags and "img" not in page.tags

@@ -30,7 +30,7 @@ def test_a_stage_is_complete_whatever_its_card_says(tmp_path):
     packed.mkdir(parents=True)
     for name in ("model.safetensors", "README.md"):
         (packed / name).write_text("short")
-    stages.complete(folder, STAGES["pack"], {"key": "a"})
+    stages.complete(folder, STAGES["pack"], {"key": "a", "id": "a", "result": {}})
     (packed / "README.md").write_text("written again from the summary, then edited")
     assert stages.completed(folder, STAGES["pack"], "a")
     (packed / "model.safetensors").write_text("another")
@@ -42,9 +42,9 @@ def test_packing_makes_post_training_of_the_same_folder_pack_again(tmp_path):
     note = folder.path / "blocks" / "packed.json"
     note.parent.mkdir(parents=True)
     note.write_text("{}")
-    stages.begin(folder, STAGES["evaluate"], "a", resume=False)
+    stages.begin(folder, STAGES["evaluate"], stages.Read("evaluate", {}), resume=False)
     assert note.exists()
-    stages.begin(folder, STAGES["pack"], "a", resume=False)
+    stages.begin(folder, STAGES["pack"], stages.Read("pack", {}), resume=False)
     assert not note.exists()
 
 

@@ -56,6 +56,7 @@ def test_the_packed_model_has_a_card_with_the_figures_of_the_summary(finished):
         f"| base, full precision | {teacher['ppl']:.2f} |",
         f"packed linears: {packed['bits_per_weight']:.4g}\n",
         f"with padding: {packed['stored_bits_per_weight']:.4g}\n",
+        f"embedding and head included: {packed['whole_model_bits_per_weight']:.4g} (",
         f"{packed['bytes']:,} bytes",
         "python -m experiments.run --config config.yaml",
         "source=files",
@@ -107,6 +108,9 @@ def test_bits_per_weight_are_counted_from_the_file(finished):
     wanted = bits / sum(i * o for i, o in sizes.values())
     assert packed["bits_per_weight"] == pytest.approx(wanted, rel=1e-12)
     assert packed["stored_bits_per_weight"] == pytest.approx(wanted, rel=1e-12)
+    total = json.loads((finished / "summary.json").read_text())["parameters"]["total"]
+    assert packed["whole_model_bits_per_weight"] == pytest.approx(8 * packed["bytes"] / total)
+    assert packed["whole_model_ratio"] == pytest.approx(2 * total / packed["bytes"])
     assert packed["bytes"] == (finished / "packed" / "model.safetensors").stat().st_size
 
 

@@ -74,7 +74,7 @@ def test_a_spec_within_a_spec_keeps_its_own_defaults():
      "'init.spec.rounds' does not go with the chosen init.spec.type: leave it out, or choose a"),
     (["init.spec.bits=2"], "'init.spec.bits' does not go with the chosen init.spec.type"),
     (["init.spec.rouds=2"], "the nearest key is 'init.spec.rounds'"),
-    (["init.spec.ste=hard"], "'init.spec.ste' is 'hard', wanted one of 'identity'"),
+    (["init.spec.ste=hard"], "init.spec: ste is 'hard': choose identity, scaled"),
     (["init.spec=3"], "'init.spec' is 3, wanted a mapping"),
     (["init.spec={type: sum, parts: [{k: 1}]}"], "'init.spec.parts[0].type' is None"),
     (["init.spec={type: sum, parts: [{type: residual, k: 1}]}"], "a sum needs at least two"),

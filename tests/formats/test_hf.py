@@ -8,14 +8,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
+from rabit_jax import LLAMA_LINEARS, ResidualSignSpec, convert, pack
 from rabit_jax.errors import BadInput
+from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.families import hf_name
 from rabit_jax.formats.hf import load_hf, save_hf
+from rabit_jax.formats.packed_model import load_packed, save_packed
+from rabit_jax.formats.tokenizer import load_tokenizer, save_tokenizer
+from rabit_jax.tree import pytree_dataclass
 
 
 def _same(a, b):
@@ -121,12 +126,47 @@ def test_parameters_land_on_their_shardings(folder, params):
     assert loaded["final_norm"]["scale"].sharding == whole
 
 
-def test_end_tokens_of_generation_config_win(folder):
+def test_end_tokens_are_those_of_all_files(folder, model, params, words):
+    """Of generation_config.json, of config.json and of the tokenizer, each once."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 9, 2, 61]}')
+    assert load_hf(folder)[0].config.eos_ids == (5, 9, 2) == read_config(folder).eos_ids
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words(*[f"w{n}" for n in range(61)]), eos_token="w7")
+    save_tokenizer(tokenizer, folder)
+    assert load_hf(folder)[0].config.eos_ids == (5, 9, 2, 7) == read_config(folder).eos_ids
+    packed = save_packed(folder.parent / "packed", model.config, pack(convert(params, [
+        (LLAMA_LINEARS, ResidualSignSpec(rounds=1))])), tokenizer, generation={"top_k": 3})
+    assert load_packed(packed)[0].config.eos_ids == (2, 7)
+
+
+def test_a_tokenizer_without_end_token_gets_the_models(folder, words):
+    save_tokenizer(words(*[f"w{n}" for n in range(61)]), folder)
+    assert load_tokenizer(folder).eos_token_id is None
+    tokenizer = load_hf(folder)[2]
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("w2", 2)
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 9]}')
-    assert load_hf(folder)[0].config.eos_ids == (5, 9)
+    assert load_hf(folder)[2].eos_token_id == 5
 
 
-class Sign(struct.PyTreeNode):
+@pytest.mark.parametrize("kind", ["index", "no index"])
+def test_a_tensor_that_two_shards_hold(folder, params, kind):
+    """The index decides; without one the tensor and both files are named."""
+    _shard(folder)
+    first, second = sorted(folder.glob("model-0*.safetensors"))
+    name = sorted(load_file(first))[0]
+    save_file({**load_file(second), name: load_file(first)[name] + 1}, second)
+    if kind == "index":
+        return _same(load_hf(folder)[1], params)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(BadInput, match=f"{name} in .*{first.name} and tensor {name} in "
+                                       f".*{second.name} are one parameter"):
+        load_hf(folder)
+    save_file({n: t for n, t in load_file(second).items() if n != name}, second)
+    _same(load_hf(folder)[1], params)  # the shards are all there and agree
+
+
+@pytree_dataclass
+class Sign:
     """A weight node of one scale per layer."""
 
     scale: jax.Array
@@ -198,7 +238,7 @@ def test_truncated_and_missing_shards_are_named(folder):
     ("config.json", "{", "cannot read .*config.json"),
     ("config.json", "[]", "holds a list, wanted a JSON object"),
     ("config.json", '{"model_type": "bert"}', "^unsupported model_type 'bert'"),
-    ("config.json", None, "cannot read .*config.json"),
+    ("config.json", None, "is no model folder, it holds neither config.json"),
     ("model.safetensors", None, "holds no model.safetensors and no model.safetensors.index.json"),
     ("tokenizer.json", "{", "cannot read the tokenizer"),
 ])
@@ -265,5 +305,5 @@ def test_tokenizer_must_fit_the_vocabulary(tmp_path, model, params, words):
     save_hf(tmp_path / "chat", model, params, tokenizer=tokenizer)
     save_hf(tmp_path / "long", model, params, tokenizer=words(*[f"w{n}" for n in range(size + 3)]))
     for name, largest in (("chat", size), ("long", size + 2)):
-        with pytest.raises(BadInput, match=f"ids up to {largest}, .* ends at {size - 1}: put"):
+        with pytest.raises(BadInput, match=f"with id {largest}, .* ends at {size - 1}: put"):
             load_hf(tmp_path / name)

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
-from rabit_jax.formats.model_card import base_and_licence, dense_card, packed_card
+from rabit_jax.formats.model_card import (
+    base_and_licence,
+    dense_card,
+    packed_card,
+    without_local_paths,
+)
 from rabit_jax.formats.packed_model import save_packed
 from rabit_jax.formats.rendering import code
 
@@ -77,6 +82,20 @@ def test_no_local_path_stands_on_a_card(tmp_path, monkeypatch):
             "init.quantise=[layers/.*/kernel]`\n") in text
     text = dense_card("d", str(tmp_path / "packed"), "float32", None, None)
     assert "dense form of packed:" in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("--config '/home/me/my runs/a b.yaml' x=1", "--config 'a b.yaml' x=1"),
+    ("'data.files=[/home/me/my data/x.txt,/b/c d.txt]'", "'data.files=[x.txt,c d.txt]'"),
+    ("files=('/home/me/my data/x.txt',)", "files=('x.txt',)"),
+    ('"C:\\Users\\me\\x.txt"', '"x.txt"'), ("--ppl file:/home/me/x.txt", "--ppl x.txt"),
+    ("file:///home/me/x.txt", "x.txt"), ("~me/x.txt ../up/y.txt", "x.txt y.txt"),
+    ("teacher.path=org/name 'it is org/name'", "teacher.path=org/name 'it is org/name'"),
+    ("init.quantise=[layers/.*/kernel] a/b", "init.quantise=[layers/.*/kernel] a/b"),
+    ("5 tokens/s, 1/2", "5 tokens/s, 1/2"), ("'a' /x/y z 'b' /c", "'a' y z 'b' c"),
+])
+def test_paths_of_all_kinds_are_shortened(text, shown):
+    assert without_local_paths(text) == shown
 
 
 def test_names_of_users_stay_text(tmp_path):

@@ -121,7 +121,7 @@ def test_padding_is_counted(folder):
 def test_load_model_reads_both_kinds(params, folder, tmp_path, small, random_params):
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     model, found, _ = io.load_model(folder)
-    assert model.config == dataclasses.replace(small, eos_ids=(7, 9))
+    assert model.config == dataclasses.replace(small, eos_ids=(7, 9, 2, 5))
     assert_same(found, params)
     dense = unflatten_dict(random_params(small), sep="/")
     save_hf(tmp_path / "dense", small, dense, dtype="bfloat16")

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
 from rabit_jax.errors import BadInput
 from rabit_jax.models.config import RopeScaling
 from rabit_jax.models.decoder import Decoder, init_params
+from rabit_jax.tree import pytree_dataclass
 
 INIT = jax.jit(init_params, static_argnums=0)
 
@@ -177,7 +177,8 @@ def test_llama3_scaling_stretches_only_long_wavelengths(config, params, tokens):
     np.testing.assert_allclose(frequencies(linear), w / 4, rtol=1e-6)
 
 
-class Scaled(struct.PyTreeNode):
+@pytree_dataclass
+class Scaled:
     """A weight node: `diag(h) B`, with a leaf of another rank than the matrix."""
 
     h: jax.Array

@@ -1,5 +1,7 @@
 """Checkpoints: whole or not there, verified, restored anywhere."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rabit_jax import BadInput, ResidualSign
-from rabit_jax.train.checkpoints import Checkpoints, abstract, checksum
+from rabit_jax.train.checkpoints import Checkpoints, abstract, all_finite, checksum
 
 
 def tree(seed=0):
@@ -101,3 +103,71 @@ def test_restores_onto_another_mesh(tmp_path, meshes):
         kept.save(1, state)
         found = kept.restore(1, abstract(state, {"w": second}))
     assert found["w"].sharding == second and same(found, state)
+
+
+def _emptied(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _a_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("not a folder")
+
+
+def _without_item(folder):
+    shutil.rmtree(folder / "default")
+
+
+def _half_saved(folder):
+    (folder / "default").rename(folder / "default.orbax-checkpoint-tmp")
+
+
+def _broken_link(folder):
+    shutil.rmtree(folder)
+    folder.symlink_to("nowhere")
+
+
+def _empty_files(folder):
+    for file in [file for file in folder.rglob("*") if file.is_file()]:
+        file.write_bytes(b"")
+
+
+def _unparsable(folder):
+    (folder / "default" / "_METADATA").write_text("{")
+
+
+@pytest.mark.parametrize("spoil", [
+    _emptied, _a_file, _without_item, _half_saved, _broken_link, _empty_files, _unparsable,
+])  # fmt: skip
+def test_the_newest_sound_state_is_found_whatever_lies_there(tmp_path, capsys, spoil):
+    folder = tmp_path / "qat"
+    with Checkpoints(folder) as kept:
+        for step in (1, 2):
+            kept.save(step, tree(step))
+        kept.wait()
+    spoil(folder / "2")
+    # Left by an interrupted save, and by an earlier damage of the same step.
+    (folder / "3.orbax-checkpoint-tmp" / "default").mkdir(parents=True)
+    earlier = tmp_path / "qat-damaged-2"
+    earlier.mkdir()
+    (earlier / "kept").touch()
+    with Checkpoints(folder) as kept:
+        step, found = kept.restore_last(abstract(tree()))
+        assert step == 1 and same(found, tree(1))
+        assert sorted(p.name for p in tmp_path.iterdir()) == \
+            ["qat", "qat-damaged-2", "qat-damaged-2-2"]
+        assert sorted(p.name for p in folder.iterdir()) == ["1"]
+        kept.save(2, tree(5))
+        step, found = kept.restore_last(abstract(tree()))
+    assert step == 2 and same(found, tree(5))
+    assert capsys.readouterr().err.count("trying the one before it") == 1
+
+
+def test_a_state_that_cannot_be_used_is_passed_over(tmp_path, capsys):
+    with Checkpoints(tmp_path / "qat") as kept:
+        kept.save(1, {"w": jnp.ones(3)})
+        kept.save(2, {"w": jnp.full(3, jnp.nan)})
+        step, found = kept.restore_last(abstract({"w": jnp.ones(3)}), all_finite)
+    assert step == 1 and same(found, {"w": jnp.ones(3)})
+    assert "not finite" in capsys.readouterr().err

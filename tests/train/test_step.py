@@ -120,6 +120,24 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_checkpoint(
     assert step == 6
 
 
+def test_an_update_that_is_not_finite_is_never_saved(build, batches, tmp_path):
+    """Loss and gradient of the step are finite; what the update made of the weights is not."""
+    trainer = build(steps=12)
+
+    def overshooting(state, frozen, teacher, batch):
+        state, metrics = trainer.step(state, frozen, teacher, batch)
+        factor = jnp.where(state.step == 4, jnp.inf, 1.0)
+        return state.replace(trainable=jax.tree.map(lambda w: w * factor, state.trainable)), metrics
+
+    with Checkpoints(tmp_path) as kept:
+        with pytest.raises(BadInput, match="update of step 4.*not finite.*not saved"):
+            train(
+                Loop("qat", 12, 96, save_every=1), overshooting, trainer.state, trainer.frozen,
+                trainer.teacher, lambda s: trainer.place(batches(s)), kept,
+            )
+        assert kept.steps() == [2, 3]
+
+
 def test_everything_frozen_is_refused(loss):
     params = {"layers": {"kernel": jnp.ones((2, 2))}}
     with pytest.raises(BadInput, match="nothing to train"):

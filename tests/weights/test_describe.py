@@ -1,5 +1,7 @@
 """`describe`: sizes against arithmetic by hand, on abstract shapes too."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -66,12 +68,17 @@ def test_rows_are_the_bytes_that_packing_leaves(student):
 
 def test_the_table_shows_every_row_and_the_total(student):
     text = str(describe(student)).splitlines()
-    assert len(text) == 5
+    assert len(text) == 6
     assert "a/kernel" in text[1] and "ResidualSign" in text[1] and "[2, 256, 8]" in text[1]
-    assert text[-1].startswith("total")
+    assert text[-2].startswith("total")
+    found = describe(student)
+    whole = 8 * found.deployed_bytes / sum(math.prod(row.shape) for row in found.rows)
+    assert text[-1] == (
+        f"bits per weight: {found.stored_bits_per_weight:.3f} in the quantised matrices, {whole:.3f} over "
+        f"the whole model, {16 / whole:.2f} times smaller than bfloat16"
+    )
     # The padding of the rows of 10 inputs is stored, so it is counted.
     assert f"{8 * 224 / 60:7.3f}" in text[2]
-    assert f"{describe(student).stored_bits_per_weight:.3f}" in text[-1]
 
 
 def test_a_tree_without_nodes_is_described_too():

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
 from rabit_jax import BadInput, convert, dense, describe, linear, pack
 from rabit_jax.train.optimizer import OptimizerConfig
 from rabit_jax.train.sharding import make_mesh, param_shardings
 from rabit_jax.train.trainer import make_trainer
+from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import dense_cost
 from rabit_jax.weights.independent_sign import IndependentSign
@@ -29,7 +29,7 @@ def test_sizes_of_axes(axis, size):
     assert axis_size(axis, {"i": 300, "group": 128, "b": 4, "k": 2, "d": 4}) == size
 
 
-@struct.dataclass
+@pytree_dataclass
 class Halves(WeightNode):
     """`W_hat = W / 2`, whose leaf is declared."""
 
@@ -45,7 +45,7 @@ class Halves(WeightNode):
         return PackedHalves(self.w.astype(jnp.float16))
 
 
-@struct.dataclass
+@pytree_dataclass
 class PackedHalves(Halves):
     """Its deployed form."""
 
@@ -58,7 +58,7 @@ class PackedHalves(Halves):
 Halves.packed = PackedHalves
 
 
-@struct.dataclass
+@pytree_dataclass
 class Bare:
     """A weight by protocol alone, which names its roles and declares no axes."""
 
@@ -124,7 +124,7 @@ def test_sizes_follow_from_the_declaration():
     assert row.trained_bytes == 4 * 2 * 16 * 24 and row.shape == (2, 16, 24)
 
 
-@struct.dataclass
+@pytree_dataclass
 class Undeclared(WeightNode):
     w: Array
 

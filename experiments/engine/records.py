@@ -1,0 +1,95 @@
+"""Records of stages: JSON with a checksum, and the digests of the files that a stage left.
+
+A record that is damaged is set aside with one line and its stage is done again; a file that is
+damaged is named and never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rabit_jax import BadInput
+from rabit_jax.atomic import write_text
+from rabit_jax.progress import say
+
+Record: TypeAlias = dict[str, Any]  # what JSON holds
+
+
+def write_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Write a record together with its checksum."""
+    content = {name: value for name, value in record.items() if name != "sha256"}
+    write_text(file, json.dumps({**content, "sha256": _checksum(content)}, indent=1))
+
+
+def read_record(file: Path, wanted: Mapping[str, type] | None = None) -> Record | None:
+    """What `write_record` wrote; None where there is none.
+
+    A file that is damaged is renamed to `<name>.damaged`, with one line on stderr. Records of
+    earlier versions have no checksum.
+
+    Args:
+      file: the record.
+      wanted: types of the fields that it must have.
+    """
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        content = {name: value for name, value in found.items() if name != "sha256"}
+        sound = found.get("sha256") in (None, _checksum(content))
+        sound &= all(isinstance(found.get(n), kind) for n, kind in (wanted or {}).items())
+    except (ValueError, AttributeError, RecursionError):
+        sound, content = False, {}
+    if sound:
+        return content
+    aside = free_name(file.with_name(f"{file.name}.damaged"))
+    file.rename(aside)
+    say(f"{file} is damaged: set aside as {aside.name}, and what it records is done again")
+    return None
+
+
+def free_name(file: Path) -> Path:
+    """The path itself, or with a number behind it where it is taken."""
+    found, count = file, 1
+    while found.exists() or found.is_symlink():
+        count += 1
+        found = file.with_name(f"{file.name}-{count}")
+    return found
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The digest of each file, by its path relative to `folder`."""
+    return {name: digest(folder / name) for name in names}
+
+
+def check_files(run_folder: Path, stage: str, place: str) -> None:
+    """Verify what a stage of a run left at `place`, a file or folder in the run's folder.
+
+    Raises:
+      BadInput: a file is missing or differs from the digest in the stage's record. Nothing is
+        raised where there is no record, or one of an earlier version, which holds no digests.
+    """
+    record = read_record(run_folder / "stages" / f"{stage}.json") or {}
+    for name, wanted in (record.get("digests") or {}).items():
+        if name != place and not name.startswith(f"{place}/"):
+            continue
+        file = run_folder / name
+        if not file.is_file() or digest(file) != wanted:
+            raise BadInput(
+                f"{file} is damaged: its checksum is not the one in stages/{stage}.json; "
+                f"--force {stage} in that run makes it again"
+            )

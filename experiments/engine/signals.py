@@ -1,0 +1,131 @@
+"""Ctrl-C and SIGTERM of a long command, from its first line on.
+
+Python runs a signal's handler in the main thread between two bytecodes. That is too late while a
+library compiles or reads, and an exception that the handler raises inside a callback of JAX is
+lost. So a thread of its own waits for signals, and either asks the run to stop between two steps
+or ends the process. Ending it is safe at any moment: files are written whole or not at all.
+
+Only the standard library and files that need no more are imported here: the imports of a command
+take seconds, and signals are watched before them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from rabit_jax.workspaces import remove_workspaces
+
+RESUMABLE = 75  # exit code: stopped, the same command goes on or begins again
+AGAIN = "stopped; the same command starts again, nothing was written"
+CELLS = "stopped; the same command goes on from there"
+CONTINUE = "stopped; the same command with --resume continues from the last checkpoint"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stoppable(Protocol):
+    """A run that reads `stopped` between its steps."""
+
+    stopped: bool
+
+
+class _Watch:
+    """What a signal does: ends the process with `message`, or `ask` where that is set."""
+
+    def __init__(self) -> None:
+        self.message: str | None = None  # None: nobody watches, as in a test or a notebook
+        self.ask: Callable[[], None] | None = None
+
+
+_watch = _Watch()
+
+
+def watch(message: str) -> None:
+    """Let Ctrl-C and SIGTERM end this process at once, with `message` and exit code 75.
+
+    Called in the first line of a command; `stopping_between_steps` puts the end off.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    _watch.message = message
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_wait, args=(reader,), name="signals", daemon=True).start()
+
+
+def _wait(reader: int) -> None:
+    """The thread: one byte comes for every signal, its number."""
+    while found := os.read(reader, 1):
+        if found[0] in SIGNALS:
+            _answer()
+
+
+def _answer() -> None:
+    if _watch.ask:
+        _watch.ask()
+    else:
+        end(_watch.message or "stopped")
+
+
+def end(message: str) -> None:
+    """End the process now, with exit code 75; its temporary files are removed."""
+    remove_workspaces()
+    with contextlib.suppress(OSError, ValueError):
+        # A progress bar has hidden the cursor of a terminal.
+        shown = "\033[?25h\n" if sys.stderr.isatty() else ""
+        os.write(2, f"{shown}{message}\n".encode())
+    os._exit(RESUMABLE)
+
+
+@contextlib.contextmanager
+def stopping_between_steps(run: Stoppable, when: str) -> Iterator[None]:
+    """Inside, the first signal sets `run.stopped`, and the second ends the process.
+
+    Args:
+      run: what is to be stopped.
+      when: where the run will stop, such as "after this block".
+    """
+
+    def ask() -> None:
+        if run.stopped:
+            end(CONTINUE)
+        run.stopped = True
+        os.write(2, f"stopping {when} (again to stop at once)\n".encode())
+
+    def handler(*_: object) -> None:
+        if run.stopped:
+            raise KeyboardInterrupt
+        ask()
+
+    if _watch.message is not None:
+        _watch.ask = ask
+        try:
+            yield
+        finally:
+            _watch.ask = None
+        return
+    # Not a command but a call in Python, whose process must not be ended.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with handling(handler, SIGNALS):
+        yield
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[..., object], numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """Inside, a handler in the main thread answers these signals, and nobody else."""
+    before, _watch.ask = _watch.ask, lambda: None
+    kept = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in kept.items():
+            signal.signal(number, old)
+        _watch.ask = before

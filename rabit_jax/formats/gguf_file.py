@@ -1,0 +1,272 @@
+"""The container of a GGUF file: its metadata, and its tensors row by row.
+
+The header is parsed here, with a check of every length against the size of the file, because the
+reader of the `gguf` package makes an array of every string and takes 20 seconds for a vocabulary of
+262,144 tokens (this takes half of one). The quantised blocks are decoded by that package.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from rabit_jax.errors import BadInput
+from rabit_jax.types import Json, Shape
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+PIECE_BYTES = 1 << 23
+MOST_AXES = 4
+
+# struct codes of the scalar types by their number; 8 is a string, 9 an array
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
+            12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+class GGUFTensor(NamedTuple):
+    """A tensor of a GGUF file.
+
+    Attributes:
+      file: where it is stored.
+      name: its name there.
+      shape: as torch has it, the longest-strided axis first.
+      type: number of its quantisation type.
+      offset: of its first byte in the file.
+    """
+
+    file: Path
+    name: str
+    shape: Shape
+    type: int
+    offset: int
+
+    @property
+    def label(self) -> str:
+        """The tensor and its file, for error messages."""
+        return f"tensor {self.name} in {self.file}"
+
+    @property
+    def dtype(self) -> str:
+        """Its quantisation type, such as Q4_K."""
+        return type_name(self.type)
+
+    def pieces(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """The tensor as float32 slices of its first axis, each of about `PIECE_BYTES`.
+
+        Raises:
+          BadInput: the file has become shorter, or cannot be read any more.
+        """
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        kind = GGMLQuantizationType(self.type)
+        row_bytes = stored_bytes(self.shape[-1:], self.type)
+        inner = prod(self.shape[1:-1]) if len(self.shape) > 1 else 1
+        rows = self.shape[0] if len(self.shape) > 1 else 1
+        step = max(1, PIECE_BYTES // (4 * max(1, prod(self.shape[1:])))) if rows > 1 else 1
+        for begin in range(0, rows, step):
+            count = min(step, rows - begin)
+            data = self._bytes(begin * inner * row_bytes, count * inner * row_bytes)
+            values = dequantize(data.reshape(count * inner, row_bytes), kind).astype(np.float32)
+            if len(self.shape) == 1:
+                yield slice(0, self.shape[0]), values.reshape(self.shape)
+            else:
+                yield slice(begin, begin + count), values.reshape(count, *self.shape[1:])
+
+    def _bytes(self, begin: int, count: int) -> np.ndarray:
+        try:
+            found = np.fromfile(self.file, np.uint8, count, offset=self.offset + begin)
+        except OSError as error:
+            raise BadInput(f"cannot read {self.label} ({error}): fetch the file again") from error
+        if found.size != count:
+            raise BadInput(f"{self.label} ends after {found.size} of {count} bytes: the file is "
+                           "truncated, fetch it again")
+        return found
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """Header of a GGUF file.
+
+    Attributes:
+      path: the file.
+      fields: metadata by key; arrays are lists.
+      tensors: its tensors by name.
+    """
+
+    path: Path
+    fields: Json
+    tensors: dict[str, GGUFTensor]
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """The header of a GGUF file of version 2 or 3, little-endian.
+
+    Raises:
+      BadInput: no such file, another format or version, a truncated or damaged header, one part of
+        a split file, or a tensor of a type that the `gguf` package does not decode.
+    """
+    try:
+        with open(path, "rb") as file:
+            reader = _Reader(file, path, path.stat().st_size)
+            fields, infos = reader.header()
+            begin = _aligned(file.tell(), reader.alignment(fields))
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error}") from error
+    if (parts := fields.get("split.count", 1)) not in (0, 1):
+        raise BadInput(f"{path} is one of {parts} parts of a model: merge them first "
+                       "(llama-gguf-split --merge)")
+    tensors = {}
+    for name, shape, kind, offset in infos:
+        tensor = GGUFTensor(path, name, shape, kind, begin + offset)
+        _check_tensor(tensor, reader.size)
+        if name in tensors:
+            raise BadInput(f"{path} has two tensors of the name {name}: fetch it again")
+        tensors[name] = tensor
+    return GGUFFile(path, fields, tensors)
+
+
+def stored_bytes(shape: Shape, kind: int) -> int:
+    """Bytes of a tensor of that shape in a quantisation type.
+
+    Raises:
+      ValueError: a number that is no type.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    return prod(shape) // block * size
+
+
+def type_name(kind: int) -> str:
+    """The name of a quantisation type, such as Q4_K."""
+    from gguf import GGMLQuantizationType
+
+    try:
+        return GGMLQuantizationType(kind).name
+    except ValueError:
+        return f"number {kind}"
+
+
+def _check_tensor(tensor: GGUFTensor, size: int) -> None:
+    """Raises BadInput for a type that cannot be decoded, or data beyond the end of the file."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    name = type_name(tensor.type)
+    try:
+        kind = GGMLQuantizationType(tensor.type)
+        block, row = GGML_QUANT_SIZES[kind]
+        dequantize(np.zeros((1, row), np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise BadInput(f"unsupported type {name} of {tensor.label}: the gguf package does not "
+                       "decode it") from error
+    if tensor.shape[-1] % block:
+        raise BadInput(f"{tensor.label} has rows of {tensor.shape[-1]}, wanted a multiple of "
+                       f"{block} for {name}: fetch the file again")
+    end = tensor.offset + stored_bytes(tensor.shape, tensor.type)
+    if end > size:
+        raise BadInput(f"{tensor.label} ends at byte {end} of a file of {size}: the file is "
+                       "truncated, fetch it again")
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+class _Reader:
+    """Reads the header of an open file; whatever runs over its end raises BadInput."""
+
+    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
+        self.file, self.path, self.size = file, path, size
+
+    def header(self) -> tuple[Json, list[tuple[str, Shape, int, int]]]:
+        """Metadata, and name, shape, type and relative offset of each tensor."""
+        if self.file.read(4) != MAGIC:
+            raise BadInput(f"{self.path} is no GGUF file: it does not begin with GGUF")
+        (version,) = self.numbers("I")
+        if version not in VERSIONS:
+            raise BadInput(f"{self.path} has GGUF version {version}, supported are little-endian "
+                           f"files of version {' and '.join(map(str, VERSIONS))}")
+        tensors, pairs = self.numbers("QQ")
+        self.fits(tensors + pairs, 12)
+        fields: Json = {}
+        for _ in range(pairs):
+            key = self.string()
+            (kind,) = self.numbers("I")
+            fields[key] = self.value(kind)
+        return fields, [self.tensor() for _ in range(tensors)]
+
+    def alignment(self, fields: Json) -> int:
+        """Alignment of the data, in bytes."""
+        found = fields.get("general.alignment", 32)
+        if not isinstance(found, int) or found < 1:
+            raise BadInput(f"{self.path} has general.alignment {found!r}, wanted a positive "
+                           "integer")
+        return found
+
+    def tensor(self) -> tuple[str, Shape, int, int]:
+        """The next tensor's description; the file lists axes from the innermost one."""
+        name = self.string()
+        (axes,) = self.numbers("I")
+        if not 1 <= axes <= MOST_AXES:
+            raise BadInput(f"tensor {name} in {self.path} has {axes} axes, wanted 1 to {MOST_AXES}")
+        shape = self.numbers(f"{axes}Q")
+        kind, offset = self.numbers("IQ")
+        if not all(0 < n <= 8 * self.size for n in shape):
+            raise BadInput(f"tensor {name} in {self.path} has the shape {list(shape)}, which the "
+                           "file cannot hold: fetch it again")
+        return name, tuple(shape[::-1]), kind, offset
+
+    def value(self, kind: int) -> Any:
+        """A value of the numbered type."""
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.numbers(self.scalar(kind))[0]
+        (inner,) = self.numbers("I")
+        (count,) = self.numbers("Q")
+        if inner == _STRING:
+            self.fits(count, 8)
+            return [self.string() for _ in range(count)]
+        if inner == _ARRAY:
+            raise BadInput(f"{self.path} has arrays of arrays in its metadata, which are not read")
+        self.fits(count, struct.calcsize("<" + self.scalar(inner)))
+        return list(self.numbers(f"{count}{self.scalar(inner)}"))
+
+    def scalar(self, kind: int) -> str:
+        """struct code of a scalar type."""
+        if kind not in _SCALARS:
+            raise BadInput(f"{self.path} has metadata of the type {kind}, which GGUF does not "
+                           "define: fetch it again")
+        return _SCALARS[kind]
+
+    def string(self) -> str:
+        """A string: its length, then UTF-8."""
+        (length,) = self.numbers("Q")
+        self.fits(length, 1)
+        return self.file.read(length).decode("utf-8", errors="replace")
+
+    def numbers(self, code: str) -> tuple[Any, ...]:
+        """Numbers by a struct code."""
+        data = self.file.read(struct.calcsize("<" + code))
+        try:
+            return struct.unpack("<" + code, data)
+        except struct.error:
+            raise BadInput(f"{self.path} ends inside its header: the file is truncated, fetch it "
+                           "again") from None
+
+    def fits(self, count: int, size: int) -> None:
+        """Raises BadInput where `count` items of at least `size` bytes run over the end."""
+        if count * size > self.size - self.file.tell():
+            raise BadInput(f"{self.path} ends inside its header: the file is truncated or damaged, "
+                           "fetch it again")

@@ -1,0 +1,66 @@
+"""Temporary folders that vanish with their process, also where it is killed.
+
+As long as a process lives it holds a lock in each of its temporary folders; one without a holder is
+removed by the next process that writes beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+LOCK = ".rabit-jax-lock"  # in every temporary folder; locked while its process lives
+_open: set[Path] = set()
+
+
+@contextlib.contextmanager
+def workspace(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, on the same disk; parent folders are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(target.parent)
+    with contextlib.ExitStack() as stack:
+        place, lock = _locked_folder(target)
+        stack.callback(os.close, lock)
+        _open.add(place)
+        stack.callback(_open.discard, place)
+        stack.callback(shutil.rmtree, place, ignore_errors=True)
+        yield place
+
+
+def _locked_folder(target: Path) -> tuple[Path, int]:
+    """A new temporary folder and the descriptor of its lock."""
+    while True:
+        place = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:200]}."))
+        try:
+            lock = os.open(place / LOCK, os.O_RDWR | os.O_CREAT)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except FileNotFoundError:
+            continue
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+        if (place / LOCK).exists():
+            return place, lock
+        os.close(lock)  # Another process took it for stale before it was locked.
+
+
+@functools.cache
+def _remove_stale(folder: Path) -> None:
+    """Remove, once in a process, the temporary folders that killed processes have left."""
+    for lock in folder.glob(f".*/{LOCK}"):
+        with contextlib.suppress(OSError), open(lock, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+def remove_workspaces() -> None:
+    """Remove the temporary folders of this process, which is about to end without unwinding."""
+    for place in list(_open):
+        shutil.rmtree(place, ignore_errors=True)

@@ -1,0 +1,152 @@
+"""Ctrl-C and SIGTERM: real processes, told apart by what they print, and no waiting for clocks."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rabit_jax.experiments.engine import signals
+
+ROOT = Path(__file__).parents[2]
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+BLOCKED = """
+import sys
+from rabit_jax.experiments.engine.signals import watch, stopping_between_steps
+def here(word):
+    print(word, flush=True)
+    sys.stdin.read()
+"""
+
+
+def start(*command, **environment):
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | environment,
+    )
+
+
+def signalled(process, number, word):
+    """Send the signal once the process has printed `word`; its exit code, stdout and stderr."""
+    for line in process.stdout:
+        if line.strip() == word:
+            break
+    process.send_signal(number)
+    # stdin stays open: a process that ignores the signal goes on waiting for it.
+    return process.wait(60), process.stdout.read(), process.stderr.read()
+
+
+@BOTH
+@pytest.mark.parametrize("command", ["run", "ptq", "ablate", "evaluate"])
+def test_a_signal_during_the_imports_is_answered_at_once(tmp_path, command, number):
+    """The first heavy import is one of NumPy or JAX; here it never ends."""
+    for name in ("jax", "numpy"):
+        (tmp_path / f"{name}.py").write_text("print('importing', flush=True); input()")
+    process = start("-m", f"experiments.{command}", "--help", PYTHONPATH=str(tmp_path))
+    code, _, err = signalled(process, number, "importing")
+    assert code == 75 and "stopped; the same command" in err and "Traceback" not in err
+
+
+def test_the_console_scripts_watch_before_the_imports_too(tmp_path):
+    (tmp_path / "numpy.py").write_text("print('importing', flush=True); input()")
+    script = "import sys; from rabit_jax.experiments.commands import run; sys.exit(run())"
+    process = start("-c", script, "--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert signalled(process, signal.SIGTERM, "importing")[0] == 75
+
+
+@BOTH
+def test_a_signal_while_text_is_tokenised_leaves_nothing_half_written(tmp_path, number):
+    script = BLOCKED + """
+watch("stopped; the same command")
+from rabit_jax.data import token_cache, tokens
+from rabit_jax.data.tokenizer import train_tokenizer
+def encoded(documents, tokenizer):
+    yield "one", [1, 2]
+    here("tokenising")
+token_cache._encoded = encoded
+tokens.tokenise(["a text"], train_tokenizer(["a text"], 260), sys.argv[1])
+"""
+    cache = tmp_path / "cache"
+    code, _, err = signalled(start("-c", script, cache), number, "tokenising")
+    assert code == 75 and err == "stopped; the same command\n"
+    assert list(cache.iterdir()) == []
+
+
+@BOTH
+def test_a_signal_inside_a_callback_of_jax_is_not_lost(number):
+    script = BLOCKED + """
+watch("stopped; the same command")
+import jax
+jax.block_until_ready(jax.jit(lambda x: (jax.debug.callback(lambda: here("inside")), x))(1.0))
+jax.effects_barrier()
+"""
+    assert signalled(start("-c", script), number, "inside")[0] == 75
+
+
+@BOTH
+def test_between_steps_the_first_signal_asks_and_the_second_ends(number):
+    script = BLOCKED + """
+import types
+from rabit_jax.experiments.engine.console import main_guard
+watch("not this")
+run = types.SimpleNamespace(stopped=False)
+def main():
+    with stopping_between_steps(run, "at the next step"):
+        print("training", flush=True)
+        while not run.stopped:
+            pass
+        if sys.argv[1] == "twice":
+            here("saving")
+    print("saved", flush=True)
+    raise KeyboardInterrupt
+sys.exit(main_guard(main, resumable=True))
+"""
+    code, out, err = signalled(start("-c", script, "once"), number, "training")
+    assert (code, out) == (75, "saved\n")
+    assert err == f"stopping at the next step (again to stop at once)\n{signals.CONTINUE}\n"
+    process = start("-c", script, "twice")
+    for line in process.stdout:
+        if line == "training\n":
+            process.send_signal(number)
+        elif line == "saving\n":
+            break
+    process.send_signal(number)
+    assert process.wait(60) == 75 and signals.CONTINUE in process.stderr.read()
+
+
+def test_in_a_call_from_python_the_process_goes_on():
+    class Run:
+        stopped = False
+
+    run = Run()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), signals.stopping_between_steps(run, "at the next step"):
+        signal.raise_signal(signal.SIGTERM)
+        assert run.stopped
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_temporary_files_of_a_killed_process_are_removed_by_the_next(tmp_path):
+    script = BLOCKED + """
+from pathlib import Path
+from rabit_jax.atomic import replacing
+with replacing(Path(sys.argv[1]) / "states.bin") as new:
+    new.write_bytes(b"half")
+    here("writing")
+"""
+    again = "from rabit_jax.atomic import write_text; from pathlib import Path; import sys; " \
+            "write_text(Path(sys.argv[1]) / 'other', 'whole')"
+    lives, dies = start("-c", script, tmp_path), start("-c", script, tmp_path)
+    try:
+        assert lives.stdout.readline() == "writing\n"
+        code, _, _ = signalled(dies, signal.SIGKILL, "writing")
+        assert code == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 2
+        assert start("-c", again, tmp_path).wait(60) == 0
+        # What a living process writes stays.
+        assert len([p for p in tmp_path.iterdir() if p.name.startswith(".")]) == 1
+    finally:
+        lives.communicate("")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "states.bin"]

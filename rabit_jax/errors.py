@@ -11,6 +11,12 @@ class BadInput(ValueError):
     """
 
 
+def check_choice(name: str, found: object, choices: tuple[str, ...]) -> None:
+    """Raise BadInput where a setting is none of its choices, at least two."""
+    if found not in choices:
+        raise BadInput(f"{name} is {found!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's type where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rabit_jax import BadInput
 from rabit_jax.experiments.ablation.config import Ablation, Overrides, Search
@@ -94,7 +94,10 @@ class Plan:
     def trials(self) -> list[Cell]:
         """The cells of the search, row by row."""
         return [
-            self._cell(row, "search", self.folder / "search" / row.slug / repr(v), v, c)
+            self._cell(
+                row, "search", self.folder / "search" / row.slug / repr(v), v, c,
+                self.ablation.search_seed,
+            )
             for row in self.rows
             for v, c in row.trials.items()
         ]
@@ -121,9 +124,8 @@ class Plan:
         folder: Path,
         value: float | None,
         config: RunConfig | None,
-        seed: int | None = None,
+        seed: int,
     ) -> Cell:
-        seed = self.ablation.seeds[0] if seed is None else seed
         if config:
             shared = str(self.folder / "teacher" / "teacher")
             given = dataclasses.replace(config.teacher, path=config.teacher.path or shared)
@@ -143,7 +145,9 @@ def make_plan(file: str | Path, overrides: Sequence[str] = ()) -> Plan:
       BadInput: what `load_config` and the classes here refuse; an override of a row that is wrong;
         two rows that are the same run or would share a folder.
     """
-    tree = with_overrides(Ablation, read_yaml(file), overrides)
+    tree = read_yaml(file)
+    _check_kind(file, tree)
+    tree = with_overrides(Ablation, tree, overrides)
     ablation = build(Ablation, tree)
 
     def resolve(where: str, settings: Sequence[str]) -> RunConfig:
@@ -156,12 +160,26 @@ def make_plan(file: str | Path, overrides: Sequence[str] = ()) -> Plan:
         for choice in _choices(search).values():
             resolve("search", [choice])
 
+    # A search must not see the windows that the tables are made of.
+    part = ("evaluate.part=report",) if search else ()
     rows = tuple(
-        _row(label, settings, single, None if single else search, resolve)
+        _row(label, (*settings, *part), single, None if single else search, resolve)
         for label, settings, single in ablation.labelled()
     )
     _check_distinct(rows)
     return Plan(ablation, rows)
+
+
+def _check_kind(file: str | Path, tree: Mapping[str, Any]) -> None:
+    """Raise BadInput for the config of a run: other keys, and no row."""
+    own = {f.name for f in dataclasses.fields(Ablation)}
+    run = {f.name for f in dataclasses.fields(RunConfig)} - own
+    if (found := sorted(run & set(tree))) and not {"run", "rows", "grid", "single"} & set(tree):
+        raise BadInput(
+            f"{file} is the config of a run (it has {found[0]!r}), not of an ablation: an ablation "
+            "has these settings in its section run, and rows, grid or single with the overrides of "
+            "each row, as experiments/configs/ablation_small.yaml has; experiments.run runs it"
+        )
 
 
 def _row(
@@ -196,7 +214,8 @@ def _row(
     full: dict[float | None, RunConfig] = {
         value: resolve(where, (*settings, choice)) for value, choice in choices
     }
-    trials = {value: resolve(where, (*settings, short, choice)) for value, choice in choices}
+    own = "evaluate.part=search"
+    trials = {value: resolve(where, (*settings, short, choice, own)) for value, choice in choices}
     return Row(label, slug, single, full, trials)
 
 
@@ -228,6 +247,7 @@ def differing(plan: Plan, row: Row) -> list[str]:
     """What a row changes of `run`, as `key: before -> after`."""
     search = plan.ablation.search
     lines = difference(plan.ablation.run, row.config).splitlines()
+    lines = [line for line in lines if not line.startswith("evaluate.part: ")]
     if search and row.trials:
         lines = [line for line in lines if not line.startswith(f"{search.key}: ")]
         lines.append(f"{search.key}: searched")

@@ -59,7 +59,8 @@ class Ablation:
       rows: label -> overrides of `run`.
       grid: axis -> choice -> overrides; the product of the axes gives further rows.
       single: rows run with the first seed only.
-      search: a setting that is chosen for each row of `rows` and `grid` on the first seed.
+      search: a setting that is chosen for each row of `rows` and `grid`, with a seed and on
+        evaluation windows that are not those of the tables.
       compare: label -> (row, baseline row), paired over seeds.
     """
 
@@ -99,6 +100,11 @@ class Ablation:
                         f"compare {name!r} names the row {row!r}, which is not there: the nearest "
                         f"row is {nearest(row, labels)!r}"
                     )
+
+    @property
+    def search_seed(self) -> int:
+        """Seed of the search's trials: the one after the largest of the rows."""
+        return max(self.seeds) + 1
 
     def labelled(self) -> Iterator[tuple[str, Overrides, bool]]:
         """Label, overrides and whether it is a single row, of every row."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rabit_jax.experiments.ablation.results import Results
+from rabit_jax.experiments.ablation.runner import lookup
 from rabit_jax.experiments.engine.folder import RunFolder
-from rabit_jax.experiments.report.figures import Lines, against_tokens, svg_with_legend
+from rabit_jax.experiments.report.figures import Lines, against_tokens, svg, svg_with_legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,13 +25,20 @@ COLOURS = (
 DASHES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MARKERS = "osD^vPX*<>"
 SIZE = (5.2, 3.3)
+MOST_CURVES = 8  # in one figure: more cannot be told apart
+ROW_INCHES = 0.27
+BITS = "packed.stored_bits_per_weight"
 Band = tuple[np.ndarray, np.ndarray]
 
 
 def figures(results: Results) -> dict[str, str]:
     """SVG by name; a figure that nothing was measured for is left out."""
-    lines = {row.label: _diagnostics(results, row.label) for row in results.plan.rows}
-    drawn = {
+    curves = results.plan.rows
+    if len(curves) > MOST_CURVES:
+        curves = [row for row in curves if not row.single] or curves
+    lines = {row.label: _diagnostics(results, row.label) for row in curves[:MOST_CURVES]}
+    drawn = {"rows": _dots(results)}
+    drawn |= {
         name: _over_tokens(title, unit, {row: band(found, key) for row, found in lines.items()})
         for name, title, key, unit in (
             ("perplexity", "Perplexity over training", "nats_per_token", "perplexity"),
@@ -41,6 +49,42 @@ def figures(results: Results) -> dict[str, str]:
     }
     drawn["bits"] = _quality_against_size(results)
     return {name: figure for name, figure in drawn.items() if figure}
+
+
+def _dots(results: Results) -> str:
+    """Perplexity of every row as a dot with its interval, and the teacher's as a line.
+
+    A row beyond 1.5 times the median would squeeze the others together: it stands at the right edge
+    as a number.
+    """
+    found = ((row.label, results.estimate(row.label, "qat.ppl")) for row in results.plan.rows)
+    rows = [(label, e) for label, e in found if e and np.isfinite(e.mean)]
+    if not rows:
+        return ""
+    found = (lookup(summary, "teacher.ppl") for _, summary in results.cells if summary)
+    taught = {ppl for ppl in found if ppl is not None}
+    most = 1.5 * float(np.median([e.mean for _, e in rows]))
+
+    def draw(axes: Axes) -> None:
+        for place, (_, e) in enumerate(rows):
+            if e.mean > most:
+                axes.annotate(f"{e.mean:.1f} →", (1, place), xycoords=("axes fraction", "data"),
+                              ha="right", va="center", color=COLOURS[0])
+                continue
+            axes.errorbar(e.mean, place, xerr=e.half or None, fmt="o", ms=5, capsize=3, lw=1.3,
+                          color=COLOURS[0], mfc="white" if e.n == 1 else COLOURS[0])
+        for ppl in taught:
+            axes.axvline(ppl, color=COLOURS[1], lw=1.3, ls="--")
+            axes.annotate("teacher", (ppl, 1), xycoords=("data", "axes fraction"), xytext=(3, 2),
+                          textcoords="offset points", color=COLOURS[1], fontsize=9)
+        # matplotlib reads a dollar sign as mathematics
+        axes.set_yticks(range(len(rows)), [label.replace("$", r"\$") for label, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.margins(x=0.08)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("perplexity; bar: 95% interval over seeds; open dot: one seed")
+
+    return svg("Perplexity of every row", draw, (7.2, 1.1 + ROW_INCHES * len(rows)), pad=16)
 
 
 def _diagnostics(results: Results, label: str) -> list[Lines]:
@@ -96,8 +140,7 @@ def _quality_against_size(results: Results) -> str:
     """Perplexity against bits per weight, with the intervals of both tables."""
     rows = [row.label for row in results.plan.rows]
     points = {
-        row: (results.estimate(row, "packed.bits_per_weight"), results.estimate(row, "qat.ppl"))
-        for row in rows
+        row: tuple(results.estimate(row, key) for key in (BITS, "qat.ppl")) for row in rows
     }
     if not any(bits and ppl for bits, ppl in points.values()):
         return ""

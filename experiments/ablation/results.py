@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.special
 
+from rabit_jax.evaluate.gap import GapClosed, gap_closed
 from rabit_jax.experiments.ablation.cells import Cell, Plan, Row
 from rabit_jax.experiments.ablation.runner import Summary, lookup, read_summary
 
@@ -40,11 +41,15 @@ Found = Sequence[tuple[Cell, Summary | None]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of `n` numbers and half the width of its 95% interval, None for a single number."""
+    """Mean of `n` numbers and half the width of its 95% interval, None for a single number.
+
+    `ends` are the ends of an interval that does not lie evenly around the mean.
+    """
 
     mean: float
     half: float | None
     n: int
+    ends: tuple[float, float] | None = None
 
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
@@ -62,6 +67,14 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
     # Rounding of the mean would give equal numbers a tiny spread.
     spread = 0.0 if found.min() == found.max() else found.std(ddof=1)
     return Estimate(mean, float(scipy.special.stdtrit(n - 1, 0.975) * spread / math.sqrt(n)), n)
+
+
+def as_estimate(found: GapClosed | None) -> Estimate | None:
+    """A share of a gap as tables and figures show estimates."""
+    if found is None:
+        return None
+    ends = None if found.low is None or found.high is None else (found.low, found.high)
+    return Estimate(found.share, None, found.n, ends)
 
 
 @dataclass(frozen=True)
@@ -85,8 +98,12 @@ class Results:
         return {cell.seed: found for cell, found in self.cells if cell.row == label and found}
 
     def estimate(self, label: str, key: str) -> Estimate | None:
-        """Mean of a metric over the seeds of a row."""
-        return estimate(lookup(summary, key) for summary in self.by_seed(label).values())
+        """Mean of a metric over the seeds of a row; "gap_closed" is the ratio of mean gaps."""
+        summaries = self.by_seed(label).values()
+        if key != "gap_closed":
+            return estimate(lookup(summary, key) for summary in summaries)
+        names = ("teacher.ppl", "init.ppl", "qat.ppl")
+        return as_estimate(_closed(tuple(lookup(s, name) for name in names) for s in summaries))
 
     def summaries(self) -> list[Summary]:
         """The summaries of all complete cells, those of the search included."""
@@ -123,25 +140,23 @@ def choose(trials: Found) -> dict[str, float]:
 class Comparison:
     """A row against a baseline, paired over the seeds that both have.
 
-    With `L = ln ppl`, per seed: the share `1 - (L_row - L_teacher) / (L_baseline - L_teacher)` of
-    the baseline's gap to the teacher that the row closes, and the difference `L_row - L_baseline`.
-
     Attributes:
       label: name of the comparison in the config.
       row: label of the row.
       baseline: label of the row that it is compared with.
-      share: on held-out text; None where the baseline has no gap to the teacher.
-      difference: on held-out text.
-      unseen_share: on unseen text.
+      gap_closed: share of the baseline's gap to the teacher that the row closes, on held-out text;
+        None where the baseline has no gap.
+      difference: `ln ppl` of the row minus that of the baseline, on held-out text.
+      unseen_gap_closed: on unseen text.
       unseen_difference: on unseen text.
     """
 
     label: str
     row: str
     baseline: str
-    share: Estimate | None
+    gap_closed: GapClosed | None
     difference: Estimate | None
-    unseen_share: Estimate | None
+    unseen_gap_closed: GapClosed | None
     unseen_difference: Estimate | None
 
 
@@ -159,20 +174,25 @@ def comparisons(results: Results) -> list[Comparison]:
 
 def _paired(
     pairs: Sequence[tuple[Summary, Summary]], text: str
-) -> tuple[Estimate | None, Estimate | None]:
-    """Share and difference on one text ("" or ".unseen"); seeds without a number are left out."""
-    shares, differences = [], []
-    for ours, theirs in pairs:
-        row, base = (_log(summary, f"qat{text}.ppl") for summary in (ours, theirs))
-        teacher, base_teacher = (_log(summary, f"teacher{text}.ppl") for summary in (ours, theirs))
-        if row is None or base is None:
-            continue
-        differences.append(row - base)
-        if teacher is not None and base_teacher is not None and base > base_teacher:
-            shares.append(1 - (row - teacher) / (base - base_teacher))
-    return estimate(shares), estimate(differences)
+) -> tuple[GapClosed | None, Estimate | None]:
+    """Gap closed and difference on one text ("" or ".unseen"), over the pairs that have both.
+
+    All cells share one teacher, whose perplexity is read from the row's cell.
+    """
+    key, taught = f"qat{text}.ppl", f"teacher{text}.ppl"
+    found = [(lookup(ours, taught), lookup(theirs, key), lookup(ours, key))
+             for ours, theirs in pairs]
+    share = _closed(found)
+    measured = [(_log(base), _log(row)) for _, base, row in found]
+    return share, estimate(row - base for base, row in measured
+                           if row is not None and base is not None)
 
 
-def _log(summary: Summary, key: str) -> float | None:
-    value = lookup(summary, key)
+def _closed(found: Iterable[tuple[float | None, ...]]) -> GapClosed | None:
+    """`gap_closed` of (teacher, start, end) of each run; runs that lack a number are left out."""
+    whole = [run for run in found if None not in run]
+    return gap_closed(*zip(*whole, strict=True)) if whole else None  # pyright: ignore
+
+
+def _log(value: float | None) -> float | None:
     return None if value is None or not value > 0 else math.log(value)

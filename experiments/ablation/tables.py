@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rabit_jax.experiments.ablation.cells import Row
-from rabit_jax.experiments.ablation.results import METRICS, Estimate, Results, comparisons
+from rabit_jax.experiments.ablation.results import (
+    METRICS,
+    Estimate,
+    Results,
+    as_estimate,
+    comparisons,
+)
 from rabit_jax.experiments.ablation.runner import Summary, cell_name, last_line, lookup
 from rabit_jax.experiments.engine.config import to_dict
 from rabit_jax.experiments.report.page import TEMPLATES
@@ -29,9 +35,13 @@ class Column:
     scale: float = 1.0
 
     def text(self, found: Estimate | None) -> str:
-        """`mean +- half` in the column's format and unit; `-` where there is nothing."""
+        """`mean +- half`, or `mean (low to high)`, in the column's format and unit; `-` where
+        there is nothing."""
         if found is None:
             return "-"
+        if found.ends:
+            low, high = (f"{end * self.scale:{self.form}}" for end in found.ends)
+            return f"{found.mean * self.scale:{self.form}} ({low} to {high})"
         half = f" ± {found.half * self.scale:{self.form}}" if found.half else ""
         return f"{found.mean * self.scale:{self.form}}{half}"
 
@@ -68,7 +78,16 @@ RESULTS = (
     Column("unseen bits per byte", "qat.unseen.bits_per_byte", ".4f"),
     Column("KL to the teacher, nats", "qat.kl", ".4f"),
     Column("perplexity at init", "init.ppl", ".2f"),
-    Column("gap closed, %", "gap_closed", ".1f", 100),
+    Column("gap closed by QAT, %", "gap_closed", ".1f", 100),
+)
+COVERED = (
+    "Intervals cover the seeds alone: all cells share one teacher, one training text and one set "
+    "of evaluation windows, whose choice they say nothing about."
+)
+GAP = (
+    "gap closed = 1 - mean(ln ppl of the model - ln ppl of the teacher) / mean(ln ppl of the start "
+    "- ln ppl of the teacher), means over the seeds, all of them; in parentheses Fieller's 95% "
+    "interval of this ratio of means, where it is bounded. "
 )
 DIAGNOSTICS = (
     Column("path correlation", "diagnostics.qat.mean.path_correlation", ".4f"),
@@ -78,8 +97,8 @@ DIAGNOSTICS = (
     Column("signs flipped per step, %", "flip_rate", ".4f", 100),
 )
 COST = (
-    Column("bits per weight", "packed.bits_per_weight", ".4f"),
-    Column("stored bits per weight", "packed.stored_bits_per_weight", ".4f"),
+    Column("bits per weight, stored", "packed.stored_bits_per_weight", ".4f"),
+    Column("bits per weight, nominal", "packed.bits_per_weight", ".4f"),
     Column("training state, MB", "state_bytes", ".1f", 1e-6),
     Column("peak memory, GB", "training_memory_bytes", ".2f", 1e-9),
     Column("seconds per step", "step_seconds", ".3f"),
@@ -127,7 +146,8 @@ def results_table(results: Results) -> Table:
         table.columns.append("learning rate" if key == LR else key)
         for line, row in zip(table.rows, results.plan.rows, strict=True):
             line.append(_setting(results, row, key))
-    table.rows.insert(0, _teacher_row(results.summaries(), table.columns))
+    cells = [found for _, found in results.cells if found]
+    table.rows.insert(0, _teacher_row(cells, table.columns))
     table.notes += _result_notes(results)
     return table
 
@@ -162,7 +182,8 @@ def _result_notes(results: Results) -> list[str]:
     rows, search = results.plan.rows, results.plan.ablation.search
     notes = [
         "Means over the seeds ± half of their 95% interval (Student's t). Without ± there is one "
-        "seed, or all seeds give the same number."
+        f"seed, or all seeds give the same number. {COVERED}",
+        f"{GAP}The start of gap closed by QAT is the row's own init.",
     ]
     if any(row.single for row in rows):
         also = " and without a search" if search else ""
@@ -212,16 +233,18 @@ def _comparison_table(results: Results) -> Table | None:
         return None
     unseen = any(c.unseen_difference for c in found)
     table = Table("compare", "Comparisons, paired over seeds")
-    table.columns = ["comparison", "row", "baseline", "seeds", "gap closed, %", "ln perplexity"]
-    table.columns += ["unseen gap closed, %", "unseen ln perplexity"] if unseen else []
+    closed = "gap closed of the baseline, %"
+    table.columns = ["comparison", "row", "baseline", "seeds", closed, "ln perplexity"]
+    table.columns += [f"unseen {closed}", "unseen ln perplexity"] if unseen else []
     for c in found:
         line = [c.label, c.row, c.baseline, str(c.difference.n if c.difference else 0)]
-        line += [share.text(c.share), gap.text(c.difference)]
-        line += [share.text(c.unseen_share), gap.text(c.unseen_difference)] if unseen else []
+        line += [share.text(as_estimate(c.gap_closed)), gap.text(c.difference)]
+        if unseen:
+            line += [share.text(as_estimate(c.unseen_gap_closed)), gap.text(c.unseen_difference)]
         table.rows.append(line)
     table.notes.append(
-        "gap closed: the share of the baseline's gap to the teacher, in log-perplexity, that the "
-        "row closes. ln perplexity: the row's minus the baseline's; negative is better."
+        f"{GAP}The start of gap closed of the baseline is the baseline after QAT. ln perplexity: "
+        f"the row's minus the baseline's; negative is better. {COVERED}"
     )
     return table
 
@@ -239,8 +262,9 @@ def _search_table(results: Results) -> Table | None:
             cells = map(perplexity.single, values)
             table.rows.append([row.label, *cells, _setting(results, row, search.key)])
     table.notes.append(
-        f"Held-out perplexity after {search.steps:g} of the steps of QAT with seed "
-        f"{results.plan.ablation.seeds[0]}. All seeds of a row use the value with the lowest."
+        f"Perplexity after {search.steps:g} of the steps of QAT with seed "
+        f"{results.plan.ablation.search_seed}, on evaluation windows that no other table is made "
+        "of. All seeds of a row use the value with the lowest."
     )
     return table
 
@@ -287,10 +311,14 @@ def page(
 ) -> str:
     """The report as one file: kind "md", which links `figures/NAME.svg`, or "html".
 
-    `figures` are SVG by name; they stand below the results.
+    `figures` are SVG by name; "rows" stands above the table of results, the others below it.
     """
+    figures = dict(figures)
+    first = figures.pop("rows", "")
     template = environment(Path(__file__).with_name("templates"), TEMPLATES).get_template
-    return template(f"ablation.{kind}.j2").render(title=title, tables=tables, figures=figures)
+    return template(f"ablation.{kind}.j2").render(
+        title=title, tables=tables, first=first, figures=figures
+    )
 
 
 def comma_separated(results: Results) -> str:

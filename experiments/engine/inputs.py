@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, param_shapes
 from rabit_jax.progress import loading, progress, say
 from rabit_jax.train.checkpoints import Checkpoints, abstract
-from rabit_jax.train.loop import Loop, Watch, train, whole
+from rabit_jax.train.loop import Loop, Record, Watch, train, whole
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import make_mesh, param_shardings
 from rabit_jax.train.step import TrainState
@@ -217,9 +217,12 @@ class Inputs:
 
     def fit(
         self, stage: str, section: Training, trainer: Trainer, resume: bool,
-        watch: Watch | None = None,
+        watch: Watch | None = None, notice: Callable[[Record], str | None] = lambda record: None,
     ) -> TrainState:
-        """Train one stage with checkpoints, metrics and a progress bar."""
+        """Train one stage with checkpoints, metrics and a progress bar.
+
+        `notice` reads the record of the first step; what it returns is printed as one line.
+        """
         tokens = section.batch_size * section.length
         with Checkpoints(self.folder.checkpoints(stage)) as kept:
             state = trainer.state
@@ -235,6 +238,13 @@ class Inputs:
                 stopping_between_steps(self, "at the next step"),
                 progress(stage, section.steps, start=begin) as bar,
             ):
+                def shown(step: int, record: Record) -> None:
+                    bar.update(
+                        step, loss=record["loss"], tokens_per_second=record["tokens_per_second"]
+                    )
+                    if step == 1 and (line := notice(record)):
+                        say(f"warning: {stage}: {line}")
+
                 loop = Loop(
                     stage,
                     section.steps,
@@ -244,9 +254,7 @@ class Inputs:
                     save_every=section.save_every,
                     schedule=trainer.schedule,
                     watch=watch,
-                    progress=lambda step, record: bar.update(
-                        step, loss=record["loss"], tokens_per_second=record["tokens_per_second"]
-                    ),
+                    progress=shown,
                     stop=lambda: self.stopped,
                 )
                 batches = self.text.batches(section, self.config.seed)

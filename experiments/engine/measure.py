@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.diagnostics import diagnose
-from rabit_jax.evaluate.perplexities import Perplexity, perplexity
+from rabit_jax.evaluate.perplexities import Perplexity, padded_batches, perplexity
 from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.progress import progress
 from rabit_jax.train.losses import distillation_loss
@@ -69,11 +70,15 @@ def watched_nats(run: Inputs, params: Params) -> float:
 
 
 def _windows(run: Inputs, count: int) -> Iterator[dict]:
-    """The first `count` evaluation windows in whole batches on the mesh."""
+    """The first `count` evaluation windows on the mesh, in batches with the mask of real tokens.
+
+    The last batch is filled up with rows of padding, so that every window is measured.
+    """
     rows, devices = run.text.windows()[:count], run.mesh.shape["data"]
-    size = min(run.config.evaluate.batch_size, len(rows) // devices * devices)
-    for start in range(0, len(rows) - size + 1, max(size, 1)):
-        yield jax.device_put({"tokens": rows[start : start + size]}, batch_sharding(run.mesh))
+    size = min(run.config.evaluate.batch_size, len(rows) + -len(rows) % devices)
+    for tokens, real in padded_batches(rows, size):
+        batch = {"tokens": tokens, "mask": np.broadcast_to(real, tokens.shape)}
+        yield jax.device_put(batch, batch_sharding(run.mesh))
 
 
 def divergence(run: Inputs, params: Params) -> float:
@@ -87,7 +92,7 @@ def divergence(run: Inputs, params: Params) -> float:
     total, tokens = 0.0, 0
     for batch in _windows(run, run.config.evaluate.watch_windows):
         total += float(summed(params, run.teacher, batch))
-        tokens += batch["tokens"].size
+        tokens += int(batch["mask"].sum())
     return total / tokens
 
 
@@ -98,7 +103,8 @@ def reconstruction_errors(teacher: Params, student: Params) -> dict[str, list[fl
 
     @jax.jit
     def error(w, node):
-        return ((w - node.dense()) ** 2).sum((-1, -2)) / (w**2).sum((-1, -2))
+        size = jnp.maximum((w**2).sum((-1, -2)), jnp.finfo(jnp.float32).tiny)
+        return ((w - node.dense()) ** 2).sum((-1, -2)) / size
 
     map_leaves(
         lambda p, w: errors.update({p: error(w, kernels[p])}) if p in kernels else None, teacher

@@ -117,10 +117,10 @@ class Job:
         if section.mode == "none":
             return None
         size, seed = section.batch_size, self.config.seed + 1
-        steps = range(section.sequences // size)
+        steps = range(-(-section.sequences // size))
         found = np.concatenate([self.text.rows(section, step, seed) for step in steps])
-        return Sweep(self.model_config, FromCheckpoint(self.checkpoint), self.blocks, found,
-                     np.ones(found.shape, bool), size)
+        return Sweep(self.model_config, FromCheckpoint(self.checkpoint), self.blocks,
+                     *padded(found[: section.sequences], size), size)
 
     def texts(self) -> dict[str, TokenText]:
         """The texts that models are scored on."""
@@ -332,9 +332,7 @@ def _perplexity(
         return record
     text = job.texts()[name]
     rows, size = job.text.windows(text), job.config.evaluate.batch_size
-    real = np.arange(len(rows) + -len(rows) % size) < len(rows)
-    tokens = np.pad(rows, ((0, len(real) - len(rows)), (0, 0)))
-    mask = np.repeat(real[:, None], tokens.shape[1], axis=1)
+    tokens, mask = padded(rows, size)
     sweep = Sweep(job.model_config, source(job), pieces, tokens, mask, size, f"{name}-")
     states = [sweep.name("x", n) for n in range(job.model_config.n_layers + 1)]
     if not any(map(pieces.has, states)):
@@ -347,6 +345,13 @@ def _perplexity(
     pieces.write_record(f"{name}.json", found)
     pieces.drop(states[-1])
     return found
+
+
+def padded(rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows `[n, t]` filled up to a multiple of `size`, and the mask of real tokens."""
+    real = np.arange(len(rows) + -len(rows) % size) < len(rows)
+    tokens = np.pad(rows, ((0, len(real) - len(rows)), (0, 0)))
+    return tokens, np.repeat(real[:, None], tokens.shape[1], axis=1)
 
 
 def _quantise_inputs(job: Job, ids: Ids) -> Read:

@@ -37,8 +37,9 @@ from rabit_jax.models.decoder import init_params
 from rabit_jax.models.generation import generate
 from rabit_jax.models.prepared import Engine, prepare
 from rabit_jax.progress import progress
+from rabit_jax.train.loop import Record as Logged
 from rabit_jax.train.loop import Watch
-from rabit_jax.train.losses import distillation_loss, next_token_loss
+from rabit_jax.train.losses import distillation_loss, dominant_term, next_token_loss
 from rabit_jax.train.optimizer import merge
 from rabit_jax.train.sharding import batch_sharding, param_shardings
 from rabit_jax.train.step import next_tokens
@@ -96,7 +97,7 @@ def teacher(run: Inputs, continues: bool) -> Record:
 def calibration(run: Inputs, continues: bool) -> Record:
     """Measure the inputs and output gradients of every kernel that will be quantised."""
     section, seed = run.config.calibrate, run.config.seed
-    count = section.sequences // section.batch_size
+    count = -(-section.sequences // section.batch_size)
     rows_at = run.text.batches(section, seed + 1)
     size = (section.batch_size, section.length)
 
@@ -109,7 +110,10 @@ def calibration(run: Inputs, continues: bool) -> Record:
     def batches() -> Iterator[Batch]:
         with progress("calibrate", count) as bar:
             for step in range(count):
-                extra = {"mask": np.ones(size, bool), "row": np.arange(size[0]) + step * size[0]}
+                row = np.arange(size[0]) + step * size[0]
+                # The last batch may hold more rows than are left to measure.
+                mask = np.broadcast_to((row < section.sequences)[:, None], size)
+                extra = {"mask": mask, "row": row}
                 yield {**rows_at(step), **jax.device_put(extra, batch_sharding(run.mesh))}
                 bar.update(step + 1)
 
@@ -123,7 +127,7 @@ def calibration(run: Inputs, continues: bool) -> Record:
         batch_sharding=batch_sharding(run.mesh),
     )
     run.save_stats(stats)
-    return {"tokens": count * size[0] * size[1]}
+    return {"tokens": section.sequences * section.length}
 
 
 def init(run: Inputs, continues: bool) -> Record:
@@ -184,8 +188,12 @@ def qat(run: Inputs, continues: bool) -> Record:
             }
         )
 
+    def notice(record: Logged) -> str | None:
+        kl, hidden = float(record["kl"]), float(record["hidden_mse"])
+        return dominant_term(kl, hidden, section.gamma)
+
     watch = Watch(section.watch_every, lambda t: snapshot(merge(t, trainer.frozen)), after)
-    state = run.fit("qat", section, trainer, continues, watch)
+    state = run.fit("qat", section, trainer, continues, watch, notice)
     run.save_student(state.trainable)
     lines = [line for line in run.folder.metrics.lines() if line["stage"] == "qat"]
     return {

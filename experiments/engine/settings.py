@@ -103,8 +103,8 @@ class Calibrate:
     Attributes:
       mode: "full" measures inputs and output gradients; for task ptq also "activations", inputs
         alone without a backward pass, or "none", which reads no text.
-      sequences: how many training windows it reads.
-      batch_size: sequences per gradient pass.
+      sequences: how many training windows it measures.
+      batch_size: sequences per gradient pass; the last one may hold fewer.
       length: tokens per sequence.
       labels: next tokens of the data, or drawn from the teacher.
       clip: percentile at which the norms of single tokens are clipped; 100 does not clip.
@@ -116,14 +116,6 @@ class Calibrate:
     length: Length = 256
     labels: Literal["data", "sampled"] = "data"
     clip: Annotated[float, Field(gt=0, le=100)] = 100.0
-
-    def __post_init__(self):
-        """Raises BadInput where the passes are not equal."""
-        if self.sequences % self.batch_size:
-            raise BadInput(
-                f"sequences is {self.sequences}: it must be a multiple of batch_size, which is "
-                f"{self.batch_size}"
-            )
 
 
 @dataclass(frozen=True)
@@ -172,7 +164,8 @@ class Qat(Training):
     """Distillation of the quantised student.
 
     Attributes:
-      gamma: weight of the hidden-state error, per token, summed over layers; 0 leaves it out.
+      gamma: weight of the hidden-state error, relative to the teacher's state at every token of
+        every layer; 0 leaves it out.
       project_scales: keep scales positive after every step.
     """
 
@@ -195,6 +188,8 @@ class Evaluate:
       watch_windows: how many windows the measurements during training read.
       diagnostic_windows: how many windows the diagnostics read.
       baselines: score greedy SVID and round-to-nearest too.
+      part: which windows of the evaluation text: "all"; or, where one run chooses a setting for
+        another, "search" for the last quarter of them and "report" for the others.
       models: which models task ptq scores; where empty, no evaluation text is read.
     """
 
@@ -205,6 +200,7 @@ class Evaluate:
     diagnostic_windows: PositiveInt = 16
     baselines: bool = True
     models: tuple[Literal["teacher", "packed"], ...] = ("teacher", "packed")
+    part: Literal["all", "search", "report"] = field(default="all", metadata={ADDED: True})
 
 
 @dataclass(frozen=True)

@@ -139,10 +139,24 @@ class Text:
         return rows
 
     def windows(self, text: TokenText | None = None) -> np.ndarray:
-        """Windows `[n, t]` of a text; by default of the evaluation text."""
-        text = text or self.held_out
-        found = windows(text.tokens, self.config.evaluate.context)
-        return self._begun(found[: self.config.evaluate.windows or None])
+        """Windows `[n, t]` of a text; by default those of the evaluation text that the config's
+        `evaluate.part` names.
+
+        Raises:
+          BadInput: a text without a window, or one window to be divided into parts.
+        """
+        settings = self.config.evaluate
+        found = windows((text or self.held_out).tokens, settings.context)
+        if (text is None or text is self.held_out) and settings.part != "all":
+            begin = len(found) - -(-len(found) // 4)
+            if begin == 0:
+                raise BadInput(
+                    f"the evaluation text has one window of {settings.context} tokens, and a "
+                    "search needs windows of its own beside those of the tables; give more "
+                    "evaluation text or a shorter evaluate.context"
+                )
+            found = found[begin:] if settings.part == "search" else found[:begin]
+        return self._begun(found[: settings.windows or None])
 
     def batches(self, section: Section, seed: int) -> Callable[[int], dict[str, Array]]:
         """Step -> batch on the mesh, for a section with `batch_size` and `length`."""

@@ -6,12 +6,12 @@ page says stands in `templates/report.html.j2`; the numbers and figures are chos
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from rabit_jax.atomic import write_text
+from rabit_jax.evaluate.gap import gap_closed
 from rabit_jax.experiments.report.figures import (
     DIAGNOSTICS,
     Lines,
@@ -156,10 +156,10 @@ def _headline(summary: Summary) -> list[tuple[str, str]]:
     ppl = {key: _get(summary, key, "ppl") for key in _MODELS}
     found = [(f"{_MODELS[key]} perplexity", number(value)) for key, value in ppl.items() if value]
     if ppl["teacher"] and ppl["init"] and ppl["qat"]:
-        before, after = (math.log(ppl[name] / ppl["teacher"]) for name in ("init", "qat"))
-        if before > 0:
-            found.append(("of the gap closed by QAT", f"{100 * (1 - after / before):.0f} %"))
-    if bits := _get(summary, "packed", "bits_per_weight"):
+        closed = gap_closed([ppl["teacher"]], [ppl["init"]], [ppl["qat"]])
+        if closed:
+            found.append(("of the gap closed by QAT", f"{100 * closed.share:.0f} %"))
+    if bits := _get(summary, "packed", "stored_bits_per_weight"):
         found.append(("bits per weight, blocks", f"{bits:.3f}"))
     if bits := _get(summary, "packed", "whole_model_bits_per_weight"):
         found.append(("bits per weight, whole model", f"{bits:.3f}"))

@@ -57,7 +57,7 @@ def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
     teacher, packed = summary["teacher"], summary["packed"]
     rows = []
     sizes = {"teacher": (None, None),
-             "packed": (packed["bits_per_weight"], packed["whole_model_bits_per_weight"])}
+             "packed": (packed["stored_bits_per_weight"], packed["whole_model_bits_per_weight"])}
     for name, bits in sizes.items():
         found = summary[name] or {}
         ppl = found.get("ppl")

@@ -11,6 +11,7 @@ from typing import Any
 
 from rabit_jax import ResidualSign, cost
 from rabit_jax.atomic import write_text
+from rabit_jax.evaluate.gap import gap_closed
 from rabit_jax.evaluate.sign_statistics import weight_histogram
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.machine import peak_memory
@@ -38,18 +39,13 @@ LABELS = {
 }
 
 
-def gap_closed(teacher: float, start: float, end: float) -> float | None:
-    """Share of the log-perplexity gap between `start` and the teacher that `end` has closed."""
-    gap = math.log(start) - math.log(teacher)
-    return 1 - (math.log(end) - math.log(teacher)) / gap if gap > 0 else None
-
-
 def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[str, Any]:
     """The nested summary. Other tools read it, so its keys do not change."""
     results = {name: record["result"] for name, record in records.items()}
     measured = results["evaluate"]
     packed = {**results["pack"], **whole_model(run.folder.path)}
     dense = packed.pop("dense_bytes")
+    closed = gap_closed(*([measured[name]["ppl"]] for name in ("teacher", "init", "qat")))
     return {
         "name": run.config.name,
         "command": command,
@@ -62,7 +58,7 @@ def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[
         "packed": packed,
         "dense": {"bytes": dense},
         "unigram_nats": measured["unigram_nats"],
-        "gap_closed": gap_closed(*(measured[n]["ppl"] for n in ("teacher", "init", "qat"))),
+        "gap_closed": closed and closed.share,
         "diagnostics": {"init": results["init"]["diagnostics"], **measured["diagnostics"]},
         "relative_error": {
             "init": results["init"]["relative_error"],
@@ -131,8 +127,8 @@ def parameters(run: Inputs | Job) -> dict[str, int]:
 
 
 def table_rows(summary: Summary) -> list[ResultRow]:
-    """The results table: one row per model."""
-    packed_bits: float = summary["packed"]["bits_per_weight"]
+    """The results table: one row per model, with the bits per weight that are stored."""
+    packed_bits: float = summary["packed"]["stored_bits_per_weight"]
     bits = {"teacher": 32.0, "round_to_nearest": 2.25}
     whole = {"teacher": 32.0, "packed": summary["packed"].get("whole_model_bits_per_weight")}
     return [

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 
 from rabit_jax.calibration.probes import insert_probes, zero_sums
 from rabit_jax.signs.channel_importance import Stats
+from rabit_jax.signs.ste import F32
 from rabit_jax.tree import leaves
 from rabit_jax.types import Array, Params, Spec, Weight
 
@@ -102,4 +103,5 @@ def init_block(
 @jax.jit
 def _relative_error(w: Float[Array, "i o"], node: Weight) -> Float[Array, " l"]:
     missed = jnp.square(w[None] - node.dense())
-    return missed.sum((-1, -2)) / jnp.square(w).sum((-1, -2))
+    # The error of zeros, as of a pruned projection, is 0.
+    return missed.sum((-1, -2)) / jnp.maximum(jnp.square(w).sum((-1, -2)), jnp.finfo(F32).tiny)

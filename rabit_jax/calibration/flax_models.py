@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, PyTree
 
-from rabit_jax.calibration.probes import check_stats
+from rabit_jax.calibration.probes import check_finite, check_signal
 from rabit_jax.calibration.taps import Calls, Tap, measure
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
@@ -73,7 +73,7 @@ def calibrate_flax(
 
     Raises:
       BadInput: no batch; a loss that is not a scalar; a selected layer of another kind, or one that
-        is never called or does not affect the loss; statistics that are all zero or not finite.
+        is never called or does not affect the loss; statistics not finite, or zero for all.
 
     Example:
       >>> apply = lambda p, x: model.apply({"params": p}, x)
@@ -102,7 +102,9 @@ def calibrate_flax(
         total = found if total is None else {p: total[p] + s for p, s in found.items()}
     if total is None:
         raise BadInput("calibration saw no batch: give it at least one")
-    return {path: _stats(path, total[path], sizes[path][1]) for path in total}
+    stats = {path: _stats(path, total[path], sizes[path][1]) for path in total}
+    check_signal(stats)
+    return stats
 
 
 def _split(model: Any) -> tuple[PyTree, Params, Callable[[PyTree, Mapping[str, Tap]], Any]]:
@@ -243,5 +245,5 @@ def _stats(path: str, sums: np.ndarray, i: int) -> Stats:
         )
     rms = np.sqrt(sums[..., :-1] / count)
     stats = Stats(jnp.asarray(rms[..., :i], F32), jnp.asarray(rms[..., i:], F32))
-    check_stats(path, stats)
+    check_finite(path, stats)
     return stats

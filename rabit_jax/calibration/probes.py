@@ -154,7 +154,7 @@ def calibrate(
       `{path: Stats(s_in [..., i], s_out [..., o])}`.
 
     Raises:
-      BadInput: no batch, or the statistics of a kernel are all zero or not finite.
+      BadInput: no batch, the statistics of a kernel are not finite, or those of all are zero.
     """
     zeros = zero_sums(params, match_rules(params, rules))
 
@@ -171,7 +171,9 @@ def calibrate(
     for batch in batches:
         total = added(total, sums(params, batch))
         tokens += int(np.sum(batch["mask"]))
-    return root_mean(total, tokens)
+    stats = root_mean(total, tokens)
+    check_signal(stats)
+    return stats
 
 
 def added(total: dict[str, Stats] | None, sums: dict[str, Stats]) -> dict[str, Stats]:
@@ -185,29 +187,43 @@ def root_mean(total: dict[str, Stats] | None, tokens: int) -> dict[str, Stats]:
     """`sqrt(sum / tokens)` in float32.
 
     Raises:
-      BadInput: no token, or the statistics of a kernel are all zero or not finite.
+      BadInput: no token, or the statistics of a kernel are not finite.
     """
     if not tokens:
         raise BadInput("calibration saw no token: give it at least one batch with real tokens")
     stats = jax.tree.map(lambda s: jnp.asarray(np.sqrt(s / tokens), F32), total)
     for path, s in stats.items():
-        check_stats(path, s)
+        check_finite(path, s)
     return stats
 
 
-def check_stats(path: str, stats: Stats) -> None:
-    """Raises BadInput if the statistics of some layer of the kernel are not finite or all zero."""
-    for name, s in (("inputs", stats.s_in), ("output gradients", stats.s_out)):
-        s = np.asarray(s)
+def check_finite(path: str, stats: Stats) -> None:
+    """Raises BadInput if the statistics of the kernel are not finite."""
+    for name, s in _named(stats):
         if not np.isfinite(s).all():
             raise BadInput(
                 f"calibration of {path}: the statistics of its {name} are not finite; check the "
                 "loss on these batches, or calibrate in float32"
             )
-        if (s.max(axis=-1) < NOISE).any():
-            raise BadInput(
-                f"calibration of {path}: the statistics of its {name} are all zero or rounding "
-                "noise; the loss must be the SUM over the batch of a loss against labels, such as "
-                "the cross-entropy of the full-precision model, not the distance of the model to "
-                "itself, and the mask must keep some tokens"
-            )
+
+
+def check_signal(stats: Mapping[str, Stats]) -> None:
+    """Raises BadInput if the inputs, or the output gradients, of all kernels are zero.
+
+    Those of some kernels may be: nothing reaches the kernels of a block whose output projection is
+    zero, as in models that were pruned or padded with blocks.
+    """
+    for path in list(stats)[:1]:
+        for n, (name, _) in enumerate(_named(stats[path])):
+            if max(_named(s)[n][1].max() for s in stats.values()) < NOISE:
+                raise BadInput(
+                    f"calibration of {path}: the statistics of its {name} are all zero or rounding "
+                    "noise, as are those of every other kernel; the loss must be the SUM over the "
+                    "batch of a loss against labels, such as the cross-entropy of the "
+                    "full-precision model, not the distance of the model to itself, and the mask "
+                    "must keep some tokens"
+                )
+
+
+def _named(stats: Stats) -> tuple[tuple[str, np.ndarray], ...]:
+    return ("inputs", np.asarray(stats.s_in)), ("output gradients", np.asarray(stats.s_out))

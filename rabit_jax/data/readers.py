@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from rabit_jax.errors import BadInput, first_line
+from rabit_jax.progress import say
 
 PIECE = 32 * 1024  # most characters in one document of a file that is cut up
 
@@ -105,8 +106,11 @@ def hub_documents(
     file: str = "",
     column: str = "text",
     streaming: bool = True,
+    blank: bool = False,
 ) -> Iterator[str]:
     """The texts of one split of a dataset, row by row.
+
+    Rows that are null or blank are skipped, and their number is printed to stderr.
 
     Args:
       hub: dataset id on the Hugging Face hub, or a local dataset folder.
@@ -116,6 +120,7 @@ def hub_documents(
         and split. It is downloaded as it is and kept under HF_HOME.
       column: the column that holds the text.
       streaming: read a split while it downloads; otherwise it is stored under HF_HOME first.
+      blank: keep blank rows, which are the empty lines of a running text.
 
     Raises:
       BadInput: no such dataset, no network to reach it, or no text in that column. Every failure
@@ -124,7 +129,7 @@ def hub_documents(
     name = f"file {file!r}" if file else f"split {split!r}"
     try:
         rows = _file_rows(hub, file) if file else _split_rows(hub, config, split, streaming)
-        yield from _column(rows, f"{name} of dataset {hub!r}", column)
+        yield from _column(rows, f"{name} of dataset {hub!r}", column, blank)
     except BadInput:
         raise
     except Exception as error:  # the library raises dozens of types, its transports more
@@ -165,15 +170,33 @@ def _reader(file: str) -> str:
     return READERS[ending]
 
 
-def _column(rows: Iterable[Row], name: str, column: str) -> Iterator[str]:
-    for row in rows:
-        text = row.get(column)
-        if not isinstance(text, str):
-            raise BadInput(
-                f"{name} has no text in column {column!r}; set data.hub_text_column (of a part of a"
-                f" mix: hub_column) to one of {', '.join(map(str, row))}"
-            )
-        yield text
+def _column(rows: Iterable[Row], name: str, column: str, blank: bool) -> Iterator[str]:
+    """The texts of a column. Rows of null, and blank ones unless `blank`, are skipped; how many
+    is said at the end."""
+    skipped = texts = 0
+    row: Row = {}
+    try:
+        for row in rows:
+            text = row.get(column)
+            if column not in row or not isinstance(text, str | None):
+                raise _no_text(name, column, row)
+            if text is None or not (blank or text.strip()):
+                skipped += 1
+                continue
+            texts += 1
+            yield text
+        if skipped and not texts:
+            raise _no_text(name, column, row)
+    finally:
+        if skipped:
+            say(f"{name}: skipped {skipped:,} rows whose {column!r} is null or empty")
+
+
+def _no_text(name: str, column: str, row: Row) -> BadInput:
+    return BadInput(
+        f"{name} has no text in column {column!r}; set data.hub_text_column (of a part of a"
+        f" mix: hub_column) to one of {', '.join(map(str, row))}"
+    )
 
 
 @dataclass(frozen=True)
@@ -246,7 +269,9 @@ def _named_documents(name: str, split: str) -> Iterator[str]:
     found = NAMED[name]
     file = found.files.get(split, "")
     try:
-        rows = hub_documents(found.hub, found.config, split, file, streaming=False)
+        rows = hub_documents(
+            found.hub, found.config, split, file, streaming=False, blank=found.joined
+        )
         if found.joined:
             yield "\n\n".join(rows)
         else:

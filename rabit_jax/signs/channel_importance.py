@@ -30,10 +30,12 @@ def importance(
 ) -> Float[Array, "*l n"]:
     """`d = (s' / geometric_mean(s'))^exponent`, `s' = (1 - shrinkage) s + shrinkage mean(s)`.
 
-    Channels are floored at 1e-4 of the mean, so that a dead one divides by nothing. Scale-free: the
+    Channels are floored at 1e-4 of the mean, so that a dead one divides by nothing; where all are
+    dead, as in a block whose output is multiplied by 0, all are equally important. Scale-free: the
     loss may be summed or averaged. The result is float32.
     """
     s = s.astype(F32)
+    s = jnp.where(jnp.max(s, axis=-1, keepdims=True) > 0, s, 1)
     mean = jnp.mean(s, axis=-1, keepdims=True)
     s = jnp.maximum((1 - shrinkage) * s + shrinkage * mean, FLOOR * mean)
     log = jnp.log(s)

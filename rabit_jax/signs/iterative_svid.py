@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from rabit_jax.signs.ste import F32, coupled, outer, with_sign
+from rabit_jax.signs.ste import F32, TINY, coupled, outer, with_sign
 from rabit_jax.types import Array
 
 FLOOR = 1e-2
-SMALLEST = 1e-4  # float16 is normal from 6.1e-5
 POWER_STEPS = 50
-TINY = float(jnp.finfo(F32).tiny)
 
 
 class Svid(NamedTuple):
@@ -38,9 +36,8 @@ def rank1(
         g <- m^T h / |h|^2;   h <- m g / |g|^2
 
     which is power iteration on `m m^T`. Stops when `h` moves by less than `tolerance` relative to
-    itself. The factors are given equal root mean squares and floored at 1% of their mean and at
-    1e-4, so that a dead channel, or a path with nothing left to fit, keeps a scale that 16 bits
-    can hold.
+    itself. The factors are given equal root mean squares, and what is negative in them becomes 0.
+    A matrix of zeros has factors of zeros.
 
     Args:
       m: `[i, o]` float32, non-negative on average.
@@ -48,7 +45,7 @@ def rank1(
       tolerance: relative change of `h` at which to stop.
 
     Returns:
-      `(g, h)`, positive.
+      `(g, h)`, not negative.
     """
 
     def step(state):
@@ -64,7 +61,7 @@ def rank1(
     g = _fit(m.T, h)
     size_g, size_h = (jnp.sqrt(jnp.mean(jnp.square(s))) + TINY for s in (g, h))
     ratio = jnp.sqrt(size_h / size_g)
-    return floored(g * ratio), floored(h / ratio)
+    return jnp.maximum(g * ratio, 0), jnp.maximum(h / ratio, 0)
 
 
 def _fit(m: Array, v: Array) -> Array:
@@ -72,9 +69,15 @@ def _fit(m: Array, v: Array) -> Array:
     return m @ v / jnp.maximum(jnp.vdot(v, v), TINY)
 
 
-def floored(scale: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Positive scales kept at 1% of their mean and at 1e-4, as `rank1` needs them."""
-    return jnp.maximum(scale, jnp.maximum(FLOOR * jnp.mean(jnp.abs(scale)), SMALLEST))
+def floored(scale: Float[Array, "*k n"]) -> Float[Array, "*k n"]:
+    """Scales raised to at least 1% of their mean along the last axis: `[..., n]`.
+
+    So a dead channel keeps a positive scale that 16 bits can hold, as training and `pack` need it.
+    To be applied where scales are stored: in a preconditioned space, whose channels may differ by
+    orders of magnitude, the same floor would raise those that matter least far above their size.
+    Scales that are all 0, of a path with nothing to fit, stay 0.
+    """
+    return jnp.maximum(scale, FLOOR * jnp.mean(jnp.abs(scale), axis=-1, keepdims=True))
 
 
 def _residual(w: Array, g: Array, h: Array) -> Array:
@@ -141,8 +144,8 @@ def svid(
 
     Greedy SVID of the preconditioned matrix, then rounds of `refine` until one lowers the squared
     error by less than the share `tolerance`, at most `rounds`; the best round is kept and its
-    scales are mapped back, `h_i / d_in` and `g_i / d_out`. Signs commute with a positive diagonal,
-    so the signs of the result are the coupled signs of `w` itself.
+    scales are mapped back, `h_i / d_in` and `g_i / d_out`, and only then `floored`. Signs commute
+    with a positive diagonal, so the signs of the result are the coupled signs of `w` itself.
 
     Args:
       w: `[i, o]` float.
@@ -177,5 +180,5 @@ def svid(
     error = relative_error(p, g, h)
     start = (jnp.int32(0), g, h, error, jnp.asarray(jnp.inf, F32), (error, g, h))
     count, *_, (_, g, h) = jax.lax.while_loop(gaining, round_, start)
-    g, h = g / d_out[None], h / d_in[None]
+    g, h = floored(g / d_out[None]), floored(h / d_in[None])
     return Svid(g, h, relative_error(w, g, h), count)

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.types import Array
 
 F32 = jnp.float32
+TINY = float(jnp.finfo(F32).tiny)
 SIGN_BIT = 0x80000000
 
 # What the backward takes sign(V) for, see `path_slope`.
@@ -52,8 +53,8 @@ def ste_names() -> tuple[str, ...]:
 
 
 def outer(h: Float[Array, "*l i"], g: Float[Array, "*l o"]) -> Float[Array, "*l i o"]:
-    """`h g^T`: `[..., i]`, `[..., o]` -> `[..., i, o]`."""
-    return h[..., :, None] * g[..., None, :]
+    """`h g^T` in float32: `[..., i]`, `[..., o]` -> `[..., i, o]`."""
+    return h.astype(F32)[..., :, None] * g.astype(F32)[..., None, :]
 
 
 def summed(terms: Iterable[Array]) -> Array:
@@ -85,8 +86,8 @@ def coupled(
 
     Args:
       latent: `[..., i, o]` float32 or bfloat16.
-      g: `[..., k, o]` float32 output ("row") scales.
-      h: `[..., k, i]` float32 input ("column") scales.
+      g: `[..., k, o]` output ("row") scales; 16-bit ones are multiplied in float32.
+      h: `[..., k, i]` input ("column") scales.
 
     Yields:
       For each path `(positive, term)`: bool `[..., i, o]`, True where `B_i = +1`, and
@@ -117,8 +118,12 @@ def path_slope(
         clipped    1 where |v| <= |a|   as if a sign(v) were v cut at -a and a
         smooth     1 / cosh(v / a)^2    as if a sign(v) were a tanh(v / a)
 
-    `v: [..., i, o]` is what the sign is taken of, `a: [..., i, o]` the path's scale `h g^T`.
+    `v: [..., i, o]` is what the sign is taken of, `a: [..., i, o]` the path's scale `h g^T`. Where
+    a is 0, the smooth slope is its limit: 1 at v = 0, otherwise 0.
+
+    Raises BadInput for an unknown rule.
     """
+    check_choice("ste", ste, ste_names())
     v = v.astype(F32)
     if ste in _own_rules:
         return _own_rules[ste](v, a).astype(F32)
@@ -127,7 +132,7 @@ def path_slope(
     if ste == "clipped":
         return (jnp.abs(v) <= jnp.abs(a)).astype(F32)
     if ste == "smooth":
-        return 1 / jnp.square(jnp.cosh(v / a))
+        return 1 / jnp.square(jnp.cosh(v / jnp.where(jnp.abs(a) < TINY, TINY, a)))
     return jnp.ones_like(v)
 
 
@@ -173,11 +178,15 @@ def effective_weight(
     Returns:
       `[..., i, o]` in `dtype`.
 
+    Raises:
+      BadInput: an unknown `ste`.
+
     Example:
       >>> w = jnp.array([[0.9, -0.2]])
       >>> effective_weight(w, g=jnp.array([[1.0, 1.0], [1.0, 1.0]]), h=jnp.array([[0.5], [0.25]]))
       Array([[ 0.75, -0.25]], dtype=float32)
     """
+    check_choice("ste", ste, ste_names())
     return summed(term for _, term in coupled(latent, g, h)).astype(dtype)
 
 
@@ -201,14 +210,15 @@ def scale_gradients(
 ) -> tuple[Float[Array, "*l k o"], Float[Array, "*l k i"]]:
     """`dg_i[o] = sum_in G B_i h_i`, `dh_i[in] = sum_out G B_i g_i`, one path after another.
 
-    `cotangent` is `G` in float32; `signs` are those of each path, True for +1.
+    `cotangent` is `G` in float32; `signs` are those of each path, True for +1. Sums are taken in
+    float32, and the results have the dtypes of `g` and `h`.
     """
     dg, dh = [], []
     for i, positive in enumerate(signs):
         signed = with_sign(cotangent, positive)
-        dg.append(jnp.einsum("...io,...i->...o", signed, h[..., i, :]))
-        dh.append(jnp.einsum("...io,...o->...i", signed, g[..., i, :]))
-    return jnp.stack(dg, axis=-2), jnp.stack(dh, axis=-2)
+        dg.append(jnp.einsum("...io,...i->...o", signed, h[..., i, :].astype(F32)))
+        dh.append(jnp.einsum("...io,...o->...i", signed, g[..., i, :].astype(F32)))
+    return jnp.stack(dg, axis=-2).astype(g.dtype), jnp.stack(dh, axis=-2).astype(h.dtype)
 
 effective_weight.defvjp(_forward, _backward)
 
@@ -224,10 +234,12 @@ def disordered(g: Float[Array, "*l k o"], h: Float[Array, "*l k i"]) -> Float[Ar
     """Share of elements whose scale products do not fall, `a_i <= a_{i+1}` or `a_i <= 0`.
 
     There the 2^k levels are no longer a nearest rounding of the latent. `g: [..., k, o]`,
-    `h: [..., k, i]` -> `[...]` float32; 0 for a healthy k = 1.
+    `h: [..., k, i]` -> `[...]` float32; 0 for a healthy k = 1, and for elements that all paths
+    leave out, as those of a matrix of zeros.
     """
     a = outer(h, g)
+    used = jnp.any(a != 0, axis=-3)
     falls = jnp.all(a > 0, axis=-3)
     for i in range(g.shape[-2] - 1):
         falls &= a[..., i, :, :] > a[..., i + 1, :, :]
-    return jnp.mean(~falls, axis=(-2, -1), dtype=F32)
+    return jnp.mean(~falls & used, axis=(-2, -1), dtype=F32)

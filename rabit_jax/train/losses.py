@@ -100,14 +100,15 @@ def summed_kl(
       student_head: features `[b, c, d]` -> logits `[b, c, v]`.
       teacher_head: features `[b, c, e]` -> logits `[b, c, v]`.
       student: features of the student.
-      teacher: features of the teacher; no gradient flows to them.
+      teacher: features of the teacher; no gradient flows to them or to its head.
       mask: bool or float weight of each position.
       chunk: positions per piece; 0 takes all at once.
     """
 
     def piece(student, teacher, mask):
         log_q = jax.nn.log_softmax(student_head(student).astype(F32), axis=-1)
-        log_p = jax.nn.log_softmax(teacher_head(teacher).astype(F32), axis=-1)
+        taught = jax.lax.stop_gradient(teacher_head(teacher))
+        log_p = jax.nn.log_softmax(taught.astype(F32), axis=-1)
         return jnp.sum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * mask)
 
     return chunk_sums(piece, (student, jax.lax.stop_gradient(teacher), mask.astype(F32)), chunk)
@@ -116,9 +117,18 @@ def summed_kl(
 def summed_hidden_error(
     student: Float[Array, "l b t d"], teacher: Float[Array, "l b t d"], mask: Shaped[Array, "b t"]
 ) -> Float[Array, ""]:
-    """`sum_l sum_t mask_t mean_d (s_ltd - t_ltd)^2` for hidden states `[l, b, t, d]`, float32."""
-    error = jnp.square(student.astype(F32) - jax.lax.stop_gradient(teacher).astype(F32))
-    return jnp.sum(jnp.mean(error, axis=-1) * mask.astype(F32)[None])
+    """`sum_t mask_t mean_l |s_lt - y_lt|^2 / |y_lt|^2` for hidden states `[l, b, t, d]`, float32.
+
+    Relative to the teacher's y at every token of every layer, because residual streams differ by
+    orders of magnitude between models, layers and tokens (the first token of a Llama is a thousand
+    times larger than the others): a plain mean would be the error of those few tokens. A token
+    whose y is 0 counts 0. No gradient flows to the teacher.
+    """
+    y = jax.lax.stop_gradient(teacher).astype(F32)
+    size = jnp.sum(jnp.square(y), axis=-1)
+    error = jnp.sum(jnp.square(student.astype(F32) - y), axis=-1)
+    relative = jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0)
+    return jnp.sum(jnp.mean(relative, axis=0) * mask.astype(F32))
 
 
 def _real(batch: Batch) -> Bool[Array, "b t"]:
@@ -202,21 +212,42 @@ def distillation_loss(
 ) -> dict[str, Float[Array, ""]]:
     """The QAT objective (arXiv 2602.05367, section 4), summed over the real tokens of a batch.
 
-        loss = KL(teacher || student) + gamma * sum_l MSE(hidden_l)
+        loss = KL(teacher || student) + gamma * mean_l |s_l - y_l|^2 / |y_l|^2
 
-    Both terms are sums over tokens (the MSE a mean over channels, summed over layers), which the
-    caller divides by the number of tokens. So `gamma` weights per-token quantities: the published
-    gamma = 100 goes with a KL summed over 4096 positions and corresponds to 0.024 here.
+    s and y are the hidden states of student and teacher; the published term is a plain mean square,
+    see `summed_hidden_error`. Both terms are sums over tokens, which the caller divides by the
+    number of tokens, so `gamma` weights quantities per token. No gradient flows to the teacher.
 
     Returns:
-      `{"loss", "kl", "hidden_mse"}`, scalar float32 sums.
+      `{"loss", "kl", "hidden_mse"}`, scalar float32 sums; "hidden_mse" is the second term without
+      its weight.
     """
-    mask, heads = _real(batch), (head_of(model, params), head_of(model, teacher))
+    mask, teacher = _real(batch), jax.lax.stop_gradient(teacher)
+    heads = head_of(model, params), head_of(model, teacher)
     student, student_hidden = _features(model, params, batch, hidden_states=gamma > 0)
-    taught, taught_hidden = jax.lax.stop_gradient(
-        _features(model, teacher, batch, hidden_states=gamma > 0)
-    )
+    taught, taught_hidden = _features(model, teacher, batch, hidden_states=gamma > 0)
     kl, hidden = summed_kl(*heads, student, taught, mask, chunk), jnp.zeros((), F32)
     if gamma > 0:
         hidden = summed_hidden_error(student_hidden, taught_hidden, mask)
     return {"loss": kl + gamma * hidden, "kl": kl, "hidden_mse": hidden}
+
+
+def dominant_term(kl: float, hidden: float, gamma: float, ratio: float = 100.0) -> str | None:
+    """A sentence where one term of `distillation_loss` is `ratio` times the other, else None.
+
+    Args:
+      kl: value of the first term.
+      hidden: value of the second, without its weight.
+      gamma: that weight; with 0 there is one term and nothing to compare.
+      ratio: how many times larger counts as dominant.
+    """
+    weighted = gamma * hidden
+    if gamma == 0 or max(kl, weighted) <= ratio * max(min(kl, weighted), 0.0):
+        return None
+    large, small = ("the hidden-state error", "the KL") if weighted > kl else (
+        "the KL", "the hidden-state error")
+    return (
+        f"the loss is {kl:.4g} of KL and {weighted:.4g} of hidden-state error (gamma {gamma:g}): "
+        f"{large} is more than {ratio:g} times {small}, which will hardly matter; "
+        f"{'lower' if weighted > kl else 'raise'} gamma"
+    )

@@ -155,6 +155,34 @@ def _last_two_axes(params: Any) -> Any:
     return jax.tree.map(lambda x: MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
 
 
+def apply_updates(trainable: Any, updates: Any, step: jax.Array) -> Any:
+    """`x + update` of every array, in float32; bfloat16 arrays are rounded stochastically.
+
+    An update of less than 1/512 of a bfloat16 number is lost when the sum is rounded to the nearest
+    one, and so are most updates at the usual learning rates. Rounded up or down with the
+    probabilities that make the sum right on average, many small updates move an array as far as
+    they would in float32. The random bits follow from the number of the `step` and the place of the
+    array, so a resumed run is the uninterrupted one.
+    """
+    found, structure = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), max(len(found), 1))
+    moved = [
+        _rounded(x.astype(jnp.float32) + u.astype(jnp.float32), x.dtype, key)
+        for x, u, key in zip(found, jax.tree.leaves(updates), keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
+def _rounded(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+    """Float32 `x` in another dtype; to bfloat16 up or down by chance, with `x` as the mean."""
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    near = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), near, x).astype(jnp.bfloat16)
+
+
 def project_scales(trainable: Any, names: Any, floor: float = 1e-2) -> tuple[Any, jax.Array]:
     """Keep scales positive: `s <- max(s, floor * mean|s|)` along the last axis, after an update.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float, PyTree
 
-from rabit_jax.train.optimizer import merge, project_scales
+from rabit_jax.train.optimizer import apply_updates, merge, project_scales
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array, Batch, Params
 
@@ -133,7 +133,7 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         grads, metrics = gradients(loss, state.trainable, frozen, teacher, batch, accumulate, count)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable: Params = optax.apply_updates(state.trainable, updates)  # pyright: ignore
+        trainable: Params = apply_updates(state.trainable, updates, state.step)
         metrics["grad_norm"] = optax.tree.norm(grads)
         if project:
             trainable, metrics["projected"] = project_scales(trainable, names)

@@ -14,12 +14,11 @@ import numpy as np
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats, importance
-from rabit_jax.signs.iterative_svid import SMALLEST
 from rabit_jax.signs.ste import F32, summed
 from rabit_jax.tree import per_layer, pytree_dataclass, split_key
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.group_levels import pack_codes, to_half, unpack_codes
+from rabit_jax.weights.group_levels import pack_codes, storable, to_half, unpack_codes
 from rabit_jax.weights.leaves import WeightNode, leaf, size
 
 SCORES = 2**22  # distances held at a time: 16 MB
@@ -106,11 +105,13 @@ def _fit_layer(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes uint8 `[stages, m, o]`, codebooks `[stages, entries, d]` and `g: [o]` of one matrix."""
     w = w.astype(F32)
-    g = jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(w), axis=0)), SMALLEST)
+    unit = _power_of_two(jnp.max(jnp.abs(w)))  # so that no square leaves the float32 range
+    g = storable(unit * jnp.sqrt(jnp.mean(jnp.square(w / unit), axis=0)))
     pad = -w.shape[0] % spec.dim
-    x = jnp.pad(w / g[None], [(0, pad), (0, 0)]).reshape(-1, spec.dim, w.shape[1]).swapaxes(1, 2)
+    x = jnp.pad(w / jnp.where(g > 0, g, 1)[None], [(0, pad), (0, 0)])
+    x = x.reshape(-1, spec.dim, w.shape[1]).swapaxes(1, 2)
     weight_in = jnp.pad(jnp.square(d_in), (0, pad)).reshape(-1, spec.dim)
-    weight_out = jnp.square(d_out * g)
+    weight_out = jnp.square(d_out * (g / unit))
     codes, books = [], []
     for stage in jax.random.split(key, spec.stages):
         start = draw(x, 2**spec.bits, stage)
@@ -119,6 +120,12 @@ def _fit_layer(
         books.append(book)
         x = x - book[code]
     return jnp.stack(codes).astype(jnp.uint8), jnp.stack(books), g
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The largest power of two that is not above `x`, 1 for 0: to divide by it rounds nothing."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
+    return jnp.where(bits > 0, jax.lax.bitcast_convert_type(bits, F32), 1)
 
 
 def draw(x: jax.Array, count: int, key: jax.Array) -> jax.Array:
@@ -309,11 +316,12 @@ class Codebook(CodebookSum):
         Raises:
           BadInput: an entry or a scale leaves the float16 range; the message begins with `name`.
         """
-        books = to_half(self.codebooks, "codebooks", name)
-        g = to_half(self.g, "g", name, scale=True)
+        lead = len(self.lead())
+        books = to_half(self.codebooks, "codebooks", name, lead)
+        g = to_half(self.g, "g", name, lead, scale=True)
         bits = code_bits(self.codebooks.shape[-2])
         planes = per_layer(lambda codes: pack_codes(codes, bits), self.codes)
         return PackedCodebook(planes, books, g, self.inputs)
 
     def _terms(self) -> Iterator[jax.Array]:
-        return codebook_terms(self.codes, self.codebooks, self.inputs)
+        return codebook_terms(self.codes, self.codebooks.astype(F32), self.inputs)

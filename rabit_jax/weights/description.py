@@ -64,10 +64,10 @@ class Description:
 
     @property
     def size(self) -> str:
-        """Bits of the quantised matrices and of the whole model, in one line."""
+        """Stored bits of the quantised matrices and of the whole model, in one line."""
         whole = (f"{self.whole_model_bits_per_weight:.3f} over the whole model, "
                  f"{self.whole_model_ratio:.2f} times smaller than bfloat16")
-        return f"{self.bits_per_weight:.3f} in the quantised matrices, {whole}" \
+        return f"{self.stored_bits_per_weight:.3f} in the quantised matrices, {whole}" \
             if self.quantised else whole
 
     @property
@@ -81,7 +81,7 @@ class Description:
         return sum(row.deployed_bytes for row in self.rows)
 
     def __str__(self) -> str:
-        """The table as text."""
+        """The table as text; its bits per weight are those stored, with the padding."""
         wide = max([14, *(len(r.representation) for r in self.rows)])
         long = max([32, *(len(r.path) for r in self.rows)])
         head = (
@@ -90,10 +90,11 @@ class Description:
         )
         body = [
             f"{r.path:{long}} {r.representation:{wide}} {str(list(r.shape)):18} {r.k or '-':>2} "
-            f"{r.bits_per_weight:7.3f} {_size(r.trained_bytes):>9} {_size(r.deployed_bytes):>9}"
+            f"{r.stored_bits_per_weight:7.3f} {_size(r.trained_bytes):>9} "
+            f"{_size(r.deployed_bytes):>9}"
             for r in self.rows
         ]
-        average = f"{self.bits_per_weight:.3f}" if self.quantised else ""
+        average = f"{self.stored_bits_per_weight:.3f}" if self.quantised else ""
         total = (
             f"{'total':{long}} {'':{wide}} {'':18} {'':>2} {average:>7} "
             f"{_size(self.trained_bytes):>9} {_size(self.deployed_bytes):>9}"

@@ -174,7 +174,7 @@ class DualBinary(TwoPlanes):
         Raises:
           BadInput: a level leaves the float16 range; the message begins with `name`.
         """
-        a = to_half(self.a, "a", name)
+        a = to_half(self.a, "a", name, len(self.lead()))
         planes = _derive_planes(self.group, self.latent, self.a)
         return PackedDualBinary(planes, a, self.group, self.shape[-2])
 
@@ -189,7 +189,7 @@ def _derive_planes(group: int, *leaves: jax.Array) -> jax.Array:
 
 def _terms(latent: jax.Array, a: jax.Array, group: int) -> Iterator[tuple]:
     """`(b_j as bool, a_j b_j)` for j = 1, 2; the one place where the planes are derived."""
-    w = latent.astype(F32)
+    w, a = latent.astype(F32), a.astype(F32)
     first, second = (spread(a[..., j, :, :], group, w.shape[-2]) for j in range(2))
     on = w >= (first + second) / 2
     term = jnp.where(on, first, 0)
@@ -231,6 +231,6 @@ def _backward(group, dtype, residuals, cotangent):
     latent, a = residuals
     cotangent = cotangent.astype(F32)
     da = [group_sum(jnp.where(on, cotangent, 0), group) for on, _ in _terms(latent, a, group)]
-    return cotangent.astype(latent.dtype), jnp.stack(da, axis=-3)
+    return cotangent.astype(latent.dtype), jnp.stack(da, axis=-3).astype(a.dtype)
 
 dual_binary.defvjp(_forward, _backward)

@@ -9,14 +9,22 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from rabit_jax.errors import check_choice
 from rabit_jax.signs.channel_importance import Stats
-from rabit_jax.signs.ste import F32, outer, path_slope, scale_gradients, summed, with_sign
+from rabit_jax.signs.ste import (
+    F32,
+    outer,
+    path_slope,
+    scale_gradients,
+    ste_names,
+    summed,
+    with_sign,
+)
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.independent_sign import residuals
-from rabit_jax.weights.leaves import leaf
+from rabit_jax.weights.leaves import choice, leaf
 from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, pack_positive, round_scales
 
 
@@ -71,7 +79,7 @@ class FrozenPath(SignPaths):
     latent: Array = leaf("latent", "i o")
     g: Array = leaf("scale", "k o")
     h: Array = leaf("scale", "k i")
-    ste: str = struct.field(pytree_node=False, default="identity")
+    ste: str = choice("identity", ste_names)
 
     packed = PackedSign
 
@@ -141,6 +149,7 @@ def frozen_weight(
     Returns:
       `[..., i, o]` in `dtype`.
     """
+    check_choice("ste", ste, ste_names())
     return summed(_terms(frozen, latent, g, h)).astype(dtype)
 
 

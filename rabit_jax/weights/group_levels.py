@@ -48,19 +48,46 @@ def unpack_codes(bits: jax.Array, inputs: int) -> jax.Array:
     return jnp.swapaxes(sum(planes), -1, -2)
 
 
-def to_half(values: jax.Array, label: str, name: str, scale: bool = False) -> jax.Array:
+SMALLEST = 1e-4  # float16 is normal from 6.1e-5
+
+
+def storable(scales: jax.Array) -> jax.Array:
+    """Scales of one matrix, raised to 1e-4, which 16 bits can hold, or to a quarter of the largest.
+
+    The lesser of the two is the floor: only groups of small weights in a matrix of larger ones are
+    coarsened for it, not a matrix that is small as a whole. Zeros, of a matrix of zeros, stay.
+    """
+    return jnp.maximum(scales, jnp.minimum(SMALLEST, jnp.max(scales) / 4))
+
+
+def to_half(
+    values: jax.Array, label: str, name: str, lead: int = 0, scale: bool = False
+) -> jax.Array:
     """Round to float16 and check that 16 bits hold the values.
 
+    The first `lead` axes are those of stacked layers. Zeros of a matrix that has nothing else are
+    kept. A level too small for float16's normal range loses digits, which must not matter beside
+    the largest of its matrix.
+
     Raises:
-      BadInput: a value is or would become infinite or NaN, or, of a `scale`, 0, negative or
-        subnormal; the message names the layer and the value.
+      BadInput: a value is or would become infinite or NaN; or, of a `scale`, 0, negative or
+        subnormal; or a level changes by more than 0.1% of the largest level of its matrix. The
+        message names the layer and the value.
     """
     wide, half = np.asarray(values, np.float32), values.astype(SCALE_DTYPE)
     rounded = np.asarray(half, np.float32)
-    least = float(np.finfo(np.float16).tiny) if scale else -np.inf
-    bad = np.argwhere(~(np.isfinite(rounded) & (rounded >= least)))
+    finite = np.where(np.isfinite(wide), np.abs(wide), 0)
+    largest = finite.max(axis=tuple(range(lead, wide.ndim)), keepdims=True)
+    if scale:
+        zero = (largest == 0) & (wide == 0)
+        kept = (rounded >= float(np.finfo(np.float16).tiny)) | zero
+    else:
+        with np.errstate(invalid="ignore"):
+            kept = np.abs(rounded - wide) <= 1e-3 * largest
+    bad = np.argwhere(~(np.isfinite(rounded) & kept))
     if len(bad):
-        what, wanted = ("scale", "6.1e-05 to 65504") if scale else ("level", "-65504 to 65504")
+        what, wanted = ("scale", "6.1e-05 to 65504") if scale else (
+            "level", "0 and 6.1e-05 to 65504 of either sign")
         raise BadInput(
             f"{name}: {what} {label}{bad[0].tolist()} is {wide[tuple(bad[0])]:.3g} ({len(bad)} of "
             f"{wide.size} leave what float16 holds here, {wanted}): train with a lower rate, or "

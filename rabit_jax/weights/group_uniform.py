@@ -13,11 +13,16 @@ import jax.numpy as jnp
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.groups import by_group, group_sum, spread
-from rabit_jax.signs.iterative_svid import SMALLEST
 from rabit_jax.signs.ste import F32, with_sign
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
-from rabit_jax.weights.group_levels import GroupedPlanes, pack_codes, to_half, unpack_codes
+from rabit_jax.weights.group_levels import (
+    GroupedPlanes,
+    pack_codes,
+    storable,
+    to_half,
+    unpack_codes,
+)
 from rabit_jax.weights.leaves import leaf, size
 
 
@@ -27,8 +32,8 @@ class GroupUniformSpec:
 
         s = (max - min) / (2^bits - 1),   c = -s round(-min / s)
 
-    over a group, the range widened to hold 0. The step is floored at 1e-4, which 16 bits can hold;
-    only groups narrower than three of these are rounded more coarsely for it.
+    over a group, the range widened to hold 0. The step is kept at what 16 bits can hold, see
+    `storable`.
 
     Attributes:
       bits: bits of a code, 1 to 8.
@@ -81,8 +86,8 @@ def _fit_levels(spec: GroupUniformSpec, w: jax.Array) -> tuple[jax.Array, jax.Ar
         groups = by_group(w.astype(F32), spec.group)
         low = jnp.minimum(groups.min(axis=-2), 0)
         high = jnp.maximum(groups.max(axis=-2), 0)
-        s = jnp.maximum((high - low) / (2**spec.bits - 1), SMALLEST)
-        return s, -s * jnp.round(-low / s)
+        s = storable((high - low) / (2**spec.bits - 1))
+        return s, -s * jnp.round(-low / jnp.where(s > 0, s, 1))
 
     return per_layer(layer, w)
 
@@ -164,8 +169,9 @@ class GroupUniform(GroupedPlanes):
         Raises:
           BadInput: `s` or `c` leaves the float16 range; the message begins with `name`.
         """
-        s = to_half(self.s, "s", name, scale=True)
-        c = to_half(self.c, "c", name)
+        lead = len(self.lead())
+        s = to_half(self.s, "s", name, lead, scale=True)
+        c = to_half(self.c, "c", name, lead)
         planes = _derive_planes(self.group, self.bits, self.latent, self.s, self.c)
         return PackedGroupUniform(planes, s, c, self.group, self.shape[-2])
 
@@ -186,9 +192,11 @@ def _split(s: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     an integer zero point sends them, instead of to the even code. `with_sign` keeps the product
     from being fused with the sum, so that `rest` is exactly 0 where `c = -s whole`. The reciprocal
     is written out since a compiler may or may not divide by multiplying with it, and two forms of
-    one division would disagree about weights that lie almost between two levels.
+    one division would disagree about weights that lie almost between two levels. A step of 0, of a
+    matrix of zeros, has the reciprocal 0, so that all weights are `c`.
     """
-    inverse = 1 / s
+    s, c = s.astype(F32), c.astype(F32)
+    inverse = jnp.where(s != 0, 1 / jnp.where(s != 0, s, 1), 0)
     whole = jnp.round(-c * inverse)
     return whole, c + with_sign(s * jnp.abs(whole), whole >= 0), inverse
 
@@ -227,7 +235,8 @@ def group_uniform(
              [0.]], dtype=float32)
     """
     codes = _codes(latent, s, c, group, bits)
-    whole, rest, step = (spread(v, group, latent.shape[-2]) for v in (*_split(s, c)[:2], s))
+    parts = (*_split(s, c)[:2], s.astype(F32))
+    whole, rest, step = (spread(v, group, latent.shape[-2]) for v in parts)
     return (step * (codes - whole) + rest).astype(dtype)
 
 
@@ -240,6 +249,6 @@ def _backward(group, bits, dtype, residuals, cotangent):
     cotangent = cotangent.astype(F32)
     codes = _codes(latent, s, c, group, bits)
     ds, dc = group_sum(cotangent * codes, group), group_sum(cotangent, group)
-    return cotangent.astype(latent.dtype), ds, dc
+    return cotangent.astype(latent.dtype), ds.astype(s.dtype), dc.astype(c.dtype)
 
 group_uniform.defvjp(_forward, _backward)

@@ -9,13 +9,22 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from rabit_jax.errors import check_choice
 from rabit_jax.signs.channel_importance import Stats
-from rabit_jax.signs.ste import F32, coupled, outer, path_slope, scale_gradients, summed, with_sign
+from rabit_jax.signs.ste import (
+    F32,
+    coupled,
+    outer,
+    path_slope,
+    scale_gradients,
+    ste_names,
+    summed,
+    with_sign,
+)
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
-from rabit_jax.weights.leaves import leaf
+from rabit_jax.weights.leaves import choice, leaf
 from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, pack_positive, round_scales
 
 
@@ -89,7 +98,7 @@ class IndependentSign(SignPaths):
     latents: Array = leaf("latent", "k i o")
     g: Array = leaf("scale", "k o")
     h: Array = leaf("scale", "k i")
-    ste: str = struct.field(pytree_node=False, default="identity")
+    ste: str = choice("identity", ste_names)
 
     packed = PackedSign
 
@@ -157,6 +166,7 @@ def independent_weight(
     Returns:
       `[..., i, o]` in `dtype`.
     """
+    check_choice("ste", ste, ste_names())
     return summed(_terms(latents, g, h)).astype(dtype)
 
 

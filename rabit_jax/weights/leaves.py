@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import packed_bytes
 from rabit_jax.signs.ste import summed
 from rabit_jax.tree import is_weight
@@ -93,6 +93,12 @@ def static() -> Any:
     return struct.field(pytree_node=False)
 
 
+def choice(default: str, choices: Callable[[], tuple[str, ...]]) -> Any:
+    """A static field of a weight node that is one of the names that `choices()` returns; any other
+    is a BadInput."""
+    return struct.field(pytree_node=False, default=default, metadata={"choices": choices})
+
+
 def part(many: bool = False) -> Any:
     """A field of a weight node that holds another, or a tuple of `many`."""
     return struct.field(metadata={"many": many})
@@ -142,6 +148,12 @@ class WeightNode:
     packed: ClassVar[type[WeightNode] | None] = None
     header_type: ClassVar[str] = ""
     header_sizes: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self):
+        """Raises BadInput for a field that is none of its choices."""
+        for field in _fields(self):
+            if "choices" in field.metadata:
+                check_choice(field.name, getattr(self, field.name), field.metadata["choices"]())
 
     def replace(self, **changes: Any) -> Self:
         """The node with other values in some fields."""

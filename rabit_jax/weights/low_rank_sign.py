@@ -10,17 +10,16 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.signs.channel_importance import Stats
-from rabit_jax.signs.iterative_svid import SMALLEST, rank1
+from rabit_jax.signs.iterative_svid import floored, rank1
 from rabit_jax.signs.ste import F32, outer
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import WeightNode, leaf
+from rabit_jax.weights.leaves import WeightNode, choice, leaf
 from rabit_jax.weights.seam import times
 from rabit_jax.weights.sign_paths import pack_positive, plus_minus, round_scales
 
@@ -58,13 +57,14 @@ class LowRankSignSpec:
             raise BadInput(f"bits is {self.bits}: bits per weight must be positive")
         if self.rank < 0:
             raise BadInput(f"rank is {self.rank}: it must be positive, or 0 to follow from bits")
-        if self.ste not in FACTOR_STE:
-            raise BadInput(f"ste is {self.ste!r}: choose smooth, clipped or identity")
+        check_choice("ste", self.ste, FACTOR_STE)
 
     def init(
         self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
     ) -> LowRankSign:
         """Kernel `[..., i, o]` -> `LowRankSign`, fitted layer by layer.
+
+        Scales are kept at 1% of their mean, see `floored`.
 
         Args:
           w: float `[..., i, o]`.
@@ -77,6 +77,10 @@ class LowRankSignSpec:
         Raises:
           BadInput: `rank` exceeds a side of the matrix.
         """
+        return self.fit(w).floored()
+
+    def fit(self, w: jax.Array) -> LowRankSign:
+        """`init` before scales are floored, which is done in the space where they are stored."""
         i, o = w.shape[-2:]
         copies = 2 if self.twin else 1
         rank = self.rank or rank_for_bits(i, o, self.bits, copies)
@@ -135,7 +139,7 @@ def dual_svid(w: jax.Array, rank: int) -> tuple[jax.Array, ...]:
     so that `W_hat = diag(h) sign(U') diag(l) sign(V') diag(g)`. `w: [i, o]` float32.
 
     Returns:
-      `U': [i, r]`, `V': [r, o]`, `h: [i]`, `l: [r]`, `g: [o]` float32; the scales positive.
+      `U': [i, r]`, `V': [r, o]`, `h: [i]`, `l: [r]`, `g: [o]` float32; no scale is negative.
     """
     u, s, v = jnp.linalg.svd(w, full_matrices=False)
     root = jnp.sqrt(s[:rank])
@@ -150,9 +154,8 @@ def _rank1(m: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _floor(l: jax.Array) -> jax.Array:
-    """Keep the scale of a singular value that is 0, or of a zero matrix, within float16."""
-    top = jnp.max(l)
-    return jnp.maximum(l, jnp.where(top > SMALLEST, FLOOR_RANK * top, SMALLEST))
+    """Keep the scale of a singular value that is 0 within float16."""
+    return jnp.maximum(l, FLOOR_RANK * jnp.max(l))
 
 
 class LowRankProduct(WeightNode):
@@ -273,7 +276,7 @@ class LowRankSign(LowRankProduct):
     h: Array = leaf("scale", "c i")
     l: Array = leaf("scale", "c r")
     g: Array = leaf("scale", "c o")
-    ste: str = struct.field(pytree_node=False, default="smooth")
+    ste: str = choice("smooth", lambda: FACTOR_STE)
 
     packed = PackedLowRank
 
@@ -305,6 +308,10 @@ class LowRankSign(LowRankProduct):
     def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> LowRankSign:
         """The node of `diag(d_in) W_hat diag(d_out)`; `d_in: [..., i]`, `d_out: [..., o]`."""
         return self.replace(h=self.h * d_in[..., None, :], g=self.g * d_out[..., None, :])
+
+    def floored(self) -> LowRankSign:
+        """The node with its scales of inputs and outputs kept at 1% of their mean."""
+        return self.replace(h=floored(self.h), g=floored(self.g))
 
     def pack(self, name: str) -> PackedLowRank:
         """Pack the signs of the latents, and round the balanced scales to 16 bits.
@@ -341,6 +348,7 @@ def factor_sign(latent: jax.Array, ste: str = "smooth", dtype=F32) -> jax.Array:
       >>> factor_sign(jnp.array([-0.3, 0.0]))
       Array([-1.,  1.], dtype=float32)
     """
+    check_choice("ste", ste, FACTOR_STE)
     return jnp.where(latent >= 0, 1.0, -1.0).astype(dtype)
 
 

@@ -8,14 +8,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from rabit_jax.errors import check_choice
 from rabit_jax.signs.channel_importance import Stats
-from rabit_jax.signs.ste import F32, coupled, coupled_signs, effective_weight, outer
+from rabit_jax.signs.ste import F32, coupled, coupled_signs, effective_weight, outer, ste_names
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
-from rabit_jax.weights.leaves import leaf
-from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, check_choice, round_scales
+from rabit_jax.weights.leaves import choice, leaf
+from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, round_scales
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class ResidualSignSpec(SignFit):
     `diag(s_in^a_in) W diag(s_out^a_out)` and mapped back. k = 1 is OneBit (arXiv 2402.11295).
 
     Attributes:
-      latent_dtype: "float32" or "bfloat16". Scales are float32 always.
+      latent_dtype: "float32" or "bfloat16", whose updates are rounded stochastically, see
+        `train.optimizer.apply_updates`. Scales are float32 always.
       The others are those of `SignFit`: k, a_in, a_out, shrinkage, rounds, tolerance, ste.
 
     Example:
@@ -82,7 +83,7 @@ class ResidualSign(SignPaths):
     latent: Array = leaf("latent", "i o")
     g: Array = leaf("scale", "k o")
     h: Array = leaf("scale", "k i")
-    ste: str = struct.field(pytree_node=False, default="identity")
+    ste: str = choice("identity", ste_names)
 
     packed = PackedSign
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -17,9 +17,10 @@ from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array, Spec
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import WeightNode, leaf, part
+from rabit_jax.weights.low_rank_sign import LowRankSignSpec
 from rabit_jax.weights.residual_sign import ResidualSignSpec
 from rabit_jax.weights.seam import times
-from rabit_jax.weights.sign_paths import importances, round_scales
+from rabit_jax.weights.sign_paths import SignFit, importances, round_scales
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,22 @@ class ScaledSpec:
     def init(self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None) -> Any:
         """Kernel `[..., i, o]` -> the inner spec's node between its diagonals.
 
-        Without `stats` the importances are 1.
+        Without `stats` the importances are 1. Scales that take the diagonals are floored where they
+        are stored, behind them: a spec of sign paths does that itself, and every part of a sum is
+        scaled by itself.
         """
+        own = {"a_in": self.a_in, "a_out": self.a_out, "shrinkage": self.shrinkage}
+        if isinstance(self.spec, SignFit):
+            return replace(self.spec, **own).init(w, stats, key)
+        if isinstance(parts := getattr(self.spec, "parts", None), tuple):
+            sum_of: Any = self.spec
+            each = tuple(replace(self, spec=spec) for spec in parts)
+            return replace(sum_of, parts=each).init(w, stats, key)
         d_in, d_out = importances(self, w.shape, stats)
-        node = self.spec.init(w.astype(F32) * outer(d_in, d_out), None, key)
-        return rescaled(node, 1 / d_in, 1 / d_out)
+        p = w.astype(F32) * outer(d_in, d_out)
+        if isinstance(self.spec, LowRankSignSpec):
+            return self.spec.fit(p).rescaled(1 / d_in, 1 / d_out).floored()
+        return rescaled(self.spec.init(p, None, key), 1 / d_in, 1 / d_out)
 
     def dense(self, node: Any) -> jax.Array:
         """`W_hat: [..., i, o]` float32."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import pack_bits, unpack_bits
 from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.iterative_svid import svid
@@ -121,9 +121,11 @@ def balance(*scales: jax.Array) -> tuple[jax.Array, ...]:
     """Give the scales of each path equal geometric means; their product is unchanged.
 
     The 16-bit range then serves all of them equally. float32, such as `g: [..., k, o]`,
-    `h: [..., k, i]`.
+    `h: [..., k, i]`. Scales of 0 stay 0.
     """
-    log_means = [jnp.mean(jnp.log(jnp.abs(s)), axis=-1, keepdims=True) for s in scales]
+    scales = tuple(s.astype(F32) for s in scales)
+    sizes = [jnp.where(s == 0, 1, jnp.abs(s)) for s in scales]
+    log_means = [jnp.mean(jnp.log(s), axis=-1, keepdims=True) for s in sizes]
     wanted = sum(log_means) / len(scales)
     return tuple(s * jnp.exp(wanted - m) for s, m in zip(scales, log_means, strict=True))
 
@@ -131,21 +133,33 @@ def balance(*scales: jax.Array) -> tuple[jax.Array, ...]:
 def round_scales(name: str, **scales: jax.Array) -> tuple[jax.Array, ...]:
     """Balance the scales of a weight, `g=..., h=...`, and round them to float16.
 
+    A path whose scales are all 0 stands for zeros, as those of a matrix of zeros do, and is kept.
+
     Raises:
       BadInput: a scale is or would become 0, subnormal, infinite or NaN; the message names the
         layer and the scale.
     """
-    _check_scales(scales, name, float(np.finfo(np.float32).tiny))
+    empty = _empty(scales)
+    _check_scales(scales, empty, name, float(np.finfo(np.float32).tiny))
     rounded = tuple(s.astype(SCALE_DTYPE) for s in balance(*scales.values()))
     labelled = dict(zip(scales, rounded, strict=True))
-    _check_scales(labelled, name, float(np.finfo(np.float16).tiny))
+    _check_scales(labelled, empty, name, float(np.finfo(np.float16).tiny))
     return rounded
 
 
-def _check_scales(scales: Mapping[str, jax.Array], name: str, smallest: float) -> None:
+def _empty(scales: Mapping[str, jax.Array]) -> np.ndarray:
+    """Which paths have scales of 0 only: bool `[..., k, 1]`."""
+    zero = [(np.asarray(s, np.float32) == 0).all(axis=-1, keepdims=True) for s in scales.values()]
+    return np.logical_and.reduce(zero)
+
+
+def _check_scales(
+    scales: Mapping[str, jax.Array], empty: np.ndarray, name: str, smallest: float
+) -> None:
     for label, scale in scales.items():
         values = np.asarray(scale, np.float32)
-        bad = np.argwhere(~((np.abs(values) >= smallest) & np.isfinite(values)))
+        kept = (np.abs(values) >= smallest) & np.isfinite(values)
+        bad = np.argwhere(~(kept | empty))
         if len(bad):
             raise BadInput(
                 f"{name}: scale {label}{bad[0].tolist()} becomes {values[tuple(bad[0])]:.3g} in "
@@ -193,12 +207,6 @@ class SignFit:
     def scales(self, w: jax.Array, stats: Stats | None) -> tuple[jax.Array, jax.Array]:
         """Scales `g: [..., k, o]`, `h: [..., k, i]` float32 of `w: [..., i, o]`, layer by layer."""
         return fit_layers(_svid_scales, self, w, stats)
-
-
-def check_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
-    """Raise BadInput where a setting is none of its choices."""
-    if found not in choices:
-        raise BadInput(f"{name} is {found!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def _svid_scales(fit: SignFit, w: jax.Array, d_in: jax.Array, d_out: jax.Array) -> tuple:

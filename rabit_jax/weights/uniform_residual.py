@@ -8,14 +8,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.iterative_svid import TINY, floored, rank1
-from rabit_jax.signs.ste import F32, outer
+from rabit_jax.signs.ste import F32, coupled, outer, ste_names, summed, with_sign
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
-from rabit_jax.weights.leaves import leaf, size
+from rabit_jax.weights.leaves import choice, leaf, size
 from rabit_jax.weights.residual_sign import ResidualSign
 from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, fit_layers
 
@@ -59,8 +58,10 @@ def _fit_layer(fit: UniformResidualSpec, w: jax.Array, d_in: jax.Array, d_out: j
     magnitude = jnp.abs(p)
 
     def levels(g, h):
-        """`C` of the current scales: `W_hat / (h g^T)`."""
-        return UniformResidual(p, g[None], h[None], fit.k).dense() / outer(h, g)
+        """`C = sum_i 2^(1-i) B_i` of the current scales, so that `W_hat = C * (h g^T)`."""
+        free = UniformResidual(p, g[None], h[None], fit.k).free()
+        signs = (positive for positive, _ in coupled(free.latent, free.g, free.h))
+        return summed(with_sign(jnp.full_like(p, 0.5**n), on) for n, on in enumerate(signs))
 
     def error(g, h):
         return jnp.sum(jnp.square(p - levels(g, h) * outer(h, g)))
@@ -69,8 +70,8 @@ def _fit_layer(fit: UniformResidualSpec, w: jax.Array, d_in: jax.Array, d_out: j
         count, g, h, before, _, best = state
         c = levels(g, h)
         pc, cc = p * c, jnp.square(c)
-        h = floored(pc @ g / jnp.maximum(cc @ jnp.square(g), TINY))
-        g = floored(h @ pc / jnp.maximum(jnp.square(h) @ cc, TINY))
+        h = jnp.maximum(pc @ g / jnp.maximum(cc @ jnp.square(g), TINY), 0)
+        g = jnp.maximum(h @ pc / jnp.maximum(jnp.square(h) @ cc, TINY), 0)
         now = error(g, h)
         best = jax.tree.map(lambda a, b: jnp.where(now < best[0], a, b), (now, g, h), best)
         return count + 1, g, h, now, before - now, best
@@ -83,7 +84,7 @@ def _fit_layer(fit: UniformResidualSpec, w: jax.Array, d_in: jax.Array, d_out: j
     start = error(g, h)
     state = (jnp.int32(0), g, h, start, jnp.asarray(jnp.inf, F32), (start, g, h))
     *_, (_, g, h) = jax.lax.while_loop(gaining, step, state)
-    return (g / d_out)[None], (h / d_in)[None]
+    return floored(g / d_out)[None], floored(h / d_in)[None]
 
 
 @pytree_dataclass
@@ -107,7 +108,7 @@ class UniformResidual(SignPaths):
     g: Array = leaf("scale", "1 o")
     h: Array = leaf("scale", "1 i")
     k: int = size("k", default=2)
-    ste: str = struct.field(pytree_node=False, default="identity")
+    ste: str = choice("identity", ste_names)
 
     packed = PackedSign
 

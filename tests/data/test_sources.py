@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from rabit_jax.data import readers
@@ -188,3 +190,47 @@ def test_unseen_files_must_be_unseen(tmp_path):
     train, held = documents(config)
     with pytest.raises(BadInput, match="10 of 10 documents of data.unseen_files are in"):
         unseen_documents(config, [*train, *held])
+
+
+WITH_GAPS = ["first", None, "second", "", "  ", "third", None]
+
+
+def with_gaps(folder, ending):
+    """A dataset folder of one file whose rows are `WITH_GAPS`; its format cannot hold null."""
+    path = folder / f"train.{ending}"
+    if ending == "parquet":
+        table = pyarrow.table({"text": pyarrow.array(WITH_GAPS, pyarrow.string())})
+        pyarrow.parquet.write_table(table, path)
+    elif ending == "jsonl":
+        rows = [{"text": text, "id": n} for n, text in enumerate(WITH_GAPS)]
+        del rows[-1]["text"]  # a missing field is null
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        path.write_text("".join(f"{text or ''}\n" for text in WITH_GAPS))
+    return str(folder), path.name
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl", "txt"])
+@pytest.mark.parametrize("whole", [True, False], ids=["split", "file"])
+def test_rows_without_text_are_skipped_and_counted(ending, whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder, file = with_gaps(tmp_path, ending)
+    found = readers.hub_documents(folder, file="" if whole else file)
+    assert list(found) == ["first", "second", "third"]
+    name = "split 'train'" if whole else f"file '{file}'"
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{name} of dataset {folder!r}: skipped 4 rows whose 'text' is null or empty" in said
+
+
+def test_a_column_of_nulls_is_no_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = [{"text": None, "body": f"row {n}"} for n in range(3)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(BadInput, match="has no text in column 'text'; set .* text, body"):
+        list(readers.hub_documents(str(tmp_path)))
+
+
+def test_a_running_text_keeps_its_empty_lines(monkeypatch):
+    rows = [{"text": text} for text in ("", " = Title = ", "", "A line.")]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: rows)
+    assert list(readers.named_text("wikitext2", "test")) == ["\n\n = Title = \n\n\n\nA line."]

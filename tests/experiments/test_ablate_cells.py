@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rabit_jax import BadInput
 from rabit_jax.experiments import ablate
 from rabit_jax.experiments.ablation.cells import differing, make_plan
 from rabit_jax.experiments.engine.config import load_config
@@ -80,8 +81,13 @@ def test_a_search_is_made_for_each_row_that_is_not_single(plan):
     )
     trials = made.trials()
     assert [(cell.row, cell.value, cell.seed) for cell in trials] == [
-        ("plain", 1e-3, 3), ("plain", 3e-3, 3), ("greedy start", 1e-3, 3), ("greedy start", 3e-3, 3)
+        ("plain", 1e-3, 4), ("plain", 3e-3, 4), ("greedy start", 1e-3, 4), ("greedy start", 3e-3, 4)
     ]  # fmt: skip
+    # Neither a seed nor a window of the tables takes part in the search.
+    assert 4 not in made.ablation.seeds
+    assert {cell.config.evaluate.part for cell in trials} == {"search"}
+    every = [cell for cell in made.cells({"plain": 1e-3, "greedy start": 1e-3}) if cell.config]
+    assert {cell.config.evaluate.part for cell in every} == {"report"}
     assert {cell.config.qat.steps for cell in trials} == {20}
     assert [cell.config.qat.optimizer.lr for cell in trials[:2]] == [1e-3, 3e-3]
     assert str(trials[1].folder) == "runs/small/search/plain/0.003"
@@ -169,3 +175,12 @@ def test_dry_run_prints_the_cells_and_refuses_what_a_run_would(place, monkeypatc
     err = " ".join(capsys.readouterr().err.split())
     assert "row 'none'" in err and "matches no parameter" in err
     assert not (place / "runs").exists()
+
+
+def test_without_a_search_all_windows_are_reported(plan):
+    assert {cell.config.evaluate.part for cell in plan().cells({})} == {"all"}
+
+
+def test_the_config_of_a_run_is_not_taken_for_an_ablation():
+    with pytest.raises(BadInput, match="quickstart is the config of a run .* in its section run"):
+        make_plan("quickstart")

@@ -46,7 +46,7 @@ def summary(ppl):
         "gap_closed": 0.875,
         "diagnostics": {"qat": None},
         "state_bytes": 12_300_000,
-        "packed": {"bits_per_weight": 2.1875},
+        "packed": {"bits_per_weight": 2.1875, "stored_bits_per_weight": 2.25},
         "tokens": {"qat": 1000},
         "seconds": {"init": 1.0, "qat": 3599.0},
         "device": "abacus",
@@ -111,21 +111,18 @@ def test_a_key_that_is_not_there_is_none():
 
 def test_comparisons_are_paired_over_the_seeds_that_both_have(plan):
     over_b, over_a = comparisons(collect(plan))
-    teacher = math.log(32)
-    gaps = [
-        1 - (math.log(a) - teacher) / (math.log(b) - teacher)
-        for a, b in ((44, 52), (46, 50), (51, 60))
-    ]
-    assert over_b.share.mean == pytest.approx(sum(gaps) / 3)
+    ours, theirs = math.log(44 * 46 * 51 / 32**3), math.log(52 * 50 * 60 / 32**3)
+    assert over_b.gap_closed.share == pytest.approx(1 - ours / theirs)
+    assert over_b.gap_closed.low < over_b.gap_closed.share < over_b.gap_closed.high
     assert over_b.difference.mean == pytest.approx(math.log(44 * 46 * 51 / (52 * 50 * 60)) / 3)
-    assert over_b.share.n == 3 and over_b.share.half > 0
+    assert over_b.gap_closed.n == 3
     # Seeds 0 and 2: the interval of two numbers is 12.7062 times half their distance.
     low, high = sorted(math.log(c / a) for c, a in ((40, 44), (43, 51)))
     assert over_a.difference.n == 2
     assert over_a.difference.mean == pytest.approx((low + high) / 2)
     assert over_a.difference.half == pytest.approx(12.7062 * (high - low) / 2, 1e-5)
-    unseen = [1 - math.log(50 / 41) / math.log(54 / 41), 1 - math.log(53 / 41) / math.log(61 / 41)]
-    assert over_a.unseen_share.mean == pytest.approx(sum(unseen) / 2)
+    unseen = 1 - math.log(50 * 53 / 41**2) / math.log(54 * 61 / 41**2)
+    assert over_a.unseen_gap_closed.share == pytest.approx(unseen)
 
 
 def test_a_baseline_at_the_teacher_leaves_nothing_to_close(plan):
@@ -133,7 +130,19 @@ def test_a_baseline_at_the_teacher_leaves_nothing_to_close(plan):
     results = collect(same)
     cells = [(cell, summary(32.0) if cell.row == "a" else found) for cell, found in results.cells]
     found = comparisons(type(results)(same, {}, [], cells))[1]
-    assert found.share is None and found.difference.n == 2
+    assert found.gap_closed is None and found.difference.n == 2
+
+
+def test_a_seed_whose_baseline_beats_the_teacher_counts_and_does_not_explode(plan):
+    # Gaps of the baseline: 0.1, 0.1 and, below the teacher, -0.001: a mean of ratios would be -30.
+    ppl = {"a": (33.6, 33.6, 33.0), "b | <i>$x$</i>": (35.3, 35.3, 31.97)}
+    results = collect(plan)
+    cells = [(cell, summary(ppl[cell.row][cell.seed]) if cell.row in ppl else found)
+             for cell, found in results.cells]
+    closed = comparisons(type(results)(plan, {}, [], cells))[0].gap_closed
+    gaps = [np.log(np.array(values) / 32) for values in ppl.values()]
+    assert closed.n == 3
+    assert closed.share == pytest.approx(1 - gaps[0].mean() / gaps[1].mean())
 
 
 def test_the_search_takes_the_lowest_finite_perplexity(tmp_path):
@@ -161,12 +170,14 @@ def test_markdown_has_every_number(page):
     text = (page / "ablation.md").read_text()
     for line in (
         "## Results, context 128",
-        "| a | 3 | 47.00 ± 8.96 | 57.00 ± 8.96 | 500.00 | 87.5 | 0.001 |",
+        "| a | 3 | 47.00 ± 8.96 | 57.00 ± 8.96 | 500.00 | 86.1 (79.2 to 92.9) | 0.001 |",
+        "![](figures/rows.svg)",
+        "Intervals cover the seeds alone",
         "| b \\| &lt;i>$x$&lt;/i> | 3 | 54.00 ± 13.14 |",
         "| _c | 2 of 3 | 41.50 ± 19.06 |",
         "| only | 1 (single) | 70.00 |",
         "| teacher, full precision | - | 32.00 | 41.00 |",
-        "| a | 3 | 2.1875 | 12.3 |",
+        "| a | 3 | 2.2500 | 2.1875 | 12.3 |",
         "1 of 10 cells are missing.",
         "- _c, seed 1: not begun",
         "- QAT tokens per cell: 1,000",
@@ -242,7 +253,12 @@ def test_html_is_one_file_that_loads_nothing(page):
 
 def test_figures_are_of_what_was_measured(page):
     found = {path.name for path in (page / "figures").iterdir()}
-    assert found == {"perplexity.svg", "correlation.svg", "bits.svg"}
+    assert found == {"rows.svg", "perplexity.svg", "correlation.svg", "bits.svg"}
+    rows = (page / "figures" / "rows.svg").read_text()
+    assert [rows.index(f">{label}<") for label in ("a", "_c", "only", "teacher")]
+    assert rows.count("70.0 →") == 0 and "open dot: one seed" in rows
+    html = (page / "ablation.html").read_text(encoding="utf-8")
+    assert html.index("Perplexity of every row") < html.index("47.00 ± 8.96")
     text = (page / "figures" / "perplexity.svg").read_text()
     for label in ("&lt;i&gt;", "_c", "only"):
         assert label in text

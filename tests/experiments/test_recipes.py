@@ -119,8 +119,8 @@ def test_recipes_train_as_published(file):
     assert visits == pytest.approx(1.0e9 if littlebit else 1.2e9, rel=0.01)
     assert c.qat.length == c.evaluate.context == c.calibrate.length == (2048 if littlebit else 4096)
     assert c.qat.optimizer.name == ("adamw" if littlebit else "muon")
-    gamma = {"littlebit_1bit": 10 / 2048, "gemma3_1b": 0}.get(file.stem, 100 / 4096)
-    assert c.qat.gamma == pytest.approx(gamma, rel=2e-3)
+    # The error of hidden states is relative, so one weight suits every model; Gemma3 goes without.
+    assert c.qat.gamma == (0 if file.stem == "gemma3_1b" else 1)
     named = [part.name for part in c.data.mix]
     assert named == (["c4"] if file.stem.endswith("_c4") else ["wikitext2", "c4"])
     assert [(p.name, p.split) for p in c.data.mix_eval] == [("wikitext2", "test")]

@@ -8,6 +8,7 @@ import pytest
 from rabit_jax import BadInput
 from rabit_jax.data.mix import Part
 from rabit_jax.data.sources import DataConfig
+from rabit_jax.experiments.engine.config import dump_yaml
 from rabit_jax.experiments.engine.settings import Evaluate, Qat, RunConfig
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.train.sharding import make_mesh
@@ -68,3 +69,26 @@ def test_begin_wants_a_tokeniser_with_a_begin_token(data):
     begun.tokenizer.bos_token = None
     with pytest.raises(BadInput, match="data.begin is true but the tokeniser has no begin token"):
         begun.windows()
+
+
+def test_search_and_report_have_windows_of_their_own(tmp_path):
+    for name in ("train", "eval"):
+        words = " ".join(f"{name} {n}" for n in range(300))
+        (tmp_path / f"{name}.txt").write_text(words)
+
+    def cut(part, windows=0):
+        data = DataConfig(source="files", files=(str(tmp_path / "train.txt"),), vocab_size=260,
+                          eval_files=(str(tmp_path / "eval.txt"),), cache=str(tmp_path / "cache"))
+        settings = Evaluate(context=16, windows=windows, part=part)
+        return Text(RunConfig(data=data, evaluate=settings), None).windows()
+
+    every, search, report = cut("all"), cut("search"), cut("report")
+    assert len(search) == -(-len(every) // 4) and len(every) > 8
+    np.testing.assert_array_equal(np.concatenate([report, search]), every)
+    np.testing.assert_array_equal(cut("search", 2), search[:2])
+    np.testing.assert_array_equal(cut("report", len(every)), report)
+
+
+def test_parts_of_the_windows_leave_older_configs_as_they_were():
+    assert "part:" not in dump_yaml(RunConfig())
+    assert "part: search" in dump_yaml(RunConfig(evaluate=Evaluate(part="search")))

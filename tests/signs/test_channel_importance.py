@@ -44,3 +44,10 @@ def test_a_dead_channel_is_floored(s):
     assert np.isfinite(d).all() and (d > 0).all()
     np.testing.assert_allclose(d[0, 7] / d[0, 8], 1e-4 * s[0].mean() / s[0, 8], rtol=1e-4)
     np.testing.assert_allclose(d, formula(s, 1.0, 0.0), rtol=1e-4)
+
+
+def test_a_layer_without_any_signal_counts_all_channels_alike(s):
+    s[1] = 0
+    d = np.asarray(importance(jnp.asarray(s), 1.0), np.float64)
+    np.testing.assert_array_equal(d[1], 1)
+    np.testing.assert_allclose(d[[0, 2]], formula(s[[0, 2]], 1.0, 0.0), rtol=1e-4)

@@ -8,6 +8,7 @@ from scipy.special import log_softmax
 
 from rabit_jax.train.losses import (
     distillation_loss,
+    dominant_term,
     next_token_loss,
     sample_labels,
     summed_cross_entropy,
@@ -59,10 +60,55 @@ def test_kl_sends_nothing_to_the_teacher():
     assert not grad.any()
 
 
-def test_hidden_error_is_a_mean_over_channels_summed_over_layers():
+def relative_error64(s, t):
+    """`mean_l |s - t|^2 / |t|^2` of every token, in float64: `[b, t]`."""
+    s, t = np.float64(s), np.float64(t)
+    return (((s - t) ** 2).sum(-1) / (t**2).sum(-1)).mean(0)
+
+
+def test_hidden_error_is_relative_to_each_token_and_a_mean_over_layers():
     s, t = RNG.normal(size=(2, 4, 3, 7, 6)).astype(np.float32)
-    wanted = (((np.float64(s) - t) ** 2).mean(-1) * MASK).sum()
+    wanted = (relative_error64(s, t) * MASK).sum()
     np.testing.assert_allclose(summed_hidden_error(s, t, MASK), wanted, rtol=1e-6)
+
+
+def test_hidden_error_is_that_of_every_scale_of_layers_and_tokens():
+    # A residual stream with massive activations: the first token is 1,000 times the others.
+    s, t = RNG.normal(size=(2, 4, 3, 7, 6)).astype(np.float32)
+    size = np.float32(np.exp(3 * RNG.normal(size=(4, 1, 7, 1))))
+    size[:, :, 0] *= 1000
+    error, grad = jax.value_and_grad(summed_hidden_error)(size * s, size * t, MASK)
+    np.testing.assert_allclose(error, summed_hidden_error(s, t, MASK), rtol=1e-5)
+    wanted = 2 * (np.float64(s) - t) / (np.float64(t) ** 2).sum(-1, keepdims=True)
+    wanted *= MASK[None, ..., None] / (4 * size)
+    np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-9)
+
+
+def test_hidden_error_of_a_token_of_zeros_counts_nothing():
+    s, t = RNG.normal(size=(2, 4, 3, 7, 6)).astype(np.float32)
+    t[:, 1, 2] = 0
+    s[:2, 1, 2] = 0
+    mask = np.ones_like(MASK)
+    value, grads = jax.value_and_grad(summed_hidden_error, argnums=(0, 1))(s, t, mask)
+    wanted = np.delete(relative_error64(s, np.where(t == 0, 1, t)).ravel(), 1 * 7 + 2).sum()
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    assert np.isfinite(grads[0]).all() and not grads[0][:, 1, 2].any() and not grads[1].any()
+
+
+def test_a_term_that_dwarfs_the_other_is_named():
+    assert dominant_term(1.0, 0.5, 1.0) is None
+    assert dominant_term(0.01, 0.5, 1.0) is None
+    assert dominant_term(0.0, 5.0, 0.0) is None  # without the term there is nothing to compare
+    assert dominant_term(0.0, 0.0, 1.0) is None
+    assert "lower gamma" in (dominant_term(6.8, 123204.0, 1.0) or "")
+    assert "raise gamma" in (dominant_term(2.0, 1e-3, 1.0) or "")
+
+
+def test_distillation_sends_nothing_to_the_teacher(model, student, teacher, batches):
+    def loss(teacher):
+        return distillation_loss(model, student, teacher, batches(0), gamma=1.0, chunk=5)["loss"]
+
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(jax.grad(loss)(teacher)))
 
 
 def test_no_logits_of_the_whole_sequence_are_held():
@@ -108,7 +154,7 @@ def test_distillation_adds_gamma_times_the_hidden_error(model, student, teacher,
     (z_s, h_s), (z_t, h_t) = [(np.float64(z), np.float64(h)) for z, h in run]
     log_q, log_p = log_softmax(z_s, -1), log_softmax(z_t, -1)
     kl = ((np.exp(log_p) * (log_p - log_q)).sum(-1) * batch["mask"]).sum()
-    hidden = (((h_s - h_t) ** 2).mean(-1) * batch["mask"]).sum()
+    hidden = (relative_error64(h_s, h_t) * batch["mask"]).sum()
     np.testing.assert_allclose([sums["kl"], sums["hidden_mse"]], [kl, hidden], rtol=2e-4)
     np.testing.assert_allclose(sums["loss"], sums["kl"] + 3 * sums["hidden_mse"], rtol=1e-6)
 

@@ -9,6 +9,7 @@ import pytest
 from rabit_jax import BadInput, ResidualSign
 from rabit_jax.train.optimizer import (
     OptimizerConfig,
+    apply_updates,
     learning_rate,
     make_optimizer,
     merge,
@@ -133,3 +134,48 @@ def test_no_step_is_idle(schedule):
         rates = [float(rate(s)) for s in range(steps)]
         assert min(rates) > 0 and max(rates) == pytest.approx(0.5)
     assert float(learning_rate(OptimizerConfig(warmup=0.1), 1.0, 100)(4)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_bfloat16_latents_move_as_far_as_float32_ones(name):
+    # The learning rate of a 7B model beside weights of the usual size: to the nearest bfloat16
+    # number nearly all of these updates are nothing.
+    rng = np.random.default_rng(0)
+    w = (0.05 * rng.normal(size=(64, 96))).astype(np.float32)
+    grad = rng.normal(size=w.shape).astype(np.float32)
+    config = OptimizerConfig(name, lr=4e-5, warmup=0.0, schedule="constant", clip=0.0)
+
+    def run(dtype, steps=40):
+        node = ResidualSign(jnp.asarray(w, dtype), jnp.ones((1, 96)), jnp.ones((1, 64)))
+        optimizer = make_optimizer(config, roles(node), steps)
+        grads = node.replace(latent=jnp.asarray(grad, dtype), g=0 * node.g, h=0 * node.h)
+
+        @jax.jit
+        def step(carry, n):
+            node, state = carry
+            update, state = optimizer.update(grads, state, node)
+            return (apply_updates(node, update, n), state), None
+
+        (node, _), _ = jax.lax.scan(step, (node, optimizer.init(node)), jnp.arange(steps))
+        assert node.latent.dtype == dtype
+        return np.asarray(node.latent, np.float64) - np.asarray(jnp.asarray(w, dtype), np.float64)
+
+    wanted, found = run(jnp.float32), run(jnp.bfloat16)
+    slope = (found * wanted).sum() / (wanted**2).sum()
+    assert slope == pytest.approx(1, abs=0.05)
+    # What is left is the rounding of single steps, of one or two units in the last place.
+    assert np.abs(found - wanted).mean() < 2**-6 * np.abs(w).mean()
+
+
+def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be():
+    x = jnp.full((100_000,), 1 + 2.0**-10, jnp.float32)
+    zero = {"a": jnp.zeros(x.shape, jnp.bfloat16), "b": jnp.zeros((3,), jnp.bfloat16)}
+    update = {"a": x, "b": jnp.asarray([0.0, -1.5, jnp.nan])}
+    found = jax.jit(apply_updates)(zero, update, jnp.int32(7))
+    assert set(np.unique(np.float32(found["a"]))) == {1.0, 1 + 2.0**-7}
+    assert np.float64(found["a"]).mean() == pytest.approx(1 + 2.0**-10, abs=5e-5)
+    np.testing.assert_array_equal(np.float32(found["b"]), [0, -1.5, np.nan])
+    again = jax.jit(apply_updates)(zero, update, jnp.int32(7))
+    np.testing.assert_array_equal(np.float32(again["a"]), np.float32(found["a"]))
+    other = jax.jit(apply_updates)(zero, update, jnp.int32(8))
+    assert (np.float32(other["a"]) != np.float32(found["a"])).any()

@@ -74,9 +74,11 @@ def test_the_table_shows_every_row_and_the_total(student):
     found = describe(student)
     whole = 8 * found.deployed_bytes / sum(math.prod(row.shape) for row in found.rows)
     assert text[-1] == (
-        f"bits per weight: {found.bits_per_weight:.3f} in the quantised matrices, {whole:.3f} over "
-        f"the whole model, {16 / whole:.2f} times smaller than bfloat16"
+        f"bits per weight: {found.stored_bits_per_weight:.3f} in the quantised matrices, "
+        f"{whole:.3f} over the whole model, {16 / whole:.2f} times smaller than bfloat16"
     )
+    # The padding of the rows of 10 inputs is stored, so it is counted.
+    assert f"{8 * 224 / 60:7.3f}" in text[2]
 
 
 def test_a_tree_without_nodes_is_described_too():

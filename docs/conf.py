@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# The rooms are documented as they are imported, so nothing has to be installed.
+# The packages are documented as they are imported, so nothing has to be installed.
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import rabit_jax  # noqa: E402
@@ -15,7 +15,7 @@ copyright = author
 version = release = rabit_jax.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
@@ -31,6 +31,7 @@ html_static_path = []
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebooks are shown as they were run
 
 # Docstrings have code in single backticks, and Google's sections.
 default_role = "code"

@@ -1,8 +1,9 @@
 """Sphinx extension: the pages that are made from the code, and docstrings as this code has them.
 
 Before the sources are read it writes `_generated/api/*.md`, a page for every package with all of
-its modules, and `_generated/config.md`, every setting of a run and of an ablation with its type,
-default and what its class says about it. No package and no setting can be left out.
+its modules, `_generated/config.md`, every setting of a run and of an ablation with its type,
+default and what its class says about it, and copies of the notebooks with their stored outputs. No
+package and no setting can be left out.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def write_pages(folder: Path) -> None:
     """Write every generated page, only where it changed, so that Sphinx reads it only then."""
     pages = {f"api/{package}.md": package_page(package) for package in PACKAGES}
     pages["config.md"] = config_page()
+    for file in (ROOT / "experiments" / "notebooks").glob("*.ipynb"):
+        pages[f"notebooks/{file.name}"] = file.read_text(encoding="utf-8")
     for name, text in pages.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 GREY, RUST, BLUE = "#9aa5b1", "#b5532a", "#1d4e89"
-MODELS = (("teacher", "teacher, 16 bits", GREY), ("round_to_nearest", "round to nearest", RUST),
-          ("init", "sign paths, before training", BLUE), ("packed", "sign paths, trained", BLUE))
+MODELS = (
+    ("teacher", "teacher, full precision", GREY), ("round_to_nearest", "round to nearest", RUST),
+    ("init", "sign paths, before training", BLUE), ("packed", "sign paths, trained", BLUE),
+)
 
 
 def draw(summary: dict) -> Figure:

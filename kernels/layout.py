@@ -8,6 +8,9 @@ A bit of 1 stands for +1, a bit of 0 for -1. The last block is padded with 0. Th
 eight bits of a byte belong to inputs that lie 32 apart, so eight masks of one 32-byte block give
 the inputs in their natural order, without any permutation.
 
+A file stores whole blocks as they are and the inputs beyond them in a shorter block, of 64, 128 or
+192 inputs in n = 8, 16 or 24 bytes with the same order: bit p of its byte j is input n p + j of it.
+
 Read as little-endian uint32 words, bit 8 b + p of word m of block c is input
 256 c + 32 p + 4 m + b. Bits of activations that `pack_bits` packs are in the same order.
 """
@@ -16,9 +19,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BLOCK = 256
 BLOCK_BYTES = 32
+TAIL = 64
 
 
 def packed_bytes(inputs: int) -> int:
@@ -41,6 +46,38 @@ def unpack_bits(bits: jax.Array, inputs: int) -> jax.Array:
     shifts = jnp.arange(8, dtype=jnp.uint8).reshape((1,) * (blocks.ndim - 2) + (8, 1))
     planes = (blocks >> shifts) & jnp.uint8(1)
     return planes.reshape(*bits.shape[:-1], -1)[..., :inputs]
+
+
+def stored_bytes(inputs: int) -> int:
+    """Bytes of one row of `inputs` signs in a file: `8 ceil(inputs / 64)`."""
+    return -(-inputs // TAIL) * (TAIL // 8)
+
+
+def to_stored(bits: np.ndarray, inputs: int) -> np.ndarray:
+    """Rows as a file stores them: uint8 `[..., 32 ceil(i / 256)]` -> `[..., 8 ceil(i / 64)]`."""
+    whole = inputs // BLOCK * BLOCK_BYTES
+    return np.concatenate(
+        [bits[..., :whole], _spread(bits[..., whole:], stored_bytes(inputs) - whole)], axis=-1)
+
+
+def from_stored(stored: np.ndarray, inputs: int) -> np.ndarray:
+    """Inverse of `to_stored`; the padding is 0."""
+    whole = inputs // BLOCK * BLOCK_BYTES
+    return np.concatenate(
+        [stored[..., :whole], _spread(stored[..., whole:], packed_bytes(inputs) - whole)], axis=-1)
+
+
+def _spread(block: np.ndarray, size: int) -> np.ndarray:
+    """The signs of one block in a block of `size` bytes; what is cut off or added is padding."""
+    found = block.shape[-1]
+    planes = block[..., None, :] >> np.arange(8, dtype=np.uint8)[:, None] & np.uint8(1)
+    signs = planes.reshape(*block.shape[:-1], 8 * found)
+    kept = min(8 * found, 8 * size)
+    wide = np.zeros((*block.shape[:-1], 8 * size), np.uint8)
+    wide[..., :kept] = signs[..., :kept]
+    shifts = np.arange(8, dtype=np.uint8)[:, None]
+    rows = wide.reshape(*block.shape[:-1], 8, size) << shifts
+    return np.bitwise_or.reduce(rows, axis=-2)
 
 
 def to_words(bits: jax.Array) -> jax.Array:

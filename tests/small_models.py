@@ -7,6 +7,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from rabit_jax.formats.hf import save_hf
+from rabit_jax.kernels.layout import from_stored, stored_bytes
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, init_params, param_shapes
 from rabit_jax.weights.sign_paths import PackedSign
@@ -77,7 +78,7 @@ def _packed(config, k=2, keep=()):
         if module not in LINEARS or name == "bias" or module in keep:
             return value.astype(jnp.float16)
         l, i, o = value.shape
-        bits = rng.integers(0, 256, (l, k, o, -(-i // 256) * 32), np.uint8)
+        bits = from_stored(rng.integers(0, 256, (l, k, o, stored_bytes(i)), np.uint8), i)
         g, h = (rng.uniform(0.2, 0.6, (l, k, n)).astype(np.float16) for n in (o, i))
         limbs = 3 if module == "down" else None
         return PackedSign(jnp.asarray(bits), jnp.asarray(g), jnp.asarray(h), limbs)

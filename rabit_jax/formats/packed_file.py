@@ -20,11 +20,13 @@ from rabit_jax.atomic import write_tensors
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.formats.folder import parse_json
+from rabit_jax.kernels.layout import from_stored, stored_bytes, to_stored
 from rabit_jax.tree import is_weight
-from rabit_jax.weights.leaves import WeightNode
+from rabit_jax.weights.leaves import WeightNode, row_signs
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
 
-METHOD, FORMAT, VERSION = "rabit", "rb256", 3
+METHOD, FORMAT, VERSION = "rabit", "rb256", 4
+READABLE = (3, 4)  # 3 pads every row of signs to 256 inputs
 _DTYPES = {"uint8": "U8", "float16": "F16"}
 OTHERS = ("F16", "BF16")
 _BYTES = {"U8": 1, "F16": 2, "BF16": 2}
@@ -37,6 +39,7 @@ class PackedFile:
 
     Attributes:
       path: where it lies.
+      version: of the format.
       config: the model's config.json as the header repeats it.
       modules: `header()` of each packed linear, by Hugging Face module name.
       sha256: checksum of each tensor, by name.
@@ -44,6 +47,7 @@ class PackedFile:
     """
 
     path: Path
+    version: int
     config: dict[str, Any]
     modules: dict[str, dict[str, Any]]
     sha256: dict[str, str]
@@ -60,6 +64,14 @@ class PackedFile:
             raise BadInput(f"tensor {name} in {self.path} is altered, its checksum differs from "
                            "the one in the header: fetch the file again")
         return value
+
+    def read_part(self, name: str, signs: int) -> np.ndarray:
+        """One array of a packed weight, whose rows hold `signs` signs (0: it is not packed).
+
+        Raises:
+          BadInput: as `read`.
+        """
+        return in_memory(self.read(name), signs, self.version)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each tensor, by name."""
@@ -93,15 +105,16 @@ def open_packed(path: Path) -> Iterator[PackedFile]:
                 raise BadInput(f"the header of {path} is altered, the checksum of its {name} "
                                "differs: fetch it again")
         config, modules, sha256 = parts
-        yield PackedFile(path, config, modules, sha256, tensors)
+        yield PackedFile(path, int(header["version"]), config, modules, sha256, tensors)
 
 
 def check_version(found: Mapping[str, Any], where: str) -> None:
     """Raises BadInput unless `found` names the format and the version that are read here."""
     pair = found.get("format"), str(found.get("version"))
-    if pair != (FORMAT, str(VERSION)):
+    if pair[0] != FORMAT or pair[1] not in map(str, READABLE):
         raise BadInput(f"{where} has format {pair[0]!r} version {pair[1]}, this program reads "
-                       f"{FORMAT!r} version {VERSION}: pack the model again or update the program")
+                       f"{FORMAT!r} version {' and '.join(map(str, READABLE))}: pack the model "
+                       "again or update the program")
 
 
 def metadata(
@@ -134,6 +147,18 @@ def part_names(node: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), node
     )
+
+
+def in_memory(array: np.ndarray, signs: int, version: int) -> np.ndarray:
+    """An array of a file as a packed node holds it; rows of `signs` signs (0: it is not packed)."""
+    return from_stored(array, signs) if signs and version > 3 else array
+
+
+def stored_parts(node: Any) -> dict[str, np.ndarray]:
+    """The arrays of a packed node by their names within the module, as the file stores them."""
+    counts = jax.tree.leaves(row_signs(node))
+    return {name: to_stored(array, signs) if signs else array
+            for (name, array), signs in zip(named_parts(node).items(), counts, strict=True)}
 
 
 def named_parts(node: Any) -> dict[str, np.ndarray]:
@@ -185,7 +210,7 @@ def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, Any]:
 
 def check_tensors(file: PackedFile, shapes: Shapes, nodes: Mapping[str, Any]) -> None:
     """Raises BadInput, with its name, for a tensor that is missing, misshapen or not asked for."""
-    wanted = dict(_wanted(shapes, nodes))
+    wanted = dict(_wanted(shapes, nodes, file.version))
     found = set(file.tensors.keys())
     for name, (shape, dtypes) in wanted.items():
         if name not in found:
@@ -199,17 +224,23 @@ def check_tensors(file: PackedFile, shapes: Shapes, nodes: Mapping[str, Any]) ->
                        "name")
 
 
-def _wanted(shapes: Shapes, nodes: Mapping[str, Any]) -> Iterator[tuple[str, tuple]]:
+def _wanted(
+    shapes: Shapes, nodes: Mapping[str, Any], version: int
+) -> Iterator[tuple[str, tuple]]:
     """Name and `(shape, dtypes)` of every tensor of the file."""
     for path, shape in shapes.items():
         if path not in nodes:
             yield from ((name, (inner, OTHERS)) for name, inner in tensor_names(path, shape))
             continue
-        parts = jax.tree.leaves(part_names(nodes[path]))
-        leaves = jax.tree.leaves(nodes[path])
+        node = nodes[path]
+        parts = list(zip(*map(jax.tree.leaves, (part_names(node), node, row_signs(node))),
+                         strict=True))
         for module in module_names(path, shape):
-            for part, leaf in zip(parts, leaves, strict=True):
-                yield f"{module}.{part}", (leaf.shape, (_DTYPES[str(leaf.dtype)],))
+            for part, leaf, signs in parts:
+                stored = (*leaf.shape[:-1], stored_bytes(signs))
+                tailed = signs and version > 3
+                yield f"{module}.{part}", (stored if tailed else leaf.shape,
+                                           (_DTYPES[str(leaf.dtype)],))
 
 
 def nearest_16bit(value: Any, name: str) -> np.ndarray:
@@ -269,7 +300,7 @@ def save_packed_params(file: str | Path, params: Any) -> Path:
             raise BadInput(f"{name} is a {type(leaf).__name__}, wanted a packed weight: pack the "
                            "params first")
         headers[name] = cast(WeightNode, leaf).header()
-        tensors |= {f"{name}.{part}": array for part, array in named_parts(leaf).items()}
+        tensors |= {f"{name}.{part}": array for part, array in stored_parts(leaf).items()}
     if not headers:
         raise BadInput("the params hold no packed weight: convert and pack them first")
     tensors = {name: np.ascontiguousarray(a) if a.ndim else a for name, a in tensors.items()}
@@ -309,8 +340,10 @@ def _read_params(packed: PackedFile, name: str) -> Any:
     try:
         if name not in packed.modules:
             return jnp.asarray(packed.read(name))
-        names = part_names(abstract_packed(packed.modules[name]))
-        return jax.tree.map(lambda part: jnp.asarray(packed.read(f"{name}.{part}")), names)
+        node = abstract_packed(packed.modules[name])
+        return jax.tree.map(
+            lambda part, signs: jnp.asarray(packed.read_part(f"{name}.{part}", signs)),
+            part_names(node), row_signs(node))
     except SafetensorError as error:
         raise BadInput(f"{packed.path} lacks a tensor of {name}: fetch it again") from error
 

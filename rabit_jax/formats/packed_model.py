@@ -38,11 +38,11 @@ from rabit_jax.formats.packed_file import (
     metadata,
     module_names,
     module_table,
-    named_parts,
     nearest_16bit,
     open_packed,
     packed_kernels,
     part_names,
+    stored_parts,
 )
 from rabit_jax.formats.tokenizer import read_tokenizer
 from rabit_jax.models.config import ModelConfig
@@ -50,7 +50,7 @@ from rabit_jax.models.decoder import Decoder, check_params, param_shapes
 from rabit_jax.tree import is_weight, leaves
 from rabit_jax.types import Array, Json, Params, Shape, Tokenizer, Weight
 from rabit_jax.weights.description import describe
-from rabit_jax.weights.leaves import WeightNode
+from rabit_jax.weights.leaves import WeightNode, row_signs
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
       `linear_bytes`: bits, codes and scales of the packed linears, padding included;
       `other_bytes`: all other tensors; `file_bytes`: size of model.safetensors; `weights`: number
       of weights in the packed linears; `stored_bits_per_weight = 8 linear_bytes / weights`, which
-      is `k + 16 k (i + o) / (i o)` for k sign paths if i is a multiple of 256, and more if i is
+      is `k + 16 k (i + o) / (i o)` for k sign paths if i is a multiple of 64, and more if i is
       padded to one.
 
     Raises:
@@ -240,7 +240,7 @@ def _tensors(params: Params) -> dict[str, np.ndarray]:
     for path, leaf in params.items():
         stacked = path.startswith("layers/")
         if is_weight(leaf):
-            parts = named_parts(leaf).items()
+            parts = stored_parts(leaf).items()
             for n, module in enumerate(module_names(path, leaf.shape)):
                 out |= {f"{module}.{name}": a[n] if stacked else a for name, a in parts}
             continue
@@ -267,8 +267,9 @@ def _read(file: PackedFile, path: str, shape: Shape, node: Weight | None) -> Arr
     if node is not None:
         modules = module_names(path, shape)
         return jax.tree.map(
-            lambda part: _stack([file.read(f"{module}.{part}") for module in modules], path),
-            part_names(node),
+            lambda part, signs: _stack(
+                [file.read_part(f"{module}.{part}", signs) for module in modules], path),
+            part_names(node), row_signs(node),
         )
     rows = [file.read(name) for name, _ in tensor_names(path, shape)]
     return _stack([row.T for row in rows] if path.endswith("/kernel") else rows, path)

@@ -27,10 +27,12 @@ from rabit_jax.formats.packed_file import (
     METHOD,
     check_version,
     checksum,
+    in_memory,
     open_packed,
     part_names,
 )
 from rabit_jax.types import Json
+from rabit_jax.weights.leaves import row_signs
 from rabit_jax.weights.representations import abstract_packed
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class RabitQuantizer(HfQuantizer):
 
     modules: dict[str, Json]
     sha256: dict[str, str]
+    version: int
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raises BadInput where the model is not packed but is to be quantised on the way."""
@@ -79,7 +82,7 @@ class RabitQuantizer(HfQuantizer):
         if not checkpoint_files or len(checkpoint_files) != 1:
             raise BadInput(f"a packed folder holds one file of weights, found {checkpoint_files}")
         with open_packed(Path(checkpoint_files[0])) as file:
-            self.modules, self.sha256 = file.modules, file.sha256
+            self.modules, self.sha256, self.version = file.modules, file.sha256, file.version
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The model's own conversions, and for each packed module that of its arrays."""
@@ -130,7 +133,8 @@ class _Unpack:
 
         given = {name.strip("^$"): value for name, value in input_dict.items()}
         arrays = {name: self._array(given, f"{self.module}.{name}") for name in self.names}
-        node = _filled(self.hf_quantizer.modules[self.module], arrays)
+        quantizer = self.hf_quantizer
+        node = _filled(quantizer.modules[self.module], arrays, quantizer.version)
         dense = np.array(np.asarray(node.dense()).T, order="C")
         target = f"{self.module}.weight"
         return {target: torch.from_numpy(dense).to(model.get_parameter(target).dtype)}
@@ -152,6 +156,9 @@ def _part_list(header: Json) -> list[str]:
     return jax.tree.leaves(part_names(abstract_packed(header)))
 
 
-def _filled(header: Json, arrays: Mapping[str, np.ndarray]) -> Any:
-    """The packed node of a header with its arrays."""
-    return jax.tree.map(lambda name: jnp.asarray(arrays[name]), part_names(abstract_packed(header)))
+def _filled(header: Json, arrays: Mapping[str, np.ndarray], version: int) -> Any:
+    """The packed node of a header with its arrays, from a file of that version."""
+    node = abstract_packed(header)
+    return jax.tree.map(
+        lambda name, signs: jnp.asarray(in_memory(arrays[name], signs, version)),
+        part_names(node), row_signs(node))

@@ -14,7 +14,8 @@ layers, are never written. An axis is one of
     i//group          ceil(i / group), groups of consecutive inputs
     2^b               entries of a table that codes of b bits address
     k-1               one less than k
-    i/8               signs along i, eight to a byte: 32 ceil(i / 256) bytes in the layout rb256
+    i/8               signs along i, eight to a byte: 32 ceil(i / 256) bytes in the layout rb256,
+                      8 ceil(i / 64) in a file
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 from flax import struct
 
 from rabit_jax.errors import BadInput, check_choice
-from rabit_jax.kernels.layout import packed_bytes
+from rabit_jax.kernels.layout import packed_bytes, stored_bytes
 from rabit_jax.signs.ste import summed
 from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Shape
@@ -72,6 +73,18 @@ class Leaf:
         for axis in packed:
             rows, bits = [*rows, axis.removesuffix("/8")], bits // 8
         return bits * prod(axis_size(axis, sizes) for axis in rows)
+
+    def row_signs(self, sizes: Sizes) -> int:
+        """Signs of one packed row; 0 for an array that is not packed."""
+        last = self.names[-1] if self.axes else ""
+        return axis_size(last.removesuffix("/8"), sizes) if _is_packed(last) else 0
+
+    def stored_bytes(self, sizes: Sizes) -> int:
+        """Bytes of the packed array of one matrix in a file."""
+        one = self.outline(sizes)
+        signs = self.row_signs(sizes)
+        shape = (*one.shape[:-1], stored_bytes(signs)) if signs else one.shape
+        return prod(shape) * np.dtype(one.dtype).itemsize
 
     def outline(self, sizes: Sizes) -> jax.ShapeDtypeStruct:
         """Shape and dtype of the packed array of one matrix."""
@@ -212,9 +225,9 @@ class WeightNode:
         return jax.tree.map(lambda one: one.role, declaration(self))
 
     def deployed_bytes(self) -> int:
-        """Bytes of all arrays once packed, padding included; from the shapes alone."""
-        stored = [one.outline(self.sizes()) for one in _packed_leaves(self)]
-        own = sum(prod(s.shape) * np.dtype(s.dtype).itemsize for s in stored)
+        """Bytes of all arrays in a packed file, padding included; from the shapes alone."""
+        stored = _packed_leaves(self)
+        own = sum(one.stored_bytes(self.sizes()) for one in stored)
         total = prod(self.lead()) * own if stored else 0
         return total + sum(part.deployed_bytes() for part in parts(self))
 
@@ -278,6 +291,22 @@ def declaration(node: Any) -> Any:
         f.name: _declared(node, f) for f in _fields(node)
         if f.metadata.get("pytree_node", True) and getattr(node, f.name) is not None
     }
+    return node.replace(**found)
+
+
+def row_signs(node: Any) -> Any:
+    """The node with the number of signs of a packed row in place of each array, 0 where an array is
+    not packed; the sizes are those of the node and of its parts."""
+    if not isinstance(node, WeightNode):
+        return jax.tree.map(lambda _: 0, node)
+    sizes = node.sizes()
+    found = {}
+    for field in _fields(node):
+        held = getattr(node, field.name)
+        if "leaf" in field.metadata and held is not None:
+            found[field.name] = field.metadata["leaf"].row_signs(sizes)
+        elif _holds_parts(field):
+            found[field.name] = jax.tree.map(row_signs, held, is_leaf=is_weight)
     return node.replace(**found)
 
 

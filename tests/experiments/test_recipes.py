@@ -96,7 +96,7 @@ def test_bits_are_those_of_the_formula(name, bits, offline, capsys):
     if name != "littlebit_1bit":
         assert round(2 + 32 * sum(i + o for i, o in sides) / weights, 3) == bits
     assert run.main(["--config", name, "--dry-run"]) == 0
-    total = capsys.readouterr().out.splitlines()[-1].split()
+    total = capsys.readouterr().out.splitlines()[-2].split()
     assert total[:2] == ["total", f"{bits:.3f}"]
 
 

@@ -33,8 +33,8 @@ def test_checksums_cover_dtype_shape_and_bytes():
 
 
 def test_versions():
-    check_version({"format": "rb256", "version": "3"}, "file")
+    check_version({"format": "rb256", "version": "4"}, "file")
     check_version({"format": "rb256", "version": 3}, "config.json")
-    for found in ({}, {"format": "rb256", "version": 11}, {"format": "rb512", "version": 3}):
-        with pytest.raises(BadInput, match="^file has format .* version 3"):
+    for found in ({}, {"format": "rb256", "version": 11}, {"format": "rb512", "version": 4}):
+        with pytest.raises(BadInput, match="^file has format .* version 3 and 4"):
             check_version(found, "file")

@@ -63,22 +63,24 @@ def test_round_trip(params, tmp_path, small, words):
     np.testing.assert_array_equal(run(found), run(params))
     raw = json.loads((target / "config.json").read_text())
     assert raw["quantization_config"] == {
-        "spec": {"k": 2}, "quant_method": "rabit", "format": "rb256", "version": 3,
+        "spec": {"k": 2}, "quant_method": "rabit", "format": "rb256", "version": 4,
         "types": ["sign"]}
     with pytest.raises(BadInput, match="unsupported quantization_config"):
         io.load_hf(target)
 
 
-def test_the_file_read_by_hand(params, folder):  # bit p of byte j is input 256 c + 32 p + j
+def test_the_file_read_by_hand(params, folder):
+    # Bit p of byte j is input 256 c + 32 p + j, and 256 + 8 p + j in the last block of 64 inputs.
     header, data = raw_file(folder)
     name, node = "model.layers.1.mlp.down_proj", params["layers"]["mlp"]["down"]["kernel"]
     entry = header[f"{name}.bits"]
-    assert entry["dtype"] == "U8" and entry["shape"] == [2, 40, 64]
+    assert entry["dtype"] == "U8" and entry["shape"] == [2, 40, 40]
     begin, end = entry["data_offsets"]
     bits = np.frombuffer(data[begin:end], np.uint8).reshape(entry["shape"])
     signs = np.asarray(node.signs())[1]
     for i in range(300):
-        c, p, j = i // 256, i % 256 // 32, i % 32
+        c, size = i // 256, 32 if i < 256 else 8
+        p, j = divmod(i % 256, size)
         np.testing.assert_array_equal(bits[:, :, 32 * c + j] >> p & 1, signs[:, i] > 0)
     for part, array in (("g", node.g), ("h", node.h)):
         assert header[f"{name}.{part}"]["dtype"] == "F16"
@@ -86,7 +88,7 @@ def test_the_file_read_by_hand(params, folder):  # bit p of byte j is input 256 
         stored = np.frombuffer(data[begin:end], np.float16)
         np.testing.assert_array_equal(stored, np.asarray(array)[1].ravel())
     meta = header["__metadata__"]
-    assert (meta["format"], meta["version"]) == ("rb256", "3")
+    assert (meta["format"], meta["version"]) == ("rb256", "4")
     assert json.loads(meta["modules"])[name] == {
         "type": "sign", "in": 300, "out": 40, "k": 2, "limbs": 3}
     assert json.loads(meta["config"])["hidden_size"] == 40
@@ -113,9 +115,9 @@ def test_bits_per_weight_are_counted_from_the_file(k, tmp_path, random_packed):
 
 def test_padding_is_counted(folder):
     shapes = [(40, 40), (40, 20), (40, 40), (40, 300), (40, 300), (300, 40)] * 2
-    bits = sum(2 * o * (-(-i // 256) * 256) + 32 * (i + o) for i, o in shapes)
+    bits = sum(2 * o * (-(-i // 64) * 64) + 32 * (i + o) for i, o in shapes)
     found = io.packed_bytes(folder)["stored_bits_per_weight"]
-    assert found == bits / sum(i * o for i, o in shapes) > 4
+    assert found == bits / sum(i * o for i, o in shapes) > 3
 
 
 def test_load_model_reads_both_kinds(params, folder, tmp_path, small, random_params):

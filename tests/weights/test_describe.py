@@ -51,13 +51,13 @@ def test_rows_are_the_bytes_that_packing_leaves(student):
     assert [row.representation for row in after.rows] == ["PackedSign", "PackedSign", "array"]
 
     assert rows["a/kernel"].deployed_bytes == 2 * 3 * (8 * 32 + 2 * (256 + 8))
-    assert rows["b/kernel"].deployed_bytes == 6 * 32 + 2 * (10 + 6)
+    assert rows["b/kernel"].deployed_bytes == 6 * 8 + 2 * (10 + 6)
     assert rows["c/kernel"].deployed_bytes == 2 * 16
     assert rows["b/kernel"].trained_bytes == 2 * 60 + 4 * (10 + 6)
     assert rows["a/kernel"].trained_bytes == 4 * 2 * (256 * 8 + 3 * (256 + 8))
     assert rows["a/kernel"].bits_per_weight == pytest.approx(3 + 48 * 264 / 2048)
     assert rows["b/kernel"].bits_per_weight == pytest.approx(1 + 16 * 16 / 60)
-    assert rows["b/kernel"].stored_bits_per_weight == pytest.approx(8 * 224 / 60)
+    assert rows["b/kernel"].stored_bits_per_weight == pytest.approx(8 * 80 / 60)
 
     nodes = [x for x in after.rows if x.k]
     assert [x.trained_bytes for x in nodes] == [x.deployed_bytes for x in before.quantised]
@@ -78,7 +78,7 @@ def test_the_table_shows_every_row_and_the_total(student):
         f"{whole:.3f} over the whole model, {16 / whole:.2f} times smaller than bfloat16"
     )
     # The padding of the rows of 10 inputs is stored, so it is counted.
-    assert f"{8 * 224 / 60:7.3f}" in text[2]
+    assert f"{8 * 80 / 60:7.3f}" in text[2]
 
 
 def test_a_tree_without_nodes_is_described_too():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rabit_jax import BadInput
+from rabit_jax.formats.packed_file import stored_parts
 from rabit_jax.types import Weight
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.low_rank_sign import FACTOR_STE, LowRankSign, PackedLowRank, factor_sign
@@ -262,7 +263,7 @@ def test_a_scale_that_16_bits_cannot_hold_is_named(which, value):
 def test_bits_are_bytes_where_256_divides_both_sides(c):
     node = make(c, (3,), shape=(256, 512, R))
     packed = node.pack("w")
-    held = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(packed))
+    held = sum(array.nbytes for array in stored_parts(packed).values())
     want = c * (R * (256 + 512) + 16 * (256 + 512 + R)) / (256 * 512)
     for weight in (node, packed, jax.eval_shape(lambda: node)):
         assert weight.bits_per_weight() == pytest.approx(want, rel=1e-12)
@@ -271,7 +272,7 @@ def test_bits_are_bytes_where_256_divides_both_sides(c):
 
 def test_sizes_and_cost_need_shapes_only(uneven):
     node, packed = uneven
-    held = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(packed))
+    held = sum(array.nbytes for array in stored_parts(packed).values())
     want = Cost(2 * 2 * (300 + 5 + 31), 2 * 2 * 5 * (300 + 31), 0, held)
     for weight in (node, packed, jax.eval_shape(lambda: node), jax.eval_shape(lambda: packed)):
         assert weight.shape == (2, 300, 31) and weight.k == 2 and weight.rank == 5

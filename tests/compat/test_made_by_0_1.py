@@ -79,6 +79,8 @@ def test_a_resolved_config_reads_back_to_the_same_text(place, name):
 def test_a_finished_run_is_found_complete(place):
     folder = place / "runs" / "tiny"
     before, packed = summary(folder), (folder / "packed/model.safetensors").read_bytes()
+    # The cost is that of the present format, whose rows have less padding.
+    assert before["cost"].pop("bytes") > 0
     shown = run("tiny.yaml")
     stages = ("teacher", "calibrate", "init", "qat", "evaluate", "pack", "generate")
     assert all(f"{stage}: complete with the same inputs, skipped" in shown for stage in stages)

@@ -317,6 +317,14 @@ def _inputs(
     return found
 
 
+def _qat_inputs(run: Inputs, ids: Ids) -> Read:
+    """The inputs of training; what 0.1 began is another training unless gamma is 0."""
+    sections = ("qat", "compute", "seed", "evaluate")
+    read = _inputs("qat", sections, ("train", "held_out"), "init")(run, ids)
+    other = "its error of the hidden states was not relative to the teacher's"
+    return dataclasses.replace(read, changed=other if run.config.qat.gamma else "")
+
+
 def _teacher_inputs(run: Inputs, ids: Ids) -> Read:
     """The files of a given teacher, or what one that is trained here depends on."""
     if path := run.config.teacher.path:
@@ -341,7 +349,7 @@ STAGES = (
     Stage(
         "qat",
         qat,
-        _inputs("qat", ("qat", "compute", "seed", "evaluate"), ("train", "held_out"), "init"),
+        _qat_inputs,
         ("checkpoints/student",),
     ),
     Stage("evaluate", evaluate, _inputs("evaluate", ("evaluate",), ("held_out",), "qat")),

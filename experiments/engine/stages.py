@@ -43,11 +43,14 @@ class Read:
       label: opens the hash: the stage or the task.
       values: JSON, dataclasses or digests by name.
       flat: whether the values stand in the hash side by side; earlier versions had it either way.
+      changed: what version 0.1 computed otherwise in the middle of this stage, as a sentence; a
+        stage that it began is then not gone on with. Empty where nothing changed.
     """
 
     label: str
     values: Mapping[str, Any]
     flat: bool = False
+    changed: str = ""
 
     @property
     def key(self) -> str:
@@ -212,6 +215,10 @@ def _check_resumable(
         before = _started(folder.path, stage)
     else:
         before = read_record(_record(folder.path, stage), FIELDS)
+    if unfinished is stage and read.changed and before and "inputs" not in before:
+        raise BadInput(
+            f"cannot resume {folder.path}: version 0.1 began stage {stage.name}, and "
+            f"{read.changed}; run without --resume to start that stage again, or go on with 0.1")
     if before is None or before.get("key") == read.key:
         return
     reader = "it" if unfinished is stage else f"stage {stage.name}"

@@ -110,7 +110,7 @@ def test_it_is_converted_trained_on_a_mesh_packed_and_read_back(module, tmp_path
     node = found["one"][0]
     assert not np.array_equal(node.latent, w)
     packed = pack({"q": {"kernel": node}})
-    assert packed["q"]["kernel"].deployed_bytes() == 2 * (32 * 32 + 2 * 32)
+    assert packed["q"]["kernel"].deployed_bytes() == 2 * (32 * 8 + 2 * 32)
     read = load_packed_params(save_packed_params(tmp_path / "own.safetensors", packed))
     same = jax.tree.map(lambda a, b: bool((a == b).all()), packed, read)
     assert all(jax.tree.leaves(same))

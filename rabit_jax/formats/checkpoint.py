@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.formats.folder import FILE, find_folder, finite_as, read_generation, read_json
-from rabit_jax.formats.gguf import LINK, Rearranged, hf_tensors
+from rabit_jax.formats.gguf import LINK, hf_tensors
 from rabit_jax.formats.gguf_file import GGUFTensor, read_gguf
 from rabit_jax.formats.hf_config import from_hf
 from rabit_jax.formats.hf_fields import token_ids
@@ -68,7 +68,7 @@ class Stored(NamedTuple):
             yield rows, piece
 
 
-Tensor: TypeAlias = Stored | GGUFTensor | Rearranged
+Tensor: TypeAlias = Stored | GGUFTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +148,16 @@ def read_config(path: str | Path) -> ModelConfig:
       BadInput: no such model, or a config or tokenizer that cannot be read or is not supported.
     """
     folder = find_folder(path)
-    config = with_end_tokens(from_hf(read_json(folder / "config.json")), folder)
-    return with_end_token_of(load_tokenizer(folder), config)
+    return with_end_token_of(load_tokenizer(folder), folder_config(folder))
+
+
+def folder_config(folder: Path) -> ModelConfig:
+    """The config of a model's folder without the end token of its tokenizer, which is not read.
+
+    Raises:
+      BadInput: a config that cannot be read or is not supported.
+    """
+    return with_end_tokens(from_hf(read_json(folder / "config.json")), folder)
 
 
 def with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:

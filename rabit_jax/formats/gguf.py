@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from rabit_jax.atomic import replacing, write_text
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from rabit_jax.formats.gguf_tokenizer import end_ids, read_tokenizer
-from rabit_jax.types import Json, Shape
+from rabit_jax.types import Json
 
 LINK = "model.gguf"
 VERSION = 1  # of what is written into the folder; a new one makes new folders
@@ -155,7 +153,7 @@ def hf_config(file: GGUFFile) -> Json:
     return raw
 
 
-def hf_tensors(file: GGUFFile) -> dict[str, GGUFTensor | Rearranged]:
+def hf_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
     """The tensors of a file by Hugging Face's names, as Hugging Face stores them.
 
     llama.cpp stores the rows of a Llama's q and k in the order of its rotary pairs, and the scales
@@ -168,7 +166,7 @@ def hf_tensors(file: GGUFFile) -> dict[str, GGUFTensor | Rearranged]:
     modules = _MODULES | (_GEMMA_MODULES if name == "gemma3" else {})
     heads = {"attn_q": file.fields[f"{name}.attention.head_count"]}
     heads["attn_k"] = file.fields.get(f"{name}.attention.head_count_kv", heads["attn_q"])
-    found: dict[str, GGUFTensor | Rearranged] = {}
+    found: dict[str, GGUFTensor] = {}
     for tensor in file.tensors.values():
         if tensor.name == ROPE_FREQUENCIES:
             continue
@@ -180,55 +178,12 @@ def hf_tensors(file: GGUFFile) -> dict[str, GGUFTensor | Rearranged]:
         else:
             raise BadInput(f"unsupported {tensor.label}: the {name} models known here have no "
                            "tensor of that name")
-        norm = renamed.endswith("norm.weight")
         if name == "llama" and part[-2] in heads:
-            found[renamed] = Rearranged(tensor, rows=half_split_rows(tensor.shape[0],
-                                                                     heads[part[-2]]))
-        elif name == "gemma3" and norm:
-            found[renamed] = Rearranged(tensor, minus=1.0)
-        else:
-            found[renamed] = tensor
+            tensor = tensor._replace(places=half_split_rows(tensor.shape[0], heads[part[-2]]))
+        elif name == "gemma3" and renamed.endswith("norm.weight"):
+            tensor = tensor._replace(added=1.0)
+        found[renamed] = tensor
     return found
-
-
-@dataclass(frozen=True)
-class Rearranged:
-    """A tensor whose rows belong elsewhere, or whose values have an offset.
-
-    Attributes:
-      tensor: as stored.
-      rows: for each stored row its place; None where they are in place.
-      minus: subtracted from every value.
-    """
-
-    tensor: GGUFTensor
-    rows: np.ndarray | None = None
-    minus: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """Its name in the file."""
-        return self.tensor.name
-
-    @property
-    def dtype(self) -> str:
-        """Its quantisation type."""
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> Shape:
-        """Its shape, which is that of the stored tensor."""
-        return self.tensor.shape
-
-    @property
-    def label(self) -> str:
-        """The tensor and its file, for error messages."""
-        return self.tensor.label
-
-    def pieces(self) -> Iterator[tuple[slice | np.ndarray, np.ndarray]]:
-        """Where rows belong, and the rows, as `GGUFTensor.pieces`."""
-        for rows, piece in self.tensor.pieces():
-            yield rows if self.rows is None else self.rows[rows], piece - np.float32(self.minus)
 
 
 def half_split_rows(rows: int, heads: int) -> np.ndarray:

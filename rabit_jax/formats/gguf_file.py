@@ -9,6 +9,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class GGUFTensor(NamedTuple):
       shape: as torch has it, the longest-strided axis first.
       type: number of its quantisation type.
       offset: of its first byte in the file.
+      places: for each stored row where it belongs, int `[rows]`; None where rows are in place.
+      added: what the file adds to every value.
     """
 
     file: Path
@@ -48,6 +51,8 @@ class GGUFTensor(NamedTuple):
     shape: Shape
     type: int
     offset: int
+    places: np.ndarray | None = None
+    added: float = 0.0
 
     @property
     def label(self) -> str:
@@ -59,8 +64,8 @@ class GGUFTensor(NamedTuple):
         """Its quantisation type, such as Q4_K."""
         return type_name(self.type)
 
-    def pieces(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """The tensor as float32 slices of its first axis, each of about `PIECE_BYTES`.
+    def pieces(self) -> Iterator[tuple[slice | np.ndarray, np.ndarray]]:
+        """Where rows of the first axis belong, and these rows as float32, of about `PIECE_BYTES`.
 
         Raises:
           BadInput: the file has become shorter, or cannot be read any more.
@@ -69,18 +74,18 @@ class GGUFTensor(NamedTuple):
         from gguf.quants import dequantize
 
         kind = GGMLQuantizationType(self.type)
-        row_bytes = stored_bytes(self.shape[-1:], self.type)
-        inner = prod(self.shape[1:-1]) if len(self.shape) > 1 else 1
-        rows = self.shape[0] if len(self.shape) > 1 else 1
-        step = max(1, PIECE_BYTES // (4 * max(1, prod(self.shape[1:])))) if rows > 1 else 1
-        for begin in range(0, rows, step):
-            count = min(step, rows - begin)
-            data = self._bytes(begin * inner * row_bytes, count * inner * row_bytes)
-            values = dequantize(data.reshape(count * inner, row_bytes), kind).astype(np.float32)
-            if len(self.shape) == 1:
-                yield slice(0, self.shape[0]), values.reshape(self.shape)
-            else:
-                yield slice(begin, begin + count), values.reshape(count, *self.shape[1:])
+        # Blocks lie along the last axis, so a vector is decoded as a whole.
+        step = max(1, PIECE_BYTES // (4 * prod(self.shape[1:])))
+        step = self.shape[0] if len(self.shape) == 1 else step
+        for begin in range(0, self.shape[0], step):
+            rows = slice(begin, min(begin + step, self.shape[0]))
+            shape = (rows.stop - begin, *self.shape[1:])
+            first = stored_bytes((begin, *self.shape[1:]), self.type)
+            data = self._bytes(first, stored_bytes(shape, self.type))
+            row_bytes = stored_bytes(self.shape[-1:], self.type)
+            values = dequantize(data.reshape(-1, row_bytes), kind).astype(np.float32)
+            values = values.reshape(shape) - np.float32(self.added)
+            yield rows if self.places is None else self.places[rows], values
 
     def _bytes(self, begin: int, count: int) -> np.ndarray:
         try:
@@ -159,17 +164,10 @@ def type_name(kind: int) -> str:
 
 def _check_tensor(tensor: GGUFTensor, size: int) -> None:
     """Raises BadInput for a type that cannot be decoded, or data beyond the end of the file."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    name = type_name(tensor.type)
-    try:
-        kind = GGMLQuantizationType(tensor.type)
-        block, row = GGML_QUANT_SIZES[kind]
-        dequantize(np.zeros((1, row), np.uint8), kind)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    name, block = type_name(tensor.type), _block(tensor.type)
+    if not block:
         raise BadInput(f"unsupported type {name} of {tensor.label}: the gguf package does not "
-                       "decode it") from error
+                       "decode it")
     if tensor.shape[-1] % block:
         raise BadInput(f"{tensor.label} has rows of {tensor.shape[-1]}, wanted a multiple of "
                        f"{block} for {name}: fetch the file again")
@@ -177,6 +175,20 @@ def _check_tensor(tensor: GGUFTensor, size: int) -> None:
     if end > size:
         raise BadInput(f"{tensor.label} ends at byte {end} of a file of {size}: the file is "
                        "truncated, fetch it again")
+
+
+@functools.cache
+def _block(kind: int) -> int:
+    """Values of a block of a quantisation type; 0 where the gguf package does not decode it."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    try:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        dequantize(np.zeros((1, size), np.uint8), GGMLQuantizationType(kind))
+    except (ValueError, KeyError, NotImplementedError):
+        return 0
+    return block
 
 
 def _aligned(offset: int, alignment: int) -> int:

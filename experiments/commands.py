@@ -5,42 +5,36 @@
 
 from __future__ import annotations
 
+import importlib
+
 from rabit_jax.experiments.engine.signals import AGAIN, CELLS, CONTINUE, watch
-
-
-def _watch(argv: list[str] | None, message: str) -> None:
-    """Watch in a command; with `argv` it is a call from Python, whose process goes on."""
-    if argv is None:
-        watch(message)
 
 
 def run(argv: list[str] | None = None) -> int:
     """`rabit-run`."""
-    _watch(argv, CONTINUE)
-    from rabit_jax.experiments.run import main
-
-    return main(argv)
+    return _start("run", CONTINUE, argv)
 
 
 def ptq(argv: list[str] | None = None) -> int:
     """`rabit-ptq`."""
-    _watch(argv, CONTINUE)
-    from rabit_jax.experiments.ptq import main
-
-    return main(argv)
+    return _start("ptq", CONTINUE, argv)
 
 
 def ablate(argv: list[str] | None = None) -> int:
     """`rabit-ablate`."""
-    _watch(argv, CELLS)
-    from rabit_jax.experiments.ablate import main
-
-    return main(argv)
+    return _start("ablate", CELLS, argv)
 
 
 def evaluate(argv: list[str] | None = None) -> int:
     """`rabit-evaluate`."""
-    _watch(argv, AGAIN)
-    from rabit_jax.experiments.evaluate import main
+    return _start("evaluate", AGAIN, argv)
 
-    return main(argv)
+
+def _start(name: str, stopped: str, argv: list[str] | None) -> int:
+    """Watch signals, then import and run a command; `stopped` is what one that ends it prints.
+
+    With `argv` it is a call from Python, whose process goes on after a signal.
+    """
+    if argv is None:
+        watch(stopped)
+    return importlib.import_module(f"rabit_jax.experiments.{name}").main(argv)

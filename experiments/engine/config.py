@@ -100,20 +100,29 @@ def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return found
 
 
-def to_dict(config: Any) -> Any:
-    """Return dataclasses, nested in whatever way, as the dicts, lists and scalars of JSON."""
+def to_dict(config: Any, recorded: bool = False) -> Any:
+    """Return dataclasses, nested in whatever way, as the dicts, lists and scalars of JSON.
+
+    Args:
+      config: what is to be shown or stored.
+      recorded: leave out the fields that came after 0.1 where they have their defaults, so that the
+        records of earlier runs keep their keys, and their configs their text.
+    """
     if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        values = ((f, getattr(config, f.name)) for f in dataclasses.fields(config))
+        return {f.name: to_dict(value, recorded) for f, value in values
+                if not (recorded and ADDED in f.metadata and value == f.default)}
     if isinstance(config, dict):
-        return {str(key): to_dict(value) for key, value in config.items()}
+        return {str(key): to_dict(value, recorded) for key, value in config.items()}
     if isinstance(config, tuple | list):
-        return [to_dict(item) for item in config]
+        return [to_dict(item, recorded) for item in config]
     return str(config) if isinstance(config, Path) else config
 
 
 def dump_yaml(config: Any) -> str:
     """Return the YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(_recorded(config), sort_keys=False, allow_unicode=True, width=100)
+    tree = to_dict(config, recorded=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
 def difference(a: Any, b: Any) -> str:
@@ -127,28 +136,13 @@ def difference(a: Any, b: Any) -> str:
     return "\n".join(lines)
 
 
-def _recorded(config: Any) -> Any:
-    """As `to_dict`, without the fields that came after 0.1 where they have their defaults.
-
-    So the records of earlier runs keep their keys, and their configs their text.
-    """
-    if dataclasses.is_dataclass(config):
-        return {f.name: _recorded(getattr(config, f.name)) for f in dataclasses.fields(config)
-                if not (ADDED in f.metadata and getattr(config, f.name) == f.default)}
-    if isinstance(config, dict):
-        return {str(key): _recorded(value) for key, value in config.items()}
-    if isinstance(config, tuple | list):
-        return [_recorded(item) for item in config]
-    return to_dict(config)
-
-
 def section_hash(*objects: Any) -> str:
     """Return the SHA-256 (hex) of the JSON form of dataclasses, dicts, sequences and scalars.
 
     The same on every machine and Python; the order of dict keys does not matter, that of the
     objects does.
     """
-    text = json.dumps(_recorded(objects), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(to_dict(objects, recorded=True), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

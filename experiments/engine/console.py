@@ -131,8 +131,6 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--import", action=_Import, metavar="MODULE", dest="imported", default=[],
                         help="import a module of yours first, such as one that defines a weight "
                              "representation; may be given several times")
-
-
     parser.add_argument("--print-completion", action=_Completion, metavar="SHELL",
                         choices=("bash", "zsh", "tcsh"),
                         help="print the completion of the installed command for bash, zsh or tcsh")

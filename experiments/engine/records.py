@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rabit_jax import BadInput
-from rabit_jax.atomic import write_text
+from rabit_jax.atomic import digest, free_name, write_text
 from rabit_jax.progress import say
 
 Record: TypeAlias = dict[str, Any]  # what JSON holds
@@ -52,23 +52,8 @@ def read_record(file: Path, wanted: Mapping[str, type] | None = None) -> Record 
     return None
 
 
-def free_name(file: Path) -> Path:
-    """The path itself, or with a number behind it where it is taken."""
-    found, count = file, 1
-    while found.exists() or found.is_symlink():
-        count += 1
-        found = file.with_name(f"{file.name}-{count}")
-    return found
-
-
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -15,13 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rabit_jax import BadInput
-from rabit_jax.atomic import replacing
+from rabit_jax.atomic import digest, replacing
 from rabit_jax.data.sources import documents, mixed, unseen_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows
-from rabit_jax.experiments.engine.records import digest, digests, read_record, write_record
+from rabit_jax.experiments.engine.records import digests, read_record, write_record
 from rabit_jax.experiments.engine.settings import RunConfig
-from rabit_jax.formats.checkpoint import read_config
+from rabit_jax.formats.checkpoint import folder_config
 from rabit_jax.formats.folder import find_folder
 from rabit_jax.formats.tokenizer import (
     check_ids,
@@ -67,7 +67,8 @@ class Text:
     def tokenizer(self) -> Any:
         """The teacher's tokeniser; if it is trained here, a byte-level BPE of the training text."""
         if path := self.config.teacher.path:
-            found = read_tokenizer(find_folder(path), read_config(path))
+            folder = find_folder(path)
+            found = read_tokenizer(folder, folder_config(folder))
             if found is None:
                 raise BadInput(
                     f"teacher.path {path} has no tokeniser: add its tokenizer.json to the folder"
@@ -123,7 +124,7 @@ class Text:
     def _check_ids(self, text: TokenText) -> None:
         """Raises BadInput for a token that the teacher's table has no row for."""
         if path := self.config.teacher.path:
-            size = read_config(path).vocab_size
+            size = folder_config(find_folder(path)).vocab_size
             if tokens_beyond(self.tokenizer, size):  # else no text can hold one
                 check_ids(text.tokens, self.tokenizer, size)
 

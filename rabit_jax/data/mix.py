@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+from rabit_jax.atomic import digest
 from rabit_jax.data.readers import (
     NAMED,
     check_name,
@@ -111,8 +112,7 @@ def _identity(part: Part) -> dict[str, object]:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest(path)
     except OSError as error:
         raise BadInput(f"cannot read {str(path)!r}: {error.strerror}; check the path") from error
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Bool, PyTree, UInt32
 
-from rabit_jax.atomic import remove
+from rabit_jax.atomic import free_name, remove
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.types import Array
 
@@ -196,12 +196,8 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         """Rename what has the name of a step to a name that is free."""
-        wanted = free = f"{self.folder}-damaged-{step}"
-        count = 1
-        while os.path.lexists(free):
-            count += 1
-            free = f"{wanted}-{count}"
-        os.rename(self.folder / str(step), free)
+        wanted = self.folder.with_name(f"{self.folder.name}-damaged-{step}")
+        os.rename(self.folder / str(step), free_name(wanted))
 
     def wait(self) -> None:
         """Wait until the last save is on disk; raises any error of the background thread."""

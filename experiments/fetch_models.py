@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from rabit_jax.atomic import digest, replacing
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import EXIT_CODES, main_guard
+from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, main_guard
 from rabit_jax.progress import say
 
 FOLDER = Path(".cache/models")
@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.fetch_models", description=(__doc__ or "").strip(),
         epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_options(parser)
     parser.add_argument("names", nargs="*", metavar="NAME", default=list(MODELS),
                         help=f"which of {', '.join(MODELS)} (default: all)")
     return main_guard(lambda: _run(parser.parse_args(argv).names))

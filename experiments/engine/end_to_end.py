@@ -1,7 +1,8 @@
-"""The stages of task ptq behind tuning: distillation by scales and norms alone, then packing.
+"""The stages of task ptq behind tuning: distillation of the whole student, then packing.
 
-The student is the packed model with its scales, levels and norms in float32. Its signs and codes
-are constant, so no latents are kept and the optimiser's state is small.
+By default the student is the packed model with its scales, levels and norms in float32. Its signs
+and codes are constant, so there are no latents and the optimiser's state is small. Where latents
+are not frozen, those that tuning has kept train too, which is quantisation-aware training of all.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ from rabit_jax.experiments.engine.ptq import (
 from rabit_jax.experiments.engine.records import Record
 from rabit_jax.experiments.engine.stages import Ids, Read, Stage
 from rabit_jax.experiments.engine.sweeps import FromBlocks
+from rabit_jax.experiments.engine.tuning import trained_name
+from rabit_jax.formats.packed_file import part_names
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.train.checkpoints import abstract
 from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import one_device_mesh
 from rabit_jax.train.trainer import make_trainer
-from rabit_jax.types import Array, Batch, Params
+from rabit_jax.tree import map_leaves, weights_of
+from rabit_jax.types import Array, Batch, Params, Weight
 from rabit_jax.weights.description import leaf_bytes
 from rabit_jax.weights.fixed import fixed
 
@@ -40,7 +44,7 @@ NAME = "end_to_end"
 
 
 def end_to_end(job: Job, continues: bool) -> Record:
-    """Distil the teacher into the scales, levels and norms of the packed blocks."""
+    """Distil the teacher into what the section does not freeze."""
     section, compute = job.config.end_to_end, job.config.compute
     model = Decoder(dataclasses.replace(job.model_config, remat=compute.remat))
     flat = {path: jnp.asarray(job.checkpoint.read(path)) for path in job.checkpoint.shapes}
@@ -68,7 +72,22 @@ def _student(job: Job) -> Params:
     """The blocks as tuned, or as initialised where no tuning was asked for."""
     pieces = job.tuned if job.config.tune.epochs else job.blocks
     params, _ = stacked_blocks(job, FromBlocks(job.checkpoint, pieces, block_name))
-    return fixed(jax.tree.map(jnp.asarray, params))
+    params = jax.tree.map(jnp.asarray, params)
+    if not job.config.end_to_end.trains_latents:
+        return fixed(params)
+    layers = range(job.model_config.n_layers)
+    arrays = [job.tuned.read_arrays(trained_name(n))[0] for n in layers]
+
+    def stacked(path: str, node: Weight) -> Weight:
+        return jax.tree.map(
+            lambda part: jnp.concatenate([one.pop(f"{path}:{part}") for one in arrays]),
+            part_names(node),
+        )
+
+    shapes = weights_of(job.abstract_student())
+    return map_leaves(
+        lambda path, leaf: stacked(path, shapes[path]) if path in shapes else leaf, params
+    )
 
 
 def packing(job: Job, continues: bool) -> Record:

@@ -143,14 +143,41 @@ class Pieces:
         for path, one in (stats or {}).items():
             arrays |= {f"{path}:s_in": np.asarray(one.s_in), f"{path}:s_out": np.asarray(one.s_out)}
         headers = {path: node.header() for path, node in packed.items()}
-        sums = {name: checksum(np.asarray(array)) for name, array in arrays.items()}
         metadata = {"headers": json.dumps(headers), "record": json.dumps(record)}
-        metadata["sha256"] = json.dumps({**sums, **_sums(metadata)})
-        write_tensors(self.folder / name, arrays, metadata)
+        self.write_arrays(name, arrays, metadata)
 
     def read_block(self, name: str) -> tuple[dict[str, Any], dict[str, Stats] | None, Record]:
         """What `write_block` kept: nodes and plain arrays by path, statistics (None where there
         were none), and the record.
+
+        Raises:
+          BadInput: the file cannot be read or is damaged.
+        """
+        arrays, header = self.read_arrays(name)
+        packed = {
+            path: jax.tree.map(lambda part, p=path: arrays[f"{p}:{part}"],
+                               part_names(abstract_packed(one)))
+            for path, one in header["headers"].items()
+        }
+        stats = {p: Stats(arrays[f"{p}:s_in"], arrays[f"{p}:s_out"])
+                 for p in packed if f"{p}:s_in" in arrays}
+        ending = f":{_PLAIN}"
+        plain = {key.removesuffix(ending): a for key, a in arrays.items() if key.endswith(ending)}
+        return packed | plain, stats or None, header["record"]
+
+    # arrays by name
+
+    def write_arrays(
+        self, name: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Keep arrays, and texts of JSON, with their checksums."""
+        sums = {name: checksum(np.asarray(array)) for name, array in arrays.items()}
+        texts = dict(metadata or {})
+        texts["sha256"] = json.dumps({**sums, **_sums(texts)})
+        write_tensors(self.folder / name, dict(arrays), texts)
+
+    def read_arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """What `write_arrays` kept, the texts parsed.
 
         Raises:
           BadInput: the file cannot be read or is damaged.
@@ -170,16 +197,7 @@ class Pieces:
                 f"cannot read {self.folder / name}, which is damaged ({first_line(error)}): remove "
                 f"{self.folder} to start the stage again"
             ) from error
-        packed = {
-            path: jax.tree.map(lambda part, p=path: arrays[f"{p}:{part}"],
-                               part_names(abstract_packed(one)))
-            for path, one in header["headers"].items()
-        }
-        stats = {p: Stats(arrays[f"{p}:s_in"], arrays[f"{p}:s_out"])
-                 for p in packed if f"{p}:s_in" in arrays}
-        ending = f":{_PLAIN}"
-        plain = {key.removesuffix(ending): a for key, a in arrays.items() if key.endswith(ending)}
-        return packed | plain, stats or None, header["record"]
+        return arrays, header
 
     # records
 

@@ -171,6 +171,8 @@ class Tune(TuningConfig):
       held_out: how many of the windows choose the epoch and are not trained on.
       inputs: of a block: what the blocks before it give once tuned and packed, "quantised", or
         what they give in full precision, "teacher".
+      keep_latents: write the tuned latents to disk too, in the size of the blocks in float32, so
+        that the stage end to end can train them.
       The others are those of `TuningConfig`: batch_size, patience, optimizer.
     """
 
@@ -179,6 +181,7 @@ class Tune(TuningConfig):
     length: Length = 512
     held_out: PositiveInt = 8
     inputs: Literal["quantised", "teacher"] = "quantised"
+    keep_latents: bool = False
 
     def __post_init__(self):
         """Raises BadInput where nothing is left to train on."""
@@ -191,21 +194,27 @@ class Tune(TuningConfig):
 
 @dataclass(frozen=True)
 class EndToEnd(Training):
-    """Distillation of the packed student by its scales, levels and norms, for task ptq.
-
-    Signs and codes are constant, so the state of the optimiser is small.
+    """Distillation of the whole student behind tuning, for task ptq.
 
     Attributes:
       steps: optimiser steps; 0 leaves this stage out.
       gamma: weight of the hidden-state error, as of task qat.
       watch_every: not read.
+      optimizer: by default of scales, levels and norms alone: signs and codes are constant then,
+        and the state is small. Without "latent" in `freeze` the latents that `tune.keep_latents`
+        has kept train too.
     """
 
     steps: NonNegativeInt = 0
     gamma: NonNegative = 0.0
     optimizer: OptimizerConfig = OptimizerConfig(
-        "relative", lr=2e-3, freeze=("embedding", "head", "matrix")
+        "relative", lr=3e-3, freeze=("embedding", "head", "matrix", "latent")
     )
+
+    @property
+    def trains_latents(self) -> bool:
+        """Whether latents train."""
+        return "latent" not in self.optimizer.freeze
 
 
 @dataclass(frozen=True)
@@ -317,3 +326,9 @@ class RunConfig:
             )
         if self.task == "qat" and (self.tune.epochs or self.end_to_end.steps):
             raise BadInput("tune.epochs and end_to_end.steps belong to task ptq: set task to ptq")
+        latents = self.end_to_end.steps and self.end_to_end.trains_latents
+        if latents and not (self.tune.epochs and self.tune.keep_latents):
+            raise BadInput(
+                "end_to_end.optimizer.freeze leaves latents to train, which are not kept: set "
+                "tune.epochs and tune.keep_latents, or add latent to it"
+            )

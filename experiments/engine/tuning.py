@@ -21,10 +21,16 @@ from rabit_jax.experiments.engine.records import Record
 from rabit_jax.experiments.engine.signals import stopping_between_steps
 from rabit_jax.experiments.engine.stages import Ids, Read, Stage
 from rabit_jax.experiments.engine.sweeps import FromBlocks, FromCheckpoint, Sweep, tuned_block
+from rabit_jax.formats.packed_file import named_parts
 from rabit_jax.progress import Progress, progress
 from rabit_jax.train.block_tuning import Tuned, tune_block
 from rabit_jax.tree import is_weight, leaves, map_leaves
 from rabit_jax.types import Params
+
+
+def trained_name(n: int) -> str:
+    """Name of the weights of a tuned block before packing."""
+    return f"trained-{n:03}.safetensors"
 
 
 def tune(job: Job, continues: bool) -> Record:
@@ -112,6 +118,10 @@ def _write(job: Job, n: int, tuned: Tuned) -> None:
     packed = {path: leaf.pack(f"{path} of layer {n}")
               for path, leaf in found.items() if is_weight(leaf)}
     plain = {path: np.asarray(leaf) for path, leaf in found.items() if not is_weight(leaf)}
+    if job.config.tune.keep_latents:
+        arrays = {f"{path}:{part}": array for path, leaf in found.items() if is_weight(leaf)
+                  for part, array in named_parts(leaf).items()}
+        job.tuned.write_arrays(trained_name(n), arrays)
     record = {"before": tuned.before, "after": tuned.after, "losses": list(tuned.losses)}
     job.tuned.write_block(block_name(n), packed, None, record, plain)
 

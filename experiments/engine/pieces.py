@@ -176,7 +176,7 @@ class Pieces:
         texts["sha256"] = json.dumps({**sums, **_sums(texts)})
         write_tensors(self.folder / name, dict(arrays), texts)
 
-    def read_arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def read_arrays(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `write_arrays` kept, the texts parsed.
 
         Raises:

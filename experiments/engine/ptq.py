@@ -1,8 +1,9 @@
-"""The stages of task ptq: a full-precision model in, a packed model out, without training.
+"""The first and last stages of task ptq: a full-precision model in, a packed model out.
 
 A forward pass keeps the input of every block on disk, a backward pass brings the gradients; each
 block is calibrated, initialised, packed and written before the next is read, so that one block is
-in memory. A run that was stopped goes on at the block that it had reached.
+in memory. A run that was stopped goes on at the block that it had reached. Stages that train come
+between the start and the scores, see `tuning` and `end_to_end`.
 """
 
 from __future__ import annotations

@@ -21,18 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rabit_jax import BadInput, Stats, convert, describe
+from rabit_jax import BadInput, Stats, convert, describe, pack
 from rabit_jax.calibration.blockwise import init_block
 from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.perplexities import from_nats
-from rabit_jax.experiments.engine.config import to_dict
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import (
     abstract_params,
     check_lengths,
     check_rules,
     check_teacher,
+    specs_of,
     write_stats,
 )
 from rabit_jax.experiments.engine.machine import peak_memory
@@ -76,7 +76,7 @@ class Job:
           BadInput: rules that select no kernel or one outside the blocks, text that is too short,
             sequences that are longer than the model's.
         """
-        check_rules(self.specs)
+        check_rules(match_rules(abstract_params(self.model_config), self.config.init.rules()))
         check_teacher(self.config.teacher.path)
         config, lengths = self.config, {}
         if config.calibrate.mode != "none":
@@ -96,8 +96,8 @@ class Job:
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
-        """Spec by path of every kernel that will be packed."""
-        return match_rules(abstract_params(self.model_config), self.config.init.rules())
+        """Spec by path of every kernel of a block that will be packed."""
+        return match_rules(abstract_params(self.model_config), self.config.init.block_rules())
 
     def abstract_student(self) -> Params:
         """Shapes of the whole model, initialised and not yet packed."""
@@ -276,11 +276,13 @@ def pack_model(job: Job) -> None:
         params = {path: _stacked(packed, path) if path in job.specs else job.checkpoint.read(path)
                   for path in job.checkpoint.shapes}
         params = unflatten_dict(params, sep="/")
+        key = jax.random.key(job.config.seed)
+        params = pack(convert(params, job.config.init.end_rules(), key=key))
         if stats[0]:
             stats = jax.tree.map(lambda *s: jnp.stack(s), *stats)
             write_stats(job.folder.path / "calibration.safetensors", stats)
             params = record_limbs(params, stats)
-        spec = {"spec": to_dict(job.config.init.spec)}
+        spec = specs_of(job.config.init)
         save_packed(
             folder, job.checkpoint.config, params, job.tokenizer, spec,
             read_generation(job.checkpoint.folder), job.config.teacher.path,

@@ -14,8 +14,10 @@ from rabit_jax.errors import BadInput
 from rabit_jax.kernels.layout import BLOCK_BYTES
 from rabit_jax.tree import is_weight, map_leaves
 from rabit_jax.types import Array, Params, Shape, Weight
+from rabit_jax.weights.grouped_sign import GroupedSign
 from rabit_jax.weights.leaves import Leaf, declaration
 from rabit_jax.weights.reshaped import Reshaped
+from rabit_jax.weights.table import Table
 
 AXES = ("data", "tensor")
 Axes: TypeAlias = tuple[str | None, str | None]
@@ -96,6 +98,10 @@ def weight_shardings(node: Weight, axes: Axes, mesh: Mesh) -> Any:
         axes_in, axes_out = (a if a and own[0] % mesh.shape[a] == 0 else None for a, own in sides)
         matrix = weight_shardings(node.matrix, (axes_in, axes_out), mesh)
         return node.replace(matrix=matrix)
+    if isinstance(node, Table):
+        return node.replace(matrix=weight_shardings(node.matrix, (axes[1], axes[0]), mesh))
+    if isinstance(node, GroupedSign):  # whose groups lie one below the other
+        return node.replace(blocks=weight_shardings(node.blocks, (None, axes[1]), mesh))
     split = {"i": axes[0], "o": axes[1]}
 
     def place(declared: Leaf, array: Array) -> NamedSharding:

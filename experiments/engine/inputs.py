@@ -284,7 +284,7 @@ def check_rules(selected: Collection[str]) -> None:
             "layers/.../kernel, and embed/embedding and head/kernel"
         )
     if not any(path.startswith("layers/") for path in selected):
-        raise BadInput("init.quantise and init.keep leave no kernel of a block to quantise")
+        raise BadInput("init.quantise and init.keep leave no kernel to quantise in the blocks")
 
 
 def specs_of(section: Init) -> Json:

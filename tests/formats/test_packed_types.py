@@ -36,6 +36,7 @@ CONFIG = ModelConfig(vocab_size=32, d_model=256, n_layers=2, n_heads=2, n_kv_hea
                      d_hidden=256, tied_head=True)
 SPECS = {
     "sign": ResidualSignSpec(k=2, rounds=0),
+    "grouped_sign": ResidualSignSpec(k=2, rounds=0, group=64),
     "low_rank": LowRankSignSpec(rank=16),
     "group_uniform": GroupUniformSpec(group=64),
     "dual_binary": DualBinarySpec(group=64),

@@ -9,6 +9,8 @@ from rabit_jax import BadInput, ResidualSignSpec, Stats, linear
 from rabit_jax.kernels import tiles
 from rabit_jax.kernels.grouped_signs import grouped_signs_matmul
 from rabit_jax.kernels.layout import pack_bits
+from rabit_jax.train.sharding import make_mesh, param_shardings
+from rabit_jax.tree import weights_of
 from rabit_jax.weights.grouped_sign import GroupedSign
 from rabit_jax.weights.laid import LaidGroupedSign, lay
 
@@ -122,6 +124,26 @@ def test_one_layer_of_a_stack_is_multiplied_where_it_lies(node):
     one = jax.tree.map(lambda a: a[1], packed)
     np.testing.assert_allclose(laid.matmul_at(x, 1), x @ dense64(one), atol=1e-4)
     np.testing.assert_allclose(linear(jnp.asarray(x), one), x @ dense64(one), atol=1e-4)
+
+
+@pytest.mark.parametrize(("path", "group", "shard"), [
+    ("layers/mlp/down/kernel", 8, (2, 1, 8, 24)),  # 4 groups over 4 devices
+    ("layers/mlp/down/kernel", 16, (2, 2, 4, 24)),  # 2 groups: a quarter of each
+    ("layers/mlp/up/kernel", 16, (2, 2, 16, 6)),
+])
+def test_latents_are_split_over_the_mesh(path, group, shard):
+    tree = {}
+    inner = tree
+    for part in path.split("/")[:-1]:
+        inner[part] = inner = {}
+    inner["kernel"] = ResidualSignSpec(k=1, rounds=0, group=group).init(kernel()[:, :32])
+    placed = jax.device_put(tree, param_shardings(tree, make_mesh({"data": 2, "tensor": 4})))
+    (node,) = weights_of(placed).values()
+    assert node.blocks.latent.addressable_shards[0].data.shape == shard
+    x = np.random.default_rng(3).normal(size=(4, 32)).astype(np.float32)
+    one = jax.tree.map(lambda a: a[1], node)
+    want = x.astype(np.float64) @ np.asarray(inner["kernel"].dense()[1], np.float64)
+    np.testing.assert_allclose(jax.jit(linear)(x, one), want, atol=1e-4)
 
 
 def test_the_spec():

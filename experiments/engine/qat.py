@@ -18,6 +18,7 @@ from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.calibration.probes import Batch
 from rabit_jax.evaluate.perplexities import unigram_entropy
 from rabit_jax.evaluate.sign_statistics import disordered_share, mean_flip_rate, snapshot
+from rabit_jax.experiments.engine.fitting import fit
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params, specs_of
 from rabit_jax.experiments.engine.measure import (
     diagnostics,
@@ -85,7 +86,7 @@ def teacher(run: Inputs, continues: bool) -> Record:
         )
 
     watch = Watch(section.watch_every, lambda _: None, after)
-    state = run.fit("teacher", section, trainer, continues, watch)
+    state = fit(run, "teacher", section, trainer, continues, watch)
     save_hf(run.teacher_folder, run.model, trainer.params(state), run.text.tokenizer)
     return {
         "path": run.teacher_folder,
@@ -191,7 +192,7 @@ def qat(run: Inputs, continues: bool) -> Record:
         return dominant_term(kl, hidden, section.gamma)
 
     watch = Watch(section.watch_every, lambda t: snapshot(merge(t, trainer.frozen)), after)
-    state = run.fit("qat", section, trainer, continues, watch, notice)
+    state = fit(run, "qat", section, trainer, continues, watch, notice)
     run.save_student(state.trainable)
     lines = [line for line in run.folder.metrics.lines() if line["stage"] == "qat"]
     return {

@@ -34,6 +34,7 @@ LABELS = {
     "round_to_nearest": "round to nearest, group 128",
     "greedy": "greedy SVID",
     "init": "calibrated init",
+    "tuned": "after block tuning",
     "qat": "after QAT",
     "packed": "packed",
 }

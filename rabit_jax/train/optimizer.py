@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,10 @@ class OptimizerConfig:
     """How params move.
 
     Attributes:
-      name: "muon" (latents and matrices by Muon, everything else by AdamW) or "adamw" for all.
+      name: "muon" (latents and matrices by Muon, everything else by AdamW), "adamw" for all, or
+        "relative" for AdamW whose step is in units of each array's own size, see `scale_by_size`.
       lr: peak learning rate of latents and matrices; Muon's update is scaled to AdamW's root mean
-        square (0.2), so one value suits both.
+        square (0.2), so one value suits both. Of "relative", 0.01 is a step of 1% of the array.
       scale_lr: peak learning rate of everything else; 0 takes `lr`.
       warmup: share of the steps over which the rate rises linearly.
       schedule: "cosine" to 0, or "constant" after the warm-up.
@@ -40,7 +41,7 @@ class OptimizerConfig:
         bias.
     """
 
-    name: Literal["muon", "adamw"] = "muon"
+    name: Literal["muon", "adamw", "relative"] = "muon"
     lr: float = 1e-3
     scale_lr: float = 0.0
     warmup: float = 0.02
@@ -150,19 +151,70 @@ def make_optimizer(config: OptimizerConfig, names: Any, steps: int) -> optax.Gra
     other = learning_rate(config, config.scale_lr or config.lr, steps)
     adam: dict[str, Any] = {"b1": config.beta1, "b2": config.beta2}
     labels = jax.tree.map(lambda n: "matrix" if n in MUON_ROLES else "other", names)
-    if config.name == "muon":
+    if config.name == "relative":
+        move = _relative_adam(config, matrix, config.weight_decay, (-2, -1))
+        rest = _relative_adam(config, other, 0.0, (-1,))
+    elif config.name == "muon":
         move = optax.contrib.muon(
             matrix,
             weight_decay=config.weight_decay,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=_last_two_axes,
         )
+        rest = optax.adamw(other, weight_decay=0.0, **adam)
     else:
         move = optax.adamw(matrix, weight_decay=config.weight_decay, **adam)
-    rest = optax.adamw(other, weight_decay=0.0, **adam)
+        rest = optax.adamw(other, weight_decay=0.0, **adam)
     parts: dict[Hashable, optax.GradientTransformation] = {"matrix": move, "other": rest}
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     return optax.chain(*clip, optax.partition(parts, labels))
+
+
+class SizeState(NamedTuple):
+    """State of `scale_by_size`.
+
+    Attributes:
+      sizes: of each array at the start, shaped to multiply with it.
+    """
+
+    sizes: Any
+
+
+def scale_by_size(axes: tuple[int, ...]) -> optax.GradientTransformation:
+    """`u <- rms(x_0) u`: updates in units of each array's root mean square when training began.
+
+    Latents, scales and norms of a model differ in size by orders of magnitude; behind Adam one
+    learning rate is then the share by which each of them moves in a step. An array of zeros stays
+    as it is.
+
+    Args:
+      axes: the mean is over these: both axes of a matrix, so that each layer of a stack has a size
+        of its own; the last of scales `[..., k, o]` and of norms, so that each path has one.
+    """
+
+    def size(x: jax.Array) -> jax.Array:
+        squares = jnp.square(x.astype(jnp.float32))
+        return jnp.sqrt(jnp.mean(squares, axis=axes, keepdims=True))
+
+    def init(params: Any) -> SizeState:
+        return SizeState(jax.tree.map(size, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, SizeState]:
+        return jax.tree.map(jnp.multiply, updates, state.sizes), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _relative_adam(
+    config: OptimizerConfig, rate: optax.Schedule, decay: float, axes: tuple[int, ...]
+) -> optax.GradientTransformation:
+    # A relative loss over millions of weights has gradients far below the usual epsilon of 1e-8.
+    return optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, eps=1e-15),
+        scale_by_size(axes),
+        optax.add_decayed_weights(decay),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def _last_two_axes(params: Any) -> Any:

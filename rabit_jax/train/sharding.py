@@ -57,6 +57,11 @@ def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
     return Mesh(np.asarray(jax.devices()).reshape(sizes), AXES)
 
 
+def one_device_mesh() -> Mesh:
+    """Mesh of the first device alone."""
+    return Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), AXES)
+
+
 def kernel_axes(path: str) -> Axes:
     """Axes of the mesh that the inputs and the outputs of a kernel are split over."""
     return next((axes for known, axes in KERNEL_AXES if re.fullmatch(known, path)), (None, None))

@@ -72,9 +72,9 @@ def _student(job: Job) -> Params:
     """The blocks as tuned, or as initialised where no tuning was asked for."""
     pieces = job.tuned if job.config.tune.epochs else job.blocks
     params, _ = stacked_blocks(job, FromBlocks(job.checkpoint, pieces, block_name))
-    params = jax.tree.map(jnp.asarray, params)
+    params = fixed(jax.tree.map(jnp.asarray, params))
     if not job.config.end_to_end.trains_latents:
-        return fixed(params)
+        return params
     layers = range(job.model_config.n_layers)
     arrays = [job.tuned.read_arrays(trained_name(n))[0] for n in layers]
 
@@ -86,7 +86,7 @@ def _student(job: Job) -> Params:
 
     shapes = weights_of(job.abstract_student())
     return map_leaves(
-        lambda path, leaf: stacked(path, shapes[path]) if path in shapes else leaf, params
+        lambda path, leaf: stacked(path, shapes[path]) if path in job.specs else leaf, params
     )
 
 

@@ -13,14 +13,15 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from rabit_jax import BadInput, Stats, convert
+from rabit_jax import LLAMA_ENDS, BadInput, Stats, convert
 from rabit_jax.atomic import write_tensors
 from rabit_jax.data.tokens import batch
 from rabit_jax.evaluate.diagnostics import Apply
+from rabit_jax.experiments.engine.config import to_dict
 from rabit_jax.experiments.engine.fitting import keep, kept
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.records import check_files
-from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.settings import Init, RunConfig
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.hf import load_hf
@@ -32,7 +33,7 @@ from rabit_jax.train.checkpoints import abstract
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import make_mesh, param_shardings
 from rabit_jax.tree import map_leaves, weights_of
-from rabit_jax.types import Params
+from rabit_jax.types import Json, Params
 
 
 class Inputs:
@@ -210,14 +211,21 @@ def check_teacher(path: str) -> None:
 
 
 def check_rules(selected: Collection[str]) -> None:
-    """Raise BadInput where the rules select no kernel, or something outside the blocks."""
-    if not selected:
-        raise BadInput("init.quantise and init.keep leave no kernel to quantise")
-    if other := [path for path in selected if not re.fullmatch(r"layers/.*/kernel", path)]:
+    """Raise BadInput where the rules select no kernel of a block, or what is no kernel."""
+    known = {path: re.fullmatch(rf"layers/.*/kernel|{LLAMA_ENDS}", path) for path in selected}
+    if other := [path for path, found in known.items() if not found]:
         raise BadInput(
             f"init.quantise selects {other[0]}: a run quantises the kernels of the blocks, "
-            "layers/.../kernel"
+            "layers/.../kernel, and embed/embedding and head/kernel"
         )
+    if not any(path.startswith("layers/") for path in selected):
+        raise BadInput("init.quantise and init.keep leave no kernel to quantise in the blocks")
+
+
+def specs_of(section: Init) -> Json:
+    """What config.json of a packed model says of the representations that it was made in."""
+    own = {"embedding": to_dict(section.embedding)} if section.embedding else {}
+    return {"spec": to_dict(section.spec), **own}
 
 
 def check_lengths(lengths: Mapping[str, int], most: int) -> None:

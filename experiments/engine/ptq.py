@@ -22,18 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rabit_jax import BadInput, Stats, convert, describe
+from rabit_jax import BadInput, Stats, convert, describe, pack
 from rabit_jax.calibration.blockwise import init_block
 from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.perplexities import from_nats
-from rabit_jax.experiments.engine.config import to_dict
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import (
     abstract_params,
     check_lengths,
     check_rules,
     check_teacher,
+    specs_of,
     write_stats,
 )
 from rabit_jax.experiments.engine.machine import peak_memory
@@ -93,7 +93,7 @@ class Job:
           BadInput: rules that select no kernel or one outside the blocks, text that is too short,
             sequences that are longer than the model's.
         """
-        check_rules(self.specs)
+        check_rules(match_rules(abstract_params(self.model_config), self.config.init.rules()))
         check_teacher(self.config.teacher.path)
         config, lengths = self.config, {}
         if config.calibrate.mode != "none":
@@ -128,8 +128,8 @@ class Job:
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
-        """Spec by path of every kernel that will be packed."""
-        return match_rules(abstract_params(self.model_config), self.config.init.rules())
+        """Spec by path of every kernel of a block that will be packed."""
+        return match_rules(abstract_params(self.model_config), self.config.init.block_rules())
 
     def abstract_student(self) -> Params:
         """Shapes of the whole model, initialised and not yet packed."""
@@ -337,13 +337,14 @@ def write_packed(job: Job, params: Params, stats: dict[str, Stats] | None) -> No
         params = record_limbs(params, stats)
     save_packed(
         job.folder.path / "packed", job.checkpoint.config, params, job.tokenizer,
-        {"spec": to_dict(job.config.init.spec)}, read_generation(job.checkpoint.folder),
+        specs_of(job.config.init), read_generation(job.checkpoint.folder),
         job.config.teacher.path,
     )
 
 
 def stacked_blocks(job: Job, source: FromBlocks) -> tuple[Params, dict[str, Stats] | None]:
-    """All params with the layers of the packed blocks stacked, and the statistics if any."""
+    """All params with the layers of the packed blocks stacked, embedding and head packed where the
+    rules say so, and the statistics if any."""
     layers = job.model_config.n_layers
     packed, stats = [], []
     with progress("pack", layers) as bar:
@@ -355,7 +356,9 @@ def stacked_blocks(job: Job, source: FromBlocks) -> tuple[Params, dict[str, Stat
     params = {path: _stacked(packed, path) if path in packed[0] else job.checkpoint.read(path)
               for path in job.checkpoint.shapes}
     stacked = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats[0] else None
-    return unflatten_dict(params, sep="/"), stacked
+    key = jax.random.key(job.config.seed)
+    params = convert(unflatten_dict(params, sep="/"), job.config.init.end_rules(), key=key)
+    return pack(params), stacked
 
 
 def stacked_stats(job: Job) -> dict[str, Stats]:

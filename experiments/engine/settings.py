@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from rabit_jax import LLAMA_LINEARS, BadInput, ResidualSignSpec
+from rabit_jax import LLAMA_ENDS, LLAMA_LINEARS, BadInput, ResidualSignSpec
 from rabit_jax.data.sources import DataConfig
 from rabit_jax.experiments.engine.config import ADDED
 from rabit_jax.train.block_tuning import TuningConfig
@@ -142,22 +142,37 @@ class Init:
       spec: representation and initialisation; `spec.type` names it, the other keys are its own.
       by_path: other representations for some paths, such as a larger k; the first that matches
         goes before `quantise` and after `keep`.
+      embedding: representation of the embedding, and of the head where it is not tied; null keeps
+        them in 16 bits. They are not calibrated, and train unless `qat.optimizer.freeze` names
+        embedding and head, as it does by default. A path in `by_path` goes before it.
     """
 
     quantise: tuple[str, ...] = (LLAMA_LINEARS,)
     keep: tuple[str, ...] = ()
     spec: Spec = field(default_factory=ResidualSignSpec)
     by_path: tuple[PathSpec, ...] = field(default=(), metadata={ADDED: True})
+    embedding: Spec | None = field(default=None, metadata={ADDED: True})
 
     def rules(self) -> list[tuple[str, Spec | None]]:
         """The rules of `convert`."""
         kept: list[tuple[str, Spec | None]] = [(pattern, None) for pattern in self.keep]
         kept += [(one.paths, one.spec) for one in self.by_path]
+        kept += [(LLAMA_ENDS, self.embedding)] if self.embedding else []
         return kept + [(pattern, self.spec) for pattern in self.quantise]
+
+    def block_rules(self) -> list[tuple[str, Spec | None]]:
+        """Those of the blocks' kernels, which are calibrated."""
+        return [(LLAMA_ENDS, None), *self.rules()]
+
+    def end_rules(self) -> list[tuple[str, Spec | None]]:
+        """Those of embedding and head, which are not."""
+        return [("layers/.*", None), *self.rules()]
 
     def __str__(self) -> str:
         """The specs as results name them."""
-        return "; ".join([str(self.spec), *(f"{one.paths}: {one.spec}" for one in self.by_path)])
+        others = [f"{one.paths}: {one.spec}" for one in self.by_path]
+        others += [f"embedding: {self.embedding}"] if self.embedding else []
+        return "; ".join([str(self.spec), *others])
 
 
 @dataclass(frozen=True)

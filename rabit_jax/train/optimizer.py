@@ -83,27 +83,41 @@ def roles(params: Params) -> Params:
     def name(path: str, leaf: Any) -> Any:
         if is_weight(leaf):
             return leaf.roles()
-        parts = path.split("/")
-        if "embedding" in parts[-1]:
+        last, place = path.rpartition("/")[2], _place(path)
+        if place == "embedding":
             return "embedding"
-        if parts[-1] == "bias":
+        if last == "bias":
             return "bias"
-        if parts[-1] == "scale" or leaf.ndim < 2:
-            return "norm"
-        return "head" if "head" in parts or "lm_head" in parts else "matrix"
+        return "norm" if last == "scale" or leaf.ndim < 2 else place
 
     return map_leaves(name, params)
+
+
+def _place(path: str) -> str:
+    """"embedding", "head" or "matrix": what a matrix is by its path."""
+    parts = path.split("/")
+    if "embedding" in parts[-1]:
+        return "embedding"
+    return "head" if "head" in parts or "lm_head" in parts else "matrix"
 
 
 def partition(params: Any, names: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
     """Split a tree into `(trainable, frozen)`; each holds None where the other holds an array.
 
-    Signs and codes are frozen always. Frozen arrays are then no arguments of the gradient, so they
-    cost no gradient, no optimiser state and no update.
+    Signs and codes are frozen always. "embedding" and "head" freeze these parameters whatever they
+    are, arrays or weight nodes; in a weight node the other roles freeze single arrays. Frozen
+    arrays are no arguments of the gradient, so they cost no gradient, no optimiser state and no
+    update.
     """
     kept = (*freeze, *FIXED)
-    trainable = jax.tree.map(lambda x, n: None if n in kept else x, params, names)
-    frozen = jax.tree.map(lambda x, n: x if n in kept else None, params, names)
+
+    def held(path: str, leaf: Any, name: Any) -> Any:
+        whole = is_weight(leaf) and _place(path) in freeze
+        return jax.tree.map(lambda n: whole or n in kept, name)
+
+    fixed = map_leaves(held, params, names)
+    trainable = jax.tree.map(lambda x, still: None if still else x, params, fixed)
+    frozen = jax.tree.map(lambda x, still: x if still else None, params, fixed)
     return trainable, frozen
 
 

@@ -15,6 +15,7 @@ from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.group_levels import to_half
 from rabit_jax.weights.leaves import WeightNode, declaration, part
 from rabit_jax.weights.representations import is_packed_node
+from rabit_jax.weights.table import Table
 
 TRAINED = ("scale", "level")
 
@@ -78,9 +79,11 @@ def fixed(params: Params) -> Params:
       >>> student = fixed(load_packed("runs/mine/packed")[1])
     """
 
-    def leaf(_: str, node: Any) -> Any:
+    def leaf(path: str, node: Any) -> Any:
         if not is_packed_node(node):
             return node
+        if isinstance(node, Table):  # which stays one that is looked up
+            return node.replace(matrix=leaf(path, node.matrix))
         wide = jax.tree.map(
             lambda declared, a: jnp.asarray(a, F32 if declared.role in TRAINED else None),
             declaration(node), node,

@@ -191,3 +191,24 @@ def test_bad_settings_are_refused_before_anything_is_written(place, ptq, capsys,
 def test_the_settings_belong_to_post_training(run, place, capsys):
     assert run(place, "name=other", "tune.epochs=1") == 2
     assert "belong to task ptq" in capsys.readouterr().err
+
+
+@pytest.mark.more
+def test_embedding_and_groups_are_tuned_and_trained_too(place, ptq):
+    """Groups of 16 inputs in q and k; the levels of 8-bit rows train end to end."""
+    rows = "{type: round_to_nearest, bits: 8, group: 0}"
+    groups = "{type: residual, k: 2, rounds: 2, group: 16}"
+    shared = (*TUNE, "tune.epochs=1", "evaluate.models=[packed]", f"init.embedding={rows}",
+              f"init.by_path=[{{paths: 'layers/attn/[qk]/kernel', spec: {groups}}}]")
+    assert ptq("name=table", *shared) == 0
+    assert ptq("name=table-trained", *shared, *END, "end_to_end.optimizer.freeze=[latent]") == 0
+    one, other = (load_packed(place / "runs" / name / "packed")[1]
+                  for name in ("table", "table-trained"))
+    for params in (one, other):
+        assert type(params["embed"]["embedding"].matrix).__name__ == "PackedGroupUniform"
+        assert type(params["layers"]["attn"]["q"]["kernel"]).__name__ == "PackedGroupedSign"
+        assert type(params["layers"]["attn"]["v"]["kernel"]).__name__ == "PackedSign"
+    pairs = [(p["embed"]["embedding"].matrix, p["layers"]["attn"]["q"]["kernel"])
+             for p in (one, other)]
+    for a, b, levels in zip(*pairs, ("s", "g"), strict=True):
+        assert (a.bits == b.bits).all() and not (getattr(a, levels) == getattr(b, levels)).all()

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rabit_jax import BadInput, CodebookSpec, ResidualSignSpec, pack, residual
+from rabit_jax import (
+    LLAMA_ENDS,
+    BadInput,
+    CodebookSpec,
+    ResidualSignSpec,
+    convert,
+    pack,
+    residual,
+)
 from rabit_jax.tree import is_weight
 from rabit_jax.weights.dual_binary import DualBinarySpec
 from rabit_jax.weights.fixed import FixedWeight, fixed
@@ -18,6 +26,7 @@ L, I, O = 2, 40, 24
 SPECS = {
     "signs": ResidualSignSpec(k=2, rounds=2),
     "groups": scaled(GroupUniformSpec(group=16)),
+    "grouped signs": ResidualSignSpec(k=2, rounds=2, group=16),
     "dual": DualBinarySpec(group=16),
     "codes": CodebookSpec(bits=3, iterations=2),
     "sum": residual(LowRankSignSpec(rank=8), ResidualSignSpec(k=1, rounds=2)),
@@ -93,3 +102,17 @@ def test_a_scale_that_16_bits_cannot_hold_is_named(packed):
     large = jax.tree.map(lambda r, a: a * 1e9 if r in ("scale", "level") else a, node.roles(), node)
     with pytest.raises(BadInput, match="layers/w"):
         large.pack("layers/w")
+
+
+def test_a_fixed_embedding_is_still_looked_up():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(O, I)), jnp.float32)
+    spec = GroupUniformSpec(bits=8, group=0)
+    packed = pack(convert({"embed": {"embedding": w}}, [(LLAMA_ENDS, spec)]))
+    student = fixed(packed)
+    table, tokens = student["embed"]["embedding"], jnp.asarray([3, 0, 3])
+    assert isinstance(table.T, FixedWeight) and table.shape == (O, I)
+    np.testing.assert_allclose(table.lookup(tokens), w[tokens], atol=0.02)
+    found = jax.grad(lambda t: jnp.sum(t.lookup(tokens)), allow_int=True)(table)
+    level = np.asarray(found.matrix.packed_weight.c)[0]
+    np.testing.assert_allclose(level, I * np.bincount([3, 0, 3], minlength=O))
+    jax.tree.map(np.testing.assert_array_equal, pack(student), packed)

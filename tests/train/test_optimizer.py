@@ -203,5 +203,6 @@ def test_relative_sizes_are_those_of_the_start():
     optimizer = make_optimizer(config, roles(tree), STEPS)
     state = optimizer.init(tree)
     for _ in range(3):  # a constant gradient: Adam's step stays 1
-        update, state = optimizer.update({"w": jnp.ones((4, 4))}, state, {"w": jnp.full((4, 4), 9.0)})
+        grown = {"w": jnp.full((4, 4), 9.0)}
+        update, state = optimizer.update({"w": jnp.ones((4, 4))}, state, grown)
         np.testing.assert_allclose(update["w"], np.full((4, 4), -0.2), rtol=1e-4)

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.core.meta import AxisMetadata
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import packed_bytes, stored_bytes
@@ -146,11 +147,15 @@ def _is_packed(axis: str) -> bool:
     return axis.endswith("/8")
 
 
-class WeightNode:
+class WeightNode(AxisMetadata[Array]):
     """Base of weight nodes, `pytree_dataclass`es whose arrays are declared by `leaf`.
 
     Other fields are static, or hold weight nodes and are declared by `part`. Shapes, sizes, roles
     and headers read the declaration alone, so they work on abstract arrays too.
+
+    To Flax a node is a box around `W_hat`: a Linen layer that asks for its parameter gets what
+    `unbox` returns, an NNX layer what `node[...]` returns, so an ordinary layer multiplies by
+    `dense()` of its own node, and its gradient is that of `dense()`.
 
     Attributes:
       packed: class of the deployed form; None for the class itself.
@@ -180,6 +185,41 @@ class WeightNode:
         """
         raise BadInput(f"a {type(self).__name__} is no array, and the model multiplies by arrays: "
                        'apply it to dense params, model.apply({"params": dense(params)}, ...)')
+
+    def unbox(self) -> Array:
+        """`dense()`, which a Linen layer gets for its parameter."""
+        return self.dense()
+
+    def __getitem__(self, index: Any) -> Array:
+        """`node[...]` is `dense()`, as an NNX layer reads its variable.
+
+        Raises:
+          BadInput: any other index.
+        """
+        if index is Ellipsis:
+            return self.dense()
+        raise BadInput(f"a {type(self).__name__} is no array and has no parts to index: index its "
+                       "matrix, node.dense()[...]")
+
+    def replace_boxed(self, val: Any) -> Self:
+        """Raises BadInput: no layer writes a matrix into a weight node."""
+        raise BadInput(f"a {type(self).__name__} takes no other matrix: convert the model again")
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Self:
+        """Itself, whose arrays a lifted transformation has stacked along axis `index`.
+
+        Raises:
+          BadInput: another axis than the first, which no weight node stacks layers along.
+        """
+        if index:
+            raise BadInput(f"layers with a {type(self).__name__} are stacked along axis {index}, "
+                           "wanted the first: variable_axes={'params': 0}")
+        return self
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Self:
+        """Itself, of whose arrays a lifted transformation has taken one layer; raises as
+        `add_axis`."""
+        return self.add_axis(index, params)
 
     @property
     def shape(self) -> Shape:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rabit_jax import LLAMA_LINEARS, ResidualSign, ResidualSignSpec, convert, dense, generate
+from rabit_jax import LLAMA_LINEARS, ResidualSign, ResidualSignSpec, convert, generate
 from rabit_jax.errors import BadInput
 from rabit_jax.evaluate.perplexities import perplexity
 from rabit_jax.evaluate.scoring import Request, score
@@ -72,11 +72,8 @@ def test_params(model):
         convert({"a": 1.0, "b": jnp.ones((2, 2))}, [("a", SPEC)])
 
 
-def test_a_flax_layer_with_a_weight_node():
-    layer, x = nn.Dense(3, use_bias=False), jnp.ones((2, 4))
-    node = ResidualSign(jnp.ones((4, 3)), jnp.ones((2, 3)), jnp.ones((2, 4)))
-    assert layer.apply({"params": dense({"kernel": node})}, x).shape == (2, 3)
-    for use in (lambda: layer.apply({"params": {"kernel": node}}, x), lambda: x @ node,
-                lambda: jnp.dot(x, node)):
+def test_a_weight_node_in_place_of_an_array():
+    node, x = ResidualSign(jnp.ones((4, 3)), jnp.ones((2, 3)), jnp.ones((2, 4))), jnp.ones((2, 4))
+    for use in (lambda: x @ node, lambda: jnp.dot(x, node)):
         with pytest.raises(BadInput, match="a ResidualSign is no array.*apply it to dense params"):
             use()

@@ -28,6 +28,7 @@ METRICS = (
     "state_bytes",
     "packed.bits_per_weight",
     "packed.stored_bits_per_weight",
+    "packed.whole_model_bits_per_weight",
     "cost.multiplications",
     "cost.additions",
     "cost.lookups",

@@ -97,8 +97,9 @@ DIAGNOSTICS = (
     Column("signs flipped per step, %", "flip_rate", ".4f", 100),
 )
 COST = (
-    Column("bits per weight, stored", "packed.stored_bits_per_weight", ".4f"),
-    Column("bits per weight, nominal", "packed.bits_per_weight", ".4f"),
+    Column("bits per weight, blocks", "packed.stored_bits_per_weight", ".4f"),
+    Column("bits per weight, whole model", "packed.whole_model_bits_per_weight", ".4f"),
+    Column("bits per weight, blocks, nominal", "packed.bits_per_weight", ".4f"),
     Column("training state, MB", "state_bytes", ".1f", 1e-6),
     Column("peak memory, GB", "training_memory_bytes", ".2f", 1e-9),
     Column("seconds per step", "step_seconds", ".3f"),
@@ -116,6 +117,8 @@ def report_tables(results: Results, command: str) -> list[Table]:
         "in the teacher. The share of signs flipped is the mean over the steps that were watched."
     ])  # fmt: skip
     cost = Table("cost", "Cost", notes=[
+        "Bits per weight of the blocks count the padding of the file, nominal ones do not; those "
+        "of the whole model count embedding, head and norms too. "
         "Operations and bytes of weights are per token, over the quantised linear layers. Memory "
         "is the peak of the training process. Time per step is that of the device named below, "
         "with as many cells at once as --jobs allowed."

@@ -61,8 +61,8 @@ _OVER_TIME: tuple[Panel, ...] = (
     ("flip_rate", "Sign flips", "share of signs per step"),
 )  # fmt: skip
 _SIZES = (
-    ("bits_per_weight", "bits per weight, nominal"),
-    ("stored_bits_per_weight", "bits per weight, stored"),
+    ("bits_per_weight", "bits per weight, blocks, nominal"),
+    ("stored_bits_per_weight", "bits per weight, blocks"),
     ("whole_model_bits_per_weight", "bits per weight, whole model with embedding and head"),
 )
 
@@ -177,12 +177,12 @@ def _about(summary: Summary) -> list[tuple[str, str]]:
         if whole := packed.get("whole_model_bits_per_weight"):
             found.append((
                 "bits per weight",
-                f"{packed['bits_per_weight']:.3f} in the quantised blocks, {whole:.3f} over the "
-                f"whole model ({packed['whole_model_ratio']:.2f} times smaller than bfloat16)"))
+                f"{packed['stored_bits_per_weight']:.3f} in the quantised blocks, {whole:.3f} over "
+                f"the whole model ({packed['whole_model_ratio']:.2f} times smaller than bfloat16)"))
         if packed.get("bytes"):
             dense = _get(summary, "dense", "bytes")
-            found.append(("size", f"{number(packed['bytes'])} bytes packed, {number(dense)} bytes "
-                                  "dense in 16 bits"))
+            found.append(("size", f"{number(packed['bytes'])} bytes packed, with the header of the "
+                                  f"file, {number(dense)} bytes dense in 16 bits"))
     if context := next((c for m in _MODELS if (c := _get(summary, m, "context"))), None):
         found.append(("context", f"{number(context)} tokens, of every perplexity here"))
     if tokens := summary.get("tokens"):
@@ -252,7 +252,7 @@ def _sizes(summary: Summary) -> Table:
     if not packed.get("bytes"):
         return Table([], [])
     rows = [[title, _fixed(packed[key], 4)] for key, title in _SIZES if packed.get(key)]
-    rows.append(["packed model, bytes", number(packed["bytes"])])
+    rows.append(["packed model with its header, bytes", number(packed["bytes"])])
     rows.append(["dense model, bytes", number(_get(summary, "dense", "bytes"))])
     return Table(["", ""], rows)
 

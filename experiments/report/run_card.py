@@ -25,7 +25,7 @@ def write_card(config: RunConfig, folder: Path, summary: Summary) -> Path:
     packed, path = summary["packed"], folder / "packed" / CARD
     versions = {"rabit_jax": __version__, **summary["versions"]}
     facts = {
-        "file": f"{number(packed['bytes'])} bytes; dense in 16 bits "
+        "file": f"{number(packed['bytes'])} bytes with its header; dense in 16 bits "
                 f"{number(summary['dense']['bytes'])} bytes",
         "made with": code(summary["spec"]),
         "data": code(changed_settings(config.data)),

@@ -82,10 +82,9 @@ def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[
 
 
 def whole_model(folder: Path) -> dict[str, float]:
-    """Bits of the packed file in a run's folder per parameter, embedding and head included; and how
-    many times smaller that is than bfloat16."""
-    sizes = packed_bytes(folder / "packed")
-    bits = 8 * sizes["file_bytes"] / sizes["parameters"]
+    """Bits of all tensors of a run's packed file per parameter, embedding and head included; and
+    how many times smaller that is than bfloat16."""
+    bits = packed_bytes(folder / "packed")["whole_model_bits_per_weight"]
     return {"whole_model_bits_per_weight": bits, "whole_model_ratio": 16 / bits}
 
 
@@ -147,9 +146,9 @@ def table_rows(summary: Summary) -> list[ResultRow]:
 def costs(summary: Summary) -> str:
     """Two lines for the terminal: bytes of the packed and the dense model; time and memory."""
     return (
-        f"packed file: {number(summary['packed']['bytes'])} bytes; 16-bit dense: "
+        f"packed file with its header: {number(summary['packed']['bytes'])} bytes; 16-bit dense: "
         f"{number(summary['dense']['bytes'])} bytes; bits per weight: "
-        f"{summary['packed']['bits_per_weight']:.3f} in the blocks, "
+        f"{summary['packed']['stored_bits_per_weight']:.3f} in the blocks, "
         f"{summary['packed']['whole_model_bits_per_weight']:.3f} over the whole model\n"
         f"time: {sum(summary['seconds'].values()):.0f} s; peak memory: "
         f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"

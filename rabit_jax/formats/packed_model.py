@@ -187,10 +187,12 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
     Returns:
       `linear_bytes`: bits, codes and scales of the packed linears of the blocks (of embedding and
       head where nothing else is packed), padding included; `other_bytes`: all other tensors;
-      `file_bytes`: size of model.safetensors; `weights`: number of weights in those linears;
-      `parameters`: numbers that all tensors stand for;
+      `file_bytes`: size of model.safetensors with its header; `weights`: number of weights in those
+      linears; `parameters`: numbers that all tensors stand for;
       `stored_bits_per_weight = 8 linear_bytes / weights`, which is `k + 16 k (i + o) / (i o)` for k
-      sign paths if i is a multiple of 64, and more if i is padded to one.
+      sign paths if i is a multiple of 64, and more if i is padded to one;
+      `whole_model_bits_per_weight = 8 (linear_bytes + other_bytes) / parameters`, that of
+      `describe`: all tensors, without the header of the file.
 
     Raises:
       BadInput: a file that is missing, truncated or of another format.
@@ -207,11 +209,12 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
     except (KeyError, TypeError) as error:
         raise BadInput(f"the header of {path} names {error}, which the file lacks: fetch it "
                        "again") from error
+    total, parameters = sum(sizes.values()), sum(counts.values()) + arrays // 2
     return {
-        "linear_bytes": linear, "other_bytes": sum(sizes.values()) - linear,
-        "file_bytes": path.stat().st_size, "weights": weights,
-        "parameters": sum(counts.values()) + arrays // 2,
+        "linear_bytes": linear, "other_bytes": total - linear,
+        "file_bytes": path.stat().st_size, "weights": weights, "parameters": parameters,
         "stored_bits_per_weight": 8 * linear / weights,
+        "whole_model_bits_per_weight": 8 * total / parameters,
     }
 
 

@@ -61,7 +61,10 @@ class Description:
 
     @property
     def whole_model_bits_per_weight(self) -> float:
-        """Bits of the deployed model per parameter, embedding, norms and head included."""
+        """`8 deployed_bytes / parameters`, embedding, norms and head included.
+
+        What a packed file's tensors hold (`formats.packed_model.packed_bytes`), without its header.
+        """
         count = sum(prod(row.shape) for row in self.rows)
         return 8 * self.deployed_bytes / count if count else float("nan")
 

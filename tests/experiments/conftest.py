@@ -59,6 +59,17 @@ def settings(folder):
     }
 
 
+@pytest.fixture(scope="session")
+def tensor_bytes():
+    """`tensor_bytes(path)`: what the tensors of a safetensors file take, without its header."""
+
+    def count(path):
+        data = path.read_bytes()
+        return len(data) - 8 - int.from_bytes(data[:8], "little")
+
+    return count
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")

@@ -46,7 +46,8 @@ def summary(ppl):
         "gap_closed": 0.875,
         "diagnostics": {"qat": None},
         "state_bytes": 12_300_000,
-        "packed": {"bits_per_weight": 2.1875, "stored_bits_per_weight": 2.25},
+        "packed": {"bits_per_weight": 2.1875, "stored_bits_per_weight": 2.25,
+                   "whole_model_bits_per_weight": 5.4375},
         "tokens": {"qat": 1000},
         "seconds": {"init": 1.0, "qat": 3599.0},
         "device": "abacus",
@@ -177,7 +178,8 @@ def test_markdown_has_every_number(page):
         "| _c | 2 of 3 | 41.50 ± 19.06 |",
         "| only | 1 (single) | 70.00 |",
         "| teacher, full precision | - | 32.00 | 41.00 |",
-        "| a | 3 | 2.2500 | 2.1875 | 12.3 |",
+        "| row | seeds | bits per weight, blocks | bits per weight, whole model |",
+        "| a | 3 | 2.2500 | 5.4375 | 2.1875 | 12.3 |",
         "1 of 10 cells are missing.",
         "- _c, seed 1: not begun",
         "- QAT tokens per cell: 1,000",
@@ -202,6 +204,7 @@ def test_csv_has_a_line_per_complete_cell(page):
         if seed < len(values) and values[seed] and row != "only"
     ]
     assert found == [*wanted, ("only", "0", 70.0)]
+    assert rows[0]["packed.whole_model_bits_per_weight"] == "5.4375"
     assert rows[0]["qat.kl"] == "" and rows[0]["state_bytes"] == "12300000"
 
 
@@ -249,6 +252,7 @@ def test_html_is_one_file_that_loads_nothing(page):
     assert "b | <i>$x$</i>" in read.text["results"] and "$x$" in read.text["figures"]
     for name in ("cost", "compare", "missing", "made"):
         assert read.text[name]
+    assert "bits per weight, whole model" in read.text["cost"] and "5.4375" in read.text["cost"]
 
 
 def test_figures_are_of_what_was_measured(page):

@@ -127,7 +127,7 @@ def test_scores_are_those_of_the_whole_models(finished, at_once, text):
     assert str(finished.parents[1]) in summary["command"] and str(finished.parents[1]) not in card
 
 
-def test_embedding_and_head_are_packed_as_in_one_pass(at_once, ptq, place, text):
+def test_embedding_and_head_are_packed_as_in_one_pass(at_once, ptq, place, text, tensor_bytes):
     """Without calibration, so that the blocks are quickly done."""
     decoder, params, _, _ = at_once
     assert ptq("name=table", "calibrate.mode=none", "evaluate.models=[packed]",
@@ -147,7 +147,9 @@ def test_embedding_and_head_are_packed_as_in_one_pass(at_once, ptq, place, text)
     assert packed["bits_per_weight"] == pytest.approx(described.bits_per_weight)
     assert packed["stored_bits_per_weight"] == pytest.approx(described.stored_bits_per_weight)
     count = sum(x.size for x in jax.tree.leaves(params))
-    assert packed["whole_model_bits_per_weight"] == pytest.approx(8 * packed["bytes"] / count)
+    stored = tensor_bytes(folder / "packed" / "model.safetensors")
+    assert packed["whole_model_bits_per_weight"] == pytest.approx(8 * stored / count)
+    assert described.whole_model_bits_per_weight == packed["whole_model_bits_per_weight"]
     assert set(summary["relative_error"]["init"]) == {
         p for p in weights_of(wanted) if p.startswith("layers/")}
     raw = json.loads((folder / "packed" / "config.json").read_text())

@@ -166,7 +166,7 @@ def test_what_it_is_stands_on_top_and_samples_before_the_details(tmp_path):
     text = (write_report(tmp_path, summary, METRICS, HISTOGRAM, SAMPLES, TABLE)).read_text()
     top = " ".join(Page(text).text["top"].split())
     for word in ("org/teacher: 1,234,567 parameters, 900 of them quantised", "2,000,000 bytes",
-                 "2.188 in the quantised blocks, 7.250 over the whole model (2.21 times smaller",
+                 "2.250 in the quantised blocks, 7.250 over the whole model (2.21 times smaller",
                  "128 tokens", "qat 2,000", "source=files", "2026-01-02", "a GPU", "jax 0.10.2"):
         assert word in top, word
     places = [text.index(f'<section id="{name}"') for name in SECTIONS]

@@ -95,7 +95,7 @@ def test_what_training_cost_and_did_is_in_the_summary(finished):
     assert 8 * 2 * products < summary["state_bytes"] < 1.1 * 8 * 2 * products
 
 
-def test_bits_per_weight_are_counted_from_the_file(finished):
+def test_bits_per_weight_are_counted_from_the_file(finished, tensor_bytes):
     packed = json.loads((finished / "summary.json").read_text())["packed"]
     sizes = {
         "q": (256, 256),
@@ -111,8 +111,9 @@ def test_bits_per_weight_are_counted_from_the_file(finished):
     assert packed["bits_per_weight"] == pytest.approx(wanted, rel=1e-12)
     assert packed["stored_bits_per_weight"] == pytest.approx(wanted, rel=1e-12)
     total = json.loads((finished / "summary.json").read_text())["parameters"]["total"]
-    assert packed["whole_model_bits_per_weight"] == pytest.approx(8 * packed["bytes"] / total)
-    assert packed["whole_model_ratio"] == pytest.approx(2 * total / packed["bytes"])
+    stored = tensor_bytes(finished / "packed" / "model.safetensors")
+    assert packed["whole_model_bits_per_weight"] == pytest.approx(8 * stored / total)
+    assert packed["whole_model_ratio"] == pytest.approx(2 * total / stored)
     assert packed["bytes"] == (finished / "packed" / "model.safetensors").stat().st_size
 
 

@@ -16,6 +16,7 @@ from rabit_jax.formats.hf import save_hf
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.tree import is_weight
+from rabit_jax.weights.description import describe
 from rabit_jax.weights.residual_sign import ResidualSign
 from rabit_jax.weights.sign_paths import PackedSign
 
@@ -110,7 +111,10 @@ def test_bits_per_weight_are_counted_from_the_file(k, tmp_path, random_packed):
         "linear_bytes": linear, "other_bytes": len(data) - linear, "weights": weights,
         "file_bytes": (folder / io.FILE).stat().st_size, "stored_bits_per_weight": nominal,
         "parameters": weights + found["other_bytes"] // 2,
+        "whole_model_bits_per_weight": 8 * len(data) / (weights + found["other_bytes"] // 2),
     }
+    described = describe(io.load_packed(folder)[1])  # one number, whether of the file or of params
+    assert described.whole_model_bits_per_weight == found["whole_model_bits_per_weight"]
     assert found["other_bytes"] == 2 * (32 * 256 + 5 * 256)
 
 

@@ -117,6 +117,7 @@ def test_embedding_and_head_are_packed_too(teacher, tmp_path, tied):
     assert found["other_bytes"] == sum(sizes.values()) - linear
     assert found["parameters"] == sum(x.size for x in jax.tree.leaves({**teacher, **head}))
     assert described.deployed_bytes == sum(sizes.values())
+    assert described.whole_model_bits_per_weight == found["whole_model_bits_per_weight"]
 
 
 def test_a_packed_embedding_is_exported_dense(teacher, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeGuard, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import PyTree
 
 from rabit_jax.errors import BadInput
 from rabit_jax.types import Array, Params, Shape, Spec, Weight
@@ -76,20 +77,20 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def leaves(params: Any) -> Iterator[tuple[str, Any]]:
+def leaves(params: PyTree) -> Iterator[tuple[str, Any]]:
     """`(path, leaf)` of a params tree; a weight node is one leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)
     return ((path_name(path), leaf) for path, leaf in flat)
 
 
-def map_leaves(function: Callable[..., Any], params: Any, *rest: Any) -> Any:
+def map_leaves(function: Callable[..., Any], params: PyTree, *rest: PyTree) -> PyTree:
     """Apply `function(path, leaf, ...)` to every array and weight node of the tree."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaf: function(path_name(path), *leaf), params, *rest, is_leaf=is_weight
     )
 
 
-def weights_of(params: Params) -> dict[str, Any]:
+def weights_of(params: Params) -> dict[str, Weight]:
     """The weight nodes of a tree by path."""
     return {path: leaf for path, leaf in leaves(params) if is_weight(leaf)}
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
+from jaxtyping import PyTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,7 +46,7 @@ class Weight(Protocol):
         """The terms `W_hat_1, ..., W_hat_k` of `W_hat`, each `[..., i, o]`, one at a time."""
         ...
 
-    def roles(self) -> Any:
+    def roles(self) -> PyTree[str]:
         """The same node with each leaf named for the optimiser and the mesh.
 
         "latent": a large trainable array; "scale": a small one, kept positive; "level": a small one
@@ -53,7 +54,7 @@ class Weight(Protocol):
         """
         ...
 
-    def pack(self, name: str) -> Any:
+    def pack(self, name: str) -> Weight:
         """The deployed form, itself a weight; `name` opens the message of what cannot be packed."""
         ...
 
@@ -74,7 +75,7 @@ class Weight(Protocol):
 class Spec(Protocol):
     """How one kernel becomes a weight node: a frozen dataclass of settings."""
 
-    def init(self, w: Array, stats: Any = None, key: Array | None = None) -> Any:
+    def init(self, w: Array, stats: Any = None, key: Array | None = None) -> Weight:
         """Kernel `[..., i, o]`, calibration statistics, PRNG key -> a trainable weight node."""
         ...
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import map_leaves
+from rabit_jax.types import Array, Params
 from rabit_jax.weights.reshaped import Reshaped
 from rabit_jax.weights.scaled_weight import ScaledWeight
 from rabit_jax.weights.sign_paths import PackedSign
@@ -20,7 +22,7 @@ from rabit_jax.weights.sum_weight import SumWeight
 LARGEST_RATIO = 25.0
 
 
-def outlier_ratio(s_in: Any, h: Any) -> float:
+def outlier_ratio(s_in: Float[Array, "*l i"], h: Float[Array, "*l k i"]) -> float:
     """`max_i u_i / sqrt(mean_i u_i^2)` with `u = s_in h`, the largest over layers and paths.
 
     `s_in: [..., i]` root mean square of each input channel, `h: [..., k, i]` input scales. 1 where
@@ -31,7 +33,7 @@ def outlier_ratio(s_in: Any, h: Any) -> float:
     return float(jnp.max(jnp.max(u, axis=-1) / jnp.maximum(rms, jnp.finfo(F32).tiny)))
 
 
-def record_limbs(packed: Any, stats: Mapping[str, Stats]) -> Any:
+def record_limbs(packed: Params, stats: Mapping[str, Stats]) -> Params:
     """The tree with `limbs` set in each `PackedSign` whose statistics are given, in sums too.
 
     3 bytes of fixed point where `outlier_ratio` passes 25, else 2. The packed file keeps the

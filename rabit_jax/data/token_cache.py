@@ -20,6 +20,7 @@ from rabit_jax.atomic import publish, workspace
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.tokenizer import encode
 from rabit_jax.progress import reading
+from rabit_jax.types import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def head(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def head(tokenizer: PreTrainedTokenizerBase) -> Json:
     """What tokens depend on besides the text, as JSON."""
     model = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
     model.pop("truncation", None)  # state of the last call, without effect on the next

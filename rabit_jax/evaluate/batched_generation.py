@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.generation import stream
 from rabit_jax.models.prepared import Engine, prepare
-from rabit_jax.types import Array, Params, Tokenizer
+from rabit_jax.types import Array, Json, Params, Tokenizer
 
 NEW_TOKENS = 256  # the default of the harness
 SHORTEST = 32
@@ -34,7 +34,7 @@ class Settings(NamedTuple):
     top_p: float
 
 
-def settings_of(given: Mapping[str, Any], max_length: int) -> Settings:
+def settings_of(given: Json, max_length: int) -> Settings:
     """The settings for a task's `generation_kwargs`.
 
     As in the harness, text is greedy unless `do_sample` is true or, if that is not given, the

@@ -21,7 +21,7 @@ from flax import struct
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import is_weight, leaves, map_leaves, pytree_dataclass, weights_of
-from rabit_jax.types import Weight
+from rabit_jax.types import Json, Params, Weight
 from rabit_jax.weights.seam import linear
 
 Batch = Mapping[str, Any]
@@ -137,13 +137,13 @@ def _paths(node: Weight) -> int:
 
 def diagnose(
     apply: Apply,
-    teacher: Any,
-    student: Any,
+    teacher: Params,
+    student: Params,
     batches: Iterable[Batch],
     *,
     drive: str = "teacher",
     batch_sharding: jax.sharding.NamedSharding | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Correlation, alignment, slope and error of the paths of every quantised linear.
 
         path_correlation     Corr(y_i, y_j), mean over the pairs i < j; wanted negative

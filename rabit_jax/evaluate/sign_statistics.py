@@ -13,11 +13,12 @@ import numpy as np
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.ste import F32, disordered, flips
 from rabit_jax.tree import per_layer, weights_of
+from rabit_jax.types import Json, Params
 
 Signs = Mapping[str, jax.Array]
 
 
-def snapshot(params: Any) -> dict[str, jax.Array]:
+def snapshot(params: Params) -> dict[str, jax.Array]:
     """The signs of every weight that has them: `{path: bool [..., k, i, o]}`, True for +1."""
     return _positive({path: w for path, w in weights_of(params).items() if _has_signs(w)})
 
@@ -62,7 +63,7 @@ def mean_flip_rate(before: Signs, after: Signs) -> float | None:
     return _weighted([(np.mean(rate), before[path].size) for path, rate in rates.items()])
 
 
-def disordered_share(params: Any) -> float | None:
+def disordered_share(params: Params) -> float | None:
     """Share of weight elements whose scale products do not fall, `a_i <= a_{i+1}` or `a_i <= 0`.
 
     There a weight's levels are no longer a nearest rounding of its latent. For k = 2 this is the
@@ -91,8 +92,8 @@ def _weighted(shares: list[tuple[Any, int]]) -> float | None:
 
 
 def weight_histogram(
-    params: Any, path: str, layer: int | None = None, bins: int = 120
-) -> dict[str, Any]:
+    params: Params, path: str, layer: int | None = None, bins: int = 120
+) -> Json:
     """Histogram of one latent over its first scale product, `W / a`, `a = h_1 g_1^T` elementwise.
 
     Args:
@@ -122,7 +123,7 @@ def weight_histogram(
     }
 
 
-def _one_layer(params: Any, path: str, layer: int | None) -> list[np.ndarray]:
+def _one_layer(params: Params, path: str, layer: int | None) -> list[np.ndarray]:
     nodes: dict[str, Any] = weights_of(params)
     if path not in nodes or not all(hasattr(nodes[path], name) for name in ("latent", "g", "h")):
         raise BadInput(

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -18,6 +18,11 @@ from rabit_jax.formats.gguf import find_gguf, gguf_folder
 from rabit_jax.formats.hub import ID, fetch
 from rabit_jax.formats.tokenizer import save_tokenizer
 from rabit_jax.locks import locked
+from rabit_jax.types import Json, Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+    from jax.typing import DTypeLike
 
 FILE = "model.safetensors"
 EDGE = 1 << 16  # bytes at either end of a file that tell it from another
@@ -64,7 +69,7 @@ def _model_in(folder: Path) -> Path:
                    "run: name a folder that does")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> Json:
     """A JSON object from a file.
 
     Raises:
@@ -104,8 +109,8 @@ def _finite(text: str) -> float:
 
 
 def json_files(
-    raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None
-) -> dict[str, dict[str, Any]]:
+    raw: Json, generation: Json | None = None
+) -> dict[str, Json]:
     """config.json and generation_config.json by name.
 
     Args:
@@ -116,7 +121,7 @@ def json_files(
     return {"config.json": dict(raw), "generation_config.json": {**(generation or {}), **ids}}
 
 
-def read_generation(folder: str | Path) -> dict[str, Any]:
+def read_generation(folder: str | Path) -> Json:
     """Content of a local model folder's generation_config.json, `{}` where it has none."""
     file = Path(folder) / "generation_config.json"
     return read_json(file) if file.exists() else {}
@@ -124,7 +129,8 @@ def read_generation(folder: str | Path) -> dict[str, Any]:
 
 def write_folder(
     folder: str | Path, shards: Iterable[tuple[str, dict[str, np.ndarray]]],
-    metadata: dict[str, str], files: Mapping[str, Any], tokenizer: Any,
+    metadata: dict[str, str], files: Mapping[str, str | Json],
+    tokenizer: Tokenizer | tokenizers.Tokenizer | None,
 ) -> Path:
     """Writes a model folder beside its target and renames it; a model folder there is replaced.
 
@@ -188,7 +194,7 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def finite_as(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+def finite_as(value: np.ndarray, dtype: DTypeLike, name: str) -> np.ndarray:
     """`value` in `dtype`, contiguous.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 
 from rabit_jax.atomic import write_tensors
@@ -22,6 +23,7 @@ from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.formats.folder import parse_json
 from rabit_jax.kernels.layout import from_stored, stored_bytes, to_stored
 from rabit_jax.tree import is_weight
+from rabit_jax.types import Array, Json, Params, Weight
 from rabit_jax.weights.leaves import WeightNode, row_signs
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
 
@@ -48,8 +50,8 @@ class PackedFile:
 
     path: Path
     version: int
-    config: dict[str, Any]
-    modules: dict[str, dict[str, Any]]
+    config: Json
+    modules: dict[str, Json]
     sha256: dict[str, str]
     tensors: Any
 
@@ -108,7 +110,7 @@ def open_packed(path: Path) -> Iterator[PackedFile]:
         yield PackedFile(path, int(header["version"]), config, modules, sha256, tensors)
 
 
-def check_version(found: Mapping[str, Any], where: str) -> None:
+def check_version(found: Json, where: str) -> None:
     """Raises BadInput unless `found` names the format and the version that are read here."""
     pair = found.get("format"), str(found.get("version"))
     if pair[0] != FORMAT or pair[1] not in map(str, READABLE):
@@ -118,7 +120,7 @@ def check_version(found: Mapping[str, Any], where: str) -> None:
 
 
 def metadata(
-    config: Mapping[str, Any], modules: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+    config: Json, modules: Mapping[str, Json], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, str]:
     """The metadata of the header, for a parsed config.json and all tensors of the file."""
     texts = {"config": json.dumps(config), "modules": json.dumps(modules)}
@@ -142,7 +144,7 @@ def checksum(value: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def part_names(node: Any) -> Any:
+def part_names(node: Weight) -> PyTree[str]:
     """The tree of a packed node with each array replaced by its name within the module."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), node
@@ -154,14 +156,14 @@ def in_memory(array: np.ndarray, signs: int, version: int) -> np.ndarray:
     return from_stored(array, signs) if signs and version > 3 else array
 
 
-def stored_parts(node: Any) -> dict[str, np.ndarray]:
+def stored_parts(node: Weight) -> dict[str, np.ndarray]:
     """The arrays of a packed node by their names within the module, as the file stores them."""
     counts = jax.tree.leaves(row_signs(node))
     return {name: to_stored(array, signs) if signs else array
             for (name, array), signs in zip(named_parts(node).items(), counts, strict=True)}
 
 
-def named_parts(node: Any) -> dict[str, np.ndarray]:
+def named_parts(node: Weight) -> dict[str, np.ndarray]:
     """The arrays of a packed node by their names within the module."""
     names, arrays = (jax.tree.leaves(tree) for tree in (part_names(node), node))
     return {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)}
@@ -174,7 +176,7 @@ def module_names(path: str, shape: tuple[int, ...]) -> list[str]:
     return [hf_name(path.rpartition("/")[0], layer) for layer in layers]
 
 
-def module_table(shapes: Shapes, headers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def module_table(shapes: Shapes, headers: Mapping[str, Json]) -> dict[str, Json]:
     """`modules` of the header: `headers` holds that of each packed kernel, by path."""
     return {
         module: header
@@ -182,7 +184,7 @@ def module_table(shapes: Shapes, headers: Mapping[str, Any]) -> dict[str, dict[s
     }
 
 
-def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, Any]:
+def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, Weight]:
     """Each packed kernel, and the embedding if it is packed, by path; one matrix of it as shapes
     and dtypes.
 
@@ -210,7 +212,7 @@ def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, Any]:
     return nodes
 
 
-def check_tensors(file: PackedFile, shapes: Shapes, nodes: Mapping[str, Any]) -> None:
+def check_tensors(file: PackedFile, shapes: Shapes, nodes: Mapping[str, Weight]) -> None:
     """Raises BadInput, with its name, for a tensor that is missing, misshapen or not asked for."""
     wanted = dict(_wanted(shapes, nodes, file.version))
     found = set(file.tensors.keys())
@@ -227,7 +229,7 @@ def check_tensors(file: PackedFile, shapes: Shapes, nodes: Mapping[str, Any]) ->
 
 
 def _wanted(
-    shapes: Shapes, nodes: Mapping[str, Any], version: int
+    shapes: Shapes, nodes: Mapping[str, Weight], version: int
 ) -> Iterator[tuple[str, tuple]]:
     """Name and `(shape, dtypes)` of every tensor of the file."""
     for path, shape in shapes.items():
@@ -245,7 +247,7 @@ def _wanted(
                                            (_DTYPES[str(leaf.dtype)],))
 
 
-def nearest_16bit(value: Any, name: str) -> np.ndarray:
+def nearest_16bit(value: Array | np.ndarray, name: str) -> np.ndarray:
     """`value` in float16 or bfloat16, whichever has the smaller largest error; float16 on a tie.
 
     So a model trained in bfloat16 is stored exactly, and a small float32 one with float16's three
@@ -265,7 +267,7 @@ def nearest_16bit(value: Any, name: str) -> np.ndarray:
     return rounded[best]
 
 
-def save_packed_params(file: str | Path, params: Any) -> Path:
+def save_packed_params(file: str | Path, params: Params) -> Path:
     """Writes packed params of a model that is not ours: the file knows nothing of the model.
 
     One tensor for each array of a packed weight, `block/fc/kernel.bits`, and one for each other
@@ -310,7 +312,7 @@ def save_packed_params(file: str | Path, params: Any) -> Path:
     return file
 
 
-def load_packed_params(file: str | Path) -> dict[str, Any]:
+def load_packed_params(file: str | Path) -> Params:
     """Reads and verifies what `save_packed_params` wrote: the same tree, to the bit.
 
     Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ from rabit_jax.models.block import Block, Fresh, Owner, fresh_norm, rms_norm, so
 from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.tree import is_weight, leaves
-from rabit_jax.types import Array, Params, Shape
+from rabit_jax.types import Array, Params, Shape, Weight
 from rabit_jax.weights.seam import linear, lookup
 
 
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
 
 
 def embed(
-    table: Any, tokens: Int[Array, "b t"], config: ModelConfig
+    table: Array | Weight, tokens: Int[Array, "b t"], config: ModelConfig
 ) -> Float[Array, "b t d"]:
     """`embed_scale E[tokens]` in the compute dtype; a token without a row reads NaN.
 
@@ -151,11 +151,11 @@ def check_tokens(tokens: Any, vocab_size: int) -> None:
                        f"has 0..{vocab_size - 1}: use the model's own tokenizer")
 
 
-def logits(x: Float[Array, "... d"], kernel: Any) -> Float[Array, "... v"]:
+def logits(x: Float[Array, "... d"], kernel: Array | Weight) -> Float[Array, "... v"]:
     """`x W` accumulated and returned in float32; `W: [d, v]` is an array or a weight node."""
     if is_weight(kernel):
         return linear(x, kernel).astype(jnp.float32)
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.matmul(x, cast(Array, kernel).astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
@@ -173,7 +173,7 @@ def param_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {path: leaf.shape for path, leaf in leaves(tree)}
 
 
-def check_params(found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
+def check_params(found: Mapping[str, Array | Weight], shapes: Mapping[str, Shape]) -> None:
     """Raises BadInput where params by path do not have the names and shapes of the config."""
     if odd := sorted(set(found) ^ set(shapes)):
         what = "extra" if odd[0] in found else "missing"

@@ -10,11 +10,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers
 
 from rabit_jax.errors import BadInput
 from rabit_jax.tree import is_weight, map_leaves
-from rabit_jax.types import Params
+from rabit_jax.types import Array, Params
 
 ROLES = ("latent", "scale", "level", "matrix", "embedding", "head", "norm", "bias")
 FIXED = ("sign", "code")  # bits and integers: no gradient reaches them
@@ -101,7 +102,9 @@ def _place(path: str) -> str:
     return "head" if "head" in parts or "lm_head" in parts else "matrix"
 
 
-def partition(params: Any, names: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
+def partition(
+    params: Params, names: PyTree[str], freeze: tuple[str, ...]
+) -> tuple[Params, Params]:
     """Split a tree into `(trainable, frozen)`; each holds None where the other holds an array.
 
     Signs and codes are frozen always. "embedding" and "head" freeze these parameters whatever they
@@ -121,7 +124,7 @@ def partition(params: Any, names: Any, freeze: tuple[str, ...]) -> tuple[Any, An
     return trainable, frozen
 
 
-def merge(trainable: Any, frozen: Any) -> Any:
+def merge(trainable: Params, frozen: Params) -> Params:
     """Inverse of `partition`."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None
@@ -141,7 +144,9 @@ def learning_rate(config: OptimizerConfig, peak: float, steps: int) -> optax.Sch
     return lambda step: schedule(step + 1)
 
 
-def make_optimizer(config: OptimizerConfig, names: Any, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, names: PyTree[str], steps: int
+) -> optax.GradientTransformation:
     """Optimiser for a trainable tree whose leaves have the roles `names`.
 
     Muon orthogonalises the last two axes of every latent: its default rule (two axes mean Muon)
@@ -177,7 +182,7 @@ class SizeState(NamedTuple):
       sizes: of each array at the start, shaped to multiply with it.
     """
 
-    sizes: Any
+    sizes: PyTree[Array]
 
 
 def scale_by_size(axes: tuple[int, ...]) -> optax.GradientTransformation:
@@ -221,7 +226,7 @@ def _last_two_axes(params: Any) -> Any:
     return jax.tree.map(lambda x: MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
 
 
-def apply_updates(trainable: Any, updates: Any, step: jax.Array) -> Any:
+def apply_updates(trainable: Params, updates: PyTree, step: Array) -> Params:
     """`x + update` of every array, in float32; bfloat16 arrays are rounded stochastically.
 
     An update of less than 1/512 of a bfloat16 number is lost when the sum is rounded to the nearest
@@ -249,7 +254,9 @@ def _rounded(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), near, x).astype(jnp.bfloat16)
 
 
-def project_scales(trainable: Any, names: Any, floor: float = 1e-2) -> tuple[Any, jax.Array]:
+def project_scales(
+    trainable: Params, names: PyTree[str], floor: float = 1e-2
+) -> tuple[Params, Array]:
     """Keep scales positive: `s <- max(s, floor * mean|s|)` along the last axis, after an update.
 
     A pair whose product is not positive turns its path's signs against the residual, and 16 bits

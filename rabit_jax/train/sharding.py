@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels.layout import BLOCK_BYTES
@@ -92,7 +93,7 @@ def param_shardings(params: Params, mesh: Mesh) -> Params:
     return map_leaves(place, params)
 
 
-def weight_shardings(node: Weight, axes: Axes, mesh: Mesh) -> Any:
+def weight_shardings(node: Weight, axes: Axes, mesh: Mesh) -> PyTree[NamedSharding]:
     """Shardings for the arrays of one weight node, whose matrix `[..., i, o]` is split over `axes`.
 
     A kernel of several input or output axes is split along the first of them, for its reshaped
@@ -154,7 +155,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+def like_params(
+    tree: PyTree, params: Params, shardings: PyTree[NamedSharding], mesh: Mesh
+) -> PyTree[NamedSharding]:
     """Shardings for a tree that holds copies of params (optimiser state), by path and shape.
 
     A leaf whose path ends in a parameter's path and has its shape is placed like it; any other

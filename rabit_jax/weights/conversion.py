@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from rabit_jax.errors import BadInput
+from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.tree import Rules, is_weight, layer_keys, leaves, map_leaves, match_rules
+from rabit_jax.types import Array
 from rabit_jax.weights.reshaped import in_shape, matrix_shape
 from rabit_jax.weights.table import Table, is_table
 
@@ -18,12 +21,12 @@ LLAMA_ENDS = r"embed/embedding|head/kernel"
 
 
 def convert(
-    params: Any,
+    params: PyTree[Array],
     rules: Rules,
-    stats: Mapping[str, Any] | None = None,
-    key: Any = None,
+    stats: Mapping[str, Stats] | None = None,
+    key: Array | None = None,
     done: Callable[[str], None] | None = None,
-) -> Any:
+) -> PyTree:
     """Replace the kernels that the rules select by weight nodes; everything else stays as it is.
 
     Args:
@@ -80,7 +83,7 @@ def convert(
     return map_leaves(replace, params)
 
 
-def dense(params: Any) -> Any:
+def dense(params: PyTree) -> PyTree[Array]:
     """The tree with every weight node replaced by the matrix it multiplies by.
 
     Differentiable: gradients reach the latents by the node's straight-through rule, so a model that
@@ -89,7 +92,7 @@ def dense(params: Any) -> Any:
     return map_leaves(lambda _, leaf: leaf.dense() if is_weight(leaf) else leaf, params)
 
 
-def pack(params: Any) -> Any:
+def pack(params: PyTree) -> PyTree:
     """The tree with every weight node in its deployed form (bits and 16-bit scales).
 
     Raises:

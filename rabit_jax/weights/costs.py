@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from jaxtyping import PyTree
 
 from rabit_jax.tree import is_weight, leaves
 
@@ -30,7 +32,7 @@ class Cost(NamedTuple):
         return Cost(*(sum(field) for field in zip(Cost(0, 0, 0, 0), *costs, strict=True)))
 
 
-def cost(params: Any) -> Cost:
+def cost(params: PyTree) -> Cost:
     """Cost per token of all matrices of a params tree that are weight nodes.
 
     Args:

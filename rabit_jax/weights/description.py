@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from rabit_jax.tree import is_weight, leaves
 from rabit_jax.weights.conversion import LLAMA_ENDS
@@ -130,12 +131,12 @@ def _size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def leaf_bytes(tree: Any) -> int:
+def leaf_bytes(tree: PyTree) -> int:
     """Bytes of all arrays (or abstract arrays) of a tree."""
     return sum(prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
-def describe(params: Any) -> Description:
+def describe(params: PyTree) -> Description:
     """Path, representation, shape, k, bits per weight and bytes of every parameter.
 
     Args:

@@ -30,12 +30,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.core.meta import AxisMetadata
+from jaxtyping import PyTree
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import packed_bytes, stored_bytes
 from rabit_jax.signs.ste import summed
 from rabit_jax.tree import is_weight
-from rabit_jax.types import Array, Shape
+from rabit_jax.types import Array, Json, Shape, Weight
+from rabit_jax.weights.costs import Cost
 
 Role = Literal["latent", "scale", "level", "sign", "code"]
 Sizes = dict[str, int]
@@ -256,11 +258,11 @@ class WeightNode(AxisMetadata[Array]):
         """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
         return x @ self.dense().astype(x.dtype)
 
-    def pack(self, name: str) -> Any:
+    def pack(self, name: str) -> WeightNode:
         """Itself, which a packed weight is; trained weights have a `pack` of their own."""
         return self
 
-    def roles(self) -> Any:
+    def roles(self) -> PyTree[str]:
         """The same node with the role of each array in its place."""
         return jax.tree.map(lambda one: one.role, declaration(self))
 
@@ -277,7 +279,11 @@ class WeightNode(AxisMetadata[Array]):
         own = sum(one.packed_bits(self.sizes()) for one in stored) / prod(self.shape[-2:])
         return own + sum(part.bits_per_weight() for part in parts(self))
 
-    def header(self) -> dict[str, Any]:
+    def cost(self) -> Cost:
+        """Operations and bytes per token once packed, from the shapes alone."""
+        raise NotImplementedError(f"{type(self).__name__} does not count its cost")
+
+    def header(self) -> Json:
         """What a packed file says of one matrix: its type, its sizes and its parts' headers."""
         i, o = self.shape[-2:]
         sizes = self.sizes() if self.header_sizes else {}
@@ -317,7 +323,7 @@ class WeightNode(AxisMetadata[Array]):
         return node
 
 
-def declaration(node: Any) -> Any:
+def declaration(node: Weight) -> PyTree[Leaf]:
     """The node with its `Leaf` in place of each array, those of its parts included.
 
     A weight that is no `WeightNode` names its roles by a method of its own, and has no axes.
@@ -334,7 +340,7 @@ def declaration(node: Any) -> Any:
     return node.replace(**found)
 
 
-def row_signs(node: Any) -> Any:
+def row_signs(node: Weight) -> PyTree[int]:
     """The node with the number of signs of a packed row in place of each array, 0 where an array is
     not packed; the sizes are those of the node and of its parts."""
     if not isinstance(node, WeightNode):

@@ -39,7 +39,7 @@ class Representation(NamedTuple):
     that `convert` makes by itself. `packed.header_type` tells which in a packed file.
     """
 
-    spec: Any
+    spec: type | None
     trained: type[WeightNode]
     packed: type[WeightNode]
 
@@ -61,10 +61,10 @@ REPRESENTATIONS = (
 )
 SPECS = tuple(one.spec for one in REPRESENTATIONS if one.spec is not None)
 PACKED_TYPES = {one.packed.header_type: one.packed for one in REPRESENTATIONS}
-_own_specs: list[Any] = []
+_own_specs: list[type] = []
 
 
-def specs() -> tuple[Any, ...]:
+def specs() -> tuple[type, ...]:
     """All classes of specs, those that `add_representation` has listed included."""
     return (*SPECS, *_own_specs)
 
@@ -113,7 +113,7 @@ def add_representation(spec: type, packed: type[WeightNode] | None = None) -> No
         _own_specs.append(spec)
 
 
-def abstract_packed(header: Header) -> Any:
+def abstract_packed(header: Header) -> WeightNode:
     """The packed node of one matrix as shapes and dtypes, from what its `header()` returned.
 
     Raises:

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 
 from rabit_jax.errors import BadInput
+from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.tree import pytree_dataclass
-from rabit_jax.types import Shape
+from rabit_jax.types import Json, Shape, Weight
+from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import Header, WeightNode, part, static
 
 
@@ -76,11 +78,11 @@ class Reshaped(WeightNode):
         """The packed matrix in the same shape; what raises is the matrix's."""
         return self.replace(matrix=self.matrix.pack(name))
 
-    def cost(self) -> Any:
+    def cost(self) -> Cost:
         """Cost per token of the matrix, a `weights.cost.Cost`."""
         return self.matrix.cost()
 
-    def header(self) -> dict[str, Any]:
+    def header(self) -> Json:
         """What a packed file says of one kernel: its axes and the header of its matrix."""
         i, o = self.matrix.shape[-2:]
         axes = {"inputs": list(self.inputs), "outputs": list(self.outputs)}
@@ -99,7 +101,7 @@ class Reshaped(WeightNode):
 
 
 
-def matrix_shape(path: str, shape: tuple[int, ...], stats: Any) -> tuple[int, ...]:
+def matrix_shape(path: str, shape: tuple[int, ...], stats: Stats | None) -> tuple[int, ...]:
     """`[..., i, o]` of a kernel of that shape: the statistics tell which axes are inputs.
 
     Without statistics the last two axes are the matrix, and those before them stacked layers.
@@ -118,7 +120,7 @@ def matrix_shape(path: str, shape: tuple[int, ...], stats: Any) -> tuple[int, ..
     return matrix
 
 
-def in_shape(node: Any, shape: tuple[int, ...]) -> Any:
+def in_shape(node: Weight, shape: Shape) -> Weight:
     """The node of a matrix `[..., i, o]` as one of a kernel of that shape."""
     sides = None if node.shape == shape else split_axes(shape, node.shape)
     return node if sides is None else Reshaped(node, *sides)

@@ -14,7 +14,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, outer
 from rabit_jax.tree import pytree_dataclass
-from rabit_jax.types import Array, Spec
+from rabit_jax.types import Array, Spec, Weight
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import WeightNode, leaf, part
 from rabit_jax.weights.low_rank_sign import LowRankSignSpec
@@ -51,7 +51,9 @@ class ScaledSpec:
         if not 0 <= self.shrinkage <= 1:
             raise BadInput(f"shrinkage is {self.shrinkage}: it must lie in 0..1")
 
-    def init(self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None) -> Any:
+    def init(
+        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+    ) -> Weight:
         """Kernel `[..., i, o]` -> the inner spec's node between its diagonals.
 
         Without `stats` the importances are 1. Scales that take the diagonals are floored where they

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import jax.numpy as jnp
 
@@ -25,7 +25,7 @@ def linear(x: Array, w: Array | Weight) -> Array:
     return x @ jnp.asarray(w, x.dtype)
 
 
-def lookup(table: Any, tokens: Array) -> Array:
+def lookup(table: Array | Weight, tokens: Array) -> Array:
     """`table[tokens]`; a token without a row reads NaN.
 
     Args:
@@ -35,7 +35,8 @@ def lookup(table: Any, tokens: Array) -> Array:
     Returns:
       `[..., d]` in the dtype of an array, else in float32.
     """
-    return table.lookup(tokens) if hasattr(table, "lookup") else jnp.take(table, tokens, axis=0)
+    rows = getattr(table, "lookup", None)
+    return rows(tokens) if rows else jnp.take(cast(Array, table), tokens, axis=0)
 
 
 def times(x: Array, scale: Array) -> Array:

@@ -26,7 +26,7 @@ from rabit_jax.signs.ste import (
     with_sign,
 )
 from rabit_jax.tree import per_layer, pytree_dataclass
-from rabit_jax.types import Array
+from rabit_jax.types import Array, Json
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import PACKED_DTYPES, Header, WeightNode, leaf
 
@@ -109,12 +109,12 @@ class PackedSign(SignPaths):
         """`W_hat`, float32 `[..., i, o]`, differentiable by the scales."""
         return scaled_signs(self.bits, self.g, self.h)
 
-    def header(self) -> dict[str, Any]:
+    def header(self) -> Json:
         """As of every weight, and `"limbs"` where they were chosen."""
         return super().header() | ({} if self.limbs is None else {"limbs": self.limbs})
 
     @classmethod
-    def abstract(cls, header: Header, read: Any = None) -> Self:
+    def abstract(cls, header: Header, read: Callable[[Header], Any] | None = None) -> Self:
         """As of every weight; raises ValueError for limbs that are neither 2 nor 3."""
         limbs = header.get("limbs")
         if limbs not in (None, 2, 3):

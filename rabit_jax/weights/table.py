@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from rabit_jax.tree import pytree_dataclass
-from rabit_jax.types import Array
+from rabit_jax.types import Array, Json
+from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import Header, WeightNode, columns, part
 
 
@@ -81,11 +82,11 @@ class Table(WeightNode):
         """The table of the packed matrix; what raises is the matrix's."""
         return self.replace(matrix=self.matrix.pack(name))
 
-    def cost(self) -> Any:
+    def cost(self) -> Cost:
         """Cost per token of the matrix as a head, a `weights.cost.Cost`; a lookup costs one row."""
         return self.matrix.cost()
 
-    def header(self) -> dict[str, Any]:
+    def header(self) -> Json:
         """What a packed file says of the embedding: its sizes and the header of its matrix."""
         v, d = self.shape[-2:]
         return {"type": "table", "in": v, "out": d, "matrix": self.matrix.header()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,11 +34,11 @@ class Weight(Protocol):
         """Shape `[..., i, o]` of the matrix that the node stands for."""
         ...
 
-    def matmul(self, x: Array) -> Array:
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """`x @ W_hat` for `x: [..., i]`, giving `[..., o]` in `x.dtype`; no leading weight axes."""
         ...
 
-    def dense(self) -> Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32, exactly what the deployed model multiplies by."""
         ...
 
@@ -75,10 +75,12 @@ class Weight(Protocol):
 class Spec(Protocol):
     """How one kernel becomes a weight node: a frozen dataclass of settings."""
 
-    def init(self, w: Array, stats: Any = None, key: Array | None = None) -> Weight:
+    def init(
+        self, w: Float[Array, "... i o"], stats: Any = None, key: Array | None = None
+    ) -> Weight:
         """Kernel `[..., i, o]`, calibration statistics, PRNG key -> a trainable weight node."""
         ...
 
-    def dense(self, node: Any) -> Array:
+    def dense(self, node: Any) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32 of a node that this spec made."""
         ...

@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats, importance
@@ -68,7 +69,7 @@ class CodebookSpec:
             )
 
     def init(
-        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+        self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> Codebook:
         """Kernel `[..., i, o]` -> `Codebook`, fitted layer by layer.
 
@@ -85,7 +86,7 @@ class CodebookSpec:
         codes, codebooks, g = _fit(self, w, stats, key)
         return Codebook(codes, codebooks, g, w.shape[-2])
 
-    def dense(self, node: Codebook) -> jax.Array:
+    def dense(self, node: Codebook) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
@@ -215,7 +216,7 @@ class CodebookSum(WeightNode):
         """Number of stages."""
         return self.sizes()["s"]
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`; differentiable in `codebooks` and `g`."""
         return self.g[..., None, :].astype(F32) * summed(self._terms())
 

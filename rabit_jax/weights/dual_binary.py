@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats, importance
@@ -50,7 +51,7 @@ class DualBinarySpec:
             raise BadInput(f"group is {self.group}: a group must hold at least 1 input")
 
     def init(
-        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+        self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> DualBinary:
         """Kernel `[..., i, o]` -> `DualBinary`, searched layer by layer.
 
@@ -65,7 +66,7 @@ class DualBinarySpec:
         s = _search(self, w, None if stats is None else stats.s_in)
         return DualBinary(jnp.array(w, F32, copy=True), _levels(s), self.group)
 
-    def dense(self, node: DualBinary) -> jax.Array:
+    def dense(self, node: DualBinary) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
@@ -160,7 +161,7 @@ class DualBinary(TwoPlanes):
 
     packed = PackedDualBinary
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`."""
         return dual_binary(self.latent, self.a, self.group)
 

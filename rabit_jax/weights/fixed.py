@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import map_leaves, pytree_dataclass
@@ -44,7 +45,7 @@ class FixedWeight(WeightNode):
         """Shape `[..., i, o]` of the matrix."""
         return self.packed_weight.shape
 
-    def dense(self) -> Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`."""
         return self.packed_weight.dense()
 

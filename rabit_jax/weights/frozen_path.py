@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.errors import check_choice
 from rabit_jax.signs.channel_importance import Stats
@@ -42,7 +43,7 @@ class FrozenPathSpec(SignFit):
     type: Literal["frozen_path"] = field(default="frozen_path", kw_only=True)
 
     def init(
-        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+        self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> FrozenPath:
         """Kernel `[..., i, o]` -> `FrozenPath`, fitted layer by layer.
 
@@ -55,7 +56,7 @@ class FrozenPathSpec(SignFit):
         found = residuals(w, g, h)
         return FrozenPath(found[..., :-1, :, :] >= 0, found[..., -1, :, :], g, h, self.ste)
 
-    def dense(self, node: FrozenPath) -> jax.Array:
+    def dense(self, node: FrozenPath) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
@@ -83,7 +84,7 @@ class FrozenPath(SignPaths):
 
     packed = PackedSign
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`."""
         return frozen_weight(self.frozen, self.latent, self.g, self.h, self.ste)
 
@@ -104,7 +105,7 @@ class FrozenPath(SignPaths):
         g, h = round_scales(name, g=self.g, h=self.h)
         return PackedSign(pack_positive(self.positive()), g, h)
 
-    def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> FrozenPath:
+    def rescaled(self, d_in: Float[Array, "... i"], d_out: Float[Array, "... o"]) -> FrozenPath:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
         latent = (self.latent.astype(F32) * outer(d_in, d_out)).astype(self.latent.dtype)
         return self.replace(

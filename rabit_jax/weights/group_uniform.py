@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
@@ -59,7 +60,7 @@ class GroupUniformSpec:
             )
 
     def init(
-        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+        self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> GroupUniform:
         """Kernel `[..., i, o]` -> `GroupUniform`, layer by layer.
 
@@ -75,7 +76,7 @@ class GroupUniformSpec:
         s, c = _fit_levels(group, self.bits, w)
         return GroupUniform(jnp.array(w, F32, copy=True), s, c, group, self.bits)
 
-    def dense(self, node: GroupUniform) -> jax.Array:
+    def dense(self, node: GroupUniform) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
@@ -119,7 +120,7 @@ class PackedGroupUniform(GroupedPlanes):
         """`q`, uint8 `[..., i, o]`, 0 to `2^bits - 1`."""
         return unpack_codes(self.bits, self.inputs)
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`."""
         s, c = (spread(v.astype(F32), self.group, self.inputs) for v in (self.s, self.c))
         return s * self.codes() + c
@@ -153,7 +154,7 @@ class GroupUniform(GroupedPlanes):
 
     packed = PackedGroupUniform
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`."""
         return group_uniform(self.latent, self.s, self.c, self.group, self.bits)
 

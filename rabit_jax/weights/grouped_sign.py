@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.signs.channel_importance import Stats
@@ -65,7 +66,7 @@ class PackedGroupedSign(SignPaths):
     header_type = "grouped_sign"
     header_sizes = {"k": "k", "group": "group"}
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat` on a CPU."""
         from rabit_jax.kernels.grouped_signs import grouped_signs_matmul
 
@@ -130,7 +131,7 @@ class GroupedSign(SignPaths):
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return map(self._joined, self.blocks.paths())
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`."""
         return self._joined(self.blocks.dense())
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.errors import check_choice
 from rabit_jax.signs.channel_importance import Stats
@@ -45,7 +46,7 @@ class IndependentSignSpec(SignFit):
     type: Literal["independent"] = field(default="independent", kw_only=True)
 
     def init(
-        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+        self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> IndependentSign:
         """Kernel `[..., i, o]` -> `IndependentSign`, fitted layer by layer.
 
@@ -60,7 +61,7 @@ class IndependentSignSpec(SignFit):
         g, h = self.scales(w, stats)
         return IndependentSign(residuals(w, g, h), g, h, self.ste)
 
-    def dense(self, node: IndependentSign) -> jax.Array:
+    def dense(self, node: IndependentSign) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
@@ -102,7 +103,7 @@ class IndependentSign(SignPaths):
 
     packed = PackedSign
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`."""
         return independent_weight(self.latents, self.g, self.h, self.ste)
 
@@ -123,7 +124,9 @@ class IndependentSign(SignPaths):
         g, h = round_scales(name, g=self.g, h=self.h)
         return PackedSign(pack_positive(self.positive()), g, h)
 
-    def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> IndependentSign:
+    def rescaled(
+        self, d_in: Float[Array, "... i"], d_out: Float[Array, "... o"]
+    ) -> IndependentSign:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
         return self.replace(
             latents=self.latents * outer(d_in, d_out)[..., None, :, :],

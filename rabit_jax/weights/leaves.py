@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.core.meta import AxisMetadata
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import packed_bytes, stored_bytes
@@ -188,7 +188,7 @@ class WeightNode(AxisMetadata[Array]):
         raise BadInput(f"a {type(self).__name__} is no array, and the model multiplies by arrays: "
                        'apply it to dense params, model.apply({"params": dense(params)}, ...)')
 
-    def unbox(self) -> Array:
+    def unbox(self) -> Float[Array, "... i o"]:
         """`dense()`, which a Linen layer gets for its parameter."""
         return self.dense()
 
@@ -250,11 +250,11 @@ class WeightNode(AxisMetadata[Array]):
         """The terms `W_hat_1, ..., W_hat_k` of `W_hat`, float32 `[..., i, o]`, one at a time."""
         raise NotImplementedError(f"{type(self).__name__} does not name its paths")
 
-    def dense(self) -> Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`."""
         return summed(self.paths())
 
-    def matmul(self, x: Array) -> Array:
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
         return x @ self.dense().astype(x.dtype)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import unpack_bits
@@ -60,7 +61,7 @@ class LowRankSignSpec:
         check_choice("ste", self.ste, FACTOR_STE)
 
     def init(
-        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+        self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> LowRankSign:
         """Kernel `[..., i, o]` -> `LowRankSign`, fitted layer by layer.
 
@@ -79,7 +80,7 @@ class LowRankSignSpec:
         """
         return self.fit(w).floored()
 
-    def fit(self, w: jax.Array) -> LowRankSign:
+    def fit(self, w: Float[Array, "... i o"]) -> LowRankSign:
         """`init` before scales are floored, which is done in the space where they are stored."""
         i, o = w.shape[-2:]
         copies = 2 if self.twin else 1
@@ -88,7 +89,7 @@ class LowRankSignSpec:
             raise BadInput(f"rank is {rank}: a matrix [{i}, {o}] has no more than {min(i, o)}")
         return LowRankSign(*fit_factors(w, rank, copies), ste=self.ste)
 
-    def dense(self, node: LowRankSign) -> jax.Array:
+    def dense(self, node: LowRankSign) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
@@ -110,7 +111,7 @@ def rank_for_bits(i: int, o: int, bits: float, copies: int) -> int:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def fit_factors(w: jax.Array, rank: int, copies: int) -> tuple[jax.Array, ...]:
+def fit_factors(w: Float[Array, "... i o"], rank: int, copies: int) -> tuple[jax.Array, ...]:
     """Dual-SVID of `w: [..., i, o]`, and of what is left for each further copy; layer by layer.
 
     Returns:
@@ -130,7 +131,7 @@ def fit_factors(w: jax.Array, rank: int, copies: int) -> tuple[jax.Array, ...]:
     return per_layer(layer, w)
 
 
-def dual_svid(w: jax.Array, rank: int) -> tuple[jax.Array, ...]:
+def dual_svid(w: Float[Array, "... i o"], rank: int) -> tuple[jax.Array, ...]:
     """Factors and scales of one matrix from its truncated singular value decomposition.
 
         W ~ U' V',  U' = U sqrt(S),  V' = sqrt(S) V
@@ -204,7 +205,7 @@ class PackedLowRank(LowRankProduct):
     header_type = "low_rank"
     header_sizes = {"rank": "r", "copies": "c"}
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat`."""
         from rabit_jax.kernels.reference import packed_low_rank_matmul
 
@@ -280,7 +281,7 @@ class LowRankSign(LowRankProduct):
 
     packed = PackedLowRank
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """`x @ W_hat` as `sum_c ((((x * h_c) sign(U_c)) * l_c) sign(V_c)) * g_c`, no `W_hat` built.
 
         Scales are applied in float32, products taken in `x.dtype`, copies summed in float32.
@@ -305,7 +306,7 @@ class LowRankSign(LowRankProduct):
         """Signs of `U` stacked over those of `V^T`, bool `[..., c, i + o, r]`, True for +1."""
         return jnp.concatenate([self.u >= 0, jnp.swapaxes(self.v >= 0, -1, -2)], axis=-2)
 
-    def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> LowRankSign:
+    def rescaled(self, d_in: Float[Array, "... i"], d_out: Float[Array, "... o"]) -> LowRankSign:
         """The node of `diag(d_in) W_hat diag(d_out)`; `d_in: [..., i]`, `d_out: [..., o]`."""
         return self.replace(h=self.h * d_in[..., None, :], g=self.g * d_out[..., None, :])
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.signs.channel_importance import Stats
@@ -56,7 +57,7 @@ class ResidualSignSpec(SignFit):
         return dataclasses.replace(self, group=0)
 
     def init(
-        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+        self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> ResidualSign | GroupedSign:
         """Kernel `[..., i, o]` -> `ResidualSign`, fitted layer by layer.
 
@@ -74,7 +75,7 @@ class ResidualSignSpec(SignFit):
         latent = jnp.array(w, self.latent_dtype, copy=True)
         return ResidualSign(latent, *self.scales(latent, stats), self.ste)
 
-    def dense(self, node: ResidualSign | GroupedSign) -> jax.Array:
+    def dense(self, node: ResidualSign | GroupedSign) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
@@ -101,7 +102,7 @@ class ResidualSign(SignPaths):
 
     packed = PackedSign
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`."""
         return effective_weight(self.latent, self.g, self.h, ste=self.ste)
 
@@ -123,7 +124,7 @@ class ResidualSign(SignPaths):
         g, h = round_scales(name, g=self.g, h=self.h)
         return PackedSign(bits, g, h)
 
-    def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> ResidualSign:
+    def rescaled(self, d_in: Float[Array, "... i"], d_out: Float[Array, "... o"]) -> ResidualSign:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
         latent = (self.latent.astype(F32) * outer(d_in, d_out)).astype(self.latent.dtype)
         return self.replace(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
@@ -52,7 +53,7 @@ class ScaledSpec:
             raise BadInput(f"shrinkage is {self.shrinkage}: it must lie in 0..1")
 
     def init(
-        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+        self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> Weight:
         """Kernel `[..., i, o]` -> the inner spec's node between its diagonals.
 
@@ -73,7 +74,7 @@ class ScaledSpec:
             return self.spec.fit(p).rescaled(1 / d_in, 1 / d_out).floored()
         return rescaled(self.spec.init(p, None, key), 1 / d_in, 1 / d_out)
 
-    def dense(self, node: Any) -> jax.Array:
+    def dense(self, node: Any) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
@@ -104,12 +105,12 @@ class ScaledWeight(WeightNode):
 
     header_type = "scaled"
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """`((x * d_in) @ W_hat) * d_out` in `x.dtype`."""
         y = self.inner.matmul(times(x, self.d_in).astype(x.dtype))
         return times(y, self.d_out).astype(x.dtype)
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """The scaled matrix, float32 `[..., i, o]`."""
         return self.inner.dense() * self._scale()
 
@@ -137,7 +138,7 @@ class ScaledWeight(WeightNode):
         return outer(self.d_in.astype(F32), self.d_out.astype(F32))
 
 
-def rescaled(node: Any, d_in: jax.Array, d_out: jax.Array) -> Any:
+def rescaled(node: Any, d_in: Float[Array, "... i"], d_out: Float[Array, "... o"]) -> Any:
     """The weight of `diag(d_in) W_hat diag(d_out)`.
 
     A node with scales along both sides takes the diagonals in, at no cost; any other is wrapped in

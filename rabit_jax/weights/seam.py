@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import cast
 
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Weight
 
 
-def linear(x: Array, w: Array | Weight) -> Array:
+def linear(x: Float[Array, "... i"], w: Array | Weight) -> Float[Array, "... o"]:
     """`x @ w` for an array or a weight node.
 
     Args:
@@ -25,7 +26,7 @@ def linear(x: Array, w: Array | Weight) -> Array:
     return x @ jnp.asarray(w, x.dtype)
 
 
-def lookup(table: Array | Weight, tokens: Array) -> Array:
+def lookup(table: Array | Weight, tokens: Int[Array, "*b"]) -> Float[Array, "*b d"]:
     """`table[tokens]`; a token without a row reads NaN.
 
     Args:
@@ -39,6 +40,6 @@ def lookup(table: Array | Weight, tokens: Array) -> Array:
     return rows(tokens) if rows else jnp.take(cast(Array, table), tokens, axis=0)
 
 
-def times(x: Array, scale: Array) -> Array:
+def times(x: Float[Array, "... n"], scale: Float[Array, " n"]) -> Float[Array, "... n"]:
     """`x * scale` along the last axis: `[..., n]` by `[n]`."""
     return x * scale.reshape(*(1,) * (x.ndim - 1), -1)

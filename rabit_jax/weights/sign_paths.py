@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import pack_bits, unpack_bits
@@ -88,7 +89,7 @@ class PackedSign(SignPaths):
     header_type = "sign"
     header_sizes = {"k": "k"}
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat`."""
         from rabit_jax.kernels.matmul import packed_matmul
 
@@ -105,7 +106,7 @@ class PackedSign(SignPaths):
             scales = outer(self.h[..., i, :].astype(F32), self.g[..., i, :].astype(F32))
             yield signs[..., i, :, :] * scales
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`, differentiable by the scales."""
         return scaled_signs(self.bits, self.g, self.h)
 
@@ -251,7 +252,9 @@ class SignFit:
             )
         check_choice("ste", self.ste, ste_names())
 
-    def scales(self, w: jax.Array, stats: Stats | None) -> tuple[jax.Array, jax.Array]:
+    def scales(
+        self, w: Float[Array, "... i o"], stats: Stats | None
+    ) -> tuple[Float[Array, "... k o"], Float[Array, "... k i"]]:
         """Scales `g: [..., k, o]`, `h: [..., k, i]` float32 of `w: [..., i, o]`, layer by layer."""
         return fit_layers(_svid_scales, self, w, stats)
 

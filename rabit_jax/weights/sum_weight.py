@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, summed
 from rabit_jax.tree import fold_key, pytree_dataclass
-from rabit_jax.types import Spec
+from rabit_jax.types import Array, Spec
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import WeightNode, part
 from rabit_jax.weights.scaled_weight import rescaled
@@ -39,7 +40,7 @@ class SumSpec:
             raise BadInput(f"parts has {len(self.parts)} specs: a sum needs at least two")
 
     def init(
-        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+        self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> SumWeight:
         """Kernel `[..., i, o]` -> `SumWeight`; every part sees the same statistics."""
         terms, rest = [], w.astype(F32)
@@ -49,7 +50,7 @@ class SumSpec:
             rest = rest - terms[-1].dense()
         return SumWeight(tuple(terms))
 
-    def dense(self, node: SumWeight) -> jax.Array:
+    def dense(self, node: SumWeight) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
@@ -85,11 +86,11 @@ class SumWeight(WeightNode):
         """Shape `[..., i, o]` of the matrix."""
         return self.terms[0].shape
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """`x W_hat_1 + ... + x W_hat_n`, each by its own product, added in `x.dtype`."""
         return summed(term.matmul(x) for term in self.terms)
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`."""
         return summed(term.dense() for term in self.terms)
 
@@ -111,6 +112,6 @@ class SumWeight(WeightNode):
         """Cost per token of the terms; the few additions that join them are left out."""
         return Cost.sum(term.cost() for term in self.terms)
 
-    def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> SumWeight:
+    def rescaled(self, d_in: Float[Array, "... i"], d_out: Float[Array, "... o"]) -> SumWeight:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
         return SumWeight(tuple(rescaled(term, d_in, d_out) for term in self.terms))

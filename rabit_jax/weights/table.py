@@ -66,11 +66,11 @@ class Table(WeightNode):
         rows = rows.reshape(*tokens.shape, rows.shape[-1])
         return jnp.where((tokens < self.shape[-2])[..., None], rows, jnp.nan)
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, "... v"]) -> Float[Array, "... d"]:
         """`x @ E`, `[..., v]` -> `[..., d]` in `x.dtype`."""
         return x @ self.dense().astype(x.dtype)
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... v d"]:
         """`E`, float32 `[..., v, d]`."""
         return jnp.swapaxes(self.matrix.dense(), -1, -2)
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.iterative_svid import TINY, floored, rank1
@@ -35,7 +36,7 @@ class UniformResidualSpec(SignFit):
     type: Literal["uniform"] = field(default="uniform", kw_only=True)
 
     def init(
-        self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
+        self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> UniformResidual:
         """Kernel `[..., i, o]` -> `UniformResidual`, fitted layer by layer.
 
@@ -47,7 +48,7 @@ class UniformResidualSpec(SignFit):
         g, h = fit_layers(_fit_layer, self, w, stats)
         return UniformResidual(jnp.array(w, F32, copy=True), g, h, self.k, self.ste)
 
-    def dense(self, node: UniformResidual) -> jax.Array:
+    def dense(self, node: UniformResidual) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
@@ -120,7 +121,7 @@ class UniformResidual(SignPaths):
             self.latent, self.g * halves, jnp.repeat(self.h, self.k, axis=-2), self.ste
         )
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """`W_hat`, float32 `[..., i, o]`; gradients as in `ste.effective_weight`."""
         return self.free().dense()
 
@@ -140,7 +141,9 @@ class UniformResidual(SignPaths):
         """
         return self.free().pack(name)
 
-    def rescaled(self, d_in: jax.Array, d_out: jax.Array) -> UniformResidual:
+    def rescaled(
+        self, d_in: Float[Array, "... i"], d_out: Float[Array, "... o"]
+    ) -> UniformResidual:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""
         node = ResidualSign(self.latent, self.g, self.h).rescaled(d_in, d_out)
         return self.replace(latent=node.latent, g=node.g, h=node.h)

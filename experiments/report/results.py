@@ -14,6 +14,7 @@ from rabit_jax.experiments.engine.ptq import Job, trained
 from rabit_jax.experiments.engine.stages import Record
 from rabit_jax.experiments.report.run_card import write_card
 from rabit_jax.experiments.report.summary import (
+    DENSE_BITS,
     LABELS,
     circumstances,
     costs,
@@ -57,7 +58,7 @@ def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
     teacher, packed = summary["teacher"], summary["packed"]
     rows = []
     bits = packed["stored_bits_per_weight"], packed["whole_model_bits_per_weight"]
-    sizes = {"teacher": (None, None), "init": bits, "tuned": bits, "packed": bits}
+    sizes = {"teacher": (DENSE_BITS, DENSE_BITS), "init": bits, "tuned": bits, "packed": bits}
     for name, bits in sizes.items():
         found = summary.get(name) or {}
         if name in ("init", "tuned") and not found:

@@ -38,6 +38,8 @@ LABELS = {
     "qat": "after QAT",
     "packed": "packed",
 }
+# What is not quantised counts with 16 bits, as in `describe`, whatever it was trained in.
+DENSE_BITS = 16.0
 
 
 def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[str, Any]:
@@ -127,8 +129,8 @@ def parameters(run: Inputs | Job) -> dict[str, int]:
 def table_rows(summary: Summary) -> list[ResultRow]:
     """The results table: one row per model, with the bits per weight that are stored."""
     packed_bits: float = summary["packed"]["stored_bits_per_weight"]
-    bits = {"teacher": 32.0, "round_to_nearest": 2.25}
-    whole = {"teacher": 32.0, "packed": summary["packed"].get("whole_model_bits_per_weight")}
+    bits = {"teacher": DENSE_BITS, "round_to_nearest": 2.25}
+    whole = {"teacher": DENSE_BITS, "packed": summary["packed"].get("whole_model_bits_per_weight")}
     return [
         ResultRow(
             name=label,

@@ -1,6 +1,6 @@
 """The packed products and the choice of their implementation by device, batch and shape.
 
-All but "unpacked", which multiplies by one dense matrix, have the function
+All but "unpacked" and "triton_dense", which multiply by one dense matrix, have the function
 
     signs_matmul(u, bits, g, layer, rows, limbs) -> y
 
@@ -36,6 +36,7 @@ MODULES = {
     "pallas_b1": "gpu.pallas_b1",
     "triton_int8": "gpu.triton_int8",
     "triton_b1": "gpu.triton_b1",
+    "triton_dense": "gpu.triton_dense",
 }
 IMPLS = ("reference", "unpacked", *MODULES)
 # Rows up to which each kernel is chosen; above the last of a device the bits are unpacked.
@@ -44,7 +45,7 @@ CPU_BATCH, B1_BATCH, INT8_BATCH = 8, 3, 32
 
 def choose(
     platform: str, capability: int, batch: int, inputs: int, words: bool = False,
-    b1_works: bool = True,
+    b1_works: bool = True, triton_works: bool = True,
 ) -> str:
     """The implementation for a batch of rows on a device.
 
@@ -55,6 +56,7 @@ def choose(
       inputs: of the matrix.
       words: whether the bits lie as the CPU's words; turning them costs more than it saves.
       b1_works: whether the one-bit tensor instruction has passed its self-test on this device.
+      triton_works: whether the other Triton kernels have.
 
     Returns:
       a name of `IMPLS`.
@@ -63,9 +65,11 @@ def choose(
         fits = words and batch <= CPU_BATCH and inputs <= PLANE_INPUTS
         return "cpu" if fits else "unpacked"
     if platform in ("gpu", "cuda") and capability >= 80:
+        if not triton_works:
+            return "unpacked"
         if batch <= B1_BATCH and inputs <= PLANE_INPUTS and b1_works:
             return "triton_b1"
-        return "triton_int8" if batch <= INT8_BATCH else "unpacked"
+        return "triton_int8" if batch <= INT8_BATCH else "triton_dense"
     return "reference"
 
 
@@ -112,6 +116,10 @@ def packed_matmul(
     layer = jnp.asarray(layer, jnp.int32)
     if impl == "unpacked":
         y = reference.unpacked_matmul(flat, bits, g, h, layer, rows)
+    elif impl == "triton_dense":
+        from rabit_jax.kernels.gpu.triton_dense import dense_matmul
+
+        y = dense_matmul(flat, bits, g, h, layer, rows)
     else:
         one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
         u = _scaled(flat[:, None, None], one[None], impl)
@@ -154,7 +162,7 @@ def packed_low_rank_matmul(
     flat = x.reshape(-1, x.shape[-1])
     impl = impl or chosen(flat.shape[0], flat.shape[1], u_bits.dtype == jnp.uint32)
     # Each copy multiplies other activations, so one dense tile cannot hold both.
-    impl = "reference" if impl == "unpacked" else impl
+    impl = "reference" if impl in ("unpacked", "triton_dense") else impl
     layer = jnp.asarray(layer, jnp.int32)
     one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
     u = _scaled(flat[:, None, None], one[None, None], impl)
@@ -192,14 +200,15 @@ def signs_matmul(
 
 
 def chosen(batch: int, inputs: int, words: bool) -> str:
-    """What `choose` gives for the first device; the first call on a GPU runs the self-test."""
+    """What `choose` gives for the first device; the first call on a GPU runs the self-tests."""
     where = jax.devices()[0].platform, cuda_capability(), batch, inputs, words
     name = choose(*where)
-    if name == "triton_b1":
-        from rabit_jax.kernels.gpu.triton_b1 import works
+    if not name.startswith("triton"):
+        return name
+    from rabit_jax.kernels.gpu import triton_b1, triton_int8
 
-        name = choose(*where, b1_works=works(where[1]))
-    return name
+    b1_works = name != "triton_b1" or triton_b1.works(where[1])
+    return choose(*where, b1_works, triton_int8.works(where[1]))
 
 
 def _check(x: Any, bits: Any, g: Any, h: Any, rows: tuple[int, ...], limbs: int) -> None:

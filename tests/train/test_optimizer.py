@@ -202,7 +202,7 @@ def test_relative_sizes_are_those_of_the_start():
     config = OptimizerConfig("relative", lr=0.1, warmup=0.0, schedule="constant", clip=0.0)
     optimizer = make_optimizer(config, roles(tree), STEPS)
     state = optimizer.init(tree)
+    grad, grown = {"w": jnp.ones((4, 4))}, {"w": jnp.full((4, 4), 9.0)}
     for _ in range(3):  # a constant gradient: Adam's step stays 1
-        grown = {"w": jnp.full((4, 4), 9.0)}
-        update, state = optimizer.update({"w": jnp.ones((4, 4))}, state, grown)
+        update, state = optimizer.update(grad, state, grown)
         np.testing.assert_allclose(update["w"], np.full((4, 4), -0.2), rtol=1e-4)

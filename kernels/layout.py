@@ -96,6 +96,14 @@ def from_words(words: jax.Array) -> jax.Array:
     return rows.reshape(*rows.shape[:-2], -1)
 
 
+def as_rows(bits: jax.Array, rows: tuple[int, ...] = ()) -> jax.Array:
+    """`rb256` bytes `[..., k, o, n]` of bytes, of words `[..., k, w, o]`, or, where the outputs of
+    the joined matrices are given as `rows` and the last axis is 16 long, of tiles."""
+    if bits.dtype == jnp.uint8:
+        return bits
+    return from_tiles(bits, rows) if bits.ndim == 5 else from_words(bits)
+
+
 def to_tiles(bits: jax.Array, rows: tuple[int, ...]) -> jax.Array:
     """uint8 `[..., k, o, n]` -> uint32 `[..., t, k, n / 4, 16]`: words of 16 outputs side by side.
 

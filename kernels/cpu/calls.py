@@ -5,6 +5,8 @@ Axes: b batch, l layers, k paths, m members, i in, o out, t tiles of 16 outputs,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,13 +17,33 @@ from rabit_jax.kernels.cpu.library import Library, library
 from rabit_jax.kernels.layout import TILE
 
 INTEGERS, FLOAT32, BFLOAT16 = 0, 1, 2
-# Rows up to which each k of 2-limb products is fastest as integers; measured on Zen 4 and Zen 5,
-# see docs/how-to/cpu-kernel.md. Above, W_hat is expanded tile by tile and multiplied as floats.
-INTEGER_ROWS = {1: 32, 2: 12, 3: 8, 4: 6}
+# Rows up to which integers are taken where they cost no more; floats are the more exact ones.
+INTEGER_ROWS = 64
 
 
-def arithmetic(batch: int, inputs: int, k: int, limbs: int, short: bool) -> int:
-    """How the kernel multiplies: `INTEGERS`, `FLOAT32` or `BFLOAT16`.
+class Costs(NamedTuple):
+    """Nanoseconds of one core for 1,000 weights: by `python -m experiments.bench kernels` on Zen 5.
+
+    Attributes:
+      integer: for each row, path and limb.
+      float32, bfloat16: for each row.
+      expand: for each path, to make W_hat of its signs.
+    """
+
+    integer: float
+    float32: float
+    bfloat16: float
+    expand: float
+
+
+WIDE = Costs(2.2, 8.7, 4.5, 26.0)
+VNNI = Costs(4.6, 14.5, 14.5, 65.0)
+NARROW = Costs(7.8, 14.5, 14.5, 65.0)
+COSTS = {"avx512": WIDE, "avxvnni": VNNI, "neon": VNNI, "avx2": NARROW, "portable": NARROW}
+
+
+def arithmetic(batch: int, inputs: int, k: int, limbs: int, short: bool, isa: str) -> int:
+    """How the kernel multiplies fastest: `INTEGERS`, `FLOAT32` or `BFLOAT16`.
 
     Args:
       batch: rows of x.
@@ -29,9 +51,13 @@ def arithmetic(batch: int, inputs: int, k: int, limbs: int, short: bool) -> int:
       k: sign paths.
       limbs: bytes of fixed point.
       short: whether x is bfloat16, in which many rows are then multiplied too.
+      isa: the instruction set, one of `COSTS`.
     """
-    if inputs <= PLANE_INPUTS and batch <= INTEGER_ROWS[k] * 2 // limbs:
-        return INTEGERS
+    cost = COSTS[isa]
+    floats = cost.expand * k + batch * (cost.bfloat16 if short else cost.float32)
+    if inputs <= PLANE_INPUTS and batch <= INTEGER_ROWS:
+        if cost.integer * k * limbs * batch <= floats:
+            return INTEGERS
     return BFLOAT16 if short else FLOAT32
 
 
@@ -88,6 +114,12 @@ def table_matmul(
     y = jax.ShapeDtypeStruct((x.shape[0], scale.shape[0]), jnp.float32)
     call = jax.ffi.ffi_call("rabit_table_matmul", y, vmap_method="sequential")
     return call(x, tiles, scale, limbs=np.int64(limbs), isa=_isa(one, isa))
+
+
+def isa_in_use() -> str:
+    """The instruction set that a call takes which names none."""
+    found = _library()
+    return found.isas[found.isa]
 
 
 def _library() -> Library:

@@ -1,6 +1,6 @@
 """Packed weights laid out for the device that multiplies them; what the decoding loop holds.
 
-Bits of several matrices that read the same input are joined along the outputs, and on a CPU turned
+Bits of several matrices that read the same input are joined along the outputs, and on a CPU laid
 so that its vector unit runs along them. Made from packed weights by `lay`, never stored.
 """
 
@@ -23,7 +23,7 @@ class LaidSign:
     """Sign matrices of stacked layers, joined along their outputs.
 
     Attributes:
-      bits: uint8 `[l, k, o, bytes]` or, on a CPU, uint32 `[l, k, w, o]`, `o = sum(rows)`.
+      bits: uint8 `[l, k, o, bytes]`, `o = sum(rows)`, or on a CPU what `laid_bits` makes of them.
       g: float16 `[l, k, o]`.
       h: float16 `[l, k, m, i]`, the input scales of each of the m matrices.
       rows: outputs of each matrix.
@@ -49,8 +49,8 @@ class LaidLowRank:
     """The factors of a `PackedLowRank`, both packed along the axis that is summed over.
 
     Attributes:
-      u_bits: uint8 `[l, 1, c r, bytes of i]`, rows of `U^T`, or words.
-      v_bits: uint8 `[l, c, o, bytes of r]`, rows of `V^T`, or words.
+      u_bits: uint8 `[l, 1, c r, bytes of i]`, rows of `U^T`, or what `laid_bits` makes of them.
+      v_bits: uint8 `[l, c, o, bytes of r]`, rows of `V^T`, or what `laid_bits` makes of them.
       h, l, g: float16 `[l, c, i]`, `[l, c, r]`, `[l, c, o]`.
       limbs: bytes of fixed point per activation.
     """
@@ -75,28 +75,30 @@ def lay(nodes: Sequence[Any], platform: str, limbs: int = 2) -> LaidSign | LaidL
 
     Args:
       nodes: one node, or several to be joined.
-      platform: "cpu" turns the bits to words, any other leaves them in rows.
+      platform: on a "cpu" the bits are laid for its vector unit, else they stay in rows.
       limbs: bytes of fixed point per activation for weights that do not say it themselves.
 
     Returns:
       None where they cannot be joined or have no kernel: several that are not all `PackedSign` of
       the same k, or a node of another type.
     """
-    from rabit_jax.kernels.layout import to_words
+    from rabit_jax.kernels.matmul import laid_bits
 
-    turn = to_words if platform == "cpu" else lambda bits: bits
     first = nodes[0]
     if all(isinstance(n, PackedSign) and n.k == first.k for n in nodes):
         bits = jnp.concatenate([n.bits for n in nodes], axis=-2)
         g = jnp.concatenate([n.g for n in nodes], axis=-1)
         h = jnp.stack([n.h for n in nodes], axis=-2)
         limbs = max(n.limbs or limbs for n in nodes)
-        return LaidSign(turn(bits), g, h, tuple(n.shape[-1] for n in nodes), limbs)
+        rows = tuple(n.shape[-1] for n in nodes)
+        return LaidSign(laid_bits(bits, rows, platform), g, h, rows, limbs)
     if len(nodes) == 1 and isinstance(first, PackedLowRank):
         lead, width = first.u_bits.shape[:-3], first.u_bits.shape[-1]
         u_bits = first.u_bits.reshape(*lead, 1, first.k * first.rank, width)
         v_bits = _turned(first.v_bits, first.shape[-1])
-        return LaidLowRank(turn(u_bits), turn(v_bits), first.h, first.l, first.g, limbs)
+        u_bits = laid_bits(u_bits, (first.rank,) * first.k, platform)
+        v_bits = laid_bits(v_bits, first.shape[-1:], platform)
+        return LaidLowRank(u_bits, v_bits, first.h, first.l, first.g, limbs)
     return None
 
 

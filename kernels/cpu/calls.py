@@ -13,7 +13,7 @@ import numpy as np
 
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels.activations import PLANE_INPUTS
-from rabit_jax.kernels.cpu.library import Library, library
+from rabit_jax.kernels.cpu.library import SIGNS, TABLE, Library, library
 from rabit_jax.kernels.layout import TILE
 
 INTEGERS, FLOAT32, BFLOAT16 = 0, 1, 2
@@ -90,7 +90,7 @@ def signs_matmul(
         raise BadInput(f"integers got {x.shape[-1]} inputs and sum {PLANE_INPUTS} exactly at most")
     h = jnp.zeros((*g.shape[:2], len(rows), 0), g.dtype) if h is None else h
     y = jax.ShapeDtypeStruct((x.shape[0], g.shape[-1]), jnp.float32)
-    call = jax.ffi.ffi_call("rabit_signs_matmul", y, vmap_method="sequential")
+    call = jax.ffi.ffi_call(SIGNS + one.suffix, y, vmap_method="sequential")
     return call(x, bits, g, h, jnp.asarray(layer, jnp.int32), rows=np.asarray(rows, np.int64),
                 limbs=np.int64(limbs), arithmetic=np.int64(how), isa=_isa(one, isa))
 
@@ -112,7 +112,7 @@ def table_matmul(
     """
     one = _library()
     y = jax.ShapeDtypeStruct((x.shape[0], scale.shape[0]), jnp.float32)
-    call = jax.ffi.ffi_call("rabit_table_matmul", y, vmap_method="sequential")
+    call = jax.ffi.ffi_call(TABLE + one.suffix, y, vmap_method="sequential")
     return call(x, tiles, scale, limbs=np.int64(limbs), isa=_isa(one, isa))
 
 

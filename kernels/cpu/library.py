@@ -8,6 +8,7 @@ headers it is compiled with.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,11 +19,13 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxlib
+import numpy as np
 
 from rabit_jax.atomic import replacing
 from rabit_jax.errors import BadInput, first_line
@@ -30,7 +33,7 @@ from rabit_jax.progress import say
 
 SETTING = "RABIT_NATIVE"
 SOURCES = Path(__file__).parent / "native"
-TARGETS = ("rabit_signs_matmul", "rabit_table_matmul")
+SIGNS, TABLE = "rabit_signs_matmul", "rabit_table_matmul"
 COMPILERS = ("c++", "g++", "clang++")
 # Without contraction of products and sums the same bits come out of every instruction set.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-w")
@@ -54,12 +57,14 @@ class Library:
       isas: names of the instruction sets that this machine has, the best first.
       bfloat16: which of them multiply in bfloat16.
       isa: number of the one in use.
+      suffix: of the names under which XLA knows its calls.
     """
 
     path: Path
     isas: tuple[str, ...]
     bfloat16: tuple[bool, ...]
-    isa: int
+    isa: int = 0
+    suffix: str = ""
 
 
 @functools.cache
@@ -87,7 +92,7 @@ def library() -> Library | None:
     if wanted not in found.isas:
         raise BadInput(f"{SETTING} is {wanted!r}, wanted 0, 1 or an instruction set of this "
                        f"machine: {', '.join(found.isas)}")
-    return Library(found.path, found.isas, found.bfloat16, found.isas.index(wanted))
+    return replace(found, isa=found.isas.index(wanted))
 
 
 def status() -> str:
@@ -159,19 +164,23 @@ def _files() -> dict[str, tuple[str, ...]]:
 
 
 def _load(file: Path) -> Library:
-    """Load the library, after compiling it where it is not there.
+    """Load the library, after compiling and testing it where it is not there.
 
     Raises:
       Missing: it can be neither loaded nor compiled.
     """
-    try:
-        if file.exists():
+    if file.exists():
+        with contextlib.suppress(OSError):  # damaged, or of a machine that shares the folder
             return _registered(file)
+    try:
         say(f"compiling the CPU kernel with {_compiler()[0]}, once for this machine (about 15 s)")
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with replacing(file) as new:
             compile_library(new)
-        return _registered(file)
+            found = _registered(new)
+            if wrong := _wrong(found):
+                raise Missing(f"what {_compiler()[0]} made of it computes {wrong}")
+        return replace(found, path=file)
     except OSError as error:
         raise Missing(f"{file} cannot be written or loaded ({first_line(error)})") from None
 
@@ -204,15 +213,48 @@ def _run(command: list[str]) -> None:
         raise Missing(f"{command[0]} does not compile it ({lines[0][:200]})")
 
 
+_suffixes: dict[int, str] = {}  # by the address of a loaded library's first call
+
+
 def _registered(file: Path) -> Library:
-    """Load a library and make its calls known to XLA."""
+    """Load a library and make its calls known to XLA.
+
+    A second library of one process, such as one that replaces a wrong one, gets names of its own.
+    """
     loaded = ctypes.CDLL(str(file))
-    for name in TARGETS:
-        call = jax.ffi.pycapsule(getattr(loaded, name))
-        jax.ffi.register_ffi_target(name, call, platform="cpu")
+    address = ctypes.cast(getattr(loaded, SIGNS), ctypes.c_void_p).value or 0
+    if address not in _suffixes:
+        _suffixes[address] = f"_{len(_suffixes) + 1}" if _suffixes else ""
+        for name in (SIGNS, TABLE):
+            call = jax.ffi.pycapsule(getattr(loaded, name))
+            jax.ffi.register_ffi_target(name + _suffixes[address], call, platform="cpu")
     loaded.rabit_isa.restype, loaded.rabit_isa.argtypes = ctypes.c_char_p, [ctypes.c_int]
     names: list[str] = []
     while (name := loaded.rabit_isa(len(names))) is not None:
         names.append(name.decode())
     halves = tuple(bool(loaded.rabit_isa_bfloat16(n)) for n in range(len(names)))
-    return Library(file, tuple(names), halves, 0)
+    return Library(file, tuple(names), halves, suffix=_suffixes[address])
+
+
+def _wrong(found: Library) -> str:
+    """What is wrong with a product of 3 rows and 41 outputs, by each instruction set; "" if
+    nothing."""
+    rng = np.random.default_rng(0)
+    batch, i, o = 3, 257, 41
+    bits = rng.integers(0, 256, (1, 1, o, 64), np.uint8)
+    order = np.unpackbits(bits.reshape(o, 2, 32, 1), axis=-1, bitorder="little").swapaxes(-1, -2)
+    signs = order.reshape(o, -1)[:, :i] * 2.0 - 1.0
+    x = rng.standard_normal((batch, i)).astype(np.float32)
+    want, y = x @ signs.T, jax.ShapeDtypeStruct((batch, o), jnp.float32)
+    ones = np.ones((1, 1, o), np.float32), np.ones((1, 1, 1, i), np.float32)
+    for n, isa in enumerate(found.isas):
+        for arithmetic in (0, 1):
+            run = jax.jit(lambda *arrays, n=n, arithmetic=arithmetic: jax.ffi.ffi_call(
+                SIGNS + found.suffix, y)(*arrays, rows=np.array([o]), limbs=np.int64(2), isa=np.int64(n),
+                               arithmetic=np.int64(arithmetic)))
+            arrays = x, bits, *ones, np.int32(0)
+            # Compiled by hand, because a call would become part of a caller that is being traced.
+            got = np.asarray(run.lower(*arrays).compile()(*arrays))
+            if not np.abs(got - want).max() < 0.01:
+                return f"{np.abs(got - want).max():.3g} too much with {isa}"
+    return ""

@@ -6,13 +6,15 @@ All but "unpacked", which multiplies by one dense matrix, have the function
 
     y[b, o] = sum_k g[k, o] sum_i B[layer, k, o, i] u[b, k, m(o), i]
 
-("native", the C++ kernel of a CPU, scales the activations itself) for `u: [b, k, m, i]` float32 activations, scaled by each path; `bits: [l, k, o, bytes]` uint8
-(`rb256`) or `[l, k, w, o]` uint32 (`layout.to_words`), for "native" also `[l, t, k, w, 16]` uint32
-(`layout.to_tiles`); `g: [l, k, o]` float; `layer` an int32
+for `u: [b, k, m, i]` float32 activations, scaled by each path; `bits: [l, k, o, bytes]` uint8
+(`rb256`) or `[l, k, w, o]` uint32 (`layout.to_words`); `g: [l, k, o]` float; `layer` an int32
 scalar; `rows` how many of the o outputs belong to each of the m members, which are matrices that
 were joined along their outputs; `limbs` 2 or 3, the bytes of fixed point per activation. The result
 is float32 `[b, o]`. The bits are indexed where they lie and no layer of them is copied, except by
 the Pallas kernels from stacks of 2 to 4 GiB, whose offsets they cannot hold.
+
+"native", the C++ kernel of a CPU, scales the activations itself and reads bits in either form or as
+`[l, t, k, w, 16]` uint32 (`layout.to_tiles`), the fastest; see `cpu.calls`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ from rabit_jax.kernels import reference
 from rabit_jax.kernels.activations import PLANE_INPUTS
 from rabit_jax.kernels.gpu.device import cuda_capability
 from rabit_jax.kernels.cpu.library import library
-from rabit_jax.kernels.layout import TILE, as_rows, packed_bytes, to_tiles, to_words
+from rabit_jax.kernels.layout import (
+    TILE,
+    as_rows,
+    packed_bytes,
+    to_table_tiles,
+    to_tiles,
+    to_words,
+)
 
 # The module of each kernel below this folder; imported on use, because Triton and Pallas take
 # a second to import. "reference" and "unpacked" are functions of `reference`.
@@ -225,6 +234,35 @@ def _layer_of_tiles(
         return bits, g, h, layer
     bits, g, h = (jax.lax.dynamic_index_in_dim(a, layer) for a in (bits, g, h))
     return as_rows(bits, rows), g, h, jnp.int32(0)
+
+
+def table_matmul(x: jax.Array, table: jax.Array, scale: jax.Array, limbs: int = 2) -> jax.Array:
+    """`y[..., o] = scale[o] sum_i table[o, i] x[..., i]` of 8-bit integers.
+
+    Args:
+      x: `[..., i]` float16, bfloat16 or float32.
+      table: int8 `[o, i]`, or `[t, ceil(i / 4), 16, 4]` from `laid_table`.
+      scale: `[o]` float16 or float32.
+      limbs: bytes of fixed point per activation on the native CPU kernel, 1 to 3.
+
+    Returns:
+      float32 `[..., o]`.
+    """
+    x, scale = _without_derivative(x), _without_derivative(scale)
+    if table.ndim == 2:
+        y = jnp.einsum("...i,oi->...o", x, table.astype(x.dtype),
+                       preferred_element_type=jnp.float32)
+        return y * scale.astype(jnp.float32)
+    from rabit_jax.kernels.cpu import calls
+
+    y = calls.table_matmul(x.reshape(-1, x.shape[-1]).astype(jnp.float32), table, scale, limbs)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def laid_table(table: jax.Array, platform: str) -> jax.Array:
+    """int8 `[o, i]` as that platform multiplies it fastest: on a CPU tiles, where it has a kernel
+    for them."""
+    return to_table_tiles(table) if platform == "cpu" and library() is not None else table
 
 
 def _scaled(x: jax.Array, h: jax.Array, impl: str) -> jax.Array:

@@ -81,9 +81,10 @@ def scale(shape: tuple[int, ...], seed: int, size: float = 1.0) -> jax.Array:
 
 def random_like(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """Random values of that shape and dtype: bits, positive float16 scales, or small normals."""
-    if jnp.issubdtype(leaf.dtype, jnp.unsignedinteger):
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
         bits = np.random.default_rng(7).integers(
-            0, np.iinfo(leaf.dtype).max, leaf.shape, leaf.dtype, endpoint=True)
+            np.iinfo(leaf.dtype).min, np.iinfo(leaf.dtype).max, leaf.shape, leaf.dtype,
+            endpoint=True)
         return jnp.array(bits)
     if leaf.dtype == jnp.float16:
         return scale(leaf.shape, seed=9, size=SMALL)

@@ -18,6 +18,7 @@ from rabit_jax.models.decoder import embed, logits
 from rabit_jax.models.prepared import Engine, Rows, layer_at, multiply, prepare
 from rabit_jax.models.rotary import local_layers, positions, seen_from
 from rabit_jax.types import Array
+from rabit_jax.weights.laid import LaidTable
 
 __all__ = ["Cache", "Engine", "head_logits", "init_cache", "over_layers", "prepare", "step"]
 Cache: TypeAlias = dict[str, Array]
@@ -98,7 +99,7 @@ def head_logits(engine: Engine, x: Float[Array, "b d"]) -> Float[Array, "b v"]:
     """Float32 logits of what the final norm returns."""
     head: Any = engine.embed.T if engine.head is None else engine.head
     with jax.named_scope("head"):
-        if isinstance(head, Rows):
+        if isinstance(head, (Rows, LaidTable)):
             y = head.matmul(x)
         elif hasattr(head, "matmul_at"):
             y = head.matmul_at(x.astype(jnp.float32), 0)

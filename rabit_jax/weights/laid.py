@@ -70,6 +70,43 @@ class LaidLowRank:
                                       layer=layer, limbs=self.limbs, impl=impl)
 
 
+@pytree_dataclass
+class LaidTable:
+    """`W_hat = (s table)^T`: one scale and 8-bit integers for each output, such as a token.
+
+    Attributes:
+      table: int8 `[o, i]`, or on a CPU what `laid_table` makes of it.
+      scale: float32 `[o]`.
+      limbs: bytes of fixed point per activation.
+    """
+
+    table: jax.Array
+    scale: jax.Array
+    limbs: int = struct.field(pytree_node=False, default=2)
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x W_hat` in float32: `[..., i]` -> `[..., o]`."""
+        from rabit_jax.kernels.matmul import table_matmul
+
+        return table_matmul(x, self.table, self.scale, self.limbs)
+
+
+def lay_table(rows: jax.Array, platform: str) -> LaidTable:
+    """Rows `[o, i]`, one for each output, rounded to 8 bits: `s_o = max_i |w_oi| / 127`."""
+    from rabit_jax.kernels.matmul import laid_table
+
+    table, scale = _rounded(rows)
+    return LaidTable(jax.jit(laid_table, static_argnums=1)(table, platform), scale)
+
+
+@jax.jit
+def _rounded(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows = rows.astype(jnp.float32)
+    top = jnp.max(jnp.abs(rows), axis=1)
+    scale = jnp.where(top < 1e-30, 1.0, top / 127)
+    return jnp.round(rows / scale[:, None]).astype(jnp.int8), scale
+
+
 def lay(nodes: Sequence[Any], platform: str, limbs: int = 2) -> LaidSign | LaidLowRank | None:
     """The packed weights that read one input, `[l, i, o]` each, as one laid weight.
 

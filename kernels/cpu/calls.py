@@ -13,7 +13,7 @@ import numpy as np
 
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels.activations import PLANE_INPUTS
-from rabit_jax.kernels.cpu.library import SIGNS, TABLE, Library, library
+from rabit_jax.kernels.cpu.library import ATTENTION, SIGNS, TABLE, Library, library
 from rabit_jax.kernels.layout import TILE
 
 INTEGERS, FLOAT32, BFLOAT16 = 0, 1, 2
@@ -114,6 +114,38 @@ def table_matmul(
     y = jax.ShapeDtypeStruct((x.shape[0], scale.shape[0]), jnp.float32)
     call = jax.ffi.ffi_call(TABLE + one.suffix, y, vmap_method="sequential")
     return call(x, tiles, scale, limbs=np.int64(limbs), isa=_isa(one, isa))
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, allowed: jax.Array, scale: float,
+    cap: float | None = None, isa: str | None = None,
+) -> jax.Array:
+    """`softmax(cap(scale q k^T)) v` of one query for each head over the cache of one layer.
+
+    Slots that no row may see are not read.
+
+    Args:
+      q: float32 `[b, n g, h]`, the g queries of a key head side by side; h a multiple of 16, g at
+        most 32.
+      k, v: float32 `[l, b, n, s, h]`.
+      layer: int32 scalar.
+      allowed: bool `[b or 1, s]`, which slots a row may see; one that may see none gets zeros.
+      scale, cap: of the scores; see `soft_cap`.
+      isa: as for `signs_matmul`.
+
+    Returns:
+      float32 `[b, n g, h]`. Rounded like any float32 sum: instruction sets differ in the last bits.
+    """
+    one = _library()
+    y = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    call = jax.ffi.ffi_call(ATTENTION + one.suffix, y, vmap_method="sequential")
+    return call(q, k, v, allowed, jnp.asarray(layer, jnp.int32), scale=np.float64(scale),
+                cap=np.float64(cap or 0.0), isa=_isa(one, isa))
+
+
+def attention_fits(q: tuple[int, ...], k: tuple[int, ...]) -> bool:
+    """Whether `attention` takes queries `[b, t, n g, h]` and keys `[l, b, n, s, h]`."""
+    return q[1] == 1 and q[3] % 16 == 0 and q[2] <= 32 * k[2]
 
 
 def isa_in_use() -> str:

@@ -33,7 +33,7 @@ from rabit_jax.progress import say
 
 SETTING = "RABIT_NATIVE"
 SOURCES = Path(__file__).parent / "native"
-SIGNS, TABLE = "rabit_signs_matmul", "rabit_table_matmul"
+SIGNS, TABLE, ATTENTION = "rabit_signs_matmul", "rabit_table_matmul", "rabit_attention"
 COMPILERS = ("c++", "g++", "clang++")
 # Without contraction of products and sums the same bits come out of every instruction set.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-w")
@@ -225,7 +225,7 @@ def _registered(file: Path) -> Library:
     address = ctypes.cast(getattr(loaded, SIGNS), ctypes.c_void_p).value or 0
     if address not in _suffixes:
         _suffixes[address] = f"_{len(_suffixes) + 1}" if _suffixes else ""
-        for name in (SIGNS, TABLE):
+        for name in (SIGNS, TABLE, ATTENTION):
             call = jax.ffi.pycapsule(getattr(loaded, name))
             jax.ffi.register_ffi_target(name + _suffixes[address], call, platform="cpu")
     loaded.rabit_isa.restype, loaded.rabit_isa.argtypes = ctypes.c_char_p, [ctypes.c_int]

@@ -46,6 +46,7 @@ struct V {
   static void storef(float* to, F x) { _mm512_storeu_ps(to, x); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static float sumf(F x) { return _mm512_reduce_add_ps(x); }
   static F negated_where_clear(I at, F x) {
     const I top = _mm512_set1_epi32(static_cast<int>(0x80000000u));
     // (~at & top) ^ x in one instruction.

@@ -1,9 +1,10 @@
-// The calls that XLA makes: `rabit_signs_matmul` and `rabit_table_matmul`. They check shapes, pick
-// the instruction set and hand over to product.h.
+// The calls that XLA makes: `rabit_signs_matmul`, `rabit_table_matmul` and `rabit_attention`. They
+// check shapes, pick the instruction set and hand over to product.h and attention.h.
 
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -116,8 +117,48 @@ ffi::Error table_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
              kIntegers, isa, pool);
 }
 
+// q [b, n g, h]; the stacks k, v [l, b, n, s, h]; allowed [b or 1, s]; layer -> y [b, n g, h]
+ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
+                  ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::PRED> allowed,
+                  ffi::Buffer<ffi::S32> layer, ffi::Result<ffi::Buffer<ffi::F32>> y, double scale,
+                  double cap, int64_t isa) {
+  const char* call = "rabit_attention";
+  const auto qs = q.dimensions(), ks = k.dimensions(), as = allowed.dimensions();
+  if (qs.size() != 3 || ks.size() != 5 || as.size() != 2)
+    return wrong(call, "wrong number of axes");
+  const int64_t at = layer.typed_data()[0], queries = ks[2] ? qs[1] / ks[2] : 0;
+  const bool fits = ks[1] == qs[0] && ks[4] == qs[2] && queries * ks[2] == qs[1] &&
+                    queries <= kMaxQueries && qs[2] % 16 == 0 && as[1] == ks[3] &&
+                    (as[0] == 1 || as[0] == qs[0]) && at >= 0 && at < ks[0] &&
+                    v.element_count() == k.element_count() &&
+                    y->element_count() == q.element_count();
+  if (!fits) return wrong(call, "shapes do not fit");
+  if (isa < 0 || isa >= static_cast<int64_t>(isas().size()))
+    return wrong(call, "no instruction set " + std::to_string(isa));
+  const int64_t offset = at * ks[1] * ks[2] * ks[3] * ks[4];
+  attention({q.typed_data(), k.typed_data() + offset, v.typed_data() + offset,
+             reinterpret_cast<const uint8_t*>(allowed.untyped_data()), as[0] > 1, qs[0], ks[2],
+             ks[3], static_cast<int>(queries), static_cast<int>(qs[2]),
+             static_cast<float>(scale), static_cast<float>(cap), y->typed_data()},
+            *isas()[isa], pool);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace rabit
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rabit_attention, rabit::attend,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<double>("scale")
+                                  .Attr<double>("cap")
+                                  .Attr<int64_t>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rabit_signs_matmul, rabit::signs_matmul,
                               xla::ffi::Ffi::Bind()

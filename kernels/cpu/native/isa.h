@@ -86,6 +86,17 @@ struct Floats {
   Multiply multiply[kMaxPanel + 1];  // by rows of the panel; only up to `largest_panel`
 };
 
+// Attention of the g queries of one key head to `slots` slots of its cache, as far as it goes:
+//   q: [g][size]; k, v: [slots][size]; allowed: one byte per slot; score = scale q k, capped where
+//   cap > 0: cap tanh(score / cap). Results: acc[g][size] = sum_s e^(score_s - top) v_s and
+//   sum[g] = sum_s e^(score_s - top), top[g] the largest score; no slot allowed gives zeros.
+//   work: kAttentionWork floats. `size` is a multiple of 16.
+using Attend = void (*)(const float* q, const float* k, const float* v, const uint8_t* allowed,
+                        int64_t slots, int g, int size, float scale, float cap, float* work,
+                        float* acc, float* top, float* sum);
+constexpr int kAttentionBlock = 64, kMaxQueries = 32;
+constexpr int kAttentionWork = kAttentionBlock * kMaxQueries;
+
 struct Isa {
   const char* name;
   int largest_rows;         // of the integer loops
@@ -94,6 +105,7 @@ struct Isa {
   Fix fix;
   Add add;
   Widen widen;
+  Attend attend;
   int largest_panel, group;  // rows and tiles of the float loops
   Floats float32, bfloat16;
 };

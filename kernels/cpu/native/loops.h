@@ -297,6 +297,128 @@ void panel(const float* x, int64_t stride, int rows, int panel, int64_t inputs, 
   }
 }
 
+// ---------------------------------------------------------------------------------------------
+// Attention
+
+constexpr float kNever = -1e30f;  // the score of a slot that is not allowed
+
+// Scores of R queries for n slots: score[r * kAttentionBlock + s].
+template <int R>
+void dot_queries(const float* q, const float* k, int n, int size, float* score) {
+  for (int s = 0; s < n; ++s, k += size) {
+    typename V::F acc[R];
+    RB_UNROLL for (int r = 0; r < R; ++r) acc[r] = V::setf(0.0f);
+    for (int i = 0; i < size; i += kLanes) {
+      const typename V::F key = V::loadf(k + i);
+      RB_UNROLL for (int r = 0; r < R; ++r)
+        acc[r] = V::fma(V::loadf(q + r * size + i), key, acc[r]);
+    }
+    RB_UNROLL for (int r = 0; r < R; ++r) score[r * kAttentionBlock + s] = V::sumf(acc[r]);
+  }
+}
+
+// acc[r][i] += sum_s share[r * kAttentionBlock + s] v[s][i] for R queries and P vectors of i.
+template <int R, int P>
+void add_values(const float* share, const float* v, int n, int size, float* acc) {
+  typename V::F sum[R][P];
+  RB_UNROLL for (int r = 0; r < R; ++r)
+    RB_UNROLL for (int p = 0; p < P; ++p) sum[r][p] = V::loadf(acc + r * size + p * kLanes);
+  for (int s = 0; s < n; ++s, v += size) {
+    typename V::F value[P];
+    RB_UNROLL for (int p = 0; p < P; ++p) value[p] = V::loadf(v + p * kLanes);
+    RB_UNROLL for (int r = 0; r < R; ++r) {
+      const typename V::F one = V::setf(share[r * kAttentionBlock + s]);
+      RB_UNROLL for (int p = 0; p < P; ++p) sum[r][p] = V::fma(one, value[p], sum[r][p]);
+    }
+  }
+  RB_UNROLL for (int r = 0; r < R; ++r)
+    RB_UNROLL for (int p = 0; p < P; ++p) V::storef(acc + r * size + p * kLanes, sum[r][p]);
+}
+
+// e^x for x <= 0 to about one rounding, in operations that compilers vectorise.
+RB_INLINE float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float whole = (x * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
+  const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  float y = 1.9875691e-4f;
+  y = y * r + 1.3981999e-3f;
+  y = y * r + 8.3334519e-3f;
+  y = y * r + 4.1665796e-2f;
+  y = y * r + 1.6666665e-1f;
+  y = y * r + 5.0000001e-1f;
+  y = y * r * r + r + 1.0f;
+  return bits_as<float>(bits_as<int32_t>(y) + (static_cast<int32_t>(whole) << 23));
+}
+
+// Scores of one query and one block -> shares e^(score - top), with the top and the sum so far;
+// returns what the sums before this block are to be multiplied by.
+inline float shares(const uint8_t* allowed, int n, float scale, float cap, float* score, float* top,
+                    float* sum) {
+  float most[16], total[16] = {0};
+  for (int s = 0; s < kAttentionBlock; ++s) {
+    float x = score[s] * scale;
+    if (cap > 0) x = cap * __builtin_tanhf(x / cap);
+    score[s] = s < n && allowed[s] ? x : kNever;
+  }
+  for (int j = 0; j < 16; ++j) most[j] = *top;
+  for (int s = 0; s < kAttentionBlock; s += 16)
+    for (int j = 0; j < 16; ++j) most[j] = score[s + j] > most[j] ? score[s + j] : most[j];
+  float largest = most[0];
+  for (int j = 1; j < 16; ++j) largest = most[j] > largest ? most[j] : largest;
+  const float shrink = *top == largest ? 1.0f : exponential(*top - largest);
+  for (int s = 0; s < kAttentionBlock; s += 16)
+    for (int j = 0; j < 16; ++j) {
+      const float share = exponential(score[s + j] - largest);
+      score[s + j] = score[s + j] > kNever ? share : 0.0f;
+      total[j] += score[s + j];
+    }
+  float all = 0.0f;
+  for (int j = 0; j < 16; ++j) all += total[j];
+  *top = largest;
+  *sum = *sum * shrink + all;
+  return shrink;
+}
+
+void attend(const float* q, const float* k, const float* v, const uint8_t* allowed, int64_t slots,
+            int g, int size, float scale, float cap, float* work, float* acc, float* top,
+            float* sum) {
+  constexpr int rows = 4, parts = 16 / kLanes < 2 ? 1 : 2;  // vectors of values at a time
+  std::memset(acc, 0, sizeof(float) * g * size);
+  std::memset(work, 0, sizeof(float) * kAttentionWork);
+  for (int r = 0; r < g; ++r) top[r] = kNever, sum[r] = 0.0f;
+  for (int64_t first = 0; first < slots; first += kAttentionBlock) {
+    const int n = static_cast<int>(slots - first < kAttentionBlock ? slots - first
+                                                                    : kAttentionBlock);
+    bool any = false;
+    for (int s = 0; s < n; ++s) any |= allowed[first + s] != 0;
+    if (!any) continue;
+    const float *keys = k + first * size, *values = v + first * size;
+    for (int r = 0; r < g; r += rows) {
+      float* score = work + r * kAttentionBlock;
+      if (g - r >= 4) dot_queries<4>(q + r * size, keys, n, size, score);
+      else if (g - r == 3) dot_queries<3>(q + r * size, keys, n, size, score);
+      else if (g - r == 2) dot_queries<2>(q + r * size, keys, n, size, score);
+      else dot_queries<1>(q + r * size, keys, n, size, score);
+    }
+    for (int r = 0; r < g; ++r) {
+      const float shrink = shares(allowed + first, n, scale, cap, work + r * kAttentionBlock,
+                                  top + r, sum + r);
+      if (shrink != 1.0f)
+        for (int i = 0; i < size; ++i) acc[r * size + i] *= shrink;
+    }
+    for (int r = 0; r < g; r += rows) {
+      const float* share = work + r * kAttentionBlock;
+      for (int i = 0; i < size; i += parts * kLanes) {
+        float* to = acc + r * size + i;
+        if (g - r >= 4) add_values<4, parts>(share, values + i, n, size, to);
+        else if (g - r == 3) add_values<3, parts>(share, values + i, n, size, to);
+        else if (g - r == 2) add_values<2, parts>(share, values + i, n, size, to);
+        else add_values<1, parts>(share, values + i, n, size, to);
+      }
+    }
+  }
+}
+
 #define RB_LIMBS(F, M) {F<M, 1>, F<M, 2>, F<M, 3>}
 #define RB_DOTS(F) {RB_LIMBS(F, 1), RB_LIMBS(F, 2), RB_LIMBS(F, 4), RB_LIMBS(F, V::kRows)}
 
@@ -316,7 +438,7 @@ constexpr Multiply multiply_or_null() {
     RB_ROWS(12, B)}}
 
 #define RB_ISA(NAME, BFLOAT16)                                                                   \
-  {NAME,     V::kRows, RB_DOTS(signs_dot), RB_DOTS(table_dot), fix, add, widen, V::kPanel,       \
+  {NAME,     V::kRows, RB_DOTS(signs_dot), RB_DOTS(table_dot), fix, add, widen, attend, V::kPanel, \
    V::kGroup, RB_FLOATS(false), BFLOAT16}
 
 }  // namespace

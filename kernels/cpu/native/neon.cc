@@ -55,6 +55,7 @@ struct V {
   static void storef(float* to, F x) { vst1q_f32(to, x); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static float sumf(F x) { return vaddvq_f32(x); }
   static F negated_where_clear(I at, F x) {
     const I flip = vbicq_u32(vdupq_n_u32(0x80000000u), at);
     return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(x), flip));

@@ -84,6 +84,11 @@ struct V {
   static F fma(F a, F b, F c) {
     return each<F>([&](int n) { return std::fmaf(a.lane[n], b.lane[n], c.lane[n]); });
   }
+  static float sumf(F x) {
+    float sum = 0.0f;
+    for (float lane : x.lane) sum += lane;
+    return sum;
+  }
   // x where the top bit of `at` is 1, else -x.
   static F negated_where_clear(I at, F x) {
     return each<F>([&](int n) { return at.lane[n] >> 31 ? x.lane[n] : -x.lane[n]; });

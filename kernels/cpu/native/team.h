@@ -35,7 +35,8 @@ struct Phase {
 template <class First, class Second>
 void in_two_phases(xla::ffi::ThreadPool& pool, int64_t threads, int64_t n, const First& first,
                    int64_t m, const Second& second) {
-  if (threads < 2 || m < 2) {
+  const int64_t most = n < m ? m : n;
+  if (threads < 2 || most < 2) {
     for (int64_t i = 0; i < n; ++i) first(i);
     for (int64_t i = 0; i < m; ++i) second(i);
     return;
@@ -54,7 +55,7 @@ void in_two_phases(xla::ffi::ThreadPool& pool, int64_t threads, int64_t n, const
   state->phases[1].count = m;
   state->first = &first;
   state->second = &second;
-  const int64_t helpers = (threads < m ? threads : m) - 1;
+  const int64_t helpers = (threads < most ? threads : most) - 1;
   for (int64_t t = 0; t < helpers; ++t) pool.Schedule([state] { state->run(); });
   state->run();
 }

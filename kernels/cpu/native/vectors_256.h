@@ -41,6 +41,11 @@ struct Vectors256 {
   static void storef(float* to, F x) { _mm256_storeu_ps(to, x); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static float sumf(F x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+  }
   static F negated_where_clear(I at, F x) {
     const I top = _mm256_set1_epi32(static_cast<int>(0x80000000u));
     return _mm256_xor_ps(x, _mm256_castsi256_ps(_mm256_andnot_si256(at, top)));

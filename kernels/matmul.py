@@ -87,7 +87,7 @@ def choose(
 def packed_matmul(
     x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array, *,
     layer: jax.Array | int | None = None, rows: tuple[int, ...] | None = None, limbs: int = 2,
-    impl: str | None = None,
+    impl: str | None = None, short: bool = False,
 ) -> jax.Array:
     """`y = sum_k g_k * ((h_k * x) B_k)` from packed signs.
 
@@ -102,6 +102,8 @@ def packed_matmul(
       rows: outputs of each of the m matrices; None means one matrix.
       limbs: bytes of fixed point per activation on integer kernels, 2 or 3; see `activations`.
       impl: a name of `IMPLS`; None takes `choose`.
+      short: whether the native kernel may round x and the matrix to bfloat16 where it multiplies
+        many rows as floats; it does so for any bfloat16 x.
 
     Returns:
       `[..., o]` in `x.dtype`; sums are float32 or exact integers.
@@ -127,7 +129,7 @@ def packed_matmul(
     impl = impl or chosen(flat.shape[0], flat.shape[1], bits.dtype == jnp.uint32)
     layer = jnp.asarray(layer, jnp.int32)
     if impl == "native":
-        y = _native(flat, bits, g, h, layer, rows, limbs, x.dtype == jnp.bfloat16)
+        y = _native(flat, bits, g, h, layer, rows, limbs, short or x.dtype == jnp.bfloat16)
     elif impl == "unpacked":
         bits, g, h, layer = _layer_of_tiles(bits, g, h, layer, rows)
         y = reference.unpacked_matmul(flat, bits, g, h, layer, rows)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Float
 
@@ -42,7 +43,8 @@ class Engine:
       final_norm: `[d]`.
       head: `[d, v]` as an array, `Rows`, `LaidTable`, a weight node or a laid weight of one layer;
         None where the head is the embedding.
-      config: the decoder's; its dtype is that of the products.
+      config: the decoder's; its dtype is that of everything but the products, which have that of
+        their matrix.
     """
 
     embed: Array
@@ -78,7 +80,7 @@ class Rows:
         XLA's CPU product has no 16-bit path for a single row: it would first widen the whole
         matrix, which takes 18 times as long. So a single row is multiplied as two.
         """
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).astype(self.rows.dtype)
         n = flat.shape[0]
         flat = jnp.pad(flat, ((0, 1), (0, 0))) if n == 1 else flat
         y = jnp.einsum("bi,oi->bo", flat, self.rows, preferred_element_type=jnp.float32)
@@ -102,7 +104,8 @@ def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -
 
     Returns:
       The engine. Dense matrices are cast once to `config.dtype`, as `Decoder` casts them at each
-      product; see `compute_dtype`.
+      product; see `compute_dtype`. Between products a CPU computes in float32: it has no bfloat16
+      arithmetic, and XLA's conversions took four times as long as packed products.
 
     Raises:
       BadInput: params that do not fit the config, the message names the path; or `head_bits` is
@@ -121,6 +124,10 @@ def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -
     layers = {side: _joined(part, config, platform) if side in ("attn", "mlp") else part
               for side, part in params["layers"].items()}
     table, head = _ends(params, config, platform, head_bits)
+    if platform == "cpu":
+        # A factor of the embedding keeps the rounding of the model's dtype.
+        scale = float(np.asarray(config.embed_scale, jnp.dtype(config.dtype)))
+        config = dataclasses.replace(config, dtype="float32", embed_scale=scale)
     return Engine(table, layers, params["final_norm"]["scale"], head, config)
 
 
@@ -170,7 +177,8 @@ def _alike(group: Sequence[str], kernels: Mapping[str, Any]) -> list[list[str]]:
 
 def _product(nodes: list[Any], config: ModelConfig, platform: str, limbs: int) -> Any:
     """The joined weights of all layers: laid, or a tuple of one matrix or node for each layer."""
-    laid = lay(nodes, platform, limbs) if is_weight(nodes[0]) else None
+    short = config.dtype == "bfloat16"
+    laid = lay(nodes, platform, limbs, short) if is_weight(nodes[0]) else None
     if laid is not None:
         return laid
     if is_weight(nodes[0]):

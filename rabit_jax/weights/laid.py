@@ -28,6 +28,7 @@ class LaidSign:
       h: float16 `[l, k, m, i]`, the input scales of each of the m matrices.
       rows: outputs of each matrix.
       limbs: bytes of fixed point per activation, see `kernels.activations`.
+      short: whether many rows may be multiplied in bfloat16, as those of a bfloat16 model are.
     """
 
     bits: jax.Array
@@ -35,13 +36,14 @@ class LaidSign:
     h: jax.Array
     rows: tuple[int, ...] = struct.field(pytree_node=False)
     limbs: int = struct.field(pytree_node=False, default=2)
+    short: bool = struct.field(pytree_node=False, default=False)
 
     def matmul_at(self, x: jax.Array, layer: jax.Array, impl: str | None = None) -> jax.Array:
         """`x @ [W_1 ... W_m]` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
         from rabit_jax.kernels.matmul import packed_matmul
 
         return packed_matmul(x, self.bits, self.g, self.h, layer=layer, rows=self.rows,
-                             limbs=self.limbs, impl=impl)
+                             limbs=self.limbs, impl=impl, short=self.short)
 
 
 @pytree_dataclass
@@ -107,13 +109,16 @@ def _rounded(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(rows / scale[:, None]).astype(jnp.int8), scale
 
 
-def lay(nodes: Sequence[Any], platform: str, limbs: int = 2) -> LaidSign | LaidLowRank | None:
+def lay(
+    nodes: Sequence[Any], platform: str, limbs: int = 2, short: bool = False
+) -> LaidSign | LaidLowRank | None:
     """The packed weights that read one input, `[l, i, o]` each, as one laid weight.
 
     Args:
       nodes: one node, or several to be joined.
       platform: on a "cpu" the bits are laid for its vector unit, else they stay in rows.
       limbs: bytes of fixed point per activation for weights that do not say it themselves.
+      short: whether many rows may be multiplied in bfloat16.
 
     Returns:
       None where they cannot be joined or have no kernel: several that are not all `PackedSign` of
@@ -128,7 +133,7 @@ def lay(nodes: Sequence[Any], platform: str, limbs: int = 2) -> LaidSign | LaidL
         h = jnp.stack([n.h for n in nodes], axis=-2)
         limbs = max(n.limbs or limbs for n in nodes)
         rows = tuple(n.shape[-1] for n in nodes)
-        return LaidSign(laid_bits(bits, rows, platform), g, h, rows, limbs)
+        return LaidSign(laid_bits(bits, rows, platform), g, h, rows, limbs, short)
     if len(nodes) == 1 and isinstance(first, PackedLowRank):
         lead, width = first.u_bits.shape[:-3], first.u_bits.shape[-1]
         u_bits = first.u_bits.reshape(*lead, 1, first.k * first.rank, width)

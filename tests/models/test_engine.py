@@ -145,12 +145,13 @@ def test_rows_know_nothing_of_neighbours_and_padding(small, trees, tokens, kind)
     ("float16", False),
 ])
 def test_16_bit_models(small, trees, tokens, apply, dtype, tied):
-    """On a CPU bfloat16 weights lie turned, and a float16 model computes in float32."""
+    """On a CPU bfloat16 weights lie turned, and all models compute in float32 between products."""
     c = dataclasses.replace(small, dtype=dtype, tied_head=tied)
     tree = {n: p for n, p in trees["dense"][0].items() if not (tied and n == "head")}
     tree = jax.tree.map(lambda a: a.astype(dtype), tree)
     engine = prepare(c, tree)
-    assert engine.config.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
+    assert engine.config.dtype == "float32"
+    assert engine.embed.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
     exact = apply(Decoder(dataclasses.replace(c, dtype="float32")), tree, tokens[:1])[:, 7:]
     found = token_by_token(engine, tokens[:1], prompt=8)
     error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)

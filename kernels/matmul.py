@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels import reference
 from rabit_jax.kernels.activations import PLANE_INPUTS
-from rabit_jax.kernels.gpu.device import cuda_capability
 from rabit_jax.kernels.cpu.library import library
+from rabit_jax.kernels.gpu.device import cuda_capability
 from rabit_jax.kernels.layout import (
     TILE,
     as_rows,
@@ -222,7 +222,7 @@ def _native(
         bits, layer = as_rows(bits, rows), jnp.int32(0)
     same = g.dtype in (jnp.float16, jnp.float32) and (h is None or h.dtype == g.dtype)
     if not same:
-        g, h = (a if a is None else a.astype(jnp.float32) for a in (g, h))
+        g, h = g.astype(jnp.float32), None if h is None else h.astype(jnp.float32)
     how = calls.INTEGERS if short is None else calls.arithmetic(
         x.shape[0], x.shape[-1], g.shape[1], limbs, short, calls.isa_in_use())
     return calls.signs_matmul(x.astype(jnp.float32), bits, g, h, layer, rows, limbs, how)

@@ -48,6 +48,8 @@ NARROW = {T.Q6_K: T.Q8_0, T.Q5_K: T.Q8_0}
 # Where the 16-bit scales of a block begin, of which random bits would be infinite.
 SCALES = {T.TQ2_0: (64,), T.Q2_K: (80, 82), T.Q3_K: (108,), T.Q4_K: (0, 2), T.Q5_K: (0, 2),
           T.Q6_K: (208,), T.IQ2_XXS: (0,), T.Q4_0: (0,), T.Q8_0: (0,)}
+# Its last lines can be lost: a thread writes them, and the program does not wait for it to end.
+ATTEMPTS = 5
 SCALE = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
 
 
@@ -204,8 +206,9 @@ def speed(
     command = [programs() / "llama-batched-bench", "-m", file, "-t", threads, "-tb", threads,
                "-c", slots, "-b", 2048, "-ub", 512, "-npp", prompt, "-ntg", tokens,
                "-npl", ",".join(map(str, batches)), "-pps", "-kvu", "--output-format", "jsonl"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or len(lines) != len(batches):
-        raise BadInput(f"llama-batched-bench failed on {file}: {done.stderr.strip()[-300:]}")
-    return [json.loads(line) for line in lines]
+    for _ in range(ATTEMPTS):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if done.returncode == 0 and len(lines) == len(batches):
+            return [json.loads(line) for line in lines]
+    raise BadInput(f"llama-batched-bench failed on {file}: {done.stderr.strip()[-300:]}")

@@ -20,11 +20,12 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from rabit_jax.atomic import replacing
@@ -128,8 +129,8 @@ def _file() -> Path:
     """
     compiler = _compiler()
     parts = [file.name + file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir())]
-    parts += [repr((FLAGS, _files())), _version(compiler), jaxlib.__version__, platform.machine(),
-              platform.system()]
+    parts += [repr((FLAGS, _files())), _version(compiler), jaxlib.version.__version__,
+              platform.machine(), platform.system()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "rabit_jax" / f"cpu-{key}.so"
@@ -249,9 +250,10 @@ def _wrong(found: Library) -> str:
     ones = np.ones((1, 1, o), np.float32), np.ones((1, 1, 1, i), np.float32)
     for n, isa in enumerate(found.isas):
         for arithmetic in (0, 1):
-            run = jax.jit(lambda *arrays, n=n, arithmetic=arithmetic: jax.ffi.ffi_call(
-                SIGNS + found.suffix, y)(*arrays, rows=np.array([o]), limbs=np.int64(2), isa=np.int64(n),
-                               arithmetic=np.int64(arithmetic)))
+            settings = {"rows": np.array([o]), "limbs": np.int64(2), "isa": np.int64(n),
+                        "arithmetic": np.int64(arithmetic)}
+            call = jax.ffi.ffi_call(SIGNS + found.suffix, y)
+            run = jax.jit(partial(call, **settings))
             arrays = x, bits, *ones, np.int32(0)
             # Compiled by hand, because a call would become part of a caller that is being traced.
             got = np.asarray(run.lower(*arrays).compile()(*arrays))

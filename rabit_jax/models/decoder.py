@@ -124,14 +124,9 @@ def embed(
 ) -> Float[Array, "b t d"]:
     """`embed_scale E[tokens]` in the compute dtype; a token without a row reads NaN."""
     with jax.named_scope("embed"):
-        return scaled(jnp.take(table, tokens, axis=0), config)
-
-
-def scaled(rows: Float[Array, "b t d"], config: ModelConfig) -> Float[Array, "b t d"]:
-    """`embed_scale` times rows of the embedding, in the compute dtype."""
-    x = rows.astype(compute_dtype(config))
-    # Gemma's factor is rounded to the compute dtype before it multiplies.
-    return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype)
+        x = jnp.take(table, tokens, axis=0).astype(compute_dtype(config))
+        # Gemma's factor is rounded to the compute dtype before it multiplies.
+        return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
 def check_tokens(tokens: Any, vocab_size: int) -> None:

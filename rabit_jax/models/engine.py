@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from rabit_jax.models.block import Slots, block, rms_norm, soft_cap
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.decoder import logits, scaled
+from rabit_jax.models.decoder import embed, logits
 from rabit_jax.models.prepared import Engine, Rows, layer_at, multiply, prepare
 from rabit_jax.models.rotary import local_layers, positions, seen_from
 from rabit_jax.types import Array
@@ -81,13 +81,11 @@ def step(
 
 def _embedded(engine: Engine, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     """What the first layer reads: rows of the embedding."""
-    table = engine.embed
     with jax.named_scope("embed"):
-        if table.dtype.itemsize != 2:
-            return scaled(jnp.take(table, tokens, axis=0), engine.config)
-        # As bits: XLA's CPU would widen the whole table to take some rows of it.
-        bits = jnp.take(jax.lax.bitcast_convert_type(table, jnp.uint16), tokens, axis=0)
-        return scaled(jax.lax.bitcast_convert_type(bits, table.dtype), engine.config)
+        # XLA's CPU widens a 16-bit table to take rows of it, and in a loop would widen all of it
+        # before the first turn; what depends on the tokens stays inside, where rows are enough.
+        table, tokens = jax.lax.optimization_barrier((engine.embed, tokens))
+        return embed(table, tokens, engine.config)
 
 
 def over_layers(

@@ -1,6 +1,7 @@
 """How the native CPU kernel is compiled, found, chosen and done without."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -146,3 +147,31 @@ def test_two_processes_compile_it_at_once(tmp_path):
         assert process.returncode == 0, err
         assert out == "256.0\n" and "compiling the CPU kernel" in err
     assert [file.suffix for file in (tmp_path / "rabit_jax").iterdir()] == [".so"]
+
+
+ARM = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64") or shutil.which(
+    "qemu-aarch64-static")
+HOST = shutil.which("g++") or shutil.which("c++")
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("compiler, emulator, names, own", [
+    pytest.param(HOST, None, ("avx2",), module.X86_FLAGS, id="x86-64", marks=pytest.mark.skipif(
+        HOST is None or platform.machine() != "x86_64", reason="wants g++ on x86-64")),
+    pytest.param(ARM[0], ARM[1], ("neon",), module.ARM_FLAGS, id="arm", marks=pytest.mark.skipif(
+        None in ARM, reason="wants the packages g++-aarch64-linux-gnu and qemu-user")),
+])
+def test_loops_agree_with_portable_ones_without_xla(tmp_path, compiler, emulator, names, own):
+    flags = [*module.FLAGS, "-O1", "-I", str(module.SOURCES)]
+    sources = [f for f in module.SOURCES.glob("*.cc") if f.name != "ffi.cc"]
+    objects = []
+    for source in [*sources, Path(__file__).with_name("native_check.cc")]:
+        objects.append(str(tmp_path / f"{source.stem}.o"))
+        subprocess.run([compiler, *flags, *own.get(source.stem, ()), "-c", str(source), "-o",
+                        objects[-1]], check=True)
+    program = str(tmp_path / "check")
+    subprocess.run([compiler, "-static", *objects, "-o", program], check=True)
+    done = subprocess.run([emulator, program] if emulator else [program], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout
+    assert set(names) <= set(done.stdout.split())

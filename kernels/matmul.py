@@ -1,6 +1,6 @@
 """The packed products and the choice of their implementation by device, batch and shape.
 
-All but "unpacked", which multiplies by one dense matrix, have the function
+All but "unpacked" and "triton_dense", which multiply by one dense matrix, have the function
 
     signs_matmul(u, bits, g, layer, rows, limbs) -> y
 
@@ -47,6 +47,7 @@ MODULES = {
     "pallas_b1": "gpu.pallas_b1",
     "triton_int8": "gpu.triton_int8",
     "triton_b1": "gpu.triton_b1",
+    "triton_dense": "gpu.triton_dense",
 }
 IMPLS = ("reference", "unpacked", "native", *MODULES)
 # Rows up to which each kernel is chosen; above the last of a device the bits are unpacked. "native"
@@ -56,7 +57,7 @@ CPU_BATCH, B1_BATCH, INT8_BATCH = 8, 3, 32
 
 def choose(
     platform: str, capability: int, batch: int, inputs: int, words: bool = False,
-    b1_works: bool = True, native: bool = False,
+    b1_works: bool = True, triton_works: bool = True, native: bool = False,
 ) -> str:
     """The implementation for a batch of rows on a device.
 
@@ -67,6 +68,7 @@ def choose(
       inputs: of the matrix.
       words: whether the bits lie as the CPU's words; turning them costs more than it saves.
       b1_works: whether the one-bit tensor instruction has passed its self-test on this device.
+      triton_works: whether the other Triton kernels have.
       native: whether the native CPU kernel is there.
 
     Returns:
@@ -78,9 +80,11 @@ def choose(
         fits = words and batch <= CPU_BATCH and inputs <= PLANE_INPUTS
         return "cpu" if fits else "unpacked"
     if platform in ("gpu", "cuda") and capability >= 80:
+        if not triton_works:
+            return "unpacked"
         if batch <= B1_BATCH and inputs <= PLANE_INPUTS and b1_works:
             return "triton_b1"
-        return "triton_int8" if batch <= INT8_BATCH else "unpacked"
+        return "triton_int8" if batch <= INT8_BATCH else "triton_dense"
     return "reference"
 
 
@@ -133,6 +137,10 @@ def packed_matmul(
     elif impl == "unpacked":
         bits, g, h, layer = _layer_of_tiles(bits, g, h, layer, rows)
         y = reference.unpacked_matmul(flat, bits, g, h, layer, rows)
+    elif impl == "triton_dense":
+        from rabit_jax.kernels.gpu.triton_dense import dense_matmul
+
+        y = dense_matmul(flat, bits, g, h, layer, rows)
     else:
         bits, g, h, layer = _layer_of_tiles(bits, g, h, layer, rows)
         one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
@@ -176,7 +184,7 @@ def packed_low_rank_matmul(
     flat = x.reshape(-1, x.shape[-1])
     impl = impl or chosen(flat.shape[0], flat.shape[1], u_bits.dtype == jnp.uint32)
     # Each copy multiplies other activations, so one dense tile cannot hold both.
-    impl = "reference" if impl == "unpacked" else impl
+    impl = "reference" if impl in ("unpacked", "triton_dense") else impl
     layer = jnp.asarray(layer, jnp.int32)
     if impl == "native":
         inner = _native(flat, u_bits, joined, h[:, None], layer, rows, limbs, None)
@@ -297,16 +305,17 @@ def signs_matmul(
 def chosen(batch: int, inputs: int, words: bool) -> str:
     """What `choose` gives for the first device.
 
-    The first call on a CPU may compile the native kernel, that on a GPU runs a self-test.
+    The first call on a CPU may compile the native kernel, that on a GPU runs the self-tests.
     """
     platform = jax.devices()[0].platform
     where = platform, cuda_capability(), batch, inputs, words
     name = choose(*where, native=platform == "cpu" and library() is not None)
-    if name == "triton_b1":
-        from rabit_jax.kernels.gpu.triton_b1 import works
+    if not name.startswith("triton"):
+        return name
+    from rabit_jax.kernels.gpu import triton_b1, triton_int8
 
-        name = choose(*where, b1_works=works(where[1]))
-    return name
+    b1_works = name != "triton_b1" or triton_b1.works(where[1])
+    return choose(*where, b1_works, triton_int8.works(where[1]))
 
 
 def _check(x: Any, bits: Any, g: Any, h: Any, rows: tuple[int, ...], limbs: int) -> None:

@@ -16,6 +16,7 @@ from rabit_jax.formats import (
 from rabit_jax.models import generate
 from rabit_jax.signs import Stats, add_ste, effective_weight, svid
 from rabit_jax.weights import (
+    LLAMA_ENDS,
     LLAMA_LINEARS,
     CodebookSpec,
     DualBinarySpec,
@@ -41,6 +42,7 @@ from rabit_jax.weights import (
 )
 
 __all__ = [
+    "LLAMA_ENDS",
     "LLAMA_LINEARS",
     "BadInput",
     "CodebookSpec",

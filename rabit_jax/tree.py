@@ -82,7 +82,7 @@ def leaves(params: Any) -> Iterator[tuple[str, Any]]:
     return ((path_name(path), leaf) for path, leaf in flat)
 
 
-def map_leaves(function: Callable[[str, Any], Any], params: Any, *rest: Any) -> Any:
+def map_leaves(function: Callable[..., Any], params: Any, *rest: Any) -> Any:
     """Apply `function(path, leaf, ...)` to every array and weight node of the tree."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaf: function(path_name(path), *leaf), params, *rest, is_leaf=is_weight

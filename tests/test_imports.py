@@ -37,7 +37,8 @@ MAY = {
 SCRIPT = """
 import importlib, sys
 
-ABSENT = ("torch", "triton", "jax_triton", "jax_cuda13_plugin", "lm_eval", "wandb", "gemlite")
+ABSENT = ("torch", "triton", "jax_triton", "jax_cuda13_plugin", "lm_eval", "wandb", "gemlite",
+          "humming")
 
 class Absent:
     def find_spec(self, name, path=None, target=None):

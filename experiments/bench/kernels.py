@@ -3,13 +3,14 @@
 All of one shape and batch take turns, call by call, so that whatever disturbs the machine disturbs
 all alike; microseconds is the median over the repetitions, spread their interquartile range. Each
 call reads other weights, of which every row holds more than four times the last-level cache; on a
-GPU one call is a program of several products. gb_per_s counts packed bits and scales, or the dense
-matrix. bandwidth_share is gb_per_s over what a big copy reads and writes per second in the same
-run; a cache line that is only read can exceed 1. ratio_to_bf16 and ratio_to_f32 are time dense /
-time of the row. error is |y - y64| / |y64| on a sample of the outputs, y64 in float64 from the same
-weights and activations, which are bfloat16 in dense_bf16, else float32 on a CPU and bfloat16 on
-other devices. Dense matrices are multiplied as the decode engine multiplies them, in the fastest
-form that XLA has; the linears of a model are those that it joins.
+GPU one call is a program of several products, and its time is that of the GPU's kernels together,
+as the profiler has it, without the gaps between them. gb_per_s counts packed bits and scales, or
+the dense matrix. bandwidth_share is gb_per_s over what a big copy reads and writes per second in
+the same run; a cache line that is only read can exceed 1. ratio_to_bf16 and ratio_to_f32 are time
+dense / time of the row. error is |y - y64| / |y64| on a sample of the outputs, y64 in float64 from
+the same weights and activations, which are bfloat16 in dense_bf16, else float32 on a CPU and
+bfloat16 on other devices. Dense matrices are multiplied as the decode engine multiplies them, in
+the fastest form that XLA has; the linears of a model are those that it joins.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from rabit_jax.experiments.bench.shapes import (
     parse_shapes,
     positive,
 )
-from rabit_jax.kernels.bench import gemlite_case
+from rabit_jax.kernels.bench import torch_cases
 from rabit_jax.kernels.bench.case import Case, activations
 from rabit_jax.kernels.bench.machine import Copy, call_seconds, free_memory, last_level_cache
 from rabit_jax.kernels.layout import to_words
@@ -49,7 +50,7 @@ EXAMPLES = """examples:
 """
 ROTATIONS = 4  # a row's weights exceed this many last-level caches
 MEMORY_SHARE = 0.5  # of the free memory, for all weights of one shape and batch
-GPU_PRODUCTS = 16  # per timed call, so that starting it costs next to nothing
+GPU_PRODUCTS = 16  # of a traced call
 GPU_ONLY = ("pallas", "triton")
 MANY = 1 << 30  # bytes up to which a GPU's call reads each weight once
 KEYS = ("shape", "k", "batch", "impl", "microseconds", "gb_per_s", "bandwidth_share",
@@ -140,8 +141,8 @@ def product_rows(
     cache, source = last_level_cache()
     say(f"last-level cache {cache / 1e6:.0f} MB ({source}); a call that does nothing takes "
         f"{call_seconds() * 1e6:.1f} us, included in every row")
-    if (missing := gemlite_case.missing()) is not None:
-        say(missing)
+    for line in torch_cases.missing():
+        say(line)
     copy, rows = Copy(cache), []
     groups = [(shape, batch) for shape in shapes for batch in batches]
     with progress("products", total=len(groups) * repeats) as bar:
@@ -152,7 +153,7 @@ def product_rows(
             # Made in the call, so that one group's weights are gone before the next are made.
             rows += group_rows(shape, batch, [
                 *build(shape, batch, ks, impls, bits),
-                *([] if missing else gemlite_case.cases(shape.inputs, shape.outputs, batch)),
+                *torch_cases.cases(shape.inputs, shape.outputs, batch),
             ], cache, copy, repeats, tell)
     return rows
 
@@ -166,7 +167,7 @@ def build(
 
     def case(impl, k, product, exact, weight, dtype):
         xs = tuple(activations(batch, shape.inputs, dtype, n) for n in range(products))
-        return Case(impl, k, product, exact, weight, xs, stacked=k is not None)
+        return Case(impl, k, product, exact, weight, xs, k is not None, not on_cpu)
 
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
     found = [case(name, None, _dense, random_weights.exact_dense,

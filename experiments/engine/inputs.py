@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -13,29 +13,27 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from rabit_jax import BadInput, Stats, convert
-from rabit_jax.atomic import remove, write_tensors
+from rabit_jax import LLAMA_ENDS, BadInput, Stats, convert
+from rabit_jax.atomic import write_tensors
 from rabit_jax.data.tokens import batch
 from rabit_jax.evaluate.diagnostics import Apply
+from rabit_jax.experiments.engine.config import to_dict
+from rabit_jax.experiments.engine.fitting import keep, kept
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.records import check_files
-from rabit_jax.experiments.engine.settings import RunConfig, Training
-from rabit_jax.experiments.engine.signals import stopping_between_steps
+from rabit_jax.experiments.engine.settings import Init, RunConfig
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.hf import load_hf
 from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, param_shapes
-from rabit_jax.progress import loading, progress, say
-from rabit_jax.train.checkpoints import Checkpoints, abstract
-from rabit_jax.train.loop import Loop, Record, Watch, train, whole
+from rabit_jax.progress import loading
+from rabit_jax.train.checkpoints import abstract
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import make_mesh, param_shardings
-from rabit_jax.train.step import TrainState
-from rabit_jax.train.trainer import Trainer
 from rabit_jax.tree import map_leaves, weights_of
-from rabit_jax.types import Params
+from rabit_jax.types import Json, Params
 
 
 class Inputs:
@@ -171,36 +169,23 @@ class Inputs:
 
     def save_init(self, student: Params) -> None:
         """Keep the weight nodes of a fresh student; everything else is the teacher's."""
-        self._keep("init", weights_of(student))
+        keep(self.folder, "init", weights_of(student))
 
     @cached_property
     def student_init(self) -> Params:
         """The student as initialised."""
-        nodes = self._kept("init", weights_of(self.abstract_student()), "init")
+        nodes = kept(self.folder, "init", weights_of(self.abstract_student()), "init")
         return map_leaves(lambda path, leaf: nodes.get(path, leaf), self.teacher)
 
     def save_student(self, trainable: Params) -> None:
         """Keep what QAT trained."""
-        self._keep("student", trainable)
-
-    def _keep(self, name: str, tree: Params) -> None:
-        """Save a tree as the only checkpoint of its folder; an earlier attempt's is removed."""
-        remove(self.folder.checkpoints(name))
-        with Checkpoints(self.folder.checkpoints(name)) as kept:
-            kept.save(0, tree)
-
-    def _kept(self, name: str, target: Params, stage: str) -> Params:
-        with Checkpoints(self.folder.checkpoints(name)) as kept:
-            try:
-                return kept.restore(0, target)
-            except BadInput as error:
-                raise BadInput(f"{error}; --force {stage} makes it again") from error
+        keep(self.folder, "student", trainable)
 
     @cached_property
     def student(self) -> Params:
         """The student after QAT."""
         target, _ = partition(self.abstract_student(), roles(self.abstract_student()), self._frozen)
-        trainable = self._kept("student", target, "qat")
+        trainable = kept(self.folder, "student", target, "qat")
         _, frozen = partition(self.student_init, roles(self.student_init), self._frozen)
         return merge(trainable, frozen)
 
@@ -212,55 +197,6 @@ class Inputs:
         """Drop cached models, so that the next use reads what the last stage wrote."""
         for name in ("teacher", "stats", "student_init", "student"):
             self.__dict__.pop(name, None)
-
-    # shared work
-
-    def fit(
-        self, stage: str, section: Training, trainer: Trainer, resume: bool,
-        watch: Watch | None = None, notice: Callable[[Record], str | None] = lambda record: None,
-    ) -> TrainState:
-        """Train one stage with checkpoints, metrics and a progress bar.
-
-        `notice` reads the record of the first step; what it returns is printed as one line.
-        """
-        tokens = section.batch_size * section.length
-        with Checkpoints(self.folder.checkpoints(stage)) as kept:
-            state = trainer.state
-            if resume and (found := kept.restore_last(abstract(state), whole)):
-                # The fresh state would stand beside the restored one for the whole training.
-                jax.tree.map(lambda leaf: leaf.delete(), state)
-                state = found[1]
-            begin = int(state.step)
-            if resume:
-                say(f"{stage}: continuing after step {begin}")
-                self.folder.metrics.forget((stage,), begin)
-            with (
-                stopping_between_steps(self, "at the next step"),
-                progress(stage, section.steps, start=begin) as bar,
-            ):
-                def shown(step: int, record: Record) -> None:
-                    bar.update(
-                        step, loss=record["loss"], tokens_per_second=record["tokens_per_second"]
-                    )
-                    if step == 1 and (line := notice(record)):
-                        say(f"warning: {stage}: {line}")
-
-                loop = Loop(
-                    stage,
-                    section.steps,
-                    tokens,
-                    log=self.folder.metrics.log,
-                    log_every=section.log_every,
-                    save_every=section.save_every,
-                    schedule=trainer.schedule,
-                    watch=watch,
-                    progress=shown,
-                    stop=lambda: self.stopped,
-                )
-                batches = self.text.batches(section, self.config.seed)
-                return train(
-                    loop, trainer.step, state, trainer.frozen, trainer.teacher, batches, kept
-                )
 
 
 def check_teacher(path: str) -> None:
@@ -275,14 +211,21 @@ def check_teacher(path: str) -> None:
 
 
 def check_rules(selected: Collection[str]) -> None:
-    """Raise BadInput where the rules select no kernel, or something outside the blocks."""
-    if not selected:
-        raise BadInput("init.quantise and init.keep leave no kernel to quantise")
-    if other := [path for path in selected if not re.fullmatch(r"layers/.*/kernel", path)]:
+    """Raise BadInput where the rules select no kernel of a block, or what is no kernel."""
+    known = {path: re.fullmatch(rf"layers/.*/kernel|{LLAMA_ENDS}", path) for path in selected}
+    if other := [path for path, found in known.items() if not found]:
         raise BadInput(
             f"init.quantise selects {other[0]}: a run quantises the kernels of the blocks, "
-            "layers/.../kernel"
+            "layers/.../kernel, and embed/embedding and head/kernel"
         )
+    if not any(path.startswith("layers/") for path in selected):
+        raise BadInput("init.quantise and init.keep leave no kernel to quantise in the blocks")
+
+
+def specs_of(section: Init) -> Json:
+    """What config.json of a packed model says of the representations that it was made in."""
+    own = {"embedding": to_dict(section.embedding)} if section.embedding else {}
+    return {"spec": to_dict(section.spec), **own}
 
 
 def check_lengths(lengths: Mapping[str, int], most: int) -> None:

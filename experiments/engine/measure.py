@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rabit_jax import LLAMA_ENDS
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.diagnostics import diagnose
 from rabit_jax.evaluate.perplexities import Perplexity, padded_batches, perplexity
@@ -15,7 +18,7 @@ from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.progress import progress
 from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.sharding import batch_sharding
-from rabit_jax.tree import map_leaves, weights_of
+from rabit_jax.tree import is_weight, map_leaves, weights_of
 from rabit_jax.types import Params
 
 
@@ -113,7 +116,12 @@ def reconstruction_errors(teacher: Params, student: Params) -> dict[str, list[fl
 
 
 def diagnostics(run: Inputs, student: Params, drive: str = "teacher") -> dict:
-    """Inter-path adaptation of a student on the evaluation windows."""
+    """Inter-path adaptation of a student's blocks on the evaluation windows."""
+
+    def plain(path: str, leaf: Any) -> Any:
+        return leaf.dense() if is_weight(leaf) and re.fullmatch(LLAMA_ENDS, path) else leaf
+
+    student = map_leaves(plain, student)
     return diagnose(
         run.features,
         run.teacher,

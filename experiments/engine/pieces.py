@@ -22,6 +22,8 @@ from rabit_jax.formats.packed_file import checksum, named_parts, part_names, tex
 from rabit_jax.types import Array
 from rabit_jax.weights.representations import abstract_packed
 
+_PLAIN = "plain"  # the part of a path that is an array and no packed node
+
 
 class Pieces:
     """A folder of arrays, packed blocks and records that belong to one `key`.
@@ -90,7 +92,7 @@ class Pieces:
         Raises:
           BadInput: after the last array, where they are not those that were written.
         """
-        total, known = 0, self._sum(name)
+        total = 0
         kind = jnp.dtype(dtype)
         count = int(np.prod(shape)) * kind.itemsize
         with open(self.folder / name, "rb") as file:
@@ -99,6 +101,24 @@ class Pieces:
                 if len(content) < count:
                     break
                 yield np.frombuffer(content, kind).reshape(shape)
+        self._check(name, total)
+
+    def mapped(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """All arrays of a piece as one of `shape`, a memory map of its file.
+
+        Raises:
+          BadInput: they are not those that were written.
+        """
+        total = 0
+        with open(self.folder / name, "rb") as file:
+            while content := file.read(1 << 24):
+                total = zlib.crc32(content, total)
+        self._check(name, total)
+        return np.memmap(self.folder / name, jnp.dtype(dtype), "r", shape=shape)
+
+    def _check(self, name: str, total: int) -> None:
+        """Raises BadInput where the CRC-32 of a piece is not the one that was noted."""
+        known = self._sum(name)
         if known.exists() and known.read_text(errors="replace") != str(total):
             raise BadInput(
                 f"{self.folder / name} is damaged, its checksum differs: remove {self.folder} to "
@@ -113,22 +133,51 @@ class Pieces:
         packed: Mapping[str, Any],
         stats: Mapping[str, Stats] | None,
         record: Record,
+        plain: Mapping[str, Any] | None = None,
     ) -> None:
-        """Keep the packed nodes `[1, i, o]` of a block, its statistics `[i]`, `[o]`, and a record
-        for JSON."""
-        arrays = {}
+        """Keep the packed nodes `[1, i, o]` of a block, its statistics `[i]`, `[o]`, a record for
+        JSON, and `plain` arrays `[1, ...]` such as norms that were tuned."""
+        arrays = {f"{path}:{_PLAIN}": np.asarray(array) for path, array in (plain or {}).items()}
         for path, node in packed.items():
             arrays |= {f"{path}:{part}": array for part, array in named_parts(node).items()}
         for path, one in (stats or {}).items():
             arrays |= {f"{path}:s_in": np.asarray(one.s_in), f"{path}:s_out": np.asarray(one.s_out)}
         headers = {path: node.header() for path, node in packed.items()}
-        sums = {name: checksum(np.asarray(array)) for name, array in arrays.items()}
         metadata = {"headers": json.dumps(headers), "record": json.dumps(record)}
-        metadata["sha256"] = json.dumps({**sums, **_sums(metadata)})
-        write_tensors(self.folder / name, arrays, metadata)
+        self.write_arrays(name, arrays, metadata)
 
     def read_block(self, name: str) -> tuple[dict[str, Any], dict[str, Stats] | None, Record]:
-        """What `write_block` kept; statistics None where there were none.
+        """What `write_block` kept: nodes and plain arrays by path, statistics (None where there
+        were none), and the record.
+
+        Raises:
+          BadInput: the file cannot be read or is damaged.
+        """
+        arrays, header = self.read_arrays(name)
+        packed = {
+            path: jax.tree.map(lambda part, p=path: arrays[f"{p}:{part}"],
+                               part_names(abstract_packed(one)))
+            for path, one in header["headers"].items()
+        }
+        stats = {p: Stats(arrays[f"{p}:s_in"], arrays[f"{p}:s_out"])
+                 for p in packed if f"{p}:s_in" in arrays}
+        ending = f":{_PLAIN}"
+        plain = {key.removesuffix(ending): a for key, a in arrays.items() if key.endswith(ending)}
+        return packed | plain, stats or None, header["record"]
+
+    # arrays by name
+
+    def write_arrays(
+        self, name: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Keep arrays, and texts of JSON, with their checksums."""
+        sums = {name: checksum(np.asarray(array)) for name, array in arrays.items()}
+        texts = dict(metadata or {})
+        texts["sha256"] = json.dumps({**sums, **_sums(texts)})
+        write_tensors(self.folder / name, dict(arrays), texts)
+
+    def read_arrays(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `write_arrays` kept, the texts parsed.
 
         Raises:
           BadInput: the file cannot be read or is damaged.
@@ -148,14 +197,7 @@ class Pieces:
                 f"cannot read {self.folder / name}, which is damaged ({first_line(error)}): remove "
                 f"{self.folder} to start the stage again"
             ) from error
-        packed = {
-            path: jax.tree.map(lambda part, p=path: arrays[f"{p}:{part}"],
-                               part_names(abstract_packed(one)))
-            for path, one in header["headers"].items()
-        }
-        stats = {p: Stats(arrays[f"{p}:s_in"], arrays[f"{p}:s_out"])
-                 for p in packed if f"{p}:s_in" in arrays}
-        return packed, stats or None, header["record"]
+        return arrays, header
 
     # records
 

@@ -1,8 +1,9 @@
-"""The stages of task ptq: a full-precision model in, a packed model out, without training.
+"""The first and last stages of task ptq: a full-precision model in, a packed model out.
 
 A forward pass keeps the input of every block on disk, a backward pass brings the gradients; each
 block is calibrated, initialised, packed and written before the next is read, so that one block is
-in memory. A run that was stopped goes on at the block that it had reached.
+in memory. A run that was stopped goes on at the block that it had reached. Stages that train come
+between the start and the scores, see `tuning` and `end_to_end`.
 """
 
 from __future__ import annotations
@@ -14,36 +15,42 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rabit_jax import BadInput, Stats, convert, describe
+from rabit_jax import BadInput, Stats, convert, describe, pack
 from rabit_jax.calibration.blockwise import init_block
 from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.perplexities import from_nats
-from rabit_jax.experiments.engine.config import to_dict
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import (
     abstract_params,
     check_lengths,
     check_rules,
     check_teacher,
+    specs_of,
     write_stats,
 )
 from rabit_jax.experiments.engine.machine import peak_memory
 from rabit_jax.experiments.engine.measure import figures
 from rabit_jax.experiments.engine.pieces import Pieces
 from rabit_jax.experiments.engine.records import Record
-from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.settings import RunConfig, Tune
 from rabit_jax.experiments.engine.signals import stopping_between_steps
 from rabit_jax.experiments.engine.stages import Ids, Read, Stage
-from rabit_jax.experiments.engine.sweeps import FromCheckpoint, FromParams, Source, Sweep
-from rabit_jax.experiments.engine.text import Text
+from rabit_jax.experiments.engine.sweeps import (
+    FromBlocks,
+    FromCheckpoint,
+    FromParams,
+    Source,
+    Sweep,
+)
+from rabit_jax.experiments.engine.text import Section, Text
 from rabit_jax.formats.checkpoint import Checkpoint
 from rabit_jax.formats.folder import fingerprint, read_generation
 from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packed
@@ -54,11 +61,21 @@ from rabit_jax.tree import layer_keys, match_rules
 from rabit_jax.types import Array, Params, Spec
 
 
+class Windows(Section, Protocol):
+    """A section of the config that says how many windows are read."""
+
+    @property
+    def sequences(self) -> int:
+        """How many."""
+        ...
+
+
 class Job:
     """A post-training run: its model, its text, and its pieces on disk.
 
     Attributes:
       blocks: inputs, gradients and packed blocks.
+      tuned: inputs, outputs and packed blocks of tuning.
       stopped: whether the run shall end after this block.
     """
 
@@ -66,7 +83,7 @@ class Job:
         """Reads nothing yet."""
         self.config, self.folder, self.checkpoint = config, folder, checkpoint
         self.text = Text(config, None)
-        self.blocks = Pieces(folder.path / "blocks")
+        self.blocks, self.tuned = Pieces(folder.path / "blocks"), Pieces(folder.path / "tune")
         self.stopped = False
 
     def check(self) -> None:
@@ -76,17 +93,32 @@ class Job:
           BadInput: rules that select no kernel or one outside the blocks, text that is too short,
             sequences that are longer than the model's.
         """
-        check_rules(self.specs)
+        check_rules(match_rules(abstract_params(self.model_config), self.config.init.rules()))
         check_teacher(self.config.teacher.path)
         config, lengths = self.config, {}
         if config.calibrate.mode != "none":
             self.text.rows(config.calibrate, 0, config.seed + 1)
             lengths["calibrate"] = config.calibrate.length
+        if config.tune.epochs:
+            self._check_windows(config.tune)
+            lengths["tune"] = config.tune.length
+        if config.end_to_end.steps:
+            self.text.rows(config.end_to_end, 0, config.seed)
+            lengths["end_to_end"] = config.end_to_end.length
         if config.evaluate.models:
             for text in self.texts().values():
                 self.text.windows(text)
             lengths["evaluate"] = config.evaluate.context
         check_lengths(lengths, self.model_config.max_position)
+
+    def _check_windows(self, section: Tune) -> None:
+        """Raises BadInput where windows would repeat, as those held out then were trained on."""
+        found = len(self.text.train.tokens) // section.length - 1
+        if found < section.sequences:
+            raise BadInput(
+                f"tune.sequences is {section.sequences}: the training text has {found} windows of "
+                f"{section.length} tokens; give more text or lower it"
+            )
 
     @cached_property
     def model_config(self) -> ModelConfig:
@@ -96,8 +128,8 @@ class Job:
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
-        """Spec by path of every kernel that will be packed."""
-        return match_rules(abstract_params(self.model_config), self.config.init.rules())
+        """Spec by path of every kernel of a block that will be packed."""
+        return match_rules(abstract_params(self.model_config), self.config.init.block_rules())
 
     def abstract_student(self) -> Params:
         """Shapes of the whole model, initialised and not yet packed."""
@@ -110,17 +142,26 @@ class Job:
         """The model's tokeniser; None where the folder has none and no text is read."""
         return read_tokenizer(self.checkpoint.folder, self.checkpoint.config)
 
+    def keys(self) -> dict[str, Array]:
+        """Keys of the initialisation by path, one for each layer."""
+        lead = {path: (self.model_config.n_layers,) for path in self.specs}
+        return layer_keys(jax.random.key(self.config.seed), lead)
+
     @cached_property
     def calibration(self) -> Sweep | None:
         """The passes over the calibration text; None where the run is data-free."""
         section = self.config.calibrate
         if section.mode == "none":
             return None
-        size, seed = section.batch_size, self.config.seed + 1
+        return self.sweep(section, self.config.seed + 1, self.blocks)
+
+    def sweep(self, section: Windows, seed: int, pieces: Pieces, prefix: str = "") -> Sweep:
+        """The passes of the full-precision model over the training windows of a section."""
+        size = section.batch_size
         steps = range(-(-section.sequences // size))
         found = np.concatenate([self.text.rows(section, step, seed) for step in steps])
-        return Sweep(self.model_config, FromCheckpoint(self.checkpoint), self.blocks,
-                     *padded(found[: section.sequences], size), size)
+        return Sweep(self.model_config, FromCheckpoint(self.checkpoint), pieces,
+                     *padded(found[: section.sequences], size), size, prefix)
 
     def texts(self) -> dict[str, TokenText]:
         """The texts that models are scored on."""
@@ -146,6 +187,9 @@ class Job:
         self.__dict__.pop("calibration", None)
 
 
+STATS = "calibration.safetensors"  # in the run's folder
+
+
 def block_name(n: int) -> str:
     """Name of a packed block."""
     return f"block-{n:03}.safetensors"
@@ -155,17 +199,32 @@ def quantise(job: Job, continues: bool) -> Record:
     """Calibrate, initialise and pack every block that is not there yet; then the packed model."""
     with stopping_between_steps(job, "after this block"):
         _quantise_blocks(job)
-    pack_model(job)
     calibration, layers = job.calibration, range(job.model_config.n_layers)
+    if not trained(job.config):
+        pack_model(job)
+    elif calibration:
+        write_stats(job.folder.path / STATS, stacked_stats(job))
     records = [job.blocks.read_block(block_name(n))[2]["relative_error"] for n in layers]
-    sizes = packed_bytes(job.folder.path / "packed")
     return {
         "tokens": 0 if calibration is None else calibration.tokens.size,
         "relative_error": {path: [record[path] for record in records] for path in job.specs},
+        **({} if trained(job.config) else sizes(job)),
+    }
+
+
+def trained(config: RunConfig) -> bool:
+    """Whether what was initialised is trained before it is packed."""
+    return bool(config.tune.epochs or config.end_to_end.steps)
+
+
+def sizes(job: Job) -> Record:
+    """Bits and bytes of the packed folder."""
+    found = packed_bytes(job.folder.path / "packed")
+    return {
         "bits_per_weight": describe(job.abstract_student()).bits_per_weight,
-        "stored_bits_per_weight": sizes["stored_bits_per_weight"],
-        "linear_bytes": sizes["linear_bytes"],
-        "bytes": sizes["file_bytes"],
+        "stored_bits_per_weight": found["stored_bits_per_weight"],
+        "linear_bytes": found["linear_bytes"],
+        "bytes": found["file_bytes"],
     }
 
 
@@ -178,9 +237,7 @@ def _quantise_blocks(job: Job) -> None:
     left = [n for n in order if not blocks.has(block_name(n))]
     if sweep and left == order:
         _start(job, sweep)
-    keys = layer_keys(
-        jax.random.key(job.config.seed), {path: (layers,) for path in job.specs}
-    )
+    keys = job.keys()
     with progress("calibrate and pack" if sweep else "pack", layers, layers - len(left)) as bar:
         for done, n in enumerate(left, layers - len(left) + 1):
             error = _quantise_block(job, sweep, n, keys)
@@ -266,26 +323,48 @@ def pack_model(job: Job) -> None:
     if done and _size(folder) == done["bytes"]:
         return
     layers = job.model_config.n_layers
-    with job.step("pack", layers, 0), progress("pack", layers) as bar:
-        packed, stats = [], []
+    with job.step("pack", layers, 0):
+        params, stats = stacked_blocks(job, FromBlocks(job.checkpoint, job.blocks, block_name))
+        if stats:
+            write_stats(job.folder.path / STATS, stats)
+        write_packed(job, params, stats)
+    job.blocks.write_record("packed.json", {"bytes": _size(folder)})
+
+
+def write_packed(job: Job, params: Params, stats: dict[str, Stats] | None) -> None:
+    """Write `packed/` from packed params and the statistics, which choose the limbs."""
+    if stats:
+        params = record_limbs(params, stats)
+    save_packed(
+        job.folder.path / "packed", job.checkpoint.config, params, job.tokenizer,
+        specs_of(job.config.init), read_generation(job.checkpoint.folder),
+        job.config.teacher.path,
+    )
+
+
+def stacked_blocks(job: Job, source: FromBlocks) -> tuple[Params, dict[str, Stats] | None]:
+    """All params with the layers of the packed blocks stacked, embedding and head packed where the
+    rules say so, and the statistics if any."""
+    layers = job.model_config.n_layers
+    packed, stats = [], []
+    with progress("pack", layers) as bar:
         for n in range(layers):
-            one, measured, _ = job.blocks.read_block(block_name(n))
+            one, measured, _ = source.pieces.read_block(source.name(n))
             packed.append(one)
             stats.append(measured)
             bar.update(n + 1)
-        params = {path: _stacked(packed, path) if path in job.specs else job.checkpoint.read(path)
-                  for path in job.checkpoint.shapes}
-        params = unflatten_dict(params, sep="/")
-        if stats[0]:
-            stats = jax.tree.map(lambda *s: jnp.stack(s), *stats)
-            write_stats(job.folder.path / "calibration.safetensors", stats)
-            params = record_limbs(params, stats)
-        spec = {"spec": to_dict(job.config.init.spec)}
-        save_packed(
-            folder, job.checkpoint.config, params, job.tokenizer, spec,
-            read_generation(job.checkpoint.folder), job.config.teacher.path,
-        )
-    job.blocks.write_record("packed.json", {"bytes": _size(folder)})
+    params = {path: _stacked(packed, path) if path in packed[0] else job.checkpoint.read(path)
+              for path in job.checkpoint.shapes}
+    stacked = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats[0] else None
+    key = jax.random.key(job.config.seed)
+    params = convert(unflatten_dict(params, sep="/"), job.config.init.end_rules(), key=key)
+    return pack(params), stacked
+
+
+def stacked_stats(job: Job) -> dict[str, Stats]:
+    """The statistics of all layers."""
+    found = [job.blocks.read_block(block_name(n))[1] for n in range(job.model_config.n_layers)]
+    return jax.tree.map(lambda *s: jnp.stack(s), *found)
 
 
 def _stacked(packed: list[dict[str, Any]], path: str) -> Any:
@@ -297,6 +376,10 @@ def _stacked(packed: list[dict[str, Any]], path: str) -> Any:
 def _size(folder: Path) -> int | None:
     file = folder / "model.safetensors"
     return file.stat().st_size if file.exists() else None
+
+
+# The stage that makes each model where a run trains.
+_MADE_BY = {"teacher": "quantise", "init": "quantise", "tuned": "tune", "packed": "pack"}
 
 
 def _score(label: str, source: Callable[[Job], Source]) -> Stage[Job]:
@@ -314,14 +397,18 @@ def _score(label: str, source: Callable[[Job], Source]) -> Stage[Job]:
         c = job.config
         texts = {name: text.digest for name, text in job.texts().items()}
         settings = dataclasses.replace(c.evaluate, models=())
-        made = ids["quantise"] if label == "packed" else ""
+        stage = _MADE_BY[label] if trained(c) else "quantise"
+        made = "" if label == "teacher" else ids[stage]
         return Read("ptq", {"evaluate": settings, "compute": c.compute,
                             f"the files of {c.teacher.path}": fingerprint(c.teacher.path),
                             "the evaluation text": texts,
-                            "the result of stage quantise": made}, flat=True)
+                            f"the result of stage {stage}": made}, flat=True)
 
-    return Stage(f"score_{label}", work, inputs, (), pieces, tuple(names.values()),
-                 lambda config: label in config.evaluate.models)
+    def wanted(config: RunConfig) -> bool:
+        there = label != "tuned" or bool(config.tune.epochs)
+        return there and label in config.evaluate.models
+
+    return Stage(f"score_{label}", work, inputs, (), pieces, tuple(names.values()), wanted)
 
 
 def _perplexity(
@@ -362,15 +449,20 @@ def _quantise_inputs(job: Job, ids: Ids) -> Read:
                         f"the files of {c.teacher.path}": fingerprint(c.teacher.path)}, flat=True)
 
 
-STAGES = (
-    Stage(
-        "quantise",
-        quantise,
-        _quantise_inputs,
-        leaves=("packed", "calibration.safetensors"),
-        pieces="blocks",
-        metrics=("forward", "head", "init", "pack"),
-    ),
+QUANTISE = Stage(
+    "quantise",
+    quantise,
+    _quantise_inputs,
+    leaves=("packed", STATS),
+    pieces="blocks",
+    metrics=("forward", "head", "init", "pack"),
+    wanted=lambda config: not trained(config),
+)
+# The same work where training follows, which leaves the packing to a later stage.
+START = dataclasses.replace(QUANTISE, leaves=(STATS,), wanted=trained)
+SCORES = (
     _score("teacher", lambda job: FromCheckpoint(job.checkpoint)),
+    _score("init", lambda job: FromBlocks(job.checkpoint, job.blocks, block_name)),
+    _score("tuned", lambda job: FromBlocks(job.checkpoint, job.tuned, block_name)),
     _score("packed", lambda job: FromParams(load_packed(job.folder.path / "packed")[1])),
 )

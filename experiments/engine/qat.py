@@ -18,8 +18,8 @@ from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.calibration.probes import Batch
 from rabit_jax.evaluate.perplexities import unigram_entropy
 from rabit_jax.evaluate.sign_statistics import disordered_share, mean_flip_rate, snapshot
-from rabit_jax.experiments.engine.config import to_dict
-from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
+from rabit_jax.experiments.engine.fitting import fit
+from rabit_jax.experiments.engine.inputs import Inputs, abstract_params, specs_of
 from rabit_jax.experiments.engine.measure import (
     diagnostics,
     divergence,
@@ -86,7 +86,7 @@ def teacher(run: Inputs, continues: bool) -> Record:
         )
 
     watch = Watch(section.watch_every, lambda _: None, after)
-    state = run.fit("teacher", section, trainer, continues, watch)
+    state = fit(run, "teacher", section, trainer, continues, watch)
     save_hf(run.teacher_folder, run.model, trainer.params(state), run.text.tokenizer)
     return {
         "path": run.teacher_folder,
@@ -95,7 +95,7 @@ def teacher(run: Inputs, continues: bool) -> Record:
 
 
 def calibration(run: Inputs, continues: bool) -> Record:
-    """Measure the inputs and output gradients of every kernel that will be quantised."""
+    """Measure the inputs and output gradients of every kernel of a block that will be quantised."""
     section, seed = run.config.calibrate, run.config.seed
     count = -(-section.sequences // section.batch_size)
     rows_at = run.text.batches(section, seed + 1)
@@ -121,7 +121,7 @@ def calibration(run: Inputs, continues: bool) -> Record:
         loss,
         run.teacher,
         batches(),
-        run.config.init.rules(),
+        run.config.init.block_rules(),
         clip=section.clip,
         shardings=param_shardings(run.teacher, run.mesh),
         batch_sharding=batch_sharding(run.mesh),
@@ -132,16 +132,15 @@ def calibration(run: Inputs, continues: bool) -> Record:
 
 def init(run: Inputs, continues: bool) -> Record:
     """Turn the selected kernels into weight nodes, layer by layer."""
-    rules = run.config.init.rules()
-    with progress("init", len(match_rules(run.teacher, rules))) as bar:
+    section, key = run.config.init, jax.random.key(run.config.seed)
+    with progress("init", len(match_rules(run.teacher, section.rules()))) as bar:
         count = itertools.count(1)
 
         def done(_: str) -> None:
             bar.update(next(count))
 
-        student = convert(
-            run.teacher, rules, run.stats, jax.random.key(run.config.seed), done=done
-        )
+        student = convert(run.teacher, section.block_rules(), run.stats, key, done=done)
+        student = convert(student, section.end_rules(), key=key, done=done)
     run.save_init(student)
     return {
         "relative_error": reconstruction_errors(run.teacher, student),
@@ -193,7 +192,7 @@ def qat(run: Inputs, continues: bool) -> Record:
         return dominant_term(kl, hidden, section.gamma)
 
     watch = Watch(section.watch_every, lambda t: snapshot(merge(t, trainer.frozen)), after)
-    state = run.fit("qat", section, trainer, continues, watch, notice)
+    state = fit(run, "qat", section, trainer, continues, watch, notice)
     run.save_student(state.trainable)
     lines = [line for line in run.folder.metrics.lines() if line["stage"] == "qat"]
     return {
@@ -229,7 +228,7 @@ def baselines(run: Inputs) -> Record:
         plain = dataclasses.replace(spec, rounds=0, a_in=0.0, a_out=0.0)
         greedy = convert(run.teacher, rules + [(p, plain) for p in run.config.init.quantise])
         found["greedy"] = scores(run, greedy, "greedy init")
-    selected = match_rules(run.teacher, run.config.init.rules())
+    selected = match_rules(run.teacher, run.config.init.block_rules())
     rounding = jax.jit(round_to_nearest)
     nearest = map_leaves(lambda p, w: rounding(w) if p in selected else w, run.teacher)
     found["round_to_nearest"] = {
@@ -243,7 +242,7 @@ def packing(run: Inputs, continues: bool) -> Record:
     """Write the packed model, read it back, and score what was read."""
     packed = record_limbs(pack(run.student), run.stats)
     folder = run.folder.path / "packed"
-    spec = {"spec": to_dict(run.config.init.spec)}
+    spec = specs_of(run.config.init)
     generation = read_generation(find_folder(run.teacher_folder))
     save_packed(
         folder, run.model_config, packed, run.text.tokenizer, spec, generation,

@@ -7,9 +7,10 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from rabit_jax import LLAMA_LINEARS, BadInput, ResidualSignSpec
+from rabit_jax import LLAMA_ENDS, LLAMA_LINEARS, BadInput, ResidualSignSpec
 from rabit_jax.data.sources import DataConfig
 from rabit_jax.experiments.engine.config import ADDED
+from rabit_jax.train.block_tuning import TuningConfig
 from rabit_jax.train.optimizer import OptimizerConfig
 from rabit_jax.types import Spec
 
@@ -141,22 +142,94 @@ class Init:
       spec: representation and initialisation; `spec.type` names it, the other keys are its own.
       by_path: other representations for some paths, such as a larger k; the first that matches
         goes before `quantise` and after `keep`.
+      embedding: representation of the embedding, and of the head where it is not tied; null keeps
+        them in 16 bits. They are not calibrated, and train unless `qat.optimizer.freeze` names
+        embedding and head, as it does by default. A path in `by_path` goes before it.
     """
 
     quantise: tuple[str, ...] = (LLAMA_LINEARS,)
     keep: tuple[str, ...] = ()
     spec: Spec = field(default_factory=ResidualSignSpec)
     by_path: tuple[PathSpec, ...] = field(default=(), metadata={ADDED: True})
+    embedding: Spec | None = field(default=None, metadata={ADDED: True})
 
     def rules(self) -> list[tuple[str, Spec | None]]:
         """The rules of `convert`."""
         kept: list[tuple[str, Spec | None]] = [(pattern, None) for pattern in self.keep]
         kept += [(one.paths, one.spec) for one in self.by_path]
+        kept += [(LLAMA_ENDS, self.embedding)] if self.embedding else []
         return kept + [(pattern, self.spec) for pattern in self.quantise]
+
+    def block_rules(self) -> list[tuple[str, Spec | None]]:
+        """Those of the blocks' kernels, which are calibrated."""
+        return [(LLAMA_ENDS, None), *self.rules()]
+
+    def end_rules(self) -> list[tuple[str, Spec | None]]:
+        """Those of embedding and head, which are not."""
+        return [("layers/.*", None), *self.rules()]
 
     def __str__(self) -> str:
         """The specs as results name them."""
-        return "; ".join([str(self.spec), *(f"{one.paths}: {one.spec}" for one in self.by_path)])
+        others = [f"{one.paths}: {one.spec}" for one in self.by_path]
+        others += [f"embedding: {self.embedding}"] if self.embedding else []
+        return "; ".join([str(self.spec), *others])
+
+
+@dataclass(frozen=True)
+class Tune(TuningConfig):
+    """Tuning of block after block on its output, for task ptq: see `train.block_tuning`.
+
+    Attributes:
+      epochs: most passes over the windows of a block; 0 leaves tuning out.
+      sequences: training windows, those held out included.
+      length: tokens of a window.
+      held_out: how many of the windows choose the epoch and are not trained on.
+      inputs: of a block: what the blocks before it give once tuned and packed, "quantised", or
+        what they give in full precision, "teacher".
+      keep_latents: write the tuned latents to disk too, in the size of the blocks in float32, so
+        that the stage end to end can train them.
+      The others are those of `TuningConfig`: batch_size, patience, optimizer.
+    """
+
+    epochs: NonNegativeInt = 0
+    sequences: PositiveInt = 128
+    length: Length = 512
+    held_out: PositiveInt = 8
+    inputs: Literal["quantised", "teacher"] = "quantised"
+    keep_latents: bool = False
+
+    def __post_init__(self):
+        """Raises BadInput where nothing is left to train on."""
+        super().__post_init__()
+        if self.held_out >= self.sequences:
+            raise BadInput(
+                f"held_out is {self.held_out} of {self.sequences} sequences: leave some to train on"
+            )
+
+
+@dataclass(frozen=True)
+class EndToEnd(Training):
+    """Distillation of the whole student behind tuning, for task ptq.
+
+    Attributes:
+      steps: optimiser steps; 0 leaves this stage out.
+      gamma: weight of the hidden-state error, as of task qat.
+      watch_every: not read.
+      optimizer: by default of scales, levels and norms alone: signs and codes are constant then,
+        and the state is small. Without "latent" in `freeze` the latents that `tune.keep_latents`
+        has kept train too.
+    """
+
+    steps: NonNegativeInt = 0
+    gamma: NonNegative = 0.0
+    optimizer: OptimizerConfig = OptimizerConfig(
+        "relative", lr=3e-3, freeze=("embedding", "head", "matrix", "latent")
+    )
+
+    @property
+    def trains_latents(self) -> bool:
+        """Whether latents train."""
+        return "latent" not in self.optimizer.freeze
 
 
 @dataclass(frozen=True)
@@ -190,7 +263,8 @@ class Evaluate:
       baselines: score greedy SVID and round-to-nearest too.
       part: which windows of the evaluation text: "all"; or, where one run chooses a setting for
         another, "search" for the last quarter of them and "report" for the others.
-      models: which models task ptq scores; where empty, no evaluation text is read.
+      models: which models task ptq scores; where empty, no evaluation text is read. "init" is the
+        model before tuning, "tuned" that between tuning and the stage end to end.
     """
 
     context: Length = 256
@@ -199,7 +273,7 @@ class Evaluate:
     watch_windows: PositiveInt = 64
     diagnostic_windows: PositiveInt = 16
     baselines: bool = True
-    models: tuple[Literal["teacher", "packed"], ...] = ("teacher", "packed")
+    models: tuple[Literal["teacher", "init", "tuned", "packed"], ...] = ("teacher", "packed")
     part: Literal["all", "search", "report"] = field(default="all", metadata={ADDED: True})
 
 
@@ -226,8 +300,9 @@ class RunConfig:
 
     Attributes:
       task: "qat" trains the quantised model; "ptq" packs a given one as it is initialised, block by
-        block from disk, and reads of the sections below data, teacher.path, compute, calibrate,
-        init and evaluate.
+        block from disk, or tuned after that where `tune` and `end_to_end` ask for it, and reads of
+        the sections below data, teacher.path, compute, calibrate, init, tune, end_to_end and
+        evaluate.
       name: name of the run's folder.
       output: where run folders lie.
       seed: of initial weights, batches and samples.
@@ -247,6 +322,8 @@ class RunConfig:
     teacher: Teacher = field(default_factory=Teacher)
     calibrate: Calibrate = field(default_factory=Calibrate)
     init: Init = field(default_factory=Init)
+    tune: Tune = field(default=Tune(), metadata={ADDED: True})
+    end_to_end: EndToEnd = field(default=EndToEnd(), metadata={ADDED: True})
     qat: Qat = field(default_factory=Qat)
     evaluate: Evaluate = field(default_factory=Evaluate)
     generate: Generate = field(default_factory=Generate)
@@ -261,4 +338,12 @@ class RunConfig:
             raise BadInput(
                 f"calibrate.mode is {self.calibrate.mode!r}: task qat needs 'full', the other "
                 "modes belong to task ptq"
+            )
+        if self.task == "qat" and (self.tune.epochs or self.end_to_end.steps):
+            raise BadInput("tune.epochs and end_to_end.steps belong to task ptq: set task to ptq")
+        latents = self.end_to_end.steps and self.end_to_end.trains_latents
+        if latents and not (self.tune.epochs and self.tune.keep_latents):
+            raise BadInput(
+                "end_to_end.optimizer.freeze leaves latents to train, which are not kept: set "
+                "tune.epochs and tune.keep_latents, or add latent to it"
             )

@@ -6,9 +6,9 @@ arguments.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Protocol, cast
 
 import jax
@@ -27,8 +27,9 @@ from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.signs.ste import F32
+from rabit_jax.train.block_tuning import Block as TunedBlock
 from rabit_jax.train.losses import features_loss
-from rabit_jax.types import Array, Params
+from rabit_jax.types import Array, Batch, Params
 
 
 class Source(Protocol):
@@ -60,6 +61,34 @@ class FromCheckpoint:
     def _read(self, paths: list[str], layer: int | None = None) -> Params:
         found = {p: jnp.asarray(self.checkpoint.read(p, layer)) for p in paths}
         return unflatten_dict(found, sep="/")
+
+
+@dataclass(frozen=True)
+class FromBlocks:
+    """Params with the blocks that a run has packed so far, read from its pieces at every call.
+
+    Attributes:
+      checkpoint: of everything else.
+      pieces: of the run.
+      name: layer -> name of the piece.
+    """
+
+    checkpoint: Checkpoint
+    pieces: Pieces
+    name: Callable[[int], str]
+
+    def block(self, n: int) -> Params:
+        """Params of one block: its packed weights, and what is not packed from the checkpoint."""
+        found = {path: jax.tree.map(lambda a: jnp.asarray(a[0]), leaf)
+                 for path, leaf in self.pieces.read_block(self.name(n))[0].items()}
+        for path in self.checkpoint.shapes:
+            if path.startswith("layers/") and path not in found:
+                found[path] = jnp.asarray(self.checkpoint.read(path, n))
+        return unflatten_dict(found, sep="/")
+
+    def ends(self, *names: str) -> Params:
+        """Params outside the blocks."""
+        return FromCheckpoint(self.checkpoint).ends(*names)
 
 
 @dataclass(frozen=True)
@@ -123,7 +152,7 @@ class Sweep:
         """Makes `x-<n + 1>` from `x-<n>`."""
         with self.pieces.writing(self.name("x", n + 1)) as write:
             for batch, x in zip(self._batches(), self._states("x", n), strict=True):
-                write(_forward(self.config, params, x, self._local(n), batch["mask"]))
+                write(_forward(self.config, params, x, self.local(n), batch["mask"]))
 
     def inputs(
         self, n: int, params: Params, paths: Collection[str], clip: float
@@ -133,7 +162,7 @@ class Sweep:
         with self.pieces.writing(self.name("x", n + 1)) as write:
             for batch, x in zip(self._batches(), self._states("x", n), strict=True):
                 y, sums = _forward_sums(
-                    self.config, params, x, self._local(n), batch["mask"], paths, clip
+                    self.config, params, x, self.local(n), batch["mask"], paths, clip
                 )
                 write(y)
                 total = added(total, sums)
@@ -159,7 +188,7 @@ class Sweep:
             )
             for batch, x, dy in states:
                 dx, sums = _backward(
-                    self.config, params, x, dy, self._local(n), batch["mask"], paths, clip
+                    self.config, params, x, dy, self.local(n), batch["mask"], paths, clip
                 )
                 write(dx)
                 total = added(total, sums)
@@ -176,6 +205,11 @@ class Sweep:
         item = jnp.dtype(compute_dtype(self.config)).itemsize
         return self.tokens.size * self.config.d_model * item
 
+    def mapped(self, kind: str, n: int) -> np.ndarray:
+        """A state of all rows, `[n, t, d]`, as a memory map."""
+        shape = (*self.tokens.shape, self.config.d_model)
+        return self.pieces.mapped(self.name(kind, n), shape, compute_dtype(self.config))
+
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
         for begin in range(0, len(self.tokens), self.batch_size):
             rows = slice(begin, begin + self.batch_size)
@@ -185,8 +219,21 @@ class Sweep:
         shape = (self.batch_size, self.tokens.shape[1], self.config.d_model)
         return self.pieces.reading(self.name(kind, n), shape, compute_dtype(self.config))
 
-    def _local(self, n: int) -> np.ndarray:
+    def local(self, n: int) -> np.ndarray:
+        """Whether block n attends to a window only, a bool scalar."""
         return local_layers(self.config)[n]
+
+
+@cache
+def tuned_block(config: ModelConfig) -> TunedBlock:
+    """`block(params, {"x", "local"}) -> output`, one function for all blocks of a model, for
+    `tune_block`."""
+
+    def run(params: Params, batch: Batch) -> Array:
+        x = batch["x"]
+        return _block(config, batch["local"], jnp.ones(x.shape[:2], bool))(params, x)
+
+    return run
 
 
 def _block(config: ModelConfig, local: Array, mask: Array) -> Block:

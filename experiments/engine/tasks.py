@@ -7,15 +7,16 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from rabit_jax import BadInput
-from rabit_jax.experiments.engine import ptq, qat
+from rabit_jax.experiments.engine import end_to_end, ptq, qat, tuning
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.stages import Stage
 from rabit_jax.formats.checkpoint import open_checkpoint
 
-TASKS: dict[str, tuple[Stage[Any], ...]] = {"qat": qat.STAGES, "ptq": ptq.STAGES}
-STAGE_NAMES = tuple(stage.name for stages in TASKS.values() for stage in stages)
+PTQ = (ptq.QUANTISE, ptq.START, tuning.STAGE, end_to_end.STAGE, end_to_end.PACK, *ptq.SCORES)
+TASKS: dict[str, tuple[Stage[Any], ...]] = {"qat": qat.STAGES, "ptq": PTQ}
+STAGE_NAMES = tuple(dict.fromkeys(stage.name for stages in TASKS.values() for stage in stages))
 
 
 def task_stages(config: RunConfig, named: Collection[str]) -> list[Stage[Any]]:

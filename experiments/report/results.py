@@ -10,7 +10,7 @@ from rabit_jax.atomic import write_text
 from rabit_jax.experiments.engine.console import table
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.machine import device, peak_memory, versions
-from rabit_jax.experiments.engine.ptq import Job
+from rabit_jax.experiments.engine.ptq import Job, trained
 from rabit_jax.experiments.engine.stages import Record
 from rabit_jax.experiments.report.run_card import write_card
 from rabit_jax.experiments.report.summary import (
@@ -56,10 +56,12 @@ def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
     write_card(job.config, folder, summary)
     teacher, packed = summary["teacher"], summary["packed"]
     rows = []
-    sizes = {"teacher": (None, None),
-             "packed": (packed["stored_bits_per_weight"], packed["whole_model_bits_per_weight"])}
+    bits = packed["stored_bits_per_weight"], packed["whole_model_bits_per_weight"]
+    sizes = {"teacher": (None, None), "init": bits, "tuned": bits, "packed": bits}
     for name, bits in sizes.items():
-        found = summary[name] or {}
+        found = summary.get(name) or {}
+        if name in ("init", "tuned") and not found:
+            continue
         ppl = found.get("ppl")
         over = f"{100 * (ppl / teacher['ppl'] - 1):+.1f}%" if ppl and teacher else None
         rows.append((LABELS[name], ppl, found.get("bits_per_byte"), over, *bits))
@@ -71,28 +73,36 @@ def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
 
 def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> dict[str, Any]:
     """The nested summary with the keys of every run; what needs training is null."""
-    made = dict(records["quantise"]["result"])
-    scored = {label: records[f"score_{label}"]["result"] for label in job.config.evaluate.models}
-    errors, tokens = made.pop("relative_error"), made.pop("tokens")
+    results = {name: dict(record["result"]) for name, record in records.items()}
+    errors = results["quantise"].pop("relative_error")
+    tokens = {"calibrate" if name == "quantise" else name: result.pop("tokens")
+              for name, result in results.items() if "tokens" in result}
+    made = results["pack" if trained(job.config) else "quantise"]
+    scored = {name.removeprefix("score_"): result for name, result in results.items()
+              if name.startswith("score_")}
     # Lines of training, where the folder held such a run before, have no seconds.
     lines = [line for line in job.folder.metrics.lines() if "seconds" in line]
     seconds: dict[str, float] = {}
     for line in lines:
         seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + line["seconds"]
+    if "end_to_end" in records:
+        seconds["end_to_end"] = records["end_to_end"]["seconds"]
     return {
         "name": job.config.name,
         "task": "ptq",
         "command": command,
         "seed": job.config.seed,
         "teacher": scored.get("teacher"),
-        "init": None,
+        "init": scored.get("init"),
         "qat": None,
+        **({"tuned": scored["tuned"]} if "tuned" in scored else {}),
+        **{name: results[name] for name in ("tune", "end_to_end") if name in results},
         "packed": {**scored.get("packed", {}), **made, **whole_model(job.folder.path)},
         "dense": {"bytes": describe(abstract_params(job.model_config)).deployed_bytes},
         "diagnostics": {"init": None, "qat": None},
         "relative_error": {"init": errors},
         "cost": cost(job.abstract_student())._asdict(),
-        "tokens": {"calibrate": tokens},
+        "tokens": tokens,
         "seconds": seconds,
         "peak_memory_bytes": max([peak_memory(), *(n["peak_memory_bytes"] for n in lines)]),
         "parameters": parameters(job),

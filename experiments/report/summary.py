@@ -34,6 +34,7 @@ LABELS = {
     "round_to_nearest": "round to nearest, group 128",
     "greedy": "greedy SVID",
     "init": "calibrated init",
+    "tuned": "after block tuning",
     "qat": "after QAT",
     "packed": "packed",
 }
@@ -84,9 +85,7 @@ def whole_model(folder: Path) -> dict[str, float]:
     """Bits of the packed file in a run's folder per parameter, embedding and head included; and how
     many times smaller that is than bfloat16."""
     sizes = packed_bytes(folder / "packed")
-    # What is not packed is stored in 16 bits.
-    count = sizes["weights"] + sizes["other_bytes"] / 2
-    bits = 8 * sizes["file_bytes"] / count
+    bits = 8 * sizes["file_bytes"] / sizes["parameters"]
     return {"whole_model_bits_per_weight": bits, "whole_model_ratio": 16 / bits}
 
 
@@ -170,7 +169,8 @@ def write_results(run: Inputs, summary: Summary, samples: Sequence[Sample]) -> P
 def _histogram(run: Inputs) -> Histogram | None:
     """Of the first weight of sign paths, in the middle layer; None where there is none."""
     nodes = weights_of(run.student).items()
-    path = next((path for path, node in nodes if isinstance(node, ResidualSign)), None)
+    path = next((path for path, node in nodes
+                 if path.startswith("layers/") and isinstance(node, ResidualSign)), None)
     if path is None:
         return None
     return Histogram(**weight_histogram(run.student, path, run.model_config.n_layers // 2))

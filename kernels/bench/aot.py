@@ -87,7 +87,7 @@ def compile_triton(impl: str, limbs: int, arch: int, batch: int = 1) -> sass.Com
     if impl == "triton_int8":
         cut, constants, _ = triton_int8.plan(batch, shape, (OUTPUTS,), limbs)
         kernel, made = triton_int8.int8_partials, {"q": "*i8"}
-        warps, stages = cut.warps, triton_int8.STAGES
+        warps, stages = cut.warps, cut.stages
     else:
         constants, _ = triton_b1.plan(batch, shape, (OUTPUTS,), limbs)
         kernel, made = triton_b1.b1_partials, {"planes": "*i32"}

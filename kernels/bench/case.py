@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rabit_jax.kernels.bench.machine import device_seconds
+
 SAMPLE_ROWS, SAMPLE_OUTPUTS = 8, 64
 OUTLIER = 60.0
 
@@ -25,6 +27,8 @@ class Case:
       exact: `(weight, x64 [b, i], outputs [s]) -> [b, s]` in float64.
       weight: the first of the rotation.
       xs: `[b, i]` activations, one for each product of a call.
+      traced: whether the seconds are those that the device's kernels take, as its profiler has
+        them, and not those until the host has the result.
       stacked: whether the rotation is one stack of layers, indexed where it lies as the decode
         engine does it; then `weight` has a leading axis of one. Else it is separate weights.
       rotation: the leaves of the stack or of each weight; filled by `rotate`.
@@ -40,6 +44,7 @@ class Case:
     weight: Any
     xs: tuple[jax.Array, ...]
     stacked: bool
+    traced: bool = False
     rotation: list[list[jax.Array]] = field(default_factory=list)
     copies: int = 1
     turn: int = 0
@@ -47,10 +52,13 @@ class Case:
 
     def __post_init__(self) -> None:
         product, (leaves, tree) = self.product, jax.tree.flatten(self.weight)
+        stacked = self.stacked
 
-        # Leaves, or calling would take the weights apart while the clock runs. Each product has
-        # activations of its own, or XLA would join those of one input.
+        # Leaves, or calling would take the weights apart while the clock runs, and as few arguments
+        # as can be: each costs a call a microsecond. Each product has activations of its own, or
+        # XLA would join those of one input.
         def program(xs, weights, layers):
+            weights = weights * len(xs) if stacked else weights
             return [product(x, jax.tree.unflatten(tree, w), layer)
                     for x, w, layer in zip(xs, weights, layers, strict=True)]
 
@@ -91,6 +99,8 @@ class Case:
         """One call on the next weights; returns the seconds of one product."""
         arguments = self._arguments()
         self.turn += len(self.xs)
+        if self.traced:
+            return device_seconds(lambda: self.program(*arguments)) / len(self.xs)
         begin = time.perf_counter()
         jax.block_until_ready(self.program(*arguments))
         return (time.perf_counter() - begin) / len(self.xs)
@@ -98,8 +108,8 @@ class Case:
     def _arguments(self) -> tuple:
         """Those of the program for the next call."""
         turns = [(self.turn + n) % self.copies for n in range(len(self.xs))]
-        weights = [self.rotation[0 if self.stacked else turn] for turn in turns]
-        return self.xs, weights, [jnp.int32(turn) for turn in turns]
+        weights = self.rotation if self.stacked else [self.rotation[turn] for turn in turns]
+        return jax.block_until_ready((self.xs, weights, jnp.asarray(turns, jnp.int32)))
 
 
 def activations(batch: int, inputs: int, dtype: jax.typing.DTypeLike, seed: int) -> jax.Array:

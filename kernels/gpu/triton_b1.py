@@ -15,17 +15,17 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
-from rabit_jax.kernels.activations import PLANE_INPUTS, bit_planes
+from rabit_jax.kernels.activations import PLANE_INPUTS
 from rabit_jax.kernels.gpu.device import capability, passes
+from rabit_jax.kernels.gpu.triton_activations import PLANE_BYTES, plane_fragments
 from rabit_jax.kernels.gpu.triton_tiles import (
     block_start,
     count,
     jit,
-    lay_inputs,
     partial_sums,
+    power,
     splits,
     static,
     sum_to,
@@ -36,8 +36,6 @@ from rabit_jax.kernels.gpu.triton_tiles import (
 )
 
 MAX_BATCH = 3
-# Bytes of a row that a warp reads at a time.
-BLOCK = 64
 WARPS, UNROLL, STAGES = 4, 2, 2
 
 
@@ -89,7 +87,7 @@ def product(
     limbs: int, version: int,
 ) -> jax.Array:
     """`signs_matmul` for a device of compute capability `version`, whatever this one is."""
-    planes, total, scale = fragments(u, limbs, bits.shape[-1])
+    planes, total, scale = plane_fragments(u, limbs, bits.shape[-1], version)
     constants, grid = plan(u.shape[0], bits.shape, rows, limbs)
     arrays = (layer.reshape(1), bits, planes, total, scale, g)
     return partial_sums(
@@ -101,33 +99,13 @@ def plan(
     batch: int, bits: tuple[int, ...], rows: tuple[int, ...], limbs: int
 ) -> tuple[dict[str, Any], tuple[int, int, int]]:
     """The kernel's constants and its grid for bits of shape `[l, k, o, bytes]`."""
-    tiles = 2 if bits[2] >= 16 * WARPS else 1
-    row_tiles = sum(-(-n // (8 * tiles * WARPS)) for n in rows)
-    parts = splits(row_tiles * bits[1], -(-bits[3] // BLOCK))
+    row_tiles = sum(-(-n // (8 * WARPS)) for n in rows)
+    parts = splits(row_tiles * bits[1], -(-bits[3] // PLANE_BYTES))
     constants = {
         "ROWS": rows, "ROW_BYTES": bits[3], "PATHS": bits[1], "SPLITS": parts, "BATCH": batch,
-        "GROUPS": limbs - 1, "WARPS": WARPS, "TILES": tiles, "UNROLL": UNROLL, "ASM": True,
+        "GROUPS": limbs - 1, "WARPS": WARPS, "UNROLL": UNROLL, "ASM": True,
     }
     return constants, (row_tiles, bits[1] * parts, 1)
-
-
-def fragments(
-    u: jax.Array, limbs: int, row_bytes: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`u: [b, k, m, i]` -> the kernel's planes int32 `[k, m, b, n, c, 256]`, total int32
-    `[k, m, b, n]` and scale float32 `[k, m, b]`, n groups of 16 planes and c blocks of 512 inputs.
-
-    Element `128 s + 16 p + 4 t + 2 k + h` of a block is word `4 t + 2 s + k` of plane `p + 8 h`.
-    """
-    made = bit_planes(lay_inputs(u, row_bytes, BLOCK), 8 * limbs)
-    words = jax.lax.bitcast_convert_type(made.words, jnp.int32)
-    groups = made.totals.shape[-1]
-    words = jnp.pad(words, [(0, 0)] * 3 + [(0, 16 * groups - words.shape[3]), (0, 0)])
-    # b k m n h p c t s k -> k m b n c s p t k h
-    words = words.reshape(*words.shape[:3], groups, 2, 8, -1, 4, 2, 2)
-    words = words.transpose(1, 2, 0, 3, 6, 8, 5, 7, 9, 4)
-    planes = words.reshape(*words.shape[:5], 256)
-    return planes, jnp.moveaxis(made.totals, 0, 2), jnp.moveaxis(made.scale, 0, 2)
 
 
 @static
@@ -176,18 +154,15 @@ def _b1_block(w, v0, v1, acc, WARPS: tl.constexpr, ASM: tl.constexpr):
 
 
 @jit
-def _b1_turn(w, x, acc, TILES: tl.constexpr, UNITS: tl.constexpr, TILE_STRIDE: tl.constexpr,
-             UNIT_STRIDE: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr):
-    """Reads 512 inputs of 8 TILES rows per warp and of UNITS times 16 planes."""
-    words = ()
-    for r in tl.static_range(TILES):
-        words = words + (tl.load(w + r * TILE_STRIDE),)
+def _b1_turn(w, x, acc, UNITS: tl.constexpr, STRIDE: tl.constexpr, WARPS: tl.constexpr,
+             ASM: tl.constexpr):
+    """Reads 512 inputs of 8 rows per warp and of UNITS times 16 planes."""
+    words = tl.load(w)
     new = ()
     for n in tl.static_range(UNITS):
-        v0 = tl.load(x + n * UNIT_STRIDE)
-        v1 = tl.load(x + n * UNIT_STRIDE + 128)
-        for r in tl.static_range(TILES):
-            new = new + (_b1_block(words[r], v0, v1, acc[n * TILES + r], WARPS, ASM),)
+        v0 = tl.load(x + n * STRIDE)
+        v1 = tl.load(x + n * STRIDE + 128)
+        new = new + (_b1_block(words, v0, v1, acc[n], WARPS, ASM),)
     return new
 
 
@@ -212,17 +187,17 @@ def _sign(n, groups):
 def b1_partials(
     layer, bits, planes, total, scale, g, y,
     ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, PATHS: tl.constexpr, SPLITS: tl.constexpr,
-    BATCH: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
-    UNROLL: tl.constexpr, ASM: tl.constexpr,
+    BATCH: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, UNROLL: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """`y[z, b, o] = g[o] scale[b] (2 sum_p 2^p sum_i bit[o, i] plane[b, p, i] - total[b])`.
 
-    One program makes 8 TILES outputs per warp of one path from one part of the inputs; z counts
-    parts of paths. Packed signs and packed planes go to the tensor core as they are.
+    One program makes 8 outputs per warp of one path from one part of the inputs; z counts parts of
+    paths. Packed signs and packed planes go to the tensor core as they are.
 
     layer: int32 [1]; bits: uint8 [l, PATHS, o, ROW_BYTES]; planes: int32 [PATHS, m, BATCH, GROUPS,
     c, 256], c blocks of 512 inputs of 16 planes in the order of `_b1_block`; total: int32 [PATHS,
-    m, BATCH, GROUPS]; scale: float32 [PATHS, m, BATCH]; g: float [l, PATHS, o]; y: float32
+    m, BATCH, GROUPS, c]; scale: float32 [PATHS, m, BATCH]; g: float [l, PATHS, o]; y: float32
     [PATHS SPLITS, BATCH, o]. Sums of 16 planes are exact in int32.
     """
     MEMBERS: tl.constexpr = count(ROWS)
@@ -231,9 +206,7 @@ def b1_partials(
     BLOCKS: tl.constexpr = (WORDS + 15) // 16
     UNITS: tl.constexpr = BATCH * GROUPS
     UNIT: tl.constexpr = BLOCKS * 256
-    TILE: tl.constexpr = 8 * TILES * WARPS
-    # Tiles of a warp lie a constant apart, also where there are too few rows to fill them.
-    tl.static_assert(TILES == 1 or OUTPUTS >= TILE)
+    TILE: tl.constexpr = 8 * WARPS
     path = tl.program_id(1) // SPLITS
     split = tl.program_id(1) % SPLITS
     member, first, end = tile_of(tl.program_id(0), ROWS, TILE)
@@ -241,7 +214,6 @@ def b1_partials(
     vector = path * MEMBERS + member
     element = tl.arange(0, 128)
     warp = tl.arange(0, WARPS)[:, None]
-    # Warps take turns of 8 rows, so that what differs between tiles is a constant.
     begin = tile_start(first, OUTPUTS, TILE)
     rows = tile_rows(8 * warp + (element // 16)[None, :], OUTPUTS, TILE)
     w = (bits + (matrix * OUTPUTS + begin) * ROW_BYTES).to(tl.pointer_type(tl.int32))
@@ -249,25 +221,24 @@ def b1_partials(
     w += rows * WORDS + (element % min(WORDS, 16))[None, :]
     x = planes + vector * (UNITS * UNIT) + element[None, :] + 0 * warp
     zero = tl.zeros((WARPS, 128), tl.int32)
-    acc = (zero,) * (UNITS * TILES)
+    acc = (zero,) * UNITS
     start = split * BLOCKS // SPLITS
+    stop = (split + 1) * BLOCKS // SPLITS
     x += start * 256
-    for n in tl.range(start, (split + 1) * BLOCKS // SPLITS, loop_unroll_factor=UNROLL):
-        here = w + block_start(n, WORDS, 16)
-        acc = _b1_turn(here, x, acc, TILES, UNITS, 8 * WARPS * WORDS, UNIT, WARPS, ASM)
+    for n in tl.range(start, stop, loop_unroll_factor=UNROLL):
+        acc = _b1_turn(w + block_start(n, WORDS, 16), x, acc, UNITS, UNIT, WARPS, ASM)
         x += 256
-    for r in tl.static_range(TILES):
-        local = 8 * (r * WARPS + warp) + tl.arange(0, 8)[None, :]
-        rows = begin + tile_rows(local, OUTPUTS, TILE)
-        inside = (rows >= first) & (rows < end)
-        row_scale = tl.load(g + matrix * OUTPUTS + rows, mask=inside, other=0).to(tl.float32)
-        for b in tl.static_range(BATCH):
-            part = tl.zeros((WARPS, 8), tl.float32)
-            for n in tl.static_range(GROUPS):
-                counts = acc[(b * GROUPS + n) * TILES + r]
-                value = 2 * _b1_value(counts, _sign(n, GROUPS), WARPS)
-                all_inputs = tl.load(total + (vector * BATCH + b) * GROUPS + n)
-                value -= tl.where(split == 0, all_inputs, 0)
-                part += value.to(tl.float32) * 65536.0**n
-            part *= tl.load(scale + vector * BATCH + b) * row_scale
-            tl.store(y + (tl.program_id(1) * BATCH + b) * OUTPUTS + rows, part, mask=inside)
+    rows = begin + tile_rows(8 * warp + tl.arange(0, 8)[None, :], OUTPUTS, TILE)
+    inside = (rows >= first) & (rows < end)
+    row_scale = tl.load(g + matrix * OUTPUTS + rows, mask=inside, other=0).to(tl.float32)
+    block = tl.arange(0, power(BLOCKS))
+    mine = (block >= start) & (block < stop)
+    for b in tl.static_range(BATCH):
+        part = tl.zeros((WARPS, 8), tl.float32)
+        for n in tl.static_range(GROUPS):
+            group = vector * UNITS + b * GROUPS + n
+            all_inputs = tl.sum(tl.load(total + group * BLOCKS + block, mask=mine, other=0), 0)
+            value = 2 * _b1_value(acc[b * GROUPS + n], _sign(n, GROUPS), WARPS) - all_inputs
+            part += value.to(tl.float32) * 65536.0**n
+        part *= tl.load(scale + vector * BATCH + b) * row_scale
+        tl.store(y + (tl.program_id(1) * BATCH + b) * OUTPUTS + rows, part, mask=inside)

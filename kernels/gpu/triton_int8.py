@@ -11,21 +11,20 @@ nearly so. Each row of the batch takes one column of the tensor instruction per 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
-from rabit_jax.kernels.activations import RADIX
-from rabit_jax.kernels.activations import limbs as to_limbs
-from rabit_jax.kernels.gpu.device import capability
+from rabit_jax.kernels.gpu.device import capability, passes
+from rabit_jax.kernels.gpu.triton_activations import LIMB_INPUTS, limb_columns
 from rabit_jax.kernels.gpu.triton_tiles import (
     block_start,
     count,
     jit,
-    lay_inputs,
     partial_sums,
+    power,
     splits,
     sum_to,
     tile_of,
@@ -35,8 +34,6 @@ from rabit_jax.kernels.gpu.triton_tiles import (
 )
 
 MAX_BATCH = 32
-# Blocks of weights that are on their way at once.
-STAGES = 3
 
 
 class Tiles(NamedTuple):
@@ -50,6 +47,7 @@ class Tiles(NamedTuple):
       chunks: programs that share the columns of all rows.
       warps: warps of a program.
       sums: accumulators, one for each bit of a byte or for two.
+      stages: blocks of weights that are on their way at once.
     """
 
     tile: int
@@ -59,19 +57,20 @@ class Tiles(NamedTuple):
     chunks: int
     warps: int
     sums: int
+    stages: int
 
 
 def tiles(batch: int, limbs: int, row_bytes: int) -> Tiles:
-    """What fits the registers; with few columns, more rows and sums save integer instructions."""
+    """The fastest of those tried on an H200; with few columns there are registers for all sums."""
     per_row = 2 if limbs == 2 else 4
     used = batch * per_row
     # Rows below a block are of 32, 64 or 96 bytes.
     most = 32 if row_bytes < 64 else 64 if row_bytes < 128 else 128
     if used <= 8:
-        return Tiles(64, most, 8, per_row, 1, warps=2, sums=8)
+        return Tiles(128, most, 8, per_row, 1, warps=4, sums=8, stages=2)
     if used <= 16:
-        return Tiles(32, most, 16, per_row, 1, warps=2, sums=8)
-    return Tiles(64, min(most, 64), 32, per_row, -(-used // 32), warps=4, sums=4)
+        return Tiles(128, min(most, 64), 16, per_row, 1, warps=4, sums=4, stages=2)
+    return Tiles(128, min(most, 64), 32, per_row, -(-used // 32), warps=4, sums=4, stages=4)
 
 
 def signs_matmul(
@@ -99,17 +98,28 @@ def signs_matmul(
     return product(u, bits, g, layer, rows, limbs, capability("triton_int8"))
 
 
+@functools.cache
+def works(version: int) -> bool:
+    """Whether the first GPU, of compute capability `version`, computes a small product right.
+
+    Tested once per process; False, with a warning that says why, where it fails, as it does where
+    Triton and jax-triton do not fit each other.
+    """
+    return passes(functools.partial(product, version=version), "triton_int8", "unpacked")
+
+
 def product(
     u: jax.Array, bits: jax.Array, g: jax.Array, layer: jax.Array, rows: tuple[int, ...],
     limbs: int, version: int,
 ) -> jax.Array:
     """`signs_matmul` for a device of compute capability `version`, whatever this one is."""
-    q, total, scale = columns_of(u, limbs, bits.shape[-1])
     cut, constants, grid = plan(u.shape[0], bits.shape, rows, limbs)
+    q, total, scale = limb_columns(
+        u, limbs, bits.shape[-1], cut.block, cut.chunks * cut.columns, cut.per_row, version)
     arrays = (layer.reshape(1), bits, q, total, scale, g)
     return partial_sums(
         int8_partials, arrays, (grid[1], u.shape[0], g.shape[-1]), grid,
-        cut.warps, STAGES, version, constants)
+        cut.warps, cut.stages, version, constants)
 
 
 def plan(
@@ -118,30 +128,15 @@ def plan(
     """Tiles, the kernel's constants and its grid for bits of shape `[l, k, o, bytes]`."""
     cut = tiles(batch, limbs, bits[3])
     row_tiles = sum(-(-n // cut.tile) for n in rows)
-    parts = splits(row_tiles * bits[1] * cut.chunks, -(-bits[3] // cut.block))
+    blocks = -(-bits[3] // cut.block)
+    parts = splits(row_tiles * bits[1] * cut.chunks, blocks)
     constants = {
         "ROWS": rows, "ROW_BYTES": bits[3], "PATHS": bits[1], "SPLITS": parts, "BATCH": batch,
         "LIMBS": cut.per_row, "COLUMNS": cut.columns, "CHUNKS": cut.chunks, "SUMS": cut.sums,
-        "TILE": cut.tile, "BLOCK": cut.block, "ASM": True,
+        "TILE": cut.tile, "BLOCK": cut.block, "PARTS": -(-blocks * cut.block * 8 // LIMB_INPUTS),
+        "ASM": True,
     }
     return cut, constants, (row_tiles, bits[1] * parts, cut.chunks)
-
-
-def columns_of(u: jax.Array, limbs: int, row_bytes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`u: [b, k, m, i]` -> the kernel's q int8 `[k, m, c, inputs]`, total int32 and scale float32
-    `[k, m, c]`: `Tiles.per_row` columns for each row, and columns of 0 to fill the chunks."""
-    cut = tiles(u.shape[0], limbs, row_bytes)
-    made = to_limbs(lay_inputs(u, row_bytes, cut.block), limbs)
-    weights = jnp.asarray([float(RADIX) ** (limbs - 1 - n) for n in range(limbs)], jnp.float32)
-    scale = made.scale[..., None] * weights.reshape(1, 1, 1, -1)
-    more = [(0, cut.chunks * cut.columns // cut.per_row - u.shape[0]), (0, cut.per_row - limbs)]
-
-    def lay(array):
-        array = jnp.moveaxis(array, 0, 2)
-        array = jnp.pad(array, [(0, 0), (0, 0), *more, *[(0, 0)] * (array.ndim - 4)])
-        return array.reshape(*array.shape[:2], -1, *array.shape[4:])
-
-    return lay(made.q), lay(made.totals), lay(scale)
 
 
 @jit
@@ -188,7 +183,8 @@ def int8_partials(
     layer, bits, q, total, scale, g, y,
     ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, PATHS: tl.constexpr, SPLITS: tl.constexpr,
     BATCH: tl.constexpr, LIMBS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
-    SUMS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+    SUMS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """`y[z, b, o] = g[o] sum_c scale[c] (2 sum_i bit[o, i] q[c, i] - total[c])`, c of row b.
 
@@ -197,8 +193,8 @@ def int8_partials(
 
     layer: int32 [1]; bits: uint8 [l, PATHS, o, ROW_BYTES]; q: int8 [PATHS, m, columns, inputs of
     all blocks], LIMBS columns for each row of the batch, CHUNKS times COLUMNS in all; total: int32
-    and scale: float32 [PATHS, m, columns]; g: float [l, PATHS, o]; y: float32 [PATHS SPLITS, BATCH,
-    o]. Sums are exact in int32.
+    [PATHS, m, PARTS, columns]; scale: float32 [PATHS, m, columns]; g: float [l, PATHS, o]; y:
+    float32 [PATHS SPLITS, BATCH, o]. Sums are exact in int32.
     """
     MEMBERS: tl.constexpr = count(ROWS)
     OUTPUTS: tl.constexpr = sum_to(ROWS, MEMBERS)
@@ -227,12 +223,17 @@ def int8_partials(
     for p in tl.static_range(1, SUMS):
         # The mask of the last bit is the int8 -128.
         sums += (-acc[p] if p == 7 else acc[p]) >> p
-    sums = 2 * sums - tl.where(split == 0, tl.load(total + vector), 0)[None, :]
-    part = sums.to(tl.float32) * tl.load(scale + vector)[None, :]
-    part = tl.sum(tl.reshape(part, (TILE, COLUMNS // LIMBS, LIMBS)), 2)
+    # The first part of the inputs takes off the totals of all.
+    part = tl.arange(0, power(PARTS))[:, None]
+    of_member = (path * MEMBERS + member) * PARTS + part
+    held = total + (of_member * CHUNKS + tl.program_id(2)) * COLUMNS + columns[None, :]
+    parts = tl.where(split == 0, PARTS, 0)
+    sums = 2 * sums - tl.sum(tl.load(held, mask=part < parts, other=0), 0)[None, :]
+    value = sums.to(tl.float32) * tl.load(scale + vector)[None, :]
+    value = tl.sum(tl.reshape(value, (TILE, COLUMNS // LIMBS, LIMBS)), 2)
     rows += begin
     inside = (rows >= first) & (rows < end)
     row_scale = tl.load(g + matrix * OUTPUTS + rows, mask=inside, other=0).to(tl.float32)
     batch = tl.program_id(2) * (COLUMNS // LIMBS) + tl.arange(0, COLUMNS // LIMBS)
     place = (tl.program_id(1) * BATCH + batch)[None, :] * OUTPUTS + rows[:, None]
-    tl.store(y + place, part * row_scale[:, None], mask=inside[:, None] & (batch < BATCH)[None, :])
+    tl.store(y + place, value * row_scale[:, None], mask=inside[:, None] & (batch < BATCH)[None, :])

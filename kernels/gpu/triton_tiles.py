@@ -5,8 +5,8 @@ device. A program writes its own partial sums, which are added in a fixed order:
 same result every time. A matrix is read where it lies in a stack of layers and paths.
 
 The loops have no masks. A tile that would reach over the end of the array is read from earlier
-rows on; a block that would reach over the end of its row is read from earlier bytes on, and the
-activations are laid so that bytes which come twice meet zeros the second time.
+rows on; a block that would reach over the end of its row is read from earlier bytes on, and
+`triton_activations` lays zeros where bytes come for the second time.
 
 This is the one module that knows which versions of Triton and jax-triton there are.
 """
@@ -40,24 +40,10 @@ except ModuleNotFoundError:  # Modules with kernels import without Triton; calli
 
     jit = static = _as_it_is
 
-# Programs per matrix that keep the largest devices busy: 4 on each of about 132 processors.
-PROGRAMS = 528
-
-
-def lay_inputs(u: jax.Array, row_bytes: int, block: int) -> jax.Array:
-    """`[..., i]` -> `[..., 8 block ceil(row_bytes / block)]`, what blocks of a row's bytes meet.
-
-    The last block of a row ends where the row ends. Where it begins before the one before it ends,
-    its first inputs come for the second time and are 0 here.
-    """
-    whole = row_bytes // block * block * 8
-    rest = -(-row_bytes // block) * block * 8 - whole
-    repeated = max(rest - (8 * row_bytes - whole), 0) if whole else 0
-    lead = [(0, 0)] * (u.ndim - 1)
-    padded = jnp.pad(u, [*lead, (0, 8 * row_bytes - u.shape[-1])])
-    last = padded[..., whole:]
-    last = jnp.pad(last, [*lead, (repeated, rest - repeated - last.shape[-1])])
-    return jnp.concatenate([padded[..., :whole], last], axis=-1)
+# Programs per matrix that keep the largest devices busy: 8 on each of about 132 processors.
+PROGRAMS = 1056
+# Partial sums up to which each is added on its own, which compilers do within what reads the sum.
+FEW = 16
 
 
 def splits(programs: int, blocks: int) -> int:
@@ -70,19 +56,38 @@ def partial_sums(
     warps: int, stages: int, version: int, constants: dict[str, Any],
 ) -> jax.Array:
     """`sum_z y[z]` of what a kernel writes, `y: [z, ...]` float32 of a shape, in a fixed order."""
+    out = jax.ShapeDtypeStruct(shape, jnp.float32)
+    [y] = call(kernel, arrays, [out], grid, warps, stages, version, constants)
+    if shape[0] > FEW:
+        return jnp.sum(y, axis=0)
+    return functools.reduce(jnp.add, [y[z] for z in range(shape[0])])
+
+
+def call(
+    kernel: Any, arrays: Sequence[jax.Array], outs: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, int, int], warps: int, stages: int, version: int, constants: dict[str, Any],
+) -> list[jax.Array]:
+    """What a kernel writes: one array for each of `outs`, which follow `arrays` as its arguments.
+
+    Args:
+      kernel: the Triton function.
+      arrays: its inputs, in the order of its arguments.
+      outs: shapes and dtypes of its results.
+      grid, warps, stages: how it is launched.
+      version: compute capability to compile for, whatever this device is.
+      constants: its `tl.constexpr` arguments by name.
+    """
     from jax_triton import triton_call
 
     _repair_dce_rule()
-    out = jax.ShapeDtypeStruct(shape, jnp.float32)
     # jax-triton 0.4 has another name for the outputs, and takes Triton's options in a dictionary.
     if "out_type" in inspect.signature(triton_call).parameters:
-        versioned = {"out_type": out, "backend_options": {"enable_fp_fusion": True}}
+        versioned = {"out_type": list(outs), "backend_options": {"enable_fp_fusion": True}}
     else:
-        versioned = {"out_shape": out, "enable_fp_fusion": True}
-    y = triton_call(
+        versioned = {"out_shape": list(outs), "enable_fp_fusion": True}
+    return list(triton_call(
         *arrays, kernel=kernel, grid=grid, num_warps=warps, num_stages=stages,
-        compute_capability=version, name=kernel.__name__, **versioned, **constants)
-    return jnp.sum(y, axis=0)
+        compute_capability=version, name=kernel.__name__, **versioned, **constants))
 
 
 @functools.cache
@@ -109,6 +114,12 @@ def sum_to(rows, m):
 def tiles_to(rows, m, tile):
     """`sum_{n < m} ceil(rows[n] / tile)`, known at compile time."""
     return sum(-(-n // tile) for n in rows[:m])
+
+
+@static
+def power(n):
+    """The least power of two that is not below n, known at compile time."""
+    return 1 << (n - 1).bit_length()
 
 
 @static

@@ -9,7 +9,7 @@ the gradient for the block before it. The statistics equal those of `calibrate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -86,18 +86,31 @@ def init_block(
     Raises:
       BadInput: a scale leaves the 16-bit range; the message names kernel and layer.
     """
-    packed, errors = {}, {}
-    for path, w in leaves(params):
-        if path not in specs:
-            continue
-        own = None if stats is None else jax.tree.map(lambda s: s[None], stats[path])
-        key = None if keys is None else keys[path][layer : layer + 1]
-        node = specs[path].init(w[None], own, key)
-        errors[path] = float(_relative_error(w, node)[0])
+    packed, errors, kernels = {}, {}, dict(leaves(params))
+    for path, node in block_nodes(params, layer, specs, stats, keys):
+        errors[path] = float(_relative_error(kernels[path], node)[0])
         packed[path] = jax.block_until_ready(node.pack(f"{path} of layer {layer}"))
         if done is not None:
             done(path)
     return packed, errors
+
+
+def block_nodes(
+    params: Params,
+    layer: int,
+    specs: Mapping[str, Spec],
+    stats: Mapping[str, Stats] | None = None,
+    keys: Mapping[str, Array] | None = None,
+) -> Iterator[tuple[str, Weight]]:
+    """The nodes `[1, i, o]` of `convert` for one layer, one kernel at a time, with their paths.
+
+    The arguments are those of `init_block`.
+    """
+    for path, w in leaves(params):
+        if path in specs:
+            own = None if stats is None else jax.tree.map(lambda s: s[None], stats[path])
+            key = None if keys is None else keys[path][layer : layer + 1]
+            yield path, specs[path].init(w[None], own, key)
 
 
 @jax.jit

@@ -22,6 +22,7 @@ from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import Rules, leaves, map_leaves, match_rules, pytree_dataclass
 from rabit_jax.types import Array, Batch, Params, Shape, Weight
+from rabit_jax.weights.table import is_table
 
 # A gradient that is zero in exact arithmetic, such as that of the KL to the model itself, has a
 # root mean square of about 1e-7 in float32; that of the summed cross-entropy has about 1.
@@ -145,7 +146,7 @@ def calibrate(
       params: full-precision params.
       batches: dicts with `tokens: [b, t]` and `mask: [b, t]` bool (True for real tokens), all of
         one shape; they may hold further arrays for `loss`.
-      rules: as for `convert`; kernels whose rule names a spec are measured.
+      rules: as for `convert`; kernels whose rule names a spec are measured, embeddings are not.
       clip: percentile of the token norms above which a token's contribution is scaled down.
       shardings: shardings of `params` on a mesh, None for one device.
       batch_sharding: sharding of every array of a batch on that mesh, None for one device.
@@ -156,7 +157,8 @@ def calibrate(
     Raises:
       BadInput: no batch, the statistics of a kernel are not finite, or those of all are zero.
     """
-    zeros = zero_sums(params, match_rules(params, rules))
+    selected = [path for path in match_rules(params, rules) if not is_table(path)]
+    zeros = zero_sums(params, selected)
 
     def sums(params, batch):
         return jax.grad(lambda z: loss(insert_probes(params, z, batch["mask"], clip), batch))(zeros)

@@ -72,7 +72,7 @@ def disordered_share(params: Any) -> float | None:
     nodes = {
         path: (w.g, w.h)
         for path, w in cast(dict[str, Any], weights_of(params)).items()
-        if all(hasattr(w, name) for name in ("signs", "g", "h", "k"))
+        if all(hasattr(w, name) for name in ("signs", "g", "h", "k")) and w.g.ndim == w.h.ndim
     }
     shapes = {path: weights_of(params)[path].shape for path in nodes}
     return _weighted([(np.mean(s), prod(shapes[p])) for p, s in _disordered(nodes).items()])

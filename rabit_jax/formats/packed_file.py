@@ -168,9 +168,10 @@ def named_parts(node: Any) -> dict[str, np.ndarray]:
 
 
 def module_names(path: str, shape: tuple[int, ...]) -> list[str]:
-    """Hugging Face modules of the kernel at `path`: one per layer of a stack `[l, i, o]`."""
+    """Hugging Face modules of the kernel or embedding at `path`: one per layer of a stack
+    `[l, i, o]`."""
     layers = range(shape[0]) if path.startswith("layers/") else [None]
-    return [hf_name(path.removesuffix("/kernel"), layer) for layer in layers]
+    return [hf_name(path.rpartition("/")[0], layer) for layer in layers]
 
 
 def module_table(shapes: Shapes, headers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -182,13 +183,14 @@ def module_table(shapes: Shapes, headers: Mapping[str, Any]) -> dict[str, dict[s
 
 
 def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, Any]:
-    """Each packed kernel by path, one matrix of it as shapes and dtypes.
+    """Each packed kernel, and the embedding if it is packed, by path; one matrix of it as shapes
+    and dtypes.
 
     Raises:
       BadInput: the header's modules are not those of a model of these shapes.
     """
     kernels = {path: module_names(path, shape)[0] for path, shape in shapes.items()
-               if path.endswith("/kernel")}
+               if path.endswith(("/kernel", "/embedding"))}
     headers = {p: file.modules[m] for p, m in kernels.items() if m in file.modules}
     nodes = {}
     for path, header in headers.items():

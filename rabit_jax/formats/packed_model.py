@@ -17,7 +17,7 @@ from flax.traverse_util import unflatten_dict
 
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.checkpoint import with_end_token_of, with_end_tokens
-from rabit_jax.formats.families import tensor_names
+from rabit_jax.formats.families import HF_MODULES, tensor_names
 from rabit_jax.formats.folder import (
     FILE,
     find_folder,
@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 REFUSAL = {
     "transformers_weights": "packed: import rabit_jax.integrations.transformers before loading",
 }
+
+ENDS = (HF_MODULES["embed"], HF_MODULES["head"])
 
 
 def save_packed(
@@ -120,7 +122,8 @@ def load_packed(folder: str | Path) -> tuple[Decoder, Params, Tokenizer | None]:
 
     Returns:
       `(Decoder, params, tokenizer)` as from `load_hf`, but packed kernels are packed weight nodes
-      stacked over layers, and the other params stay in the 16-bit dtype of the file.
+      stacked over layers, a packed embedding is a `Table`, and the other params stay in the 16-bit
+      dtype of the file.
 
     Raises:
       BadInput: no such folder or no packed model in it, a truncated or altered file, an unknown
@@ -182,11 +185,12 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
     """Sizes of a packed model, counted from its file.
 
     Returns:
-      `linear_bytes`: bits, codes and scales of the packed linears, padding included;
-      `other_bytes`: all other tensors; `file_bytes`: size of model.safetensors; `weights`: number
-      of weights in the packed linears; `stored_bits_per_weight = 8 linear_bytes / weights`, which
-      is `k + 16 k (i + o) / (i o)` for k sign paths if i is a multiple of 64, and more if i is
-      padded to one.
+      `linear_bytes`: bits, codes and scales of the packed linears of the blocks (of embedding and
+      head where nothing else is packed), padding included; `other_bytes`: all other tensors;
+      `file_bytes`: size of model.safetensors; `weights`: number of weights in those linears;
+      `parameters`: numbers that all tensors stand for;
+      `stored_bits_per_weight = 8 linear_bytes / weights`, which is `k + 16 k (i + o) / (i o)` for k
+      sign paths if i is a multiple of 64, and more if i is padded to one.
 
     Raises:
       BadInput: a file that is missing, truncated or of another format.
@@ -195,17 +199,25 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
     try:
         with open_packed(path) as file:
             sizes, modules = file.sizes(), file.modules
-        parts = ((m, jax.tree.leaves(part_names(abstract_packed(h)))) for m, h in modules.items())
-        linear = sum(sizes[f"{module}.{part}"] for module, names in parts for part in names)
-        weights = sum(m["in"] * m["out"] for m in modules.values())
+        packed = {m: sum(sizes[f"{m}.{part}"] for part in _parts(h)) for m, h in modules.items()}
+        counts = {m: h["in"] * h["out"] for m, h in modules.items()}
+        blocks = [m for m in modules if m not in ENDS] or list(modules)
+        linear, weights = (sum(one[m] for m in blocks) for one in (packed, counts))
+        arrays = sum(sizes.values()) - sum(packed.values())  # in 16 bits each
     except (KeyError, TypeError) as error:
         raise BadInput(f"the header of {path} names {error}, which the file lacks: fetch it "
                        "again") from error
     return {
         "linear_bytes": linear, "other_bytes": sum(sizes.values()) - linear,
         "file_bytes": path.stat().st_size, "weights": weights,
+        "parameters": sum(counts.values()) + arrays // 2,
         "stored_bits_per_weight": 8 * linear / weights,
     }
+
+
+def _parts(header: Json) -> list[str]:
+    """Names of the arrays of one packed module."""
+    return jax.tree.leaves(part_names(abstract_packed(header)))
 
 
 def _headers(params: Params) -> dict[str, Json]:

@@ -34,6 +34,7 @@ from rabit_jax.formats.packed_file import (
 from rabit_jax.types import Json
 from rabit_jax.weights.leaves import row_signs
 from rabit_jax.weights.representations import abstract_packed
+from rabit_jax.weights.table import Table
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +136,9 @@ class _Unpack:
         arrays = {name: self._array(given, f"{self.module}.{name}") for name in self.names}
         quantizer = self.hf_quantizer
         node = _filled(quantizer.modules[self.module], arrays, quantizer.version)
-        dense = np.array(np.asarray(node.dense()).T, order="C")
+        # A kernel [i, o] is a torch weight [o, i]; an embedding is [v, d] in both.
+        found = np.asarray(node.dense())
+        dense = np.array(found if isinstance(node, Table) else found.T, order="C")
         target = f"{self.module}.weight"
         return {target: torch.from_numpy(dense).to(model.get_parameter(target).dtype)}
 

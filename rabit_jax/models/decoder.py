@@ -23,7 +23,7 @@ from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.tree import is_weight, leaves
 from rabit_jax.types import Array, Params, Shape
-from rabit_jax.weights.seam import linear
+from rabit_jax.weights.seam import linear, lookup
 
 
 class Decoder(nn.Module):
@@ -34,7 +34,7 @@ class Decoder(nn.Module):
     `layers/{attn_norm,mlp_norm}/scale [l, d]` (with `post_norms` `attn_norm`, `attn_post_norm`,
     `mlp_pre_norm`, `mlp_post_norm`), with `qk_norm` `layers/attn/{q_norm,k_norm}/scale [l, h]`,
     `final_norm/scale [d]`, and `head/kernel [d, v]` unless the head is tied. Any kernel may be a
-    weight node with a leading layer axis.
+    weight node, those of the layers with a leading layer axis, and the embedding a `Table`.
 
     Example:
       >>> config = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2,
@@ -120,11 +120,14 @@ class Decoder(nn.Module):
 
 
 def embed(
-    table: Float[Array, "v d"], tokens: Int[Array, "b t"], config: ModelConfig
+    table: Any, tokens: Int[Array, "b t"], config: ModelConfig
 ) -> Float[Array, "b t d"]:
-    """`embed_scale E[tokens]` in the compute dtype; a token without a row reads NaN."""
+    """`embed_scale E[tokens]` in the compute dtype; a token without a row reads NaN.
+
+    `table` is an array `[v, d]` or what `lookup` takes in its place.
+    """
     with jax.named_scope("embed"):
-        x = jnp.take(table, tokens, axis=0).astype(compute_dtype(config))
+        x = lookup(table, tokens).astype(compute_dtype(config))
         # Gemma's factor is rounded to the compute dtype before it multiplies.
         return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype)
 

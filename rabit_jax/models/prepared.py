@@ -21,14 +21,23 @@ from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.decoder import check_params, param_shapes
 from rabit_jax.tree import is_weight, leaves, pytree_dataclass
 from rabit_jax.types import Array, Params
-from rabit_jax.weights.laid import LaidLowRank, LaidSign, lay, lay_table
+from rabit_jax.weights.laid import (
+    Laid,
+    LaidCodes,
+    LaidGroupedSign,
+    LaidLowRank,
+    LaidSign,
+    joins,
+    lay,
+    lay_table,
+)
 from rabit_jax.weights.seam import linear
 from rabit_jax.weights.sign_paths import PackedSign
 
 # Matrices that read the same input, and the bytes of fixed point that the input gets on integer
 # kernels: that of `down` has outliers hundreds of times its mean, so it gets three.
 GROUPS = {("q", "k", "v"): 2, ("o",): 2, ("gate", "up"): 2, ("down",): 3}
-LAID = (LaidSign, LaidLowRank)
+LAID = (LaidSign, LaidLowRank, LaidCodes, LaidGroupedSign)
 
 
 @pytree_dataclass
@@ -36,7 +45,7 @@ class Engine:
     """A decoder's weights as `step` reads them; made by `prepare`.
 
     Attributes:
-      embed: `[v, d]`.
+      embed: `[v, d]` as an array, a `Table`, or the laid codes of a tied head.
       layers: the subtree `layers` of the params. Matrices that are joined stand under their names
         with spaces, such as "q k v"; a kernel is a laid weight of all layers, or a tuple with a
         matrix or weight node for each layer.
@@ -47,7 +56,7 @@ class Engine:
         their matrix.
     """
 
-    embed: Array
+    embed: Any
     layers: Params
     final_norm: Array
     head: Any
@@ -64,7 +73,7 @@ class Engine:
 class At:
     """One layer of a laid weight; nothing is copied."""
 
-    weight: LaidSign | LaidLowRank
+    weight: Laid
     layer: Array
 
 
@@ -90,9 +99,11 @@ class Rows:
 def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -> Engine:
     """The params of a decoder, laid out for `step`.
 
-    Packed signs of one k that read the same input become one `LaidSign` (q, k, v; gate, up), other
-    packed signs and `PackedLowRank` are laid alone; dense matrices that read the same input are
-    joined too. All others keep their form, one node per layer.
+    Packed signs of one k that read the same input become one `LaidSign` (q, k, v; gate, up), and
+    evenly spaced levels of the same bits and group one `LaidCodes`; other such weights,
+    `PackedGroupedSign` and `PackedLowRank` are laid alone; dense matrices that read the same input
+    are joined too. All others keep their form, one node per layer. An embedding that is a `Table`
+    is looked up as it is stored, and laid where the head is tied to it.
 
     Args:
       config: of the decoder.
@@ -166,11 +177,11 @@ def _joined(part: Params, config: ModelConfig, platform: str) -> Params:
 
 
 def _alike(group: Sequence[str], kernels: Mapping[str, Any]) -> list[list[str]]:
-    """The names of a group in sets that can be joined: dense, packed signs of one k, or one."""
+    """The names of a group in sets that can be joined: dense, packed alike, or one."""
     sets: dict[Any, list[str]] = {}
     for name in group:
         node = kernels[name]
-        kind = node.k if isinstance(node, PackedSign) else (name if is_weight(node) else "dense")
+        kind = (joins(node) or name) if is_weight(node) else "dense"
         sets.setdefault(kind, []).append(name)
     return list(sets.values())
 
@@ -220,15 +231,19 @@ def _turned(matrix: Array, platform: str) -> bool:
 
 def _ends(
     params: Any, config: ModelConfig, platform: str, head_bits: int | None
-) -> tuple[Array, Any]:
+) -> tuple[Any, Any]:
     """The embedding and the head of an engine."""
-    table = params["embed"]["embedding"].astype(config.dtype)
-    head = None if config.tied_head else params["head"]["kernel"]
-    if is_weight(head):
-        return table, lay([jax.tree.map(lambda a: a[None], head)], platform) or head
-    if head_bits is not None:
+    table: Any = params["embed"]["embedding"]
+    table = table if is_weight(table) else table.astype(config.dtype)
+    head: Any = params["head"]["kernel"] if not config.tied_head else None
+    if head_bits is not None and not is_weight(table if head is None else head):
         rows = params["embed"]["embedding"] if head is None else head.T
         return table, lay_table(rows, platform)
-    if head is None:
+    if config.tied_head and isinstance(table, jax.Array):
         return table, Rows(table) if _turned(table, platform) else None
-    return table, for_device(head.astype(config.dtype), platform)
+    head = table.T if head is None else head
+    if not is_weight(head):
+        return table, for_device(head.astype(config.dtype), platform)
+    head = lay([jax.tree.map(lambda a: a[None], head)], platform) or head
+    # The rows of codes serve both, so that the table is held once.
+    return head if config.tied_head and isinstance(head, LaidCodes) else table, head

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,10 @@ class OptimizerConfig:
     """How params move.
 
     Attributes:
-      name: "muon" (latents and matrices by Muon, everything else by AdamW) or "adamw" for all.
+      name: "muon" (latents and matrices by Muon, everything else by AdamW), "adamw" for all, or
+        "relative" for AdamW whose step is in units of each array's own size, see `scale_by_size`.
       lr: peak learning rate of latents and matrices; Muon's update is scaled to AdamW's root mean
-        square (0.2), so one value suits both.
+        square (0.2), so one value suits both. Of "relative", 0.01 is a step of 1% of the array.
       scale_lr: peak learning rate of everything else; 0 takes `lr`.
       warmup: share of the steps over which the rate rises linearly.
       schedule: "cosine" to 0, or "constant" after the warm-up.
@@ -40,7 +41,7 @@ class OptimizerConfig:
         bias.
     """
 
-    name: Literal["muon", "adamw"] = "muon"
+    name: Literal["muon", "adamw", "relative"] = "muon"
     lr: float = 1e-3
     scale_lr: float = 0.0
     warmup: float = 0.02
@@ -82,27 +83,41 @@ def roles(params: Params) -> Params:
     def name(path: str, leaf: Any) -> Any:
         if is_weight(leaf):
             return leaf.roles()
-        parts = path.split("/")
-        if "embedding" in parts[-1]:
+        last, place = path.rpartition("/")[2], _place(path)
+        if place == "embedding":
             return "embedding"
-        if parts[-1] == "bias":
+        if last == "bias":
             return "bias"
-        if parts[-1] == "scale" or leaf.ndim < 2:
-            return "norm"
-        return "head" if "head" in parts or "lm_head" in parts else "matrix"
+        return "norm" if last == "scale" or leaf.ndim < 2 else place
 
     return map_leaves(name, params)
+
+
+def _place(path: str) -> str:
+    """"embedding", "head" or "matrix": what a matrix is by its path."""
+    parts = path.split("/")
+    if "embedding" in parts[-1]:
+        return "embedding"
+    return "head" if "head" in parts or "lm_head" in parts else "matrix"
 
 
 def partition(params: Any, names: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
     """Split a tree into `(trainable, frozen)`; each holds None where the other holds an array.
 
-    Signs and codes are frozen always. Frozen arrays are then no arguments of the gradient, so they
-    cost no gradient, no optimiser state and no update.
+    Signs and codes are frozen always. "embedding" and "head" freeze these parameters whatever they
+    are, arrays or weight nodes; in a weight node the other roles freeze single arrays. Frozen
+    arrays are no arguments of the gradient, so they cost no gradient, no optimiser state and no
+    update.
     """
     kept = (*freeze, *FIXED)
-    trainable = jax.tree.map(lambda x, n: None if n in kept else x, params, names)
-    frozen = jax.tree.map(lambda x, n: x if n in kept else None, params, names)
+
+    def held(path: str, leaf: Any, name: Any) -> Any:
+        whole = is_weight(leaf) and _place(path) in freeze
+        return jax.tree.map(lambda n: whole or n in kept, name)
+
+    fixed = map_leaves(held, params, names)
+    trainable = jax.tree.map(lambda x, still: None if still else x, params, fixed)
+    frozen = jax.tree.map(lambda x, still: x if still else None, params, fixed)
     return trainable, frozen
 
 
@@ -136,19 +151,70 @@ def make_optimizer(config: OptimizerConfig, names: Any, steps: int) -> optax.Gra
     other = learning_rate(config, config.scale_lr or config.lr, steps)
     adam: dict[str, Any] = {"b1": config.beta1, "b2": config.beta2}
     labels = jax.tree.map(lambda n: "matrix" if n in MUON_ROLES else "other", names)
-    if config.name == "muon":
+    if config.name == "relative":
+        move = _relative_adam(config, matrix, config.weight_decay, (-2, -1))
+        rest = _relative_adam(config, other, 0.0, (-1,))
+    elif config.name == "muon":
         move = optax.contrib.muon(
             matrix,
             weight_decay=config.weight_decay,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=_last_two_axes,
         )
+        rest = optax.adamw(other, weight_decay=0.0, **adam)
     else:
         move = optax.adamw(matrix, weight_decay=config.weight_decay, **adam)
-    rest = optax.adamw(other, weight_decay=0.0, **adam)
+        rest = optax.adamw(other, weight_decay=0.0, **adam)
     parts: dict[Hashable, optax.GradientTransformation] = {"matrix": move, "other": rest}
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     return optax.chain(*clip, optax.partition(parts, labels))
+
+
+class SizeState(NamedTuple):
+    """State of `scale_by_size`.
+
+    Attributes:
+      sizes: of each array at the start, shaped to multiply with it.
+    """
+
+    sizes: Any
+
+
+def scale_by_size(axes: tuple[int, ...]) -> optax.GradientTransformation:
+    """`u <- rms(x_0) u`: updates in units of each array's root mean square when training began.
+
+    Latents, scales and norms of a model differ in size by orders of magnitude; behind Adam one
+    learning rate is then the share by which each of them moves in a step. An array of zeros stays
+    as it is.
+
+    Args:
+      axes: the mean is over these: both axes of a matrix, so that each layer of a stack has a size
+        of its own; the last of scales `[..., k, o]` and of norms, so that each path has one.
+    """
+
+    def size(x: jax.Array) -> jax.Array:
+        squares = jnp.square(x.astype(jnp.float32))
+        return jnp.sqrt(jnp.mean(squares, axis=axes, keepdims=True))
+
+    def init(params: Any) -> SizeState:
+        return SizeState(jax.tree.map(size, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, SizeState]:
+        return jax.tree.map(jnp.multiply, updates, state.sizes), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _relative_adam(
+    config: OptimizerConfig, rate: optax.Schedule, decay: float, axes: tuple[int, ...]
+) -> optax.GradientTransformation:
+    # A relative loss over millions of weights has gradients far below the usual epsilon of 1e-8.
+    return optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, eps=1e-15),
+        scale_by_size(axes),
+        optax.add_decayed_weights(decay),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def _last_two_axes(params: Any) -> Any:

@@ -14,8 +14,10 @@ from rabit_jax.errors import BadInput
 from rabit_jax.kernels.layout import BLOCK_BYTES
 from rabit_jax.tree import is_weight, map_leaves
 from rabit_jax.types import Array, Params, Shape, Weight
+from rabit_jax.weights.grouped_sign import GroupedSign
 from rabit_jax.weights.leaves import Leaf, declaration
 from rabit_jax.weights.reshaped import Reshaped
+from rabit_jax.weights.table import Table
 
 AXES = ("data", "tensor")
 Axes: TypeAlias = tuple[str | None, str | None]
@@ -53,6 +55,11 @@ def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
             "make the product of its sizes equal to the number of devices"
         )
     return Mesh(np.asarray(jax.devices()).reshape(sizes), AXES)
+
+
+def one_device_mesh() -> Mesh:
+    """Mesh of the first device alone."""
+    return Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), AXES)
 
 
 def kernel_axes(path: str) -> Axes:
@@ -96,6 +103,10 @@ def weight_shardings(node: Weight, axes: Axes, mesh: Mesh) -> Any:
         axes_in, axes_out = (a if a and own[0] % mesh.shape[a] == 0 else None for a, own in sides)
         matrix = weight_shardings(node.matrix, (axes_in, axes_out), mesh)
         return node.replace(matrix=matrix)
+    if isinstance(node, Table):
+        return node.replace(matrix=weight_shardings(node.matrix, (axes[1], axes[0]), mesh))
+    if isinstance(node, GroupedSign):
+        return node.replace(blocks=_group_shardings(node.blocks, axes, mesh))
     split = {"i": axes[0], "o": axes[1]}
 
     def place(declared: Leaf, array: Array) -> NamedSharding:
@@ -105,6 +116,24 @@ def weight_shardings(node: Weight, axes: Axes, mesh: Mesh) -> Any:
         return _sharding(spec, array.shape, mesh)
 
     return jax.tree.map(place, declaration(node), node)
+
+
+def _group_shardings(blocks: Any, axes: Axes, mesh: Mesh) -> Any:
+    """Shardings of groups of inputs that lie one below the other, arrays `[..., n, *declared]`.
+
+    Over the axis of the inputs each device gets whole groups, or where the mesh does not divide
+    them a part of every one.
+    """
+    over = axes[0]
+    whole = over is None or blocks.shape[-3] % mesh.shape[over] == 0
+    if not whole:
+        return weight_shardings(blocks, axes, mesh)
+
+    def place(declared: Leaf, array: Array) -> NamedSharding:
+        names = [axes[1] if name == "o" else None for name in declared.names]
+        return _sharding((over, *names), array.shape, mesh)
+
+    return jax.tree.map(place, declaration(blocks), blocks)
 
 
 def _split(axis: str, length: int, split: Mapping[str, str | None], mesh: Mesh) -> str | None:

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
 from rabit_jax.tree import Rules, is_weight, layer_keys, leaves, map_leaves, match_rules
 from rabit_jax.weights.reshaped import in_shape, matrix_shape
+from rabit_jax.weights.table import Table, is_table
 
 LLAMA_LINEARS = r"layers/(attn/[qkvo]|mlp/(gate|up|down))/kernel"
+LLAMA_ENDS = r"embed/embedding|head/kernel"
 
 
 def convert(
@@ -30,7 +33,9 @@ def convert(
         array.
       stats: `{path: Stats}` from `calibrate` or `calibrate_flax`; without them every channel is
         equally important. They also tell which axes of an `nn.DenseGeneral` kernel, such as
-        `[d, heads, head_dim]`, are its inputs: its node is then a `Reshaped` matrix.
+        `[d, heads, head_dim]`, are its inputs: its node is then a `Reshaped` matrix. An embedding,
+        the parameter `embedding` of Flax's `nn.Embed`, has none: it becomes a `Table`, whose rows
+        are the outputs of a head, and every channel of it is equally important.
       key: PRNG key for specs that draw random numbers.
       done: called with a kernel's path when its node is ready, for a progress bar.
 
@@ -49,19 +54,24 @@ def convert(
         if not hasattr(spec, "init") or isinstance(spec, type):
             raise BadInput(f"the rule for {path} names {spec!r}, wanted a spec such as "
                            "ResidualSignSpec(k=2), or None")
-    missing = sorted(set(selected) - set(stats)) if stats is not None else []
+    kernels = [path for path in selected if not is_table(path)]
+    missing = sorted(set(kernels) - set(stats)) if stats is not None else []
     if missing:
         raise BadInput(f"no calibration statistics for {missing[0]}: calibrate with the same rules")
     found = dict(leaves(params))
-    shapes = {p: matrix_shape(p, found[p].shape, stats and stats[p]) for p in selected}
+    own = {p: None if stats is None or is_table(p) else stats[p] for p in selected}
+    shapes = {p: matrix_shape(p, found[p].shape, own[p]) for p in selected}
     keys = {} if key is None else layer_keys(key, {p: shapes[p][:-2] for p in selected})
 
     def replace(path: str, leaf: Any) -> Any:
         if path not in selected:
             return leaf
-        matrix = leaf if leaf.shape == shapes[path] else leaf.reshape(shapes[path])
-        node = selected[path].init(matrix, None if stats is None else stats[path], keys.get(path))
-        node = in_shape(node, leaf.shape)
+        spec, one_key = selected[path], keys.get(path)
+        if is_table(path):
+            node = Table(spec.init(jnp.swapaxes(leaf, -1, -2), None, one_key))
+        else:
+            matrix = leaf if leaf.shape == shapes[path] else leaf.reshape(shapes[path])
+            node = in_shape(spec.init(matrix, own[path], one_key), leaf.shape)
         if done is not None:
             jax.block_until_ready(node)
             done(path)

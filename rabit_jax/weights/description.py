@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from rabit_jax.kernels.cpu.library import status
 from rabit_jax.tree import is_weight, leaves
+from rabit_jax.weights.conversion import LLAMA_ENDS
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,23 @@ class Description:
 
     @property
     def quantised(self) -> tuple[Row, ...]:
-        """The rows that are weight nodes."""
-        return tuple(row for row in self.rows if row.representation != "array")
+        """The rows that are weight nodes, without embedding and head where there are others.
+
+        Those are counted in the figures of the whole model, so that bits per weight are those of
+        the blocks whatever the embedding is stored in.
+        """
+        found = tuple(row for row in self.rows if row.representation != "array")
+        blocks = tuple(row for row in found if not re.fullmatch(LLAMA_ENDS, row.path))
+        return blocks or found
 
     @property
     def bits_per_weight(self) -> float:
-        """Nominal bits per weight over the weight nodes, weighted by their sizes."""
+        """Nominal bits per weight over `quantised`, weighted by their sizes."""
         return _mean(self.quantised, "bits_per_weight")
 
     @property
     def stored_bits_per_weight(self) -> float:
-        """Bits per weight over the weight nodes with the padding of the file."""
+        """Bits per weight over `quantised` with the padding of the file."""
         return _mean(self.quantised, "stored_bits_per_weight")
 
     @property

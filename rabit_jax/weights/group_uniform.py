@@ -37,7 +37,8 @@ class GroupUniformSpec:
 
     Attributes:
       bits: bits of a code, 1 to 8.
-      group: inputs that share a step and a lowest level.
+      group: inputs that share a step and a lowest level; 0 takes all inputs of an output, a row of
+        a packed matrix.
 
     Example:
       >>> node = GroupUniformSpec(bits=2, group=128).init(w)      # w: [..., i, o]
@@ -51,10 +52,10 @@ class GroupUniformSpec:
 
     def __post_init__(self):
         """Raises BadInput for a setting out of its range."""
-        if not 1 <= self.bits <= 8 or self.group < 1:
+        if not 1 <= self.bits <= 8 or self.group < 0:
             raise BadInput(
                 f"bits {self.bits}, group {self.group}: bits must lie in 1..8 and a group must "
-                "hold at least 1 input"
+                "hold at least 1 input, or be 0 for all of them"
             )
 
     def init(
@@ -70,23 +71,24 @@ class GroupUniformSpec:
         Returns:
           A node whose latent is a float32 copy of `w`.
         """
-        s, c = _fit_levels(self, w)
-        return GroupUniform(jnp.array(w, F32, copy=True), s, c, self.group, self.bits)
+        group = self.group or w.shape[-2]
+        s, c = _fit_levels(group, self.bits, w)
+        return GroupUniform(jnp.array(w, F32, copy=True), s, c, group, self.bits)
 
     def dense(self, node: GroupUniform) -> jax.Array:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
 
-@partial(jax.jit, static_argnums=0)
-def _fit_levels(spec: GroupUniformSpec, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnums=(0, 1))
+def _fit_levels(group: int, bits: int, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Step and lowest level, each float32 `[..., n, o]`."""
 
     def layer(w):
-        groups = by_group(w.astype(F32), spec.group)
+        groups = by_group(w.astype(F32), group)
         low = jnp.minimum(groups.min(axis=-2), 0)
         high = jnp.maximum(groups.max(axis=-2), 0)
-        s = storable((high - low) / (2**spec.bits - 1))
+        s = storable((high - low) / (2**bits - 1))
         return s, -s * jnp.round(-low / jnp.where(s > 0, s, 1))
 
     return per_layer(layer, w)

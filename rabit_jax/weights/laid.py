@@ -1,19 +1,23 @@
 """Packed weights laid out for the device that multiplies them; what the decoding loop holds.
 
 Bits of several matrices that read the same input are joined along the outputs, and on a CPU laid
-so that its vector unit runs along them. Made from packed weights by `lay`, never stored.
+so that its vector unit runs along them; codes of evenly spaced levels take a byte or half a byte.
+Made from packed weights by `lay`, never stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from rabit_jax.tree import per_layer, pytree_dataclass
+from rabit_jax.weights.group_uniform import PackedGroupUniform
+from rabit_jax.weights.grouped_sign import PackedGroupedSign
 from rabit_jax.weights.low_rank_sign import PackedLowRank
 from rabit_jax.weights.sign_paths import PackedSign, pack_positive
 
@@ -109,9 +113,79 @@ def _rounded(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(rows / scale[:, None]).astype(jnp.int8), scale
 
 
+@pytree_dataclass
+class LaidCodes:
+    """Matrices of evenly spaced levels, of stacked layers, joined along their outputs.
+
+    One of a single layer is also the table of an embedding, whose rows `lookup` reads.
+
+    Attributes:
+      codes: uint8 `[l, o, bytes]`, rows of `kernels.codes.lay_codes`.
+      s, c: float16 `[l, ceil(i / group), o]`, steps and lowest levels.
+      group: inputs that share a step and a lowest level.
+      inputs: `i`.
+    """
+
+    codes: jax.Array
+    s: jax.Array
+    c: jax.Array
+    group: int = struct.field(pytree_node=False)
+    inputs: int = struct.field(pytree_node=False)
+
+    def matmul_at(self, x: jax.Array, layer: jax.Array | int) -> jax.Array:
+        """`x @ [W_1 ... W_m]` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
+        from rabit_jax.kernels.codes import codes_matmul
+
+        return codes_matmul(x, self.codes, self.s, self.c, group=self.group, layer=layer)
+
+    def lookup(self, tokens: jax.Array) -> jax.Array:
+        """Rows `W_hat[:, tokens]` of the first layer, `[*tokens, i]` float32; a token without a row
+        reads NaN."""
+        from rabit_jax.kernels.codes import rows_of_codes
+
+        flat = tokens.reshape(-1)
+        codes = self.codes.at[0, flat].get(mode="fill")
+        s, c = (v.at[0, :, flat].get(mode="fill").T for v in (self.s, self.c))
+        rows = rows_of_codes(codes, s, c, self.inputs, self.group)
+        return rows.reshape(*tokens.shape, self.inputs)
+
+
+@pytree_dataclass
+class LaidGroupedSign:
+    """A `PackedGroupedSign` of stacked layers as it is stored.
+
+    Attributes:
+      bits: uint8 `[l, k, o, bytes]`.
+      g: float16 `[l, k, n, o]`.
+      h: float16 `[l, k, i]`.
+      group: inputs that share an output scale.
+    """
+
+    bits: jax.Array
+    g: jax.Array
+    h: jax.Array
+    group: int = struct.field(pytree_node=False)
+
+    def matmul_at(self, x: jax.Array, layer: jax.Array | int) -> jax.Array:
+        """`x @ W_hat` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
+        from rabit_jax.kernels.grouped_signs import grouped_signs_matmul
+
+        return grouped_signs_matmul(x, self.bits, self.g, self.h, group=self.group, layer=layer)
+
+
+Laid: TypeAlias = LaidSign | LaidLowRank | LaidCodes | LaidGroupedSign
+
+
+def joins(node: Any) -> Any:
+    """What packed weights have in common that `lay` can join; None for any other weight."""
+    if isinstance(node, PackedSign):
+        return node.k
+    return (node.planes, node.group) if isinstance(node, PackedGroupUniform) else None
+
+
 def lay(
     nodes: Sequence[Any], platform: str, limbs: int = 2, short: bool = False
-) -> LaidSign | LaidLowRank | None:
+) -> Laid | None:
     """The packed weights that read one input, `[l, i, o]` each, as one laid weight.
 
     Args:
@@ -122,8 +196,9 @@ def lay(
 
     Returns:
       None where they cannot be joined or have no kernel: several that are not all `PackedSign` of
-      the same k, or a node of another type.
+      the same k, or `PackedGroupUniform` of the same bits and group, or a node of another type.
     """
+    from rabit_jax.kernels.codes import lay_codes
     from rabit_jax.kernels.matmul import laid_bits
 
     first = nodes[0]
@@ -134,6 +209,12 @@ def lay(
         limbs = max(n.limbs or limbs for n in nodes)
         rows = tuple(n.shape[-1] for n in nodes)
         return LaidSign(laid_bits(bits, rows, platform), g, h, rows, limbs, short)
+    if isinstance(first, PackedGroupUniform) and all(joins(n) == joins(first) for n in nodes):
+        codes = [_codes(n.bits, n.inputs, lay_codes) for n in nodes]
+        s, c = (jnp.concatenate([getattr(n, name) for n in nodes], axis=-1) for name in "sc")
+        return LaidCodes(jnp.concatenate(codes, axis=-2), s, c, first.group, first.inputs)
+    if len(nodes) == 1 and isinstance(first, PackedGroupedSign):
+        return LaidGroupedSign(first.bits, first.g, first.h, first.group)
     if len(nodes) == 1 and isinstance(first, PackedLowRank):
         lead, width = first.u_bits.shape[:-3], first.u_bits.shape[-1]
         u_bits = first.u_bits.reshape(*lead, 1, first.k * first.rank, width)
@@ -142,6 +223,12 @@ def lay(
         v_bits = laid_bits(v_bits, first.shape[-1:], platform)
         return LaidLowRank(u_bits, v_bits, first.h, first.l, first.g, limbs)
     return None
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _codes(planes: jax.Array, inputs: int, method: Callable) -> jax.Array:
+    """Rows of codes of stacked layers, one layer at a time."""
+    return jax.lax.map(lambda one: method(one, inputs), planes)
 
 
 def _turned(v_bits: jax.Array, outputs: int) -> jax.Array:

@@ -310,6 +310,45 @@ def row_signs(node: Any) -> Any:
     return node.replace(**found)
 
 
+def columns(node: Any, index: Array) -> Any:
+    """The node of some columns `W_hat[:, index]`: its arrays gathered along their axis o.
+
+    Args:
+      node: a weight `[i, o]`, trained or packed.
+      index: int `[n]` below o.
+
+    Returns:
+      A node `[i, n]`; None where an array holds the outputs in another form, such as packed.
+    """
+    if not isinstance(node, WeightNode):
+        return None
+    found: dict[str, Any] = {}
+    for field in _fields(node):
+        held = getattr(node, field.name)
+        if "leaf" in field.metadata and held is not None:
+            names = field.metadata["leaf"].names
+            if any(_outputs(name) for name in names if name != "o"):
+                return None
+            if "o" in names:
+                axis = held.ndim - len(names) + names.index("o")
+                found[field.name] = jnp.take(held, index, axis=axis)
+        elif _holds_parts(field):
+            own = jax.tree.map(lambda one: columns(one, index), held, is_leaf=is_weight)
+            if any(one is None for one in jax.tree.leaves(own, is_leaf=_none_or_weight)):
+                return None
+            found[field.name] = own
+    return node.replace(**found)
+
+
+def _outputs(axis: str) -> bool:
+    """Whether an axis of this module's notation is made of the outputs."""
+    return axis.removesuffix("/8").split("//")[0] == "o"
+
+
+def _none_or_weight(held: Any) -> bool:
+    return held is None or is_weight(held)
+
+
 def _declared(node: WeightNode, field: dataclasses.Field) -> Any:
     if "leaf" in field.metadata:
         return field.metadata["leaf"]

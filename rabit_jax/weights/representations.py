@@ -19,6 +19,7 @@ from rabit_jax.weights.codebook import Codebook, CodebookSpec, PackedCodebook
 from rabit_jax.weights.dual_binary import DualBinary, DualBinarySpec, PackedDualBinary
 from rabit_jax.weights.frozen_path import FrozenPath, FrozenPathSpec
 from rabit_jax.weights.group_uniform import GroupUniform, GroupUniformSpec, PackedGroupUniform
+from rabit_jax.weights.grouped_sign import GroupedSign, PackedGroupedSign
 from rabit_jax.weights.independent_sign import IndependentSign, IndependentSignSpec
 from rabit_jax.weights.leaves import Header, WeightNode, parts
 from rabit_jax.weights.low_rank_sign import LowRankSign, LowRankSignSpec, PackedLowRank
@@ -27,6 +28,7 @@ from rabit_jax.weights.residual_sign import ResidualSign, ResidualSignSpec
 from rabit_jax.weights.scaled_weight import ScaledSpec, ScaledWeight
 from rabit_jax.weights.sign_paths import PackedSign
 from rabit_jax.weights.sum_weight import SumSpec, SumWeight
+from rabit_jax.weights.table import Table
 from rabit_jax.weights.uniform_residual import UniformResidual, UniformResidualSpec
 
 
@@ -54,6 +56,8 @@ REPRESENTATIONS = (
     Representation(ScaledSpec, ScaledWeight, ScaledWeight),
     Representation(SumSpec, SumWeight, SumWeight),
     Representation(None, Reshaped, Reshaped),
+    Representation(None, Table, Table),
+    Representation(None, GroupedSign, PackedGroupedSign),
 )
 SPECS = tuple(one.spec for one in REPRESENTATIONS if one.spec is not None)
 PACKED_TYPES = {one.packed.header_type: one.packed for one in REPRESENTATIONS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,11 +10,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from rabit_jax.errors import check_choice
+from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, coupled, coupled_signs, effective_weight, outer, ste_names
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
+from rabit_jax.weights.grouped_sign import GroupedSign, grouped
 from rabit_jax.weights.leaves import choice, leaf
 from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, round_scales
 
@@ -28,6 +30,7 @@ class ResidualSignSpec(SignFit):
     Attributes:
       latent_dtype: "float32" or "bfloat16", whose updates are rounded stochastically, see
         `train.optimizer.apply_updates`. Scales are float32 always.
+      group: inputs that share the scale of an output; 0 takes all of them, row and column scales.
       The others are those of `SignFit`: k, a_in, a_out, shrinkage, rounds, tolerance, ste.
 
     Example:
@@ -37,16 +40,24 @@ class ResidualSignSpec(SignFit):
     """
 
     latent_dtype: str = "float32"
+    group: int = field(default=0, metadata={"added": True})
     type: Literal["residual"] = field(default="residual", kw_only=True)
 
     def __post_init__(self):
         """Raises BadInput for a setting out of its range."""
         super().__post_init__()
         check_choice("latent_dtype", self.latent_dtype, ("float32", "bfloat16"))
+        if self.group < 0:
+            raise BadInput(f"group is {self.group}: a group must hold at least 1 input, or be 0 "
+                           "for all of them")
+
+    def ungrouped(self) -> ResidualSignSpec:
+        """The spec of one group."""
+        return dataclasses.replace(self, group=0)
 
     def init(
         self, w: jax.Array, stats: Stats | None = None, key: jax.Array | None = None
-    ) -> ResidualSign:
+    ) -> ResidualSign | GroupedSign:
         """Kernel `[..., i, o]` -> `ResidualSign`, fitted layer by layer.
 
         Args:
@@ -55,12 +66,15 @@ class ResidualSignSpec(SignFit):
           key: unused, nothing is random here.
 
         Returns:
-          A node whose latent is a copy of `w` in `latent_dtype`.
+          A node whose latent is a copy of `w` in `latent_dtype`; with a `group` the `GroupedSign`
+          of such nodes.
         """
+        if self.group:
+            return grouped(self, w, stats, key)
         latent = jnp.array(w, self.latent_dtype, copy=True)
         return ResidualSign(latent, *self.scales(latent, stats), self.ste)
 
-    def dense(self, node: ResidualSign) -> jax.Array:
+    def dense(self, node: ResidualSign | GroupedSign) -> jax.Array:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 

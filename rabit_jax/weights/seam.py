@@ -1,6 +1,8 @@
-"""The seam between models and weights: one function, `linear`."""
+"""The seam between models and weights: `linear` multiplies, `lookup` reads rows."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -21,6 +23,19 @@ def linear(x: Array, w: Array | Weight) -> Array:
     if is_weight(w):
         return w.matmul(x)
     return x @ jnp.asarray(w, x.dtype)
+
+
+def lookup(table: Any, tokens: Array) -> Array:
+    """`table[tokens]`; a token without a row reads NaN.
+
+    Args:
+      table: array `[v, d]`, or an embedding that is a weight node: a `Table`, or one that is laid.
+      tokens: int `[...]`.
+
+    Returns:
+      `[..., d]` in the dtype of an array, else in float32.
+    """
+    return table.lookup(tokens) if hasattr(table, "lookup") else jnp.take(table, tokens, axis=0)
 
 
 def times(x: Array, scale: Array) -> Array:

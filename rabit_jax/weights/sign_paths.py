@@ -17,7 +17,14 @@ from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import pack_bits, unpack_bits
 from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.iterative_svid import svid
-from rabit_jax.signs.ste import F32, outer, ste_names
+from rabit_jax.signs.ste import (
+    F32,
+    outer,
+    scale_gradients,
+    ste_names,
+    summed,
+    with_sign,
+)
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
@@ -98,6 +105,10 @@ class PackedSign(SignPaths):
             scales = outer(self.h[..., i, :].astype(F32), self.g[..., i, :].astype(F32))
             yield signs[..., i, :, :] * scales
 
+    def dense(self) -> jax.Array:
+        """`W_hat`, float32 `[..., i, o]`, differentiable by the scales."""
+        return scaled_signs(self.bits, self.g, self.h)
+
     def header(self) -> dict[str, Any]:
         """As of every weight, and `"limbs"` where they were chosen."""
         return super().header() | ({} if self.limbs is None else {"limbs": self.limbs})
@@ -109,6 +120,42 @@ class PackedSign(SignPaths):
         if limbs not in (None, 2, 3):
             raise ValueError(f"limbs is {limbs!r}")
         return super().abstract(header, read).replace(limbs=limbs)
+
+
+@jax.custom_vjp
+def scaled_signs(bits: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
+    """`sum_i diag(h_i) B_i diag(g_i)` of packed signs, float32 `[..., i, o]`.
+
+    Backward, with `G = dL/dW_hat`: `dL/dg_i[o] = sum_in G B_i h_i`, `dL/dh_i[in] = sum_out G B_i
+    g_i`. The signs are unpacked again in it, so no sign is kept in more than one bit.
+
+    Args:
+      bits: uint8 `[..., k, o, 32 ceil(i / 256)]`.
+      g: `[..., k, o]` float.
+      h: `[..., k, i]` float.
+    """
+    terms = (with_sign(outer(h[..., n, :], g[..., n, :]), positive)
+             for n, positive in enumerate(_unpacked(bits, h.shape[-1])))
+    return summed(terms)
+
+
+def _unpacked(bits: jax.Array, inputs: int) -> Iterator[jax.Array]:
+    """Signs of each path, bool `[..., i, o]`, True for +1."""
+    for n in range(bits.shape[-3]):
+        yield jnp.swapaxes(unpack_bits(bits[..., n, :, :], inputs), -1, -2).astype(bool)
+
+
+def _forward(bits, g, h):
+    return scaled_signs(bits, g, h), (bits, g, h)
+
+
+def _backward(residuals, cotangent):
+    bits, g, h = residuals
+    signs = _unpacked(bits, h.shape[-1])
+    return None, *scale_gradients(cotangent.astype(F32), signs, g, h)
+
+
+scaled_signs.defvjp(_forward, _backward)
 
 
 def pack_positive(positive: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from rabit_jax.experiments.bench import random_weights as bench_weights
 from rabit_jax.experiments.bench import shapes as bench_shapes
 from rabit_jax.experiments.engine.console import main_guard
 from rabit_jax.kernels import reference
-from rabit_jax.kernels.bench import aot, gemlite_case
+from rabit_jax.kernels.bench import aot, torch_cases
 from rabit_jax.kernels.bench import case as bench_case
 from rabit_jax.kernels.bench import machine as bench_device
 from rabit_jax.kernels.cpu import bit_planes as cpu
@@ -144,8 +144,9 @@ def test_each_call_reads_other_weights(stacked):
     seen = []
 
     def program(xs, weights, layers):
-        seen.extend(int(n) if stacked else w.unsafe_buffer_pointer()
-                    for (w,), n in zip(weights, layers, strict=True))
+        assert len(weights) == (1 if stacked else 2)
+        places = (w.unsafe_buffer_pointer() for (w,) in weights)
+        seen.extend(map(int, layers) if stacked else places)
 
     case.program = program
     for _ in range(5):
@@ -208,9 +209,11 @@ def test_aot_prints_the_table_of_its_rows(monkeypatch, capsys):
     assert result(["aot", "--archs", "sm_89", "--json"], capsys) == made[:1]
 
 
-def test_gemlite_is_told_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(gemlite_case.importlib.util, "find_spec", lambda name: None)
-    assert gemlite_case.missing() == "torch is not installed, so gemlite has no rows"
+def test_libraries_are_told_where_they_are_missing(monkeypatch):
+    monkeypatch.setattr(torch_cases.importlib.util, "find_spec", lambda name: None)
+    [told] = torch_cases.missing()
+    assert told == "torch is not installed, so gemlite and Humming have no rows"
+    assert torch_cases.cases(256, 256, 1) == []
 
 
 @pytest.mark.parametrize(

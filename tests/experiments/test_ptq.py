@@ -12,10 +12,12 @@ from safetensors.numpy import load_file
 
 from rabit_jax import (
     LLAMA_LINEARS,
+    GroupUniformSpec,
     ResidualSignSpec,
     Stats,
     calibrate,
     convert,
+    describe,
     load_hf,
     pack,
 )
@@ -28,6 +30,7 @@ from rabit_jax.experiments.engine import ptq as blockwise
 from rabit_jax.formats.packed_model import load_packed, save_packed
 from rabit_jax.formats.tokenizer import load_tokenizer
 from rabit_jax.train.losses import next_token_loss
+from rabit_jax.tree import weights_of
 
 LAYERS, LENGTH, SEED = 3, 24, 5
 SPEC = ResidualSignSpec(k=2, rounds=4)
@@ -122,6 +125,33 @@ def test_scores_are_those_of_the_whole_models(finished, at_once, text):
     assert f"calibrate {12 * LENGTH}" in card
     assert "python -m experiments.run --config ptq.yaml" in card
     assert str(finished.parents[1]) in summary["command"] and str(finished.parents[1]) not in card
+
+
+def test_embedding_and_head_are_packed_as_in_one_pass(at_once, ptq, place, text):
+    """Without calibration, so that the blocks are quickly done."""
+    decoder, params, _, _ = at_once
+    assert ptq("name=table", "calibrate.mode=none", "evaluate.models=[packed]",
+               "init.embedding={type: round_to_nearest, bits: 8, group: 0}",
+               "init.by_path=[{paths: head/kernel, spec: {type: round_to_nearest, bits: 4}}]") == 0
+    folder = place / "runs" / "table"
+    rules = [("embed/embedding", GroupUniformSpec(bits=8, group=0)),
+             ("head/kernel", GroupUniformSpec(bits=4)), *RULES]
+    wanted = pack(convert(params, rules, key=jax.random.key(SEED)))
+    decoder, found, _ = load_packed(folder / "packed")
+    jax.tree.map(np.testing.assert_array_equal, weights_of(found), weights_of(wanted))
+    summary = json.loads((folder / "summary.json").read_text())
+    want = perplexity(decoder, found, windows(text[1].tokens, 32)[:6], batch_size=4)
+    assert summary["packed"]["ppl"] == pytest.approx(want.ppl, rel=1e-5)
+    described = describe(wanted)
+    packed = summary["packed"]
+    assert packed["bits_per_weight"] == pytest.approx(described.bits_per_weight)
+    assert packed["stored_bits_per_weight"] == pytest.approx(described.stored_bits_per_weight)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    assert packed["whole_model_bits_per_weight"] == pytest.approx(8 * packed["bytes"] / count)
+    assert set(summary["relative_error"]["init"]) == {
+        p for p in weights_of(wanted) if p.startswith("layers/")}
+    raw = json.loads((folder / "packed" / "config.json").read_text())
+    assert raw["quantization_config"]["embedding"]["bits"] == 8
 
 
 @pytest.mark.more

@@ -3,9 +3,11 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
+from rabit_jax import GroupUniformSpec, convert, load_hf, pack
 from rabit_jax.experiments import run as command
 from rabit_jax.experiments.engine.tasks import TASKS
 from rabit_jax.formats.packed_model import load_packed
@@ -181,7 +183,8 @@ def test_dry_run_prints_the_table_and_writes_nothing(place, capsys, run):
         ("generate.max_new_tokens=100", "positions"),
         ("generate.prompts=['']", "empty prompt"),
         ("init.keep=[layers/.*/kernel]", "no kernel to quantise"),
-        ("init.quantise=[embed/embedding]", "embed/embedding"),
+        ("init.quantise=[embed/embedding]", "no kernel to quantise"),
+        ("init.quantise=[layers/attn_norm/scale]", "layers/attn_norm/scale"),
         ("qat.optimizer.freeze=[latent,scale,norm,embedding]", "nothing to train"),
         ("mesh.tensor=0", "mesh"),
         ("seed=-1", "seed"),
@@ -230,3 +233,27 @@ def test_a_composed_weight_is_run_like_any_other(finished, place, run):
     _, params, _ = load_packed(folder / "packed")
     terms = params["layers"]["attn"]["q"]["kernel"].terms
     assert [type(term).__name__ for term in terms] == ["PackedLowRank", "PackedSign"]
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("freeze", ["embedding,head", "scale"])
+def test_an_embedding_in_few_bits_trains_where_it_is_not_frozen(place, run, finished, freeze):
+    name = freeze.replace(",", "-")
+    assert run(place, f"name={name}", f"teacher.path={finished / 'teacher'}", "generate.prompts=[]",
+               "init.embedding={type: round_to_nearest, bits: 6, group: 0}", "qat.gamma=0",
+               f"qat.optimizer.freeze=[{freeze}]") == 0
+    folder = place / "runs" / name
+    summary, plain = (json.loads((f / "summary.json").read_text()) for f in (folder, finished))
+    packed = load_packed(folder / "packed")[1]
+    start = convert(load_hf(finished / "teacher")[1],
+                    [("embed/embedding", GroupUniformSpec(bits=6, group=0))])
+    same = np.array_equal(packed["embed"]["embedding"].matrix.bits,
+                          pack(start)["embed"]["embedding"].matrix.bits)
+    assert same == (freeze != "scale")
+    assert summary["packed"]["bits_identical"]
+    assert summary["packed"]["ppl"] == pytest.approx(summary["qat"]["ppl"], rel=5e-3)
+    for field in ("bits_per_weight", "stored_bits_per_weight"):
+        assert summary["packed"][field] == plain["packed"][field]
+    assert summary["packed"]["bytes"] < plain["packed"]["bytes"]
+    assert set(summary["diagnostics"]["qat"]["layers"]) == set(
+        plain["diagnostics"]["qat"]["layers"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rabit_jax import load_model
+from rabit_jax import GroupUniformSpec, convert, load_model, pack
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.packed_model import save_packed
 from rabit_jax.models.config import ModelConfig
@@ -36,12 +36,13 @@ for load in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, random_packed):
-    """Packed signs, one matrix left as it was, and one in another representation."""
+    """Packed signs, one matrix left as it was, one in another representation, a packed table."""
     params = random_packed(CONFIG, keep=("v",))
     rng = np.random.default_rng(2)
     gate = params["layers"]["mlp"]["gate"]
     gate["kernel"] = DualBinarySpec(group=20).init(
         rng.normal(size=(12, 40, 300)).astype(np.float32)).pack("gate")
+    params = pack(convert(params, [("embed/embedding", GroupUniformSpec(bits=4, group=16))]))
     return save_packed(tmp_path_factory.mktemp("packed") / "p", CONFIG, params)
 
 

@@ -148,7 +148,7 @@ def test_words_are_turned_and_turned_back():
     ("cpu", 0, 9, True, True, "unpacked"), ("cpu", 0, 1, False, True, "unpacked"),
     ("gpu", 90, 1, False, True, "triton_b1"), ("gpu", 90, 1, False, False, "triton_int8"),
     ("gpu", 80, 3, False, True, "triton_b1"), ("gpu", 89, 4, False, True, "triton_int8"),
-    ("gpu", 90, 32, False, True, "triton_int8"), ("gpu", 90, 33, False, True, "unpacked"),
+    ("gpu", 90, 32, False, True, "triton_int8"), ("gpu", 90, 33, False, True, "triton_dense"),
     ("gpu", 75, 1, False, True, "reference"), ("tpu", 0, 1, False, True, "reference"),
 ])
 def test_the_choice_follows_device_and_batch(platform, capability, batch, words, b1, wanted):

@@ -19,9 +19,10 @@ from rabit_jax.errors import BadInput
 from rabit_jax.kernels import reference
 from rabit_jax.kernels.activations import bit_planes
 from rabit_jax.kernels.bench import aot
-from rabit_jax.kernels.gpu import triton_b1, triton_int8, triton_tiles
+from rabit_jax.kernels.gpu import triton_b1, triton_int8
 from rabit_jax.kernels.layout import pack_bits
 from rabit_jax.kernels.matmul import packed_matmul
+from tests.kernels import triton_layouts
 
 ROOT = Path(__file__).parents[2]
 # Largest relative error of the product for 2 and 3 limbs, with an outlier of 60.
@@ -38,6 +39,8 @@ CASES = [
     ("triton_b1", 1, 1, (70,), 1024, 3, 0, 60),
     ("triton_b1", 3, 1, (37,), 724, 3, 1, 1),
     ("triton_b1", 2, 1, (5,), 200, 2, 0, 1),
+    ("triton_dense", 1, 2, (40, 70), 1324, 3, 0, 1),
+    ("triton_dense", 1, 3, (5,), 200, 3, 0, 1),
 ]
 
 
@@ -55,7 +58,8 @@ def errors():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_the_plain_form_is_the_product_of_float64(errors, case):
-    error, worst = errors[case]
+    error, worst, laid = errors[case]
+    assert laid
     assert error < TOLERANCE[case[5]] and worst < 10 * TOLERANCE[case[5]]
 
 
@@ -81,7 +85,7 @@ def test_the_assembly_multiplies_rows_by_planes_as_they_are_laid():
     rng = np.random.default_rng(0)
     positive = rng.random((8, 512)) < 0.5
     u = jnp.asarray(rng.normal(size=(1, 1, 1, 512)), jnp.float32)
-    planes = np.asarray(triton_b1.fragments(u, 2, 64)[0]).reshape(2, 32, 4).view(np.uint32)
+    planes = np.asarray(triton_layouts.fragments(u, 2, 64)[0]).reshape(2, 32, 4).view(np.uint32)
     words = np.asarray(pack_bits(jnp.asarray(positive))).view(np.uint32).reshape(32, 4)
     zero = np.zeros((32, 4), np.uint32)
     operands = np.concatenate([zero, words, planes[0], planes[1], zero], axis=1)
@@ -117,25 +121,25 @@ def test_a_host_without_gpu_lowers_the_product_for_one(module, batch, limbs):
     traced = jax.jit(product).trace(*shapes)
     assert jax.eval_shape(product, *shapes).shape == (batch, 192)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    calls = re.findall(r"custom_call @(triton_kernel_call\w*)\(", text)
-    assert len(calls) == 1
-    # The stacked bits are an argument of the program and of the kernel and of nothing else.
-    [call] = [line for line in text.splitlines() if "custom_call @triton_kernel_call" in line]
+    # One lays the activations, one multiplies.
+    calls = [line for line in text.splitlines() if "custom_call @triton_kernel_call" in line]
+    assert len(calls) == 2
+    # The stacked bits are an argument of the program and of one kernel and of nothing else.
+    [call] = [line for line in calls if "tensor<3x2x192x96xui8>" in line]
     uses = [line for line in text.splitlines() if "tensor<3x2x192x96xui8>" in line and line != call]
-    assert "tensor<3x2x192x96xui8>" in call
     assert len(uses) == 1 and "func.func public @main" in uses[0]
 
 
 def test_inputs_are_laid_as_the_blocks_of_a_row_meet_them():
     # 160 bytes in blocks of 64: the third begins at byte 96, so that its first 32 come again.
     u = jnp.arange(1.0, 1271)
-    laid = np.asarray(triton_tiles.lay_inputs(u, 160, 64))
+    laid = np.asarray(triton_layouts.lay_inputs(u, 160, 64))
     assert laid.shape == (1536,)
     np.testing.assert_array_equal(laid[:1024], u[:1024])
     assert not laid[1024:1280].any()
     np.testing.assert_array_equal(laid[1280:], np.pad(u[1024:], (0, 10)))
     for inputs, row_bytes in ((200, 32), (500, 64)):
-        laid = triton_tiles.lay_inputs(u[:inputs], row_bytes, 64)
+        laid = triton_layouts.lay_inputs(u[:inputs], row_bytes, 64)
         np.testing.assert_array_equal(laid, np.pad(u[:inputs], (0, 512 - inputs)))
 
 
@@ -175,7 +179,7 @@ def test_wrong_sums_of_the_compiled_kernel_are_bad_input(problem, monkeypatch, f
 @pytest.mark.parametrize("limbs", [2, 3])
 @pytest.mark.parametrize("impl, batch", [
     ("triton_b1", 1), ("triton_b1", 3), ("triton_int8", 1), ("triton_int8", 7),
-    ("triton_int8", 32)])
+    ("triton_int8", 32), ("triton_dense", 70)])
 @pytest.mark.parametrize("i, rows", [
     (4096, (512,)), (11008, (300, 40)), (200, (5,)), (1324, (70,))])
 def test_a_gpu_computes_the_product_of_float64(problem, relative, impl, batch, limbs, i, rows):

@@ -9,14 +9,24 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
+from rabit_jax import (
+    LLAMA_ENDS,
+    LLAMA_LINEARS,
+    GroupUniformSpec,
+    ResidualSignSpec,
+    convert,
+    dense,
+    pack,
+)
 from rabit_jax.errors import BadInput
 from rabit_jax.models import engine as engine_module
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.engine import init_cache, step
 from rabit_jax.models.prepared import prepare
-from rabit_jax.weights.laid import LaidLowRank, LaidSign
+from rabit_jax.weights.laid import LaidCodes, LaidLowRank, LaidSign
 from rabit_jax.weights.low_rank_sign import PackedLowRank
 from rabit_jax.weights.residual_sign import ResidualSign
+from rabit_jax.weights.table import Table
 
 STEP = jax.jit(step, donate_argnums=2)
 
@@ -111,6 +121,43 @@ def test_a_packed_head(small, trees, random_packed):
     found = jax.jit(engine_module.head_logits)(engine, x)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, wanted, atol=1e-3 * wanted.std())
+
+
+TABLES = {
+    "8-bit rows": (GroupUniformSpec(bits=8, group=0), LaidCodes, LaidCodes),
+    "4 bits": (GroupUniformSpec(bits=4, group=16), LaidCodes, LaidCodes),
+    "signs": (ResidualSignSpec(k=3, rounds=1), Table, LaidSign),
+}
+
+
+@pytest.mark.parametrize(("kind", "tied"), [
+    ("8-bit rows", True), ("8-bit rows", False), ("4 bits", True), ("signs", True),
+    pytest.param("signs", False, marks=pytest.mark.more),
+])
+def test_a_packed_embedding(small, tokens, apply, random_params, kind, tied):
+    """Looked up and multiplied as the dense table would be, in whole sequences and step by step."""
+    spec, embed, head = TABLES[kind]
+    c = dataclasses.replace(small, tied_head=tied)
+    tree = jax.tree.map(lambda a: 0.3 * a, unflatten_dict(random_params(c), sep="/"))
+    packed = pack(convert(tree, [(LLAMA_ENDS, spec)]))
+    engine = prepare(c, packed)
+    assert isinstance(engine.embed, embed if tied else Table) and isinstance(engine.head, head)
+    whole = apply(Decoder(c), dense(packed), tokens)
+    np.testing.assert_allclose(apply(Decoder(c), packed, tokens), whole, atol=1e-4)
+    atol = 1e-4 if head is LaidCodes else 1e-3 * float(whole.std())
+    np.testing.assert_allclose(token_by_token(engine, tokens), whole[:, 4:], atol=atol)
+
+
+def test_codes_of_one_kind_are_joined(small, tokens, apply, random_params):
+    tree = jax.tree.map(lambda a: 0.3 * a, unflatten_dict(random_params(small), sep="/"))
+    rules = [(r"layers/mlp/up/kernel", GroupUniformSpec(bits=3, group=16)),
+             (LLAMA_LINEARS, GroupUniformSpec(bits=8, group=0))]
+    packed = pack(convert(tree, rules))
+    engine = prepare(small, packed)
+    kinds = dict.fromkeys(["q k v", "o", "gate", "up", "down"], LaidCodes)
+    assert {name: type(p) for name, p in engine.products.items()} == kinds
+    whole = apply(Decoder(small), packed, tokens)[:, 4:]
+    np.testing.assert_allclose(token_by_token(engine, tokens), whole, atol=1e-4)
 
 
 def test_precision_of_activations(small, trees):

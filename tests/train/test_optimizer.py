@@ -179,3 +179,30 @@ def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be():
     np.testing.assert_array_equal(np.float32(again["a"]), np.float32(found["a"]))
     other = jax.jit(apply_updates)(zero, update, jnp.int32(8))
     assert (np.float32(other["a"]) != np.float32(found["a"])).any()
+
+
+def test_relative_steps_are_shares_of_each_array():
+    """Adam's first step is lr in every element; here in units of each matrix, path and layer."""
+    rng = np.random.default_rng(0)
+    sizes = np.array([1.0, 100.0])[:, None, None]
+    node = ResidualSign(*(jnp.asarray(sizes * rng.normal(size=s), jnp.float32)
+                          for s in ((2, 8, 6), (2, 3, 6), (2, 3, 8))))
+    grad = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 1e-9, jnp.float32), node)
+    config = OptimizerConfig("relative", lr=0.01, scale_lr=0.03, warmup=0.0, clip=0.0)
+    optimizer = make_optimizer(config, roles(node), STEPS)
+    update, _ = optimizer.update(grad, optimizer.init(node), node)
+    for name, axes, lr in (("latent", (-2, -1), 0.01), ("g", -1, 0.03), ("h", -1, 0.03)):
+        x, g = (np.float64(getattr(tree, name)) for tree in (node, grad))
+        wanted = -lr * np.sqrt((x**2).mean(axes, keepdims=True)) * np.sign(g)
+        np.testing.assert_allclose(getattr(update, name), wanted, rtol=1e-3)
+
+
+def test_relative_sizes_are_those_of_the_start():
+    tree = {"w": jnp.full((4, 4), 2.0)}
+    config = OptimizerConfig("relative", lr=0.1, warmup=0.0, schedule="constant", clip=0.0)
+    optimizer = make_optimizer(config, roles(tree), STEPS)
+    state = optimizer.init(tree)
+    for _ in range(3):  # a constant gradient: Adam's step stays 1
+        grown = {"w": jnp.full((4, 4), 9.0)}
+        update, state = optimizer.update({"w": jnp.ones((4, 4))}, state, grown)
+        np.testing.assert_allclose(update["w"], np.full((4, 4), -0.2), rtol=1e-4)

@@ -29,6 +29,7 @@ PATH = "layers/mlp/up/kernel"
 SPECS = {
     "residual": ResidualSignSpec(k=2, rounds=2),
     "residual, smooth": ResidualSignSpec(k=2, rounds=2, ste="smooth"),
+    "grouped": ResidualSignSpec(k=2, rounds=2, group=16),
     "independent": IndependentSignSpec(k=2, rounds=2),
     "frozen path": FrozenPathSpec(k=2, rounds=2),
     "uniform": UniformResidualSpec(k=2, rounds=2),

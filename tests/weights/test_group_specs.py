@@ -139,10 +139,10 @@ def test_specs_need_shapes_only(spec):
     [
         (lambda: GroupUniformSpec(bits=9), "bits 9"),
         (lambda: GroupUniformSpec(bits=0), "bits 0"),
-        (lambda: GroupUniformSpec(group=0), "group 0"),
+        (lambda: GroupUniformSpec(group=-1), "group -1"),
         (lambda: DualBinarySpec(group=0), "group is 0"),
     ],
-    ids=["bits-9", "bits-0", "group-0", "dual-group-0"],
+    ids=["bits-9", "bits-0", "group--1", "dual-group-0"],
 )
 def test_settings_out_of_range_are_refused(make, message):
     with pytest.raises(BadInput, match=message):

@@ -140,9 +140,11 @@ HEADERS = {
     "group_uniform": {"in": 40, "out": 24, "bits": 2, "group": 16},
     "dual_binary": {"in": 40, "out": 24, "group": 16},
     "codebook": {"in": 40, "out": 24, "stages": 2, "bits": 4, "dim": 4},
+    "grouped_sign": {"in": 40, "out": 24, "k": 2, "group": 16},
 }
 HEADERS["scaled"] = {"in": 40, "out": 24, "inner": HEADERS["sign"] | {"type": "sign"}}
 HEADERS["sum"] = {"in": 40, "out": 24, "terms": [HEADERS["sign"] | {"type": "sign"}]}
+HEADERS["table"] = {"in": 24, "out": 40, "matrix": HEADERS["sign"] | {"type": "sign"}}
 HEADERS["reshaped"] = {"in": 40, "out": 24, "inputs": [40], "outputs": [4, 6],
                        "matrix": HEADERS["sign"] | {"type": "sign"}}
 

@@ -1,0 +1,122 @@
+"""The stages of task ptq behind tuning: distillation of the whole student, then packing.
+
+By default the student is the packed model with its scales, levels and norms in float32. Its signs
+and codes are constant, so there are no latents and the optimiser's state is small. Where latents
+are not frozen, those that tuning has kept train too, which is quantisation-aware training of all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+
+from rabit_jax import pack
+from rabit_jax.experiments.engine.fitting import fit, keep, kept
+from rabit_jax.experiments.engine.ptq import (
+    Job,
+    block_name,
+    sizes,
+    stacked_blocks,
+    stacked_stats,
+    trained,
+    write_packed,
+)
+from rabit_jax.experiments.engine.records import Record
+from rabit_jax.experiments.engine.stages import Ids, Read, Stage
+from rabit_jax.experiments.engine.sweeps import FromBlocks
+from rabit_jax.experiments.engine.tuning import trained_name
+from rabit_jax.formats.packed_file import part_names
+from rabit_jax.models.decoder import Decoder
+from rabit_jax.train.checkpoints import abstract
+from rabit_jax.train.losses import distillation_loss
+from rabit_jax.train.optimizer import merge, partition, roles
+from rabit_jax.train.sharding import one_device_mesh
+from rabit_jax.train.trainer import make_trainer
+from rabit_jax.tree import map_leaves, weights_of
+from rabit_jax.types import Array, Batch, Params, Weight
+from rabit_jax.weights.description import leaf_bytes
+from rabit_jax.weights.fixed import fixed
+
+NAME = "end_to_end"
+
+
+def end_to_end(job: Job, continues: bool) -> Record:
+    """Distil the teacher into what the section does not freeze."""
+    section, compute = job.config.end_to_end, job.config.compute
+    model = Decoder(dataclasses.replace(job.model_config, remat=compute.remat))
+    flat = {path: jnp.asarray(job.checkpoint.read(path)) for path in job.checkpoint.shapes}
+
+    def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
+        return distillation_loss(model, params, teacher, batch, section.gamma, compute.chunk)
+
+    trainer = make_trainer(
+        loss,
+        _student(job),
+        section.optimizer,
+        section.steps,
+        teacher=unflatten_dict(flat, sep="/"),
+        mesh=one_device_mesh(),
+        accumulate=section.accumulate,
+    )
+    state_bytes = leaf_bytes(trainer.state)
+    state = fit(job, NAME, section, trainer, continues)
+    keep(job.folder, "scales", state.trainable)
+    tokens = section.steps * section.batch_size * section.length
+    return {"tokens": tokens, "state_bytes": state_bytes}
+
+
+def _student(job: Job) -> Params:
+    """The blocks as tuned, or as initialised where no tuning was asked for."""
+    pieces = job.tuned if job.config.tune.epochs else job.blocks
+    params, _ = stacked_blocks(job, FromBlocks(job.checkpoint, pieces, block_name))
+    params = fixed(jax.tree.map(jnp.asarray, params))
+    if not job.config.end_to_end.trains_latents:
+        return params
+    layers = range(job.model_config.n_layers)
+    arrays = [job.tuned.read_arrays(trained_name(n))[0] for n in layers]
+
+    def stacked(path: str, node: Weight) -> Weight:
+        return jax.tree.map(
+            lambda part: jnp.concatenate([one.pop(f"{path}:{part}") for one in arrays]),
+            part_names(node),
+        )
+
+    shapes = weights_of(job.abstract_student())
+    return map_leaves(
+        lambda path, leaf: stacked(path, shapes[path]) if path in job.specs else leaf, params
+    )
+
+
+def packing(job: Job, continues: bool) -> Record:
+    """Write the packed model with what training has left."""
+    with job.step("pack", job.model_config.n_layers, 0):
+        student, section = _student(job), job.config.end_to_end
+        if section.steps:
+            names = roles(student)
+            trainable, frozen = partition(student, names, section.optimizer.freeze)
+            trainable = kept(job.folder, "scales", abstract(trainable), NAME)
+            student = merge(trainable, frozen)
+        stats = stacked_stats(job) if job.calibration else None
+        write_packed(job, pack(student), stats)
+    return sizes(job)
+
+
+def _inputs(job: Job, ids: Ids) -> Read:
+    c = job.config
+    last = "tune" if "tune" in ids else "quantise"
+    return Read(NAME, {NAME: c.end_to_end, "compute": c.compute, "seed": c.seed,
+                       "the training text": job.text.train.digest,
+                       f"the result of stage {last}": ids[last]})
+
+
+def _pack_inputs(job: Job, ids: Ids) -> Read:
+    last = next(name for name in (NAME, "tune", "quantise") if name in ids)
+    return Read("pack", {f"the result of stage {last}": ids[last]})
+
+
+STAGE = Stage(NAME, end_to_end, _inputs, ("checkpoints/scales",),
+              wanted=lambda config: bool(config.end_to_end.steps))
+PACK = Stage("pack", packing, _pack_inputs, ("packed",), metrics=("pack",), wanted=trained)

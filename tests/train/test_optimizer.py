@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rabit_jax import BadInput, ResidualSign
+from rabit_jax import BadInput, ResidualSign, ResidualSignSpec
 from rabit_jax.train.optimizer import (
     OptimizerConfig,
     apply_updates,
@@ -17,6 +17,7 @@ from rabit_jax.train.optimizer import (
     project_scales,
     roles,
 )
+from rabit_jax.weights.fixed import fixed
 
 STEPS = 100
 
@@ -206,3 +207,16 @@ def test_relative_sizes_are_those_of_the_start():
     for _ in range(3):  # a constant gradient: Adam's step stays 1
         update, state = optimizer.update(grad, state, grown)
         np.testing.assert_allclose(update["w"], np.full((4, 4), -0.2), rtol=1e-4)
+
+
+def test_matrix_freezes_plain_matrices_and_no_array_of_a_weight_node():
+    params = {"layers": {"q": {"kernel": fixed({"w": _packed()})["w"]}}, "proj": jnp.ones((4, 4))}
+    trainable, frozen = partition(params, roles(params), ("embedding", "head", "matrix", "latent"))
+    assert trainable["proj"] is None and frozen["proj"] is not None
+    node = trainable["layers"]["q"]["kernel"].packed_weight
+    assert node.g is not None and node.h is not None and node.bits is None
+
+
+def _packed():
+    w = jax.random.normal(jax.random.key(0), (64, 8))
+    return ResidualSignSpec(k=2).init(w).pack("w")

@@ -308,8 +308,8 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 class Owner(nn.Module):
     """The Linen owner of some params: declares them at init, later returns what is there.
 
-    `self.param` would compare leaf shapes and so refuse weight nodes; after initialisation every
-    variable is therefore read as it is.
+    `self.param` would open a weight node, which is a box to Flax, and give its dense matrix; after
+    initialisation every variable is therefore read as it is.
 
     Attributes:
       declared: a nested dict of `Fresh`.

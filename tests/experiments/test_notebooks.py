@@ -11,8 +11,14 @@ import nbclient
 import nbformat
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "notebooks"
+from rabit_jax.experiments.fetch_models import FOLDER as MODELS_FOLDER
+from rabit_jax.experiments.fetch_models import MODELS
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "experiments" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+# Pretrained models that a notebook reads.
+MODEL = {"real_model": ROOT / MODELS_FOLDER / MODELS["smollm2-135m"].file}
 ABSOLUTE = re.compile(r"(?<![\w.~])/(work|root|home|tmp|usr|opt|Users)\b|[A-Z]:\\\\")
 
 # Jupyter, zmq and asyncio warn of their own affairs; the kernel is a process of its own.
@@ -120,6 +126,27 @@ def check_littlebit(found):
     assert found["llama_bits"] == pytest.approx(matrices) and matrices <= 0.1
 
 
+def check_real_model(found):
+    teacher, ppl, vocabulary = found["teacher"], found["ppl"], found["vocabulary"]
+    assert 10 < teacher < ppl["4"] < 2 * teacher < ppl["3"] < 0.3 * vocabulary < ppl["2"]
+    d, kv, hidden = 576, 192, 1536  # SmolLM2-135M; all are whole blocks of 64 signs
+    shapes = [(d, d), (d, kv), (d, kv), (d, d), (d, hidden), (d, hidden), (hidden, d)]
+    sizes = [i * o for i, o in shapes]
+    for k, (blocks, whole) in found["bits"].items():
+        stored = sum(sign_bits(i, o, int(k)) * i * o for i, o in shapes)
+        assert blocks == pytest.approx(stored / sum(sizes))
+        rest = found["parameters"] - 30 * sum(sizes)  # in 16 bits
+        assert whole == pytest.approx((30 * stored + 16 * rest) / found["parameters"])
+    assert set(found["errors"]) == {"2|0", "2|1", "4|0", "4|1"}
+    for losses in found["errors"].values():
+        assert 0 < min(losses) < 0.8 * losses[0] < 0.3
+    assert found["tuned"] < ppl["4"]
+    assert found["packed"] == pytest.approx(found["tuned"], rel=5e-3)
+    tensors = found["bits"]["4"][1] * found["parameters"] / 8
+    assert tensors < found["file_bytes"] < 1.01 * tensors
+    assert "Paris" in found["answer"]
+
+
 def llama2_13b(bits):
     """Bytes of the blocks and bits per weight, counted from the published shapes."""
     shapes = 4 * [(5120, 5120)] + 3 * [(5120, 13824)]
@@ -138,6 +165,7 @@ CHECKS = {
     "inter_path_adaptation": check_inter_path_adaptation,
     "freezing_against_hierarchy": check_freezing_against_hierarchy,
     "littlebit": check_littlebit,
+    "real_model": check_real_model,
 }
 
 
@@ -179,6 +207,20 @@ found = {
     "end": {name: points[-1] for name, points in history.items()},
     "points": {name: len(points) for name, points in history.items()},
     "best": {name: min(end["loss"] for end in ends) for name, ends in sweep.items()},
+}
+""",
+    "real_model": """
+found = {
+    "teacher": teacher_ppl,
+    "ppl": {k: rows[f"{k} paths"][2] for k in students},
+    "bits": {k: rows[f"{k} paths"][:2] for k in students},
+    "parameters": sum(a.size for a in jax.tree.leaves(params)),
+    "vocabulary": model.config.vocab_size,
+    "errors": {f"{k}|{n}": losses for (k, n), losses in errors.items()},
+    "tuned": tuned_ppl,
+    "packed": packed_ppl,
+    "file_bytes": file_bytes,
+    "answer": answers[1]["content"],
 }
 """,
     "littlebit": """
@@ -229,6 +271,8 @@ def test_what_is_stored_is_clean_and_true(path):
     assert_ran(notebook)
     kinds = {kind for o in outputs(notebook) for kind in o.get("data", {o.get("name"): None})}
     assert "image/png" in kinds and "stdout" in kinds and "stderr" not in kinds
+    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+    assert "image/png" in {kind for o in last.outputs for kind in o.get("data", ())}
 
     words = copy.deepcopy(notebook)
     for output in outputs(words):
@@ -239,6 +283,8 @@ def test_what_is_stored_is_clean_and_true(path):
 @pytest.mark.more
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
 def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    if path.stem in MODEL and not MODEL[path.stem].exists():
+        pytest.skip(f"{MODEL[path.stem]} is missing: `make models` downloads it")
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)

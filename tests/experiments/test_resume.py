@@ -1,4 +1,4 @@
-"""Skipping, forcing, redoing, stopping and resuming a run."""
+"""Forcing, redoing, stopping and resuming a run; `test_run` has what needs a finished run alone."""
 
 import dataclasses
 import json
@@ -15,13 +15,6 @@ STAGES = {stage.name: stage for stage in qat.STAGES}
 
 def ids(folder):
     return {p.stem: json.loads(p.read_text())["id"] for p in (folder / "stages").glob("*.json")}
-
-
-def test_a_second_run_skips_every_stage(finished, place, capsys, run):
-    before = ids(finished)
-    assert run(place) == 0
-    assert ids(finished) == before
-    assert capsys.readouterr().err.count("skipped") == len(qat.STAGES)
 
 
 def test_a_stage_is_complete_whatever_its_card_says(tmp_path):
@@ -91,14 +84,6 @@ def test_a_given_teacher_gives_the_run_of_the_trained_one(finished, place, tmp_p
     assert "skipped" not in capsys.readouterr().err
 
 
-def test_resume_with_a_changed_config_shows_the_difference(finished, place, capsys, run):
-    assert run(place) == 0  # the config of the folder is the file's again
-    before = ids(finished)
-    assert run(place, "--resume", "qat.steps=9") == 2
-    assert "qat.steps: 8 -> 9" in capsys.readouterr().err
-    assert ids(finished) == before
-
-
 def stop_at_six(monkeypatch):
     """Make QAT behave as if Ctrl-C came during its sixth step."""
     train = fitting.train
@@ -116,6 +101,7 @@ def cut_largest_file(folder):
     file.write_bytes(file.read_bytes()[:100])
 
 
+@pytest.mark.more
 def test_stopped_damaged_and_resumed_is_the_uninterrupted_run(
     finished, place, monkeypatch, capsys, run
 ):
@@ -148,16 +134,6 @@ def test_resume_never_throws_a_stopped_stage_away(place, monkeypatch, capsys, ru
     text.write_text(before)
     assert "since stage qat was stopped" in capsys.readouterr().err
     assert (place / "runs" / "kept" / "checkpoints" / "qat" / "6").exists()
-
-
-def test_a_stage_whose_files_are_gone_is_done_again(finished, place, capsys, run):
-    assert run(place) == 0
-    capsys.readouterr()
-    (finished / "packed" / "model.safetensors").unlink()
-    assert run(place) == 0
-    err = capsys.readouterr().err
-    assert "qat: complete" in err and "pack: complete" not in err
-    assert (finished / "packed" / "model.safetensors").exists()
 
 
 @pytest.mark.more

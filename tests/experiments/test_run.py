@@ -1,4 +1,4 @@
-"""The whole run in small: what it leaves, and how it answers bad input."""
+"""The whole run in small: what it leaves, what the same command does again, and bad input."""
 
 import json
 import math
@@ -146,6 +146,34 @@ def test_the_samples_of_the_report_come_from_the_packed_folder(finished):
     assert record["result"]["samples"][0]["packed"] and tokenizer is not None
     assert str(params["layers"]["attn"]["q"]["kernel"].bits.dtype) == "uint8"
     assert "The file" in (finished / "report.html").read_text()
+
+
+def ids(folder):
+    return {p.stem: json.loads(p.read_text())["id"] for p in (folder / "stages").glob("*.json")}
+
+
+def test_a_second_run_skips_every_stage(finished, place, capsys, run):
+    before = ids(finished)
+    assert run(place) == 0
+    assert ids(finished) == before
+    assert capsys.readouterr().err.count("skipped") == len(TASKS["qat"])
+
+
+def test_resume_with_a_changed_config_shows_the_difference(finished, place, capsys, run):
+    before = ids(finished)
+    assert run(place, "--resume", "qat.steps=9") == 2
+    assert "qat.steps: 8 -> 9" in capsys.readouterr().err
+    assert ids(finished) == before
+
+
+def test_a_stage_whose_files_are_gone_is_done_again(finished, place, capsys, run):
+    assert run(place) == 0
+    capsys.readouterr()
+    (finished / "packed" / "model.safetensors").unlink()
+    assert run(place) == 0
+    err = capsys.readouterr().err
+    assert "qat: complete" in err and "pack: complete" not in err
+    assert (finished / "packed" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ e end tokens, m tokens made by one call, r reported alternatives.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -126,12 +127,12 @@ class Places(Slots):
 def empty(config: ModelConfig, rows: int, slots: int) -> Sequences:
     """Free rows; take the config of the engine."""
     cache = init_cache(config, rows, slots)
-    def none() -> Array:  # noqa: E306  (an array for each field, because calls donate them)
-        return jnp.zeros(rows, jnp.int32)
     sampling = Sampling(
         jax.random.split(jax.random.key(0), rows), jnp.zeros(rows), jnp.ones(rows),
         jnp.zeros(rows, bool))
-    return Sequences(cache["k"], cache["v"], none(), none(), none(), none(), sampling)
+    # An array for each field, because calls donate them.
+    length, token, left, made = (jnp.zeros(rows, jnp.int32) for _ in range(4))
+    return Sequences(cache["k"], cache["v"], length, token, left, made, sampling)
 
 
 def empty_cache(config: ModelConfig, slots: int) -> Cache:
@@ -191,7 +192,8 @@ def admit(
     return Sequences(
         k, v, put(batch.length, length), put(batch.token, token[0]), put(batch.left, left[0]),
         put(batch.made, 1), put(batch.sampling, jax.tree.map(lambda a: a[0], sampling)),
-    ), jax.tree.map(lambda a: a[:, None] if a.ndim else a, made).replace(broken=made.broken)
+    ), Made(made.tokens[:, None], made.logprob[:, None], made.top[:, None],
+            made.top_logprobs[:, None], made.broken)
 
 
 @functools.partial(jax.jit, static_argnames="steps", donate_argnames="batch")
@@ -209,9 +211,12 @@ def decode(
     def further(carry: tuple[Array, Sequences, Made]) -> tuple[Array, Sequences, Made]:
         count, batch, all_made = carry
         batch, made = _step(engine, batch, ends)
-        put = jax.tree.map(lambda old, new: old.at[:, count].set(new),
-                           all_made.replace(broken=None), made.replace(broken=None))
-        return count + 1, batch, put.replace(broken=all_made.broken | made.broken)
+        def put(name: str) -> Array:
+            return getattr(all_made, name).at[:, count].set(getattr(made, name))
+
+        return count + 1, batch, Made(
+            put("tokens"), put("logprob"), put("top"), put("top_logprobs"),
+            all_made.broken | made.broken)
 
     rows, r = batch.token.shape[0], min(ALTERNATIVES, engine.config.vocab_size)
     nothing = Made(
@@ -234,15 +239,15 @@ def resize(
         a = a[:, source, :, :slots]
         return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, slots - a.shape[3]), (0, 0)))
 
-    rows = jax.tree.map(lambda a: a[source], batch.replace(k=None, v=None))
+    rows = jax.tree.map(lambda a: a[source], dataclasses.replace(batch, k=None, v=None))
     left = jnp.where(jnp.arange(source.shape[0]) < kept, rows.left, 0)
-    return rows.replace(k=cached(batch.k), v=cached(batch.v), left=left)
+    return dataclasses.replace(rows, k=cached(batch.k), v=cached(batch.v), left=left)
 
 
 @functools.partial(jax.jit, donate_argnames="batch")
 def stop(batch: Sequences, row: Int[Array, ""]) -> Sequences:
     """The batch with a row ended."""
-    return batch.replace(left=batch.left.at[row].set(0))
+    return dataclasses.replace(batch, left=batch.left.at[row].set(0))
 
 
 def _step(engine: Engine, batch: Sequences, ends: Array) -> tuple[Sequences, Made]:
@@ -253,8 +258,9 @@ def _step(engine: Engine, batch: Sequences, ends: Array) -> tuple[Sequences, Mad
     token, made, left = _choose(_logits(engine, x[:, 0]), batch.sampling, batch.made, batch.left,
                                 ends)
     runs = (batch.left > 0).astype(jnp.int32)
-    return batch.replace(k=k, v=v, length=batch.length + runs, token=token, left=left,
-                         made=batch.made + runs), made
+    return dataclasses.replace(
+        batch, k=k, v=v, length=batch.length + runs, token=token, left=left,
+        made=batch.made + runs), made
 
 
 def _through(

@@ -87,7 +87,8 @@ def test_any_other_error_propagates():
         console.main_guard(raising(ValueError("bug")))
 
 
-@pytest.mark.parametrize("name", ["run", "ptq", "ablate", "evaluate", "generate", "export", "push"])
+@pytest.mark.parametrize("name", ["run", "ptq", "ablate", "evaluate", "generate", "serve", "export",
+                                  "push"])
 def test_every_command_tells_its_versions_and_completes(name, capsys):
     main = importlib.import_module(f"rabit_jax.experiments.{name}").main
     with pytest.raises(SystemExit) as ended:

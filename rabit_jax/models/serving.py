@@ -113,13 +113,13 @@ class Places(Slots):
 
     def append(self, k: Float[Array, "b n 1 h"], v: Float[Array, "b n 1 h"]) -> Places:
         """`cache[layer, b, :, start[b]] = new[b, :, 0]` for keys and values, in place."""
+        rows = jnp.arange(k.shape[0])
+
         def write(cache: Array, new: Array) -> Array:
-            # A slice for each row: XLA writes them in place, where a scatter would copy the cache.
-            for row in range(new.shape[0]):
-                at = (self.layer, row, 0, self.start[row], 0)
-                part = new[row : row + 1][None].astype(cache.dtype)
-                cache = jax.lax.dynamic_update_slice(cache, part, at)
-            return cache
+            # A free row may stand behind its last slot, where nothing is written.
+            new = new[:, :, 0].astype(cache.dtype)
+            return cache.at[self.layer, rows, :, self.start].set(
+                new, mode="drop", unique_indices=True)
 
         return self._replace(k=write(self.k, k), v=write(self.v, v))
 
@@ -252,7 +252,6 @@ def stop(batch: Sequences, row: Int[Array, ""]) -> Sequences:
 
 def _step(engine: Engine, batch: Sequences, ends: Array) -> tuple[Sequences, Made]:
     """One token more for each row that is not at its end."""
-    # A free row may stand at the end of its slots; its writes stay within its own row.
     x, k, v = _through(engine, batch.token[:, None], batch.length[:, None],
                        Places(batch.k, batch.v, 0, batch.length))
     token, made, left = _choose(_logits(engine, x[:, 0]), batch.sampling, batch.made, batch.left,

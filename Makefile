@@ -13,7 +13,7 @@ INSTALLED_TEST := .venv/installed-test-$(VERSION)
 INSTALLED_DOCS := .venv/installed-docs-$(VERSION)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart models test test-more test-slow lint docs clean
+.PHONY: help quickstart models test test-more test-slow bench-peers lint docs clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -34,6 +34,9 @@ test-more: $(INSTALLED_TEST) ## heavier parity, the installed package, the noteb
 
 test-slow: $(INSTALLED_TEST) ## only the tests that take minutes each
 	@$(RUN) -m pytest --durations=10 -m slow
+
+bench-peers: $(INSTALLED) ## decoding and prefill against llama.cpp, built on first use
+	@$(RUN) -m experiments.bench peers --save
 
 lint: $(INSTALLED_TEST) ## ruff check, pyright
 	@$(RUN) -m ruff check --output-format concise .

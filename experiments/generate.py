@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         help="sample from the likeliest tokens that hold this probability; default %(default)s")
     add("--seed", type=int, default=0, help="the same seed gives the same text; default 0")
     add("--greedy", action="store_true", help="always take the likeliest token")
+    add("--head-bits", type=int, choices=(8,), metavar="8",
+        help="round a dense head to 8 bits, one scale for each token: a CPU then reads a quarter "
+             "of its float32 bytes; default: the head as it is")
     return parser
 
 
@@ -98,7 +101,7 @@ def _load(args: argparse.Namespace) -> tuple[Writer, Any, str]:
     if count is None:
         count = NEW_TOKENS_CHAT if args.chat else NEW_TOKENS
     temperature = 0.0 if args.greedy else args.temperature
-    engine = prepare(model.config, params)
+    engine = prepare(model.config, params, args.head_bits)
     writer = Writer(model, engine, count, temperature, args.top_p, jax.random.key(args.seed))
     size = describe(params)
     return writer, tokenizer, size.size if size.quantised else ""

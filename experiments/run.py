@@ -1,7 +1,7 @@
 """A full-precision model in, a 2-bit model out.
 
 Stages of task qat: teacher, calibrate, init, qat, evaluate, pack, generate; of task ptq: quantise,
-where the config asks for them tune, end_to_end and pack, and score_teacher, score_init,
+where the config asks for them tune, end_to_end and pack, then score_teacher, score_init,
 score_tuned, score_packed.
 
     python -m experiments.run --config quickstart           a config that comes with the package

@@ -24,6 +24,7 @@ import numpy as np
 BLOCK = 256
 BLOCK_BYTES = 32
 TAIL = 64
+TILE = 16  # outputs that the native CPU kernel multiplies together
 
 
 def packed_bytes(inputs: int) -> int:
@@ -93,3 +94,45 @@ def from_words(words: jax.Array) -> jax.Array:
     """uint32 `[..., w, o]` -> uint8 `[..., o, 4 w]`; inverse of `to_words`."""
     rows = jax.lax.bitcast_convert_type(jnp.swapaxes(words, -1, -2), jnp.uint8)
     return rows.reshape(*rows.shape[:-2], -1)
+
+
+def as_rows(bits: jax.Array, rows: tuple[int, ...] = ()) -> jax.Array:
+    """`rb256` bytes `[..., k, o, n]` of bytes, of words `[..., k, w, o]`, or, where the outputs of
+    the joined matrices are given as `rows` and the last axis is 16 long, of tiles."""
+    if bits.dtype == jnp.uint8:
+        return bits
+    return from_tiles(bits, rows) if bits.ndim == 5 else from_words(bits)
+
+
+def to_tiles(bits: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+    """uint8 `[..., k, o, n]` -> uint32 `[..., t, k, n / 4, 16]`: words of 16 outputs side by side.
+
+    The form that the native CPU kernel reads as one stream. `rows` are the outputs of the matrices
+    that are joined along o; each begins a tile, and missing outputs are rows of 0.
+    """
+    *lead, k, _, n = bits.shape
+    ends = np.cumsum(rows)[:-1]
+    parts = [jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, -part.shape[-2] % TILE), (0, 0)])
+             for part in jnp.split(bits, ends, axis=-2)]
+    words = jax.lax.bitcast_convert_type(
+        jnp.concatenate(parts, axis=-2).reshape(*lead, k, -1, TILE, n // 4, 4), jnp.uint32)
+    axes = range(len(lead)), len(lead)
+    return words.transpose(*axes[0], *(axes[1] + a for a in (1, 0, 3, 2)))
+
+
+def from_tiles(tiles: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+    """uint32 `[..., t, k, w, 16]` -> uint8 `[..., k, o, 4 w]`; inverse of `to_tiles`."""
+    lead = tiles.ndim - 4
+    ordered = tiles.transpose(*range(lead), *(lead + a for a in (1, 0, 3, 2)))
+    whole = jax.lax.bitcast_convert_type(ordered, jnp.uint8)
+    whole = whole.reshape(*tiles.shape[:lead], tiles.shape[-3], -1, 4 * tiles.shape[-2])
+    starts = np.cumsum([0, *(-(-n // TILE) * TILE for n in rows)])
+    return jnp.concatenate([whole[..., start : start + n, :]
+                            for start, n in zip(starts, rows, strict=False)], axis=-2)
+
+
+def to_table_tiles(table: jax.Array) -> jax.Array:
+    """int8 `[o, i]` -> int8 `[t, ceil(i / 4), 16, 4]`, padded with 0."""
+    o, i = table.shape
+    padded = jnp.pad(table, ((0, -o % TILE), (0, -i % 4)))
+    return padded.reshape(-1, TILE, padded.shape[1] // 4, 4).swapaxes(1, 2)

@@ -12,6 +12,9 @@ scalar; `rows` how many of the o outputs belong to each of the m members, which 
 were joined along their outputs; `limbs` 2 or 3, the bytes of fixed point per activation. The result
 is float32 `[b, o]`. The bits are indexed where they lie and no layer of them is copied, except by
 the Pallas kernels from stacks of 2 to 4 GiB, whose offsets they cannot hold.
+
+"native", the C++ kernel of a CPU, scales the activations itself and reads bits in either form or as
+`[l, t, k, w, 16]` uint32 (`layout.to_tiles`), the fastest; see `cpu.calls`.
 """
 
 from __future__ import annotations
@@ -25,8 +28,16 @@ import jax.numpy as jnp
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels import reference
 from rabit_jax.kernels.activations import PLANE_INPUTS
+from rabit_jax.kernels.cpu.library import library
 from rabit_jax.kernels.gpu.device import cuda_capability
-from rabit_jax.kernels.layout import packed_bytes, to_words
+from rabit_jax.kernels.layout import (
+    TILE,
+    as_rows,
+    packed_bytes,
+    to_table_tiles,
+    to_tiles,
+    to_words,
+)
 
 # The module of each kernel below this folder; imported on use, because Triton and Pallas take
 # a second to import. "reference" and "unpacked" are functions of `reference`.
@@ -38,14 +49,15 @@ MODULES = {
     "triton_b1": "gpu.triton_b1",
     "triton_dense": "gpu.triton_dense",
 }
-IMPLS = ("reference", "unpacked", *MODULES)
-# Rows up to which each kernel is chosen; above the last of a device the bits are unpacked.
+IMPLS = ("reference", "unpacked", "native", *MODULES)
+# Rows up to which each kernel is chosen; above the last of a device the bits are unpacked. "native"
+# has a form for every number of rows, see `cpu.calls.arithmetic`.
 CPU_BATCH, B1_BATCH, INT8_BATCH = 8, 3, 32
 
 
 def choose(
     platform: str, capability: int, batch: int, inputs: int, words: bool = False,
-    b1_works: bool = True, triton_works: bool = True,
+    b1_works: bool = True, triton_works: bool = True, native: bool = False,
 ) -> str:
     """The implementation for a batch of rows on a device.
 
@@ -57,10 +69,13 @@ def choose(
       words: whether the bits lie as the CPU's words; turning them costs more than it saves.
       b1_works: whether the one-bit tensor instruction has passed its self-test on this device.
       triton_works: whether the other Triton kernels have.
+      native: whether the native CPU kernel is there.
 
     Returns:
       a name of `IMPLS`.
     """
+    if platform == "cpu" and native:
+        return "native"
     if platform == "cpu":
         fits = words and batch <= CPU_BATCH and inputs <= PLANE_INPUTS
         return "cpu" if fits else "unpacked"
@@ -76,20 +91,23 @@ def choose(
 def packed_matmul(
     x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array, *,
     layer: jax.Array | int | None = None, rows: tuple[int, ...] | None = None, limbs: int = 2,
-    impl: str | None = None,
+    impl: str | None = None, short: bool = False,
 ) -> jax.Array:
     """`y = sum_k g_k * ((h_k * x) B_k)` from packed signs.
 
     Args:
       x: `[..., i]` float16, bfloat16 or float32.
-      bits: `[k, o, bytes]` uint8 in the `rb256` layout, or `[k, w, o]` uint32 from
-        `layout.to_words`, which the CPU multiplies without turning them first.
+      bits: `[k, o, bytes]` uint8 in the `rb256` layout, or as `laid_bits` lays them for a CPU,
+        which multiplies them without turning them first: `[t, k, w, 16]` uint32 from
+        `layout.to_tiles`, or `[k, w, o]` uint32 from `layout.to_words`.
       g: `[k, o]` float.
       h: `[k, i]` float; `[k, m, i]` for m matrices joined along o, each with its own scales.
       layer: where bits, g and h have a leading axis of layers, which one; an int32 scalar.
       rows: outputs of each of the m matrices; None means one matrix.
       limbs: bytes of fixed point per activation on integer kernels, 2 or 3; see `activations`.
       impl: a name of `IMPLS`; None takes `choose`.
+      short: whether the native kernel may round x and the matrix to bfloat16 where it multiplies
+        many rows as floats; it does so for any bfloat16 x.
 
     Returns:
       `[..., o]` in `x.dtype`; sums are float32 or exact integers.
@@ -114,13 +132,17 @@ def packed_matmul(
     flat = x.reshape(-1, x.shape[-1])
     impl = impl or chosen(flat.shape[0], flat.shape[1], bits.dtype == jnp.uint32)
     layer = jnp.asarray(layer, jnp.int32)
-    if impl == "unpacked":
+    if impl == "native":
+        y = _native(flat, bits, g, h, layer, rows, limbs, short or x.dtype == jnp.bfloat16)
+    elif impl == "unpacked":
+        bits, g, h, layer = _layer_of_tiles(bits, g, h, layer, rows)
         y = reference.unpacked_matmul(flat, bits, g, h, layer, rows)
     elif impl == "triton_dense":
         from rabit_jax.kernels.gpu.triton_dense import dense_matmul
 
         y = dense_matmul(flat, bits, g, h, layer, rows)
     else:
+        bits, g, h, layer = _layer_of_tiles(bits, g, h, layer, rows)
         one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
         u = _scaled(flat[:, None, None], one[None], impl)
         y = signs_matmul(u, bits, g, layer, rows, limbs, impl)
@@ -164,12 +186,93 @@ def packed_low_rank_matmul(
     # Each copy multiplies other activations, so one dense tile cannot hold both.
     impl = "reference" if impl in ("unpacked", "triton_dense") else impl
     layer = jnp.asarray(layer, jnp.int32)
+    if impl == "native":
+        inner = _native(flat, u_bits, joined, h[:, None], layer, rows, limbs, None)
+        inner = inner.reshape(-1, copies, r)
+        y = _native(inner, v_bits, g, None, layer, g.shape[-1:], limbs, None)
+        return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    if u_bits.ndim == 5:
+        first = layer
+        u_bits, joined, h, layer = _layer_of_tiles(u_bits, joined, h, first, rows)
+        v_bits, g, _, _ = _layer_of_tiles(v_bits, g, h, first, g.shape[-1:])
     one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
     u = _scaled(flat[:, None, None], one[None, None], impl)
     inner = signs_matmul(u, u_bits, joined, layer, rows, limbs, impl)
     inner = inner.reshape(-1, copies, 1, r).astype(u.dtype)
     y = signs_matmul(inner, v_bits, g, layer, (g.shape[-1],), limbs, impl)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def laid_bits(bits: jax.Array, rows: tuple[int, ...], platform: str) -> jax.Array:
+    """uint8 `[..., k, o, bytes]` as that platform multiplies them fastest.
+
+    On a CPU tiles for the native kernel, or words for JAX where that kernel is not there; rows of
+    bytes anywhere else. `rows` are the outputs of the matrices that are joined.
+    """
+    if platform != "cpu":
+        return bits
+    return to_words(bits) if library() is None else to_tiles(bits, rows)
+
+
+def _native(
+    x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array | None, layer: jax.Array,
+    rows: tuple[int, ...], limbs: int, short: bool | None,
+) -> jax.Array:
+    """The product by the native CPU kernel: arguments as those of its `signs_matmul`.
+
+    `short`: whether many rows may be multiplied in bfloat16; None wants integers for any number.
+    """
+    from rabit_jax.kernels.cpu import calls
+
+    if bits.dtype == jnp.uint32 and bits.ndim == 4:  # words, for the path without this kernel
+        bits, g = (jax.lax.dynamic_index_in_dim(a, layer) for a in (bits, g))
+        h = None if h is None else jax.lax.dynamic_index_in_dim(h, layer)
+        bits, layer = as_rows(bits, rows), jnp.int32(0)
+    same = g.dtype in (jnp.float16, jnp.float32) and (h is None or h.dtype == g.dtype)
+    if not same:
+        g, h = g.astype(jnp.float32), None if h is None else h.astype(jnp.float32)
+    how = calls.INTEGERS if short is None else calls.arithmetic(
+        x.shape[0], x.shape[-1], g.shape[1], limbs, short, calls.isa_in_use())
+    return calls.signs_matmul(x.astype(jnp.float32), bits, g, h, layer, rows, limbs, how)
+
+
+def _layer_of_tiles(
+    bits: jax.Array, g: jax.Array, h: jax.Array, layer: jax.Array, rows: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Tiles of one layer as rows of bytes, and what belongs to it; other bits as they are."""
+    if bits.ndim != 5:
+        return bits, g, h, layer
+    bits, g, h = (jax.lax.dynamic_index_in_dim(a, layer) for a in (bits, g, h))
+    return as_rows(bits, rows), g, h, jnp.int32(0)
+
+
+def table_matmul(x: jax.Array, table: jax.Array, scale: jax.Array, limbs: int = 2) -> jax.Array:
+    """`y[..., o] = scale[o] sum_i table[o, i] x[..., i]` of 8-bit integers.
+
+    Args:
+      x: `[..., i]` float16, bfloat16 or float32.
+      table: int8 `[o, i]`, or `[t, ceil(i / 4), 16, 4]` from `laid_table`.
+      scale: `[o]` float16 or float32.
+      limbs: bytes of fixed point per activation on the native CPU kernel, 1 to 3.
+
+    Returns:
+      float32 `[..., o]`.
+    """
+    x, scale = _without_derivative(x), _without_derivative(scale)
+    if table.ndim == 2:
+        y = jnp.einsum("...i,oi->...o", x, table.astype(x.dtype),
+                       preferred_element_type=jnp.float32)
+        return y * scale.astype(jnp.float32)
+    from rabit_jax.kernels.cpu import calls
+
+    y = calls.table_matmul(x.reshape(-1, x.shape[-1]).astype(jnp.float32), table, scale, limbs)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def laid_table(table: jax.Array, platform: str) -> jax.Array:
+    """int8 `[o, i]` as that platform multiplies it fastest: on a CPU tiles, where it has a kernel
+    for them."""
+    return to_table_tiles(table) if platform == "cpu" and library() is not None else table
 
 
 def _scaled(x: jax.Array, h: jax.Array, impl: str) -> jax.Array:
@@ -200,9 +303,13 @@ def signs_matmul(
 
 
 def chosen(batch: int, inputs: int, words: bool) -> str:
-    """What `choose` gives for the first device; the first call on a GPU runs the self-tests."""
-    where = jax.devices()[0].platform, cuda_capability(), batch, inputs, words
-    name = choose(*where)
+    """What `choose` gives for the first device.
+
+    The first call on a CPU may compile the native kernel, that on a GPU runs the self-tests.
+    """
+    platform = jax.devices()[0].platform
+    where = platform, cuda_capability(), batch, inputs, words
+    name = choose(*where, native=platform == "cpu" and library() is not None)
     if not name.startswith("triton"):
         return name
     from rabit_jax.kernels.gpu import triton_b1, triton_int8
@@ -212,10 +319,13 @@ def chosen(batch: int, inputs: int, words: bool) -> str:
 
 
 def _check(x: Any, bits: Any, g: Any, h: Any, rows: tuple[int, ...], limbs: int) -> None:
-    """`bits [l, k, o, bytes]` or `[l, k, w, o]`, `g [l, k, o]`, `h [l, k, m, i]`."""
+    """`bits [l, k, o, bytes]`, `[l, k, w, o]` or `[l, t, k, w, 16]`; `g`, `h [l, k, m, i]`."""
     i, (layers, k, o) = x.shape[-1], g.shape
-    held = (packed_bytes(i) // 4, o) if bits.dtype == jnp.uint32 else (o, packed_bytes(i))
-    wanted = {"bits": (layers, k, *held), "h": (layers, k, len(rows), i)}
+    words, tiles = packed_bytes(i) // 4, sum(-(-n // TILE) for n in rows)
+    held = (layers, k, o, 4 * words)
+    if bits.dtype == jnp.uint32:
+        held = (layers, tiles, k, words, TILE) if bits.ndim == 5 else (layers, k, words, o)
+    wanted = {"bits": held, "h": (layers, k, len(rows), i)}
     for name, array in (("bits", bits), ("h", h)):
         if array.shape != wanted[name]:
             raise BadInput(f"{name} has shape {array.shape}, wanted {wanted[name]} for x "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rabit_jax.kernels.layout import from_words, unpack_bits
+from rabit_jax.kernels.layout import as_rows, unpack_bits
 
 
 def signs_matmul(
@@ -105,8 +105,3 @@ def dense_tile(
 
     zero = jnp.zeros((g.shape[-1], h.shape[-1]), jnp.float32)
     return jax.lax.scan(add_path, zero, (bits, g, h))[0].astype(dtype)
-
-
-def as_rows(bits: jax.Array) -> jax.Array:
-    """`rb256` bytes `[..., o, bytes]` of bytes or of words `[..., w, o]`."""
-    return from_words(bits) if bits.dtype == jnp.uint32 else bits

@@ -19,7 +19,7 @@ MAY = {
     "atomic": {"errors", "workspaces"}, "locks": {"errors"},
     "progress": {"errors", "types"},
     "tree": {"errors", "types"},
-    "kernels": {"errors"},
+    "kernels": {"errors", "atomic", "progress"},
     "signs": BASE,
     "weights": BASE | {"signs", "kernels"},
     "calibration": WEIGHTS,

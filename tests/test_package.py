@@ -123,7 +123,10 @@ def test_the_wheel_holds_every_module_and_nothing_outside_of_the_package(built):
                for f in (ROOT / "experiments" / "configs").rglob("*") if f.is_file()}
     assert configs <= set(names)
     assert f"{info}/licenses/LICENSE" in names
-    assert len(names) < len(configs) + len(list(modules())) + 20
+    sources = {f"rabit_jax/kernels/cpu/native/{f.name}"
+               for f in (ROOT / "kernels" / "cpu" / "native").iterdir()}
+    assert sources <= set(names)
+    assert len(names) < len(configs) + len(sources) + len(list(modules())) + 20
 
 
 @pytest.mark.more

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ EXAMPLES = """examples:
   python -m experiments.bench decode --model tinyllama-1.1b --batch 1,2,4,8,16 --save
   python -m experiments.bench decode --model llama2-7b --layers 4 --context 128
 """
+# The config of a model, its k (None: dense) and the bits of its head (None: as the others).
+Kind: TypeAlias = tuple[ModelConfig, int | None, int | None]
 PARTS = ("step", "block linears", "attention", "head")
 MEMORY_SHARE = 0.8  # of the free memory, for all models at once
 ROTATIONS = 4
@@ -77,12 +79,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         positive("tokens", options.tokens), positive("repeats", options.repeats))
 
 
-def random_engine(config: ModelConfig, k: int | None) -> Engine:
+def random_engine(config: ModelConfig, k: int | None, head_bits: int | None = None) -> Engine:
     """What `prepare` gives for a model of random weights, made without the params before it.
 
     Args:
       config: the decoder's.
       k: sign paths of the packed block linears; None means dense ones.
+      head_bits: as for `prepare`.
     """
     found: dict[Any, jax.Array] = {}
 
@@ -92,10 +95,10 @@ def random_engine(config: ModelConfig, k: int | None) -> Engine:
             return random_weights.another(found[kind])
         return found.setdefault(kind, random_weights.random_like(leaf))
 
-    return jax.tree.map(fill, abstract_engine(config, k))
+    return jax.tree.map(fill, abstract_engine(config, k, head_bits))
 
 
-def abstract_engine(config: ModelConfig, k: int | None) -> Engine:
+def abstract_engine(config: ModelConfig, k: int | None, head_bits: int | None = None) -> Engine:
     """The shapes and dtypes of `random_engine`."""
 
     def param(path, shape):
@@ -106,7 +109,8 @@ def abstract_engine(config: ModelConfig, k: int | None) -> Engine:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((l, *a.shape), a.dtype), one)
 
     params = {path: param(path, shape) for path, shape in param_shapes(config).items()}
-    return jax.eval_shape(partial(prepare, config), unflatten_dict(params, sep="/"))
+    return jax.eval_shape(
+        partial(prepare, config, head_bits=head_bits), unflatten_dict(params, sep="/"))
 
 
 def decode_rows(
@@ -131,9 +135,13 @@ def decode_rows(
         raise BadInput(f"--context is {min(contexts)}, wanted at least the {tokens} tokens of one "
                        "timed call, see --tokens")
     packed_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    kinds = {"dense_bf16": ("bfloat16", None), "dense_f32": ("float32", None)}
-    kinds |= {f"packed_k{k}": (packed_dtype, k) for k in ks}
-    engines = make({name: (replace(config, dtype=dtype), k) for name, (dtype, k) in kinds.items()})
+    kinds: dict[str, Kind] = {
+        f"dense_{name}": (replace(config, dtype=dtype), None, None)
+        for name, dtype in (("bf16", "bfloat16"), ("f32", "float32"))}
+    for k in ks:
+        own = replace(config, dtype=packed_dtype)
+        kinds |= {f"packed_k{k}": (own, k, None), f"packed_k{k}_head8": (own, k, 8)}
+    engines = make(kinds)
     places, rows = [(b, c) for b in batches for c in contexts], []
     with progress("decoding", total=len(places) * repeats) as bar:
         for n, (batch, context) in enumerate(places):
@@ -149,8 +157,8 @@ def decode_rows(
     return rows
 
 
-def make(kinds: dict[str, tuple[ModelConfig, int | None]]) -> dict[str, Engine]:
-    """The engines by name, from config and k.
+def make(kinds: dict[str, Kind]) -> dict[str, Engine]:
+    """The engines by name.
 
     Raises:
       BadInput: together they take more than `MEMORY_SHARE` of the free memory.

@@ -39,7 +39,8 @@ from rabit_jax.experiments.bench.shapes import (
 from rabit_jax.kernels.bench import torch_cases
 from rabit_jax.kernels.bench.case import Case, activations
 from rabit_jax.kernels.bench.machine import Copy, call_seconds, free_memory, last_level_cache
-from rabit_jax.kernels.matmul import IMPLS, chosen
+from rabit_jax.kernels.layout import to_words
+from rabit_jax.kernels.matmul import IMPLS, chosen, laid_bits
 from rabit_jax.models.prepared import multiply
 from rabit_jax.progress import progress, say
 
@@ -174,15 +175,23 @@ def build(
              for name, d in (("dense_bf16", "bfloat16"), ("dense_f32", "float32"))]
     for k in ks:
         for impl in dict.fromkeys(resolve(name, batch, shape.inputs, on_cpu) for name in impls):
-            # The forms that `lay` gives: words on a CPU, rows for the kernels of a GPU.
-            weight = random_weights.signs(shape, k, on_cpu and not impl.startswith(GPU_ONLY))
+            weight = random_weights.signs(shape, k, layout_of(impl, on_cpu))
             found.append(case(impl, k, partial(_at, impl=impl), random_weights.exact_signs,
                               weight, dtype))
     for b in bits:
         found.append(case(f"lowrank_{b:g}", random_weights.COPIES, partial(_at, impl=None),
-                          random_weights.exact_low_rank, random_weights.low_rank(shape, b, on_cpu),
-                          dtype))
+                          random_weights.exact_low_rank,
+                          random_weights.low_rank(shape, b, layout_of("native", on_cpu)), dtype))
     return found
+
+
+def layout_of(impl: str, on_cpu: bool) -> random_weights.Lay:
+    """The form of bits that `lay` gives an implementation: on a CPU tiles or words, else rows."""
+    if not on_cpu or impl.startswith(GPU_ONLY):
+        return lambda bits, rows: bits
+    if impl == "cpu":
+        return lambda bits, rows: jax.jit(to_words)(bits)
+    return jax.jit(partial(laid_bits, platform="cpu"), static_argnums=1)
 
 
 def _at(x: jax.Array, weight: Any, layer: jax.Array, impl: str | None) -> jax.Array:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rabit_jax.experiments.bench.shapes import Shape
-from rabit_jax.kernels.layout import BLOCK_BYTES, pack_bits, packed_bytes, to_words
+from rabit_jax.kernels.layout import BLOCK_BYTES, as_rows, pack_bits, packed_bytes
 from rabit_jax.models.prepared import for_device
 from rabit_jax.weights.laid import LaidLowRank, LaidSign
 from rabit_jax.weights.low_rank_sign import rank_for_bits
 
+# How rows of bits are laid: `(uint8 [1, k, o, bytes], outputs of each matrix) -> bits`.
+Lay: TypeAlias = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 COPIES = 2  # of a low-rank weight, as LittleBit has with its residual twin
 SPREAD = 0.3  # standard deviation of the logarithm of a scale
 SMALL = 0.05
@@ -37,38 +40,37 @@ def normal(shape: tuple[int, ...], size: float, dtype: jax.typing.DTypeLike) -> 
     return jnp.array((np.float32(size) * values).astype(dtype))
 
 
-def signs(shape: Shape, k: int, words: bool) -> LaidSign:
+def signs(shape: Shape, k: int, lay: Lay) -> LaidSign:
     """A packed weight of random signs and scales, with a leading axis of one.
 
     Args:
       shape: its inputs and the outputs of its joined matrices.
       k: sign paths.
-      words: whether the bits lie as the CPU's words.
+      lay: how the rows of bits are laid.
     """
     i, o, members = shape.inputs, shape.outputs, len(shape.rows)
-    bits = random_bits((k, o), i, words)
+    bits = lay(random_bits((k, o), i), shape.rows)
     g, h = scale((1, k, o), seed=2, size=i**-0.5), scale((1, k, members, i), seed=3)
     return LaidSign(bits, g, h, shape.rows, shape.limbs)
 
 
-def low_rank(shape: Shape, bits: float, words: bool) -> LaidLowRank:
+def low_rank(shape: Shape, bits: float, lay: Lay) -> LaidLowRank:
     """A packed low-rank weight of `bits` per weight, two copies, with a leading axis of one."""
     i, o = shape.inputs, shape.outputs
     r = rank_for_bits(i, o, bits, COPIES)
-    u_bits = random_bits((1, COPIES * r), i, words)
-    v_bits = random_bits((COPIES, o), r, words)
+    u_bits = lay(random_bits((1, COPIES * r), i), (r,) * COPIES)
+    v_bits = lay(random_bits((COPIES, o), r), (o,))
     h, l = scale((1, COPIES, i), seed=4), scale((1, COPIES, r), seed=5, size=i**-0.5)
     g = scale((1, COPIES, o), seed=6, size=r**-0.5)
     return LaidLowRank(u_bits, v_bits, h, l, g, shape.limbs)
 
 
-def random_bits(lead: tuple[int, int], inputs: int, words: bool) -> jax.Array:
-    """Packed random signs `[1, *lead, bytes]` or, as words, `[1, lead[0], w, lead[1]]`."""
+def random_bits(lead: tuple[int, int], inputs: int) -> jax.Array:
+    """Packed random signs `[1, *lead, bytes]`."""
     shape = (1, *lead, packed_bytes(inputs))
     rows = np.random.default_rng(2).integers(0, 256, shape, np.uint8)
     # Padding is 0, as every reader may assume.
-    rows = jnp.array(rows & np.asarray(pack_bits(jnp.ones((1, inputs), bool))))
-    return jax.jit(to_words)(rows) if words else rows
+    return jnp.array(rows & np.asarray(pack_bits(jnp.ones((1, inputs), bool))))
 
 
 def scale(shape: tuple[int, ...], seed: int, size: float = 1.0) -> jax.Array:
@@ -79,9 +81,10 @@ def scale(shape: tuple[int, ...], seed: int, size: float = 1.0) -> jax.Array:
 
 def random_like(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """Random values of that shape and dtype: bits, positive float16 scales, or small normals."""
-    if jnp.issubdtype(leaf.dtype, jnp.unsignedinteger):
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
         bits = np.random.default_rng(7).integers(
-            0, np.iinfo(leaf.dtype).max, leaf.shape, leaf.dtype, endpoint=True)
+            np.iinfo(leaf.dtype).min, np.iinfo(leaf.dtype).max, leaf.shape, leaf.dtype,
+            endpoint=True)
         return jnp.array(bits)
     if leaf.dtype == jnp.float16:
         return scale(leaf.shape, seed=9, size=SMALL)
@@ -105,8 +108,9 @@ def exact_signs(w: LaidSign, x: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     member = np.searchsorted(np.cumsum(w.rows), outputs, side="right")
     g, h = np.asarray(w.g[0][:, outputs], np.float64), np.asarray(w.h[0], np.float64)
     total = np.zeros((len(x), len(outputs)))
+    bits = as_rows(w.bits, w.rows)
     for path in range(k):
-        b = unpack(w.bits[0, path], i, outputs)
+        b = unpack(bits[0, path], i, outputs)
         total += g[path] * (x @ (h[path][member] * b).T)
     return total
 
@@ -116,9 +120,10 @@ def exact_low_rank(w: LaidLowRank, x: np.ndarray, outputs: np.ndarray) -> np.nda
     _, copies, r = w.l.shape
     h, l, g = (np.asarray(a[0], np.float64) for a in (w.h, w.l, w.g))
     total = np.zeros((len(x), len(outputs)))
+    u_bits, v_bits = as_rows(w.u_bits, (r,) * copies), as_rows(w.v_bits, w.g.shape[-1:])
     for c in range(copies):
-        u = unpack(w.u_bits[0, 0], x.shape[1], np.arange(c * r, (c + 1) * r))
-        v = unpack(w.v_bits[0, c], r, outputs)
+        u = unpack(u_bits[0, 0], x.shape[1], np.arange(c * r, (c + 1) * r))
+        v = unpack(v_bits[0, c], r, outputs)
         total += g[c, outputs] * (((x * h[c]) @ u.T * l[c]) @ v.T)
     return total
 
@@ -126,12 +131,9 @@ def exact_low_rank(w: LaidLowRank, x: np.ndarray, outputs: np.ndarray) -> np.nda
 def unpack(bits: Any, inputs: int, rows: np.ndarray) -> np.ndarray:
     """Signs of some rows, -1 or 1 in float64 `[s, i]`, by NumPy and from the layout's text alone.
 
-    `bits`: uint8 `[o, bytes]`, or words uint32 `[w, o]`; `rows`: `[s]`.
+    `bits`: uint8 `[o, bytes]`; `rows`: `[s]`.
     """
-    if bits.dtype == jnp.uint32:
-        held = np.ascontiguousarray(np.asarray(bits[:, rows]).T).astype("<u4").view(np.uint8)
-    else:
-        held = np.asarray(bits[rows])
+    held = np.asarray(bits[rows])
     # Axes: row, block of 256 inputs, byte j, bit p; input 256 c + 32 p + j.
     ones = np.unpackbits(held.reshape(len(rows), -1, BLOCK_BYTES, 1), axis=-1, bitorder="little")
     ordered = np.swapaxes(ones, -1, -2).reshape(len(rows), -1)

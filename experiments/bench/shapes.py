@@ -34,6 +34,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "d_model": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "head_dim": 64,
         "d_hidden": 5632, "vocab_size": 32000, "max_position": 2048,
     },
+    "smollm2-135m": {
+        "d_model": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "head_dim": 64,
+        "d_hidden": 1536, "vocab_size": 49152, "max_position": 8192, "rope_theta": 100000.0,
+        "tied_head": True,
+    },
     "gemma3-1b": {
         "d_model": 1152, "n_layers": 26, "n_heads": 4, "n_kv_heads": 1, "head_dim": 256,
         "d_hidden": 6912, "vocab_size": 262144, "max_position": 32768, "rope_theta": 1000000.0,

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from rabit_jax import __version__
+from rabit_jax.kernels.cpu.library import status
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy",
@@ -51,10 +52,13 @@ def versions() -> dict[str, str]:
 
 
 def version_lines() -> str:
-    """Versions of this package, of jax, jaxlib and Python, and the device, a line each."""
+    """Versions of this package, of jax, jaxlib and Python, the device, and on a CPU what multiplies
+    packed weights; a line each."""
     known = versions()
     found = {"rabit_jax": __version__, "jax": known.get("jax"), "jaxlib": known.get("jaxlib"),
              "python": known["python"], "device": device()}
+    if jax.default_backend() == "cpu":
+        found["packed products"] = status()
     return "\n".join(f"{name} {value}" for name, value in found.items())
 
 

@@ -223,7 +223,7 @@ class EndToEnd(Training):
     steps: NonNegativeInt = 0
     gamma: NonNegative = 0.0
     optimizer: OptimizerConfig = OptimizerConfig(
-        "relative", lr=3e-3, freeze=("embedding", "head", "matrix", "latent")
+        "relative", lr=2e-3, warmup=0.1, freeze=("embedding", "head", "matrix", "latent")
     )
 
     @property

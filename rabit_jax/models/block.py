@@ -22,6 +22,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 
 from rabit_jax.errors import BadInput
+from rabit_jax.kernels.cpu.calls import attention as attend_natively
+from rabit_jax.kernels.cpu.calls import attention_fits
+from rabit_jax.kernels.cpu.library import library
 from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.rotary import Context, View, rotate
 from rabit_jax.tree import is_weight
@@ -139,8 +142,27 @@ def rotary_attention(
         k, v = jnp.swapaxes(rotate(k, view), 1, 2), jnp.swapaxes(v, 1, 2)
         if slots is not None:
             slots = slots.append(k, v)
+            if native_attention(q.shape, slots.k):
+                return cached_attention(rotate(q, view), slots, view.allowed, config), slots
             k, v = slots.read()
         return attention(rotate(q, view), k, v, view.allowed, config), slots
+
+
+def native_attention(q: Shape, cache: Array) -> bool:
+    """Whether the native CPU kernel attends with queries of shape `[b, t, n g, h]` to a cache."""
+    return (jax.default_backend() == "cpu" and cache.dtype == jnp.float32
+            and attention_fits(q, cache.shape) and library() is not None)
+
+
+def cached_attention(
+    q: Float[Array, "b 1 ng h"], slots: Slots, allowed: Bool[Array, "#b 1 1 s"],
+    config: ModelConfig,
+) -> Float[Array, "b 1 ng h"]:
+    """`attention` to the cache of one layer where it lies, by the native CPU kernel."""
+    y = attend_natively(
+        q[:, 0].astype(jnp.float32), slots.k, slots.v, jnp.asarray(slots.layer), allowed[:, 0, 0],
+        (config.query_scalar or config.head_dim) ** -0.5, config.attention_softcap)
+    return y[:, None].astype(q.dtype)
 
 
 def mlp(

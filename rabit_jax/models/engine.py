@@ -18,6 +18,7 @@ from rabit_jax.models.decoder import embed, logits
 from rabit_jax.models.prepared import Engine, Rows, layer_at, multiply, prepare
 from rabit_jax.models.rotary import local_layers, positions, seen_from
 from rabit_jax.types import Array
+from rabit_jax.weights.laid import LaidTable
 
 __all__ = ["Cache", "Engine", "head_logits", "init_cache", "over_layers", "prepare", "step"]
 Cache: TypeAlias = dict[str, Array]
@@ -73,9 +74,18 @@ def step(
         x, slots = block(layer_at(engine, layer), x, view, c, slots, multiply)
         return x, slots.k, slots.v
 
-    x, k, v = over_layers(engine, one, (embed(engine.embed, tokens, c), cache["k"], cache["v"]))
+    x, k, v = over_layers(engine, one, (_embedded(engine, tokens), cache["k"], cache["v"]))
     last = rms_norm(x[:, -1], engine.final_norm, c)
     return head_logits(engine, last), {"k": k, "v": v, "valid": valid, "length": start + t}
+
+
+def _embedded(engine: Engine, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """What the first layer reads: rows of the embedding."""
+    with jax.named_scope("embed"):
+        # XLA's CPU widens a 16-bit table to take rows of it, and in a loop would widen all of it
+        # before the first turn; what depends on the tokens stays inside, where rows are enough.
+        table, tokens = jax.lax.optimization_barrier((engine.embed, tokens))
+        return embed(table, tokens, engine.config)
 
 
 def over_layers(
@@ -98,7 +108,7 @@ def head_logits(engine: Engine, x: Float[Array, "b d"]) -> Float[Array, "b v"]:
     """Float32 logits of what the final norm returns."""
     head: Any = engine.embed.T if engine.head is None else engine.head
     with jax.named_scope("head"):
-        if isinstance(head, Rows):
+        if isinstance(head, (Rows, LaidTable)):
             y = head.matmul(x)
         elif hasattr(head, "matmul_at"):
             y = head.matmul_at(x.astype(jnp.float32), 0)

@@ -105,14 +105,15 @@ def partition(params: Any, names: Any, freeze: tuple[str, ...]) -> tuple[Any, An
     """Split a tree into `(trainable, frozen)`; each holds None where the other holds an array.
 
     Signs and codes are frozen always. "embedding" and "head" freeze these parameters whatever they
-    are, arrays or weight nodes; in a weight node the other roles freeze single arrays. Frozen
-    arrays are no arguments of the gradient, so they cost no gradient, no optimiser state and no
-    update.
+    are, arrays or weight nodes; in a weight node the other roles freeze single arrays, and "matrix"
+    none. Frozen arrays are no arguments of the gradient, so they cost no gradient, no optimiser
+    state and no update.
     """
     kept = (*freeze, *FIXED)
 
     def held(path: str, leaf: Any, name: Any) -> Any:
-        whole = is_weight(leaf) and _place(path) in freeze
+        place = _place(path)
+        whole = is_weight(leaf) and place != "matrix" and place in freeze
         return jax.tree.map(lambda n: whole or n in kept, name)
 
     fixed = map_leaves(held, params, names)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rabit_jax.kernels.cpu.library import status
 from rabit_jax.tree import is_weight, leaves
 from rabit_jax.weights.conversion import LLAMA_ENDS
 
@@ -107,7 +108,15 @@ class Description:
             f"{'total':{long}} {'':{wide}} {'':18} {'':>2} {average:>7} "
             f"{_size(self.trained_bytes):>9} {_size(self.deployed_bytes):>9}"
         )
-        return "\n".join([head, *body, total, f"bits per weight: {self.size}"])
+        lines = [head, *body, total, f"bits per weight: {self.size}"]
+        if any(r.representation.startswith("Packed") for r in self.rows) and on_cpu():
+            lines.append(f"packed products on this CPU: {status()}")
+        return "\n".join(lines)
+
+
+def on_cpu() -> bool:
+    """Whether JAX's first device is a CPU."""
+    return jax.default_backend() == "cpu"
 
 
 def _mean(rows: tuple[Row, ...], field: str) -> float:

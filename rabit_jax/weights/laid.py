@@ -1,6 +1,6 @@
 """Packed weights laid out for the device that multiplies them; what the decoding loop holds.
 
-Bits of several matrices that read the same input are joined along the outputs, and on a CPU turned
+Bits of several matrices that read the same input are joined along the outputs, and on a CPU laid
 so that its vector unit runs along them; codes of evenly spaced levels take a byte or half a byte.
 Made from packed weights by `lay`, never stored.
 """
@@ -27,11 +27,12 @@ class LaidSign:
     """Sign matrices of stacked layers, joined along their outputs.
 
     Attributes:
-      bits: uint8 `[l, k, o, bytes]` or, on a CPU, uint32 `[l, k, w, o]`, `o = sum(rows)`.
+      bits: uint8 `[l, k, o, bytes]`, `o = sum(rows)`, or on a CPU what `laid_bits` makes of them.
       g: float16 `[l, k, o]`.
       h: float16 `[l, k, m, i]`, the input scales of each of the m matrices.
       rows: outputs of each matrix.
       limbs: bytes of fixed point per activation, see `kernels.activations`.
+      short: whether many rows may be multiplied in bfloat16, as those of a bfloat16 model are.
     """
 
     bits: jax.Array
@@ -39,13 +40,14 @@ class LaidSign:
     h: jax.Array
     rows: tuple[int, ...] = struct.field(pytree_node=False)
     limbs: int = struct.field(pytree_node=False, default=2)
+    short: bool = struct.field(pytree_node=False, default=False)
 
     def matmul_at(self, x: jax.Array, layer: jax.Array, impl: str | None = None) -> jax.Array:
         """`x @ [W_1 ... W_m]` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
         from rabit_jax.kernels.matmul import packed_matmul
 
         return packed_matmul(x, self.bits, self.g, self.h, layer=layer, rows=self.rows,
-                             limbs=self.limbs, impl=impl)
+                             limbs=self.limbs, impl=impl, short=self.short)
 
 
 @pytree_dataclass
@@ -53,8 +55,8 @@ class LaidLowRank:
     """The factors of a `PackedLowRank`, both packed along the axis that is summed over.
 
     Attributes:
-      u_bits: uint8 `[l, 1, c r, bytes of i]`, rows of `U^T`, or words.
-      v_bits: uint8 `[l, c, o, bytes of r]`, rows of `V^T`, or words.
+      u_bits: uint8 `[l, 1, c r, bytes of i]`, rows of `U^T`, or what `laid_bits` makes of them.
+      v_bits: uint8 `[l, c, o, bytes of r]`, rows of `V^T`, or what `laid_bits` makes of them.
       h, l, g: float16 `[l, c, i]`, `[l, c, r]`, `[l, c, o]`.
       limbs: bytes of fixed point per activation.
     """
@@ -72,6 +74,43 @@ class LaidLowRank:
 
         return packed_low_rank_matmul(x, self.u_bits, self.v_bits, self.h, self.l, self.g,
                                       layer=layer, limbs=self.limbs, impl=impl)
+
+
+@pytree_dataclass
+class LaidTable:
+    """`W_hat = (s table)^T`: one scale and 8-bit integers for each output, such as a token.
+
+    Attributes:
+      table: int8 `[o, i]`, or on a CPU what `laid_table` makes of it.
+      scale: float32 `[o]`.
+      limbs: bytes of fixed point per activation.
+    """
+
+    table: jax.Array
+    scale: jax.Array
+    limbs: int = struct.field(pytree_node=False, default=2)
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x W_hat` in float32: `[..., i]` -> `[..., o]`."""
+        from rabit_jax.kernels.matmul import table_matmul
+
+        return table_matmul(x, self.table, self.scale, self.limbs)
+
+
+def lay_table(rows: jax.Array, platform: str) -> LaidTable:
+    """Rows `[o, i]`, one for each output, rounded to 8 bits: `s_o = max_i |w_oi| / 127`."""
+    from rabit_jax.kernels.matmul import laid_table
+
+    table, scale = _rounded(rows)
+    return LaidTable(jax.jit(laid_table, static_argnums=1)(table, platform), scale)
+
+
+@jax.jit
+def _rounded(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows = rows.astype(jnp.float32)
+    top = jnp.max(jnp.abs(rows), axis=1)
+    scale = jnp.where(top < 1e-30, 1.0, top / 127)
+    return jnp.round(rows / scale[:, None]).astype(jnp.int8), scale
 
 
 @pytree_dataclass
@@ -144,29 +183,32 @@ def joins(node: Any) -> Any:
     return (node.planes, node.group) if isinstance(node, PackedGroupUniform) else None
 
 
-def lay(nodes: Sequence[Any], platform: str, limbs: int = 2) -> Laid | None:
+def lay(
+    nodes: Sequence[Any], platform: str, limbs: int = 2, short: bool = False
+) -> Laid | None:
     """The packed weights that read one input, `[l, i, o]` each, as one laid weight.
 
     Args:
       nodes: one node, or several to be joined.
-      platform: "cpu" turns the bits to words, any other leaves them in rows.
+      platform: on a "cpu" the bits are laid for its vector unit, else they stay in rows.
       limbs: bytes of fixed point per activation for weights that do not say it themselves.
+      short: whether many rows may be multiplied in bfloat16.
 
     Returns:
       None where they cannot be joined or have no kernel: several that are not all `PackedSign` of
       the same k, or `PackedGroupUniform` of the same bits and group, or a node of another type.
     """
     from rabit_jax.kernels.codes import lay_codes
-    from rabit_jax.kernels.layout import to_words
+    from rabit_jax.kernels.matmul import laid_bits
 
-    turn = to_words if platform == "cpu" else lambda bits: bits
     first = nodes[0]
     if all(isinstance(n, PackedSign) and n.k == first.k for n in nodes):
         bits = jnp.concatenate([n.bits for n in nodes], axis=-2)
         g = jnp.concatenate([n.g for n in nodes], axis=-1)
         h = jnp.stack([n.h for n in nodes], axis=-2)
         limbs = max(n.limbs or limbs for n in nodes)
-        return LaidSign(turn(bits), g, h, tuple(n.shape[-1] for n in nodes), limbs)
+        rows = tuple(n.shape[-1] for n in nodes)
+        return LaidSign(laid_bits(bits, rows, platform), g, h, rows, limbs, short)
     if isinstance(first, PackedGroupUniform) and all(joins(n) == joins(first) for n in nodes):
         codes = [_codes(n.bits, n.inputs, lay_codes) for n in nodes]
         s, c = (jnp.concatenate([getattr(n, name) for n in nodes], axis=-1) for name in "sc")
@@ -177,7 +219,9 @@ def lay(nodes: Sequence[Any], platform: str, limbs: int = 2) -> Laid | None:
         lead, width = first.u_bits.shape[:-3], first.u_bits.shape[-1]
         u_bits = first.u_bits.reshape(*lead, 1, first.k * first.rank, width)
         v_bits = _turned(first.v_bits, first.shape[-1])
-        return LaidLowRank(turn(u_bits), turn(v_bits), first.h, first.l, first.g, limbs)
+        u_bits = laid_bits(u_bits, (first.rank,) * first.k, platform)
+        v_bits = laid_bits(v_bits, first.shape[-1:], platform)
+        return LaidLowRank(u_bits, v_bits, first.h, first.l, first.g, limbs)
     return None
 
 

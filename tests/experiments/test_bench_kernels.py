@@ -19,7 +19,7 @@ from rabit_jax.kernels.bench import aot, torch_cases
 from rabit_jax.kernels.bench import case as bench_case
 from rabit_jax.kernels.bench import machine as bench_device
 from rabit_jax.kernels.cpu import bit_planes as cpu
-from rabit_jax.kernels.layout import unpack_bits
+from rabit_jax.kernels.layout import as_rows, unpack_bits
 
 CACHE = 1 << 16
 PRODUCTS = "kernels --shapes 96x160 --batch 1,2 --k 1,2 --repeats 2 --lowrank 0.55 --json".split()
@@ -125,12 +125,12 @@ def test_a_product_that_is_not_finite_is_told(monkeypatch, capsys):
     assert rows[2]["refused"] == "the product is not finite" and rows[2]["microseconds"] is None
 
 
-@pytest.mark.parametrize("words", [False, True])
-def test_numpy_reads_the_bits_as_the_layout_says(words):
-    weight = bench_weights.signs(bench_shapes.Shape("x", 300, (40, 24)), 2, words)
-    rows = np.array([0, 7, 63])
-    got = bench_weights.unpack(weight.bits[0, 1], 300, rows)
-    plain = bench_weights.signs(bench_shapes.Shape("x", 300, (40, 24)), 2, False).bits[0, 1]
+@pytest.mark.parametrize("impl", ["native", "cpu", "reference"])
+def test_numpy_reads_the_bits_as_the_layout_says(impl):
+    shape, rows = bench_shapes.Shape("x", 300, (40, 24)), np.array([0, 7, 63])
+    weight = bench_weights.signs(shape, 2, bench_matmul.layout_of(impl, on_cpu=True))
+    got = bench_weights.unpack(as_rows(weight.bits, shape.rows)[0, 1], 300, rows)
+    plain = bench_weights.signs(shape, 2, lambda bits, rows: bits).bits[0, 1]
     np.testing.assert_array_equal(got, 2.0 * np.asarray(unpack_bits(plain, 300))[rows] - 1)
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from rabit_jax.experiments.engine import inputs, qat, stages
+from rabit_jax.experiments.engine import fitting, qat, stages
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.settings import RunConfig
 
@@ -101,14 +101,14 @@ def test_resume_with_a_changed_config_shows_the_difference(finished, place, caps
 
 def stop_at_six(monkeypatch):
     """Make QAT behave as if Ctrl-C came during its sixth step."""
-    train = inputs.train
+    train = fitting.train
 
     def stopped(loop, *arguments):
         steps = []
         halted = dataclasses.replace(loop, stop=lambda: steps.append(1) or len(steps) >= 6)
         return train(halted if loop.stage == "qat" else loop, *arguments)
 
-    monkeypatch.setattr(inputs, "train", stopped)
+    monkeypatch.setattr(fitting, "train", stopped)
 
 
 def cut_largest_file(folder):

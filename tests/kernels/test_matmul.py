@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rabit_jax.errors import BadInput
+from rabit_jax.kernels.cpu.library import library
 from rabit_jax.kernels.layout import from_words, pack_bits, to_words
 from rabit_jax.kernels.matmul import choose, packed_low_rank_matmul, packed_matmul
 
-HERE = ("reference", "unpacked", "cpu")
+NATIVE = ("native",) if library() else ()
+HERE = ("reference", "unpacked", "cpu", *NATIVE)
 
 
 def product(p, impl, words=False, limbs=3, layer=None):
@@ -33,16 +35,17 @@ def product(p, impl, words=False, limbs=3, layer=None):
        rows=st.sampled_from([(1,), (33,), (7, 20)]), limbs=st.sampled_from([2, 3]))
 def test_the_product_is_that_of_float64(problem, relative, impl, words, k, batch, i, rows, limbs):
     p = problem(batch, i, rows, k, seed=i + k)
-    tolerance = 2e-4 if impl == "cpu" and limbs == 2 else 3e-6
+    tolerance = 2e-4 if impl in ("cpu", "native") and limbs == 2 else 3e-6
     # A sum may cancel to nothing; the error is then measured by what was added.
     scale = np.abs(p.want).max() + np.sqrt(i)
     assert np.abs(product(p, impl, words, limbs) - p.want[0]).max() < tolerance * scale
 
 
+@pytest.mark.parametrize("impl", ["cpu", *NATIVE])
 @pytest.mark.parametrize("limbs, bound", [(2, 1e-3), (3, 1e-5)])
-def test_errors_with_an_outlier_at_4096_inputs(problem, relative, limbs, bound):
+def test_errors_with_an_outlier_at_4096_inputs(problem, relative, impl, limbs, bound):
     p = problem(2, 4096, (64,), outlier=60.0)
-    assert relative(product(p, "cpu", True, limbs), p.want[0]) < bound
+    assert relative(product(p, impl, True, limbs), p.want[0]) < bound
 
 
 @pytest.mark.parametrize("impl", HERE)
@@ -61,18 +64,20 @@ def test_the_layer_is_found_in_the_stack(problem, relative, impl):
         assert relative(found, p.want[layer]) < 1e-5
 
 
-def test_no_layer_of_the_bits_is_copied():
+@pytest.mark.parametrize("impl, held", [
+    ("cpu", (4, 2, 32, 512)), *((name, (4, 32, 2, 32, 16)) for name in NATIVE)])
+def test_no_layer_of_the_bits_is_copied(impl, held):
     """The compiled program indexes the stack: no array of bits is made beside it."""
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    run = jax.jit(lambda x, words, g, h, l: packed_matmul(x, words, g, h, layer=l))
+    run = jax.jit(lambda x, words, g, h, l: packed_matmul(x, words, g, h, layer=l, impl=impl))
     text = run.lower(
-        array("float32", 1, 1024), array("uint32", 4, 2, 32, 512), array("float16", 4, 2, 512),
+        array("float32", 1, 1024), array("uint32", *held), array("float16", 4, 2, 512),
         array("float16", 4, 2, 1024), array("int32")).compile().as_text()
-    program = text[text.index("ENTRY"):]
-    assert len(re.findall(r"u32\[4,2,32,512\]\S* parameter", program)) == 1
-    assert not re.search(r"= u32\[[0-9,]*512\]\S* (?!parameter)", program)
+    program, stack = text[text.index("ENTRY"):], re.escape(",".join(map(str, held)))
+    assert len(re.findall(rf"u32\[{stack}\]\S* parameter", program)) == 1
+    assert not re.search(rf"= u32\[[0-9,]*{held[-1]}\]\S* (?!parameter)", program)
 
 
 @pytest.mark.parametrize("impl", HERE)
@@ -89,7 +94,8 @@ def test_rows_of_a_batch_know_nothing_of_each_other(problem, impl):
 def test_any_size_of_activation_keeps_its_precision(problem, relative, scale):
     p = problem(2, 300, (24,))
     p.x = p.x * scale
-    assert relative(product(p, "cpu", limbs=3) / scale, p.want[0]) < 1e-5
+    for impl in ("cpu", *NATIVE):
+        assert relative(product(p, impl, limbs=3) / scale, p.want[0]) < 1e-5
 
 
 def test_zeros_give_zeros(problem):
@@ -101,6 +107,7 @@ def test_zeros_give_zeros(problem):
 
 @pytest.mark.parametrize("impl, words", [
     ("reference", False), ("reference", True), ("cpu", True),
+    *((name, words) for name in NATIVE for words in (True, False)),
     pytest.param("cpu", False, marks=pytest.mark.more),
 ])
 def test_low_rank_factors_as_two_products(relative, impl, words):
@@ -148,6 +155,12 @@ def test_the_choice_follows_device_and_batch(platform, capability, batch, words,
     assert choose(platform, capability, batch, 4096, words, b1) == wanted
 
 
+def test_the_native_kernel_takes_every_batch_of_a_cpu():
+    for batch in (1, 9, 4096):
+        assert choose("cpu", 0, batch, 4096, native=True) == "native"
+    assert choose("gpu", 90, 1, 4096, native=True) == "triton_b1"
+
+
 def test_planes_are_not_chosen_for_more_inputs_than_they_sum_exactly(problem):
     assert choose("cpu", 0, 1, 32769, True) == "unpacked"
     assert choose("gpu", 90, 1, 32769) == "triton_int8"
@@ -178,7 +191,7 @@ def test_float16_activations_are_scaled_in_float32(problem, relative):
     ({"bits": jnp.zeros((2, 8, 32), jnp.int8)}, "bits are int8"),
     ({"rows": (4, 3)}, "h has shape"), ({"limbs": 4}, "limbs 4: wanted"),
     ({"x": jnp.ones((2, 40), jnp.int32)}, "x is int32, wanted float16, bfloat16 or float32"),
-    ({"impl": "cuda"}, "impl is 'cuda': choose reference, unpacked, cpu"),
+    ({"impl": "cuda"}, "impl is 'cuda': choose reference, unpacked, native, cpu"),
 ])
 def test_what_does_not_fit_is_one_sentence(problem, change, message):
     p = problem(2, 40, (8,))

@@ -1,6 +1,7 @@
 """The decode engine against whole forward passes: token by token, for each kind of weight."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -192,16 +193,55 @@ def test_rows_know_nothing_of_neighbours_and_padding(small, trees, tokens, kind)
     ("float16", False),
 ])
 def test_16_bit_models(small, trees, tokens, apply, dtype, tied):
-    """On a CPU bfloat16 weights lie turned, and a float16 model computes in float32."""
+    """On a CPU bfloat16 weights lie turned, and all models compute in float32 between products."""
     c = dataclasses.replace(small, dtype=dtype, tied_head=tied)
     tree = {n: p for n, p in trees["dense"][0].items() if not (tied and n == "head")}
     tree = jax.tree.map(lambda a: a.astype(dtype), tree)
     engine = prepare(c, tree)
-    assert engine.config.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
+    assert engine.config.dtype == "float32"
+    assert engine.embed.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
     exact = apply(Decoder(dataclasses.replace(c, dtype="float32")), tree, tokens[:1])[:, 7:]
     found = token_by_token(engine, tokens[:1], prompt=8)
     error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
     assert (1e-5 < error < 0.03) if dtype == "bfloat16" else error < 1e-5
+
+
+def test_a_16_bit_table_is_not_widened_before_the_loop(small, trees):
+    """The loop over tokens takes rows of the embedding; XLA would widen all of it beforehand."""
+    c = dataclasses.replace(small, dtype="bfloat16")
+    engine = prepare(c, jax.tree.map(
+        lambda a: a.astype("bfloat16") if a.dtype == jnp.float32 else a, trees["two paths"][0]))
+
+    def loop(engine, start):
+        def one(_, carry):
+            logits, cache = step(engine, *carry)
+            return jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32), cache
+
+        return jax.lax.fori_loop(0, 4, one, start)
+
+    start = jnp.zeros((1, 1), jnp.int32), init_cache(engine.config, 1, 8)
+    text = jax.jit(loop).lower(engine, start).compile().as_text()
+    sizes = f"{c.vocab_size},{c.d_model}"
+    assert f"bf16[{sizes}]" in text
+    assert not re.search(rf"= f32\[{sizes}\]\S* (fusion|copy)", text)
+
+
+def test_an_8_bit_head(small, trees, tokens):
+    """One scale for each token: the error of a logit is below half a step of every weight."""
+    tree = trees["dense"][0]
+    x = np.random.default_rng(0).normal(size=(3, small.d_model)).astype(np.float32)
+    rows = np.asarray(tree["head"]["kernel"]).T
+    engine = prepare(small, tree, head_bits=8)
+    step_size = np.abs(rows).max(axis=1) / 127
+    found = jax.jit(engine_module.head_logits)(engine, x)
+    bound = np.abs(x).sum(axis=1)[:, None] * (0.5 * step_size + 1e-3 * np.abs(rows).max(axis=1))
+    assert (np.abs(found - x @ rows.T) <= bound).all()
+    assert not np.allclose(found, x @ rows.T, atol=1e-6)
+    tied = dataclasses.replace(small, tied_head=True)
+    engine = prepare(tied, {n: p for n, p in tree.items() if n != "head"}, head_bits=8)
+    assert token_by_token(engine, tokens).shape[-1] == small.vocab_size
+    with pytest.raises(BadInput, match="head_bits is 4, wanted 8"):
+        prepare(small, tree, head_bits=4)
 
 
 def test_the_cache_is_written_in_place(small, trees, tokens):

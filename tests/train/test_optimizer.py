@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rabit_jax import BadInput, ResidualSign
+from rabit_jax import BadInput, ResidualSign, ResidualSignSpec
 from rabit_jax.train.optimizer import (
     OptimizerConfig,
     apply_updates,
@@ -17,6 +17,7 @@ from rabit_jax.train.optimizer import (
     project_scales,
     roles,
 )
+from rabit_jax.weights.fixed import fixed
 
 STEPS = 100
 
@@ -202,7 +203,20 @@ def test_relative_sizes_are_those_of_the_start():
     config = OptimizerConfig("relative", lr=0.1, warmup=0.0, schedule="constant", clip=0.0)
     optimizer = make_optimizer(config, roles(tree), STEPS)
     state = optimizer.init(tree)
+    grad, grown = {"w": jnp.ones((4, 4))}, {"w": jnp.full((4, 4), 9.0)}
     for _ in range(3):  # a constant gradient: Adam's step stays 1
-        grown = {"w": jnp.full((4, 4), 9.0)}
-        update, state = optimizer.update({"w": jnp.ones((4, 4))}, state, grown)
+        update, state = optimizer.update(grad, state, grown)
         np.testing.assert_allclose(update["w"], np.full((4, 4), -0.2), rtol=1e-4)
+
+
+def test_matrix_freezes_plain_matrices_and_no_array_of_a_weight_node():
+    params = {"layers": {"q": {"kernel": fixed({"w": _packed()})["w"]}}, "proj": jnp.ones((4, 4))}
+    trainable, frozen = partition(params, roles(params), ("embedding", "head", "matrix", "latent"))
+    assert trainable["proj"] is None and frozen["proj"] is not None
+    node = trainable["layers"]["q"]["kernel"].packed_weight
+    assert node.g is not None and node.h is not None and node.bits is None
+
+
+def _packed():
+    w = jax.random.normal(jax.random.key(0), (64, 8))
+    return ResidualSignSpec(k=2).init(w).pack("w")

@@ -1,0 +1,169 @@
+"""The calls of the native CPU kernel: sign products and products with int8 tables.
+
+Axes: b batch, l layers, k paths, m members, i in, o out, t tiles of 16 outputs, w words.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rabit_jax.errors import BadInput
+from rabit_jax.kernels.activations import PLANE_INPUTS
+from rabit_jax.kernels.cpu.library import ATTENTION, SIGNS, TABLE, Library, library
+from rabit_jax.kernels.layout import TILE
+
+INTEGERS, FLOAT32, BFLOAT16 = 0, 1, 2
+# Rows up to which integers are taken where they cost no more; floats are the more exact ones.
+INTEGER_ROWS = 64
+
+
+class Costs(NamedTuple):
+    """Nanoseconds of one core for 1,000 weights: by `python -m experiments.bench kernels` on Zen 5.
+
+    Attributes:
+      integer: for each row, path and limb.
+      float32, bfloat16: for each row.
+      expand: for each path, to make W_hat of its signs.
+    """
+
+    integer: float
+    float32: float
+    bfloat16: float
+    expand: float
+
+
+WIDE = Costs(2.2, 8.7, 4.5, 26.0)
+VNNI = Costs(4.6, 14.5, 14.5, 65.0)
+NARROW = Costs(7.8, 14.5, 14.5, 65.0)
+COSTS = {"avx512": WIDE, "avxvnni": VNNI, "neon": VNNI, "avx2": NARROW, "portable": NARROW}
+
+
+def arithmetic(batch: int, inputs: int, k: int, limbs: int, short: bool, isa: str) -> int:
+    """How the kernel multiplies fastest: `INTEGERS`, `FLOAT32` or `BFLOAT16`.
+
+    Args:
+      batch: rows of x.
+      inputs: of the matrix.
+      k: sign paths.
+      limbs: bytes of fixed point.
+      short: whether x is bfloat16, in which many rows are then multiplied too.
+      isa: the instruction set, one of `COSTS`.
+    """
+    cost = COSTS[isa]
+    floats = cost.expand * k + batch * (cost.bfloat16 if short else cost.float32)
+    if inputs <= PLANE_INPUTS and batch <= INTEGER_ROWS:
+        if cost.integer * k * limbs * batch <= floats:
+            return INTEGERS
+    return BFLOAT16 if short else FLOAT32
+
+
+def signs_matmul(
+    x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array | None, layer: jax.Array,
+    rows: tuple[int, ...], limbs: int, how: int = INTEGERS, isa: str | None = None,
+) -> jax.Array:
+    """`y[b, o] = sum_k g[k, o] sum_i B[layer, k, o, i] h[k, m(o), i] x[b, k, i]`.
+
+    As integers: with `scale_k` and the integers `v_k` of `activations.bit_planes` of `x h_k`, in
+    this order of float32 operations, `y += (g_k scale_k) float(sum_i B v_k)`. As floats: W_hat in
+    float32 or bfloat16, sums in float32.
+
+    Args:
+      x: float32 `[b, i]`, or `[b, k, i]` where each path has its own; then only as integers.
+      bits: uint8 `[l, k, o, bytes]`, or uint32 `[l, t, k, w, 16]` from `layout.to_tiles`.
+      g: float16 or float32 `[l, k, o]`.
+      h: the same dtype `[l, k, m, i]`; None stands for ones, then only as integers.
+      layer: int32 scalar.
+      rows: outputs of each of the m members.
+      limbs: bytes of fixed point, 1 to 3.
+      how: `INTEGERS`, `FLOAT32` or `BFLOAT16`.
+      isa: an instruction set of `library().isas`; None takes the one in use.
+
+    Returns:
+      float32 `[b, o]`.
+    """
+    one = _library()
+    if how == INTEGERS and x.shape[-1] > PLANE_INPUTS:
+        raise BadInput(f"integers got {x.shape[-1]} inputs and sum {PLANE_INPUTS} exactly at most")
+    h = jnp.zeros((*g.shape[:2], len(rows), 0), g.dtype) if h is None else h
+    y = jax.ShapeDtypeStruct((x.shape[0], g.shape[-1]), jnp.float32)
+    call = jax.ffi.ffi_call(SIGNS + one.suffix, y, vmap_method="sequential")
+    return call(x, bits, g, h, jnp.asarray(layer, jnp.int32), rows=np.asarray(rows, np.int64),
+                limbs=np.int64(limbs), arithmetic=np.int64(how), isa=_isa(one, isa))
+
+
+def table_matmul(
+    x: jax.Array, tiles: jax.Array, scale: jax.Array, limbs: int = 2, isa: str | None = None
+) -> jax.Array:
+    """`y[b, o] = (scale[o] scale_x[b]) sum_i W[o, i] v[b, i]`, `v` the integers of x.
+
+    Args:
+      x: float32 `[b, i]`, made fixed point as by `activations.limbs`.
+      tiles: int8 `[t, ceil(i / 4), 16, 4]` from `layout.to_table_tiles`.
+      scale: float16 or float32 `[o]`.
+      limbs: bytes of fixed point, 1 to 3.
+      isa: as for `signs_matmul`.
+
+    Returns:
+      float32 `[b, o]`.
+    """
+    one = _library()
+    y = jax.ShapeDtypeStruct((x.shape[0], scale.shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call(TABLE + one.suffix, y, vmap_method="sequential")
+    return call(x, tiles, scale, limbs=np.int64(limbs), isa=_isa(one, isa))
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, allowed: jax.Array, scale: float,
+    cap: float | None = None, isa: str | None = None,
+) -> jax.Array:
+    """`softmax(cap(scale q k^T)) v` of one query for each head over the cache of one layer.
+
+    Slots that no row may see are not read.
+
+    Args:
+      q: float32 `[b, n g, h]`, the g queries of a key head side by side; h a multiple of 16, g at
+        most 32.
+      k, v: float32 `[l, b, n, s, h]`.
+      layer: int32 scalar.
+      allowed: bool `[b or 1, s]`, which slots a row may see; one that may see none gets zeros.
+      scale, cap: of the scores; see `soft_cap`.
+      isa: as for `signs_matmul`.
+
+    Returns:
+      float32 `[b, n g, h]`. Rounded like any float32 sum: instruction sets differ in the last bits.
+    """
+    one = _library()
+    y = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    call = jax.ffi.ffi_call(ATTENTION + one.suffix, y, vmap_method="sequential")
+    return call(q, k, v, allowed, jnp.asarray(layer, jnp.int32), scale=np.float64(scale),
+                cap=np.float64(cap or 0.0), isa=_isa(one, isa))
+
+
+def attention_fits(q: tuple[int, ...], k: tuple[int, ...]) -> bool:
+    """Whether `attention` takes queries `[b, t, n g, h]` and keys `[l, b, n, s, h]`."""
+    return q[1] == 1 and q[3] % 16 == 0 and q[2] <= 32 * k[2]
+
+
+def isa_in_use() -> str:
+    """The instruction set that a call takes which names none."""
+    found = _library()
+    return found.isas[found.isa]
+
+
+def _library() -> Library:
+    found = library()
+    if found is None:
+        raise BadInput("there is no native CPU kernel here: choose impl=None, which takes what the "
+                       "machine can do")
+    return found
+
+
+def _isa(found: Library, name: str | None) -> np.int64:
+    return np.int64(found.isa if name is None else found.isas.index(name))
+
+
+assert TILE == 16  # kTile of native/isa.h

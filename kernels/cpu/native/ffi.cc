@@ -1,0 +1,197 @@
+// The calls that XLA makes: `rabit_signs_matmul`, `rabit_table_matmul` and `rabit_attention`. They
+// check shapes, pick the instruction set and hand over to product.h and attention.h.
+
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "product.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace rabit {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Those that this machine has, the best first.
+const std::vector<const Isa*>& isas() {
+  static const std::vector<const Isa*> found = [] {
+    std::vector<const Isa*> list;
+    for (const Isa* isa : {avx512(), avxvnni(), avx2(), neon(), portable()})
+      if (isa) list.push_back(isa);
+    return list;
+  }();
+  return found;
+}
+
+enum Arithmetic : int64_t { kIntegers = 0, kFloat32 = 1, kBfloat16 = 2 };
+
+ffi::Error wrong(const char* call, const std::string& what) {
+  return ffi::Error::InvalidArgument(std::string(call) + ": " + what);
+}
+
+ffi::Error run(const char* call, const Product& p, int64_t arithmetic, int64_t isa_index,
+               ffi::ThreadPool& pool) {
+  if (isa_index < 0 || isa_index >= static_cast<int64_t>(isas().size()))
+    return wrong(call, "no instruction set " + std::to_string(isa_index));
+  const Isa& isa = *isas()[isa_index];
+  if (p.batch == 0 || p.outputs == 0) return ffi::Error::Success();
+  if (arithmetic == kIntegers) {
+    integer_product(p, isa, pool);
+    return ffi::Error::Success();
+  }
+  // A machine without bfloat16 products takes float32, which is the finer one.
+  const Floats& loops =
+      arithmetic == kBfloat16 && isa.bfloat16.inputs_per_step ? isa.bfloat16 : isa.float32;
+  float_product(p, isa, loops, pool);
+  return ffi::Error::Success();
+}
+
+bool scales_fit(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
+  return a.element_type() == b.element_type() &&
+         (a.element_type() == ffi::F16 || a.element_type() == ffi::F32);
+}
+
+// x [b, i] or [b, k, i]; w [l, tile, k, word, 16] uint32 or [l, k, o, byte] uint8; g [l, k, o];
+// h [l, k, m, i], of size 0 for none; layer -> y [b, o]
+ffi::Error signs_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
+                        ffi::AnyBuffer g, ffi::AnyBuffer h, ffi::Buffer<ffi::S32> layer,
+                        ffi::Result<ffi::Buffer<ffi::F32>> y, ffi::Span<const int64_t> rows,
+                        int64_t limbs, int64_t arithmetic, int64_t isa) {
+  const char* call = "rabit_signs_matmul";
+  const auto xs = x.dimensions(), ws = w.dimensions(), gs = g.dimensions(), hs = h.dimensions();
+  const bool w_rows = w.element_type() == ffi::U8, x_paths = xs.size() == 3;
+  if (xs.size() < 2 || xs.size() > 3 || gs.size() != 3 || hs.size() != 4 ||
+      ws.size() != (w_rows ? 4u : 5u))
+    return wrong(call, "wrong number of axes");
+  int64_t outputs = 0, tiles = 0;
+  for (int64_t n : rows) outputs += n, tiles += (n + kTile - 1) / kTile;
+  const int64_t inputs = xs[xs.size() - 1], words = (inputs + 255) / 256 * 8;
+  const int64_t l = gs[0], k = gs[1], at = layer.typed_data()[0];
+  const bool has_h = h.element_count() > 0;
+  const bool w_fits = w_rows ? ws[1] == k && ws[2] == outputs && ws[3] == words * 4
+                             : w.element_type() == ffi::U32 && ws[1] == tiles && ws[2] == k &&
+                                   ws[3] == words && ws[4] == kTile;
+  const bool fits = ws[0] == l && w_fits && gs[2] == outputs && k >= 1 && k <= 4 &&
+                    scales_fit(g, h) && limbs >= 1 && limbs <= kMaxLimbs &&
+                    y->dimensions()[0] == xs[0] && y->dimensions()[1] == outputs &&
+                    (!x_paths || xs[1] == k) && at >= 0 && at < l;
+  const bool h_fits = hs[0] == l && hs[1] == k && hs[2] == static_cast<int64_t>(rows.size()) &&
+                      (!has_h || hs[3] == inputs);
+  if (!fits || !h_fits) return wrong(call, "shapes or dtypes do not fit");
+  if (arithmetic == kIntegers && inputs > 32768) return wrong(call, "more than 32768 inputs");
+  if (arithmetic != kIntegers && (x_paths || !has_h))
+    return wrong(call, "floats want x [b, i] and scales h");
+  const bool half = g.element_type() == ffi::F16;
+  const int64_t layer_words = w_rows ? k * outputs * words : tiles * k * words * kTile;
+  const Scales h_all{h.untyped_data(), half};
+  return run(call,
+             {x.typed_data(), x_paths,
+              static_cast<const uint32_t*>(w.untyped_data()) + at * layer_words, w_rows,
+              Scales{g.untyped_data(), half}.from(at * k * outputs),
+              has_h ? h_all.from(at * k * hs[2] * inputs) : Scales{nullptr, half}, true, xs[0],
+              inputs, words * 32, k, outputs, static_cast<int>(limbs),
+              {rows.begin(), rows.end()}, y->typed_data()},
+             arithmetic, isa, pool);
+}
+
+// x [b, i]; w int8 [tile, step, 16, 4]; g [o] -> y [b, o]
+ffi::Error table_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
+                        ffi::AnyBuffer g, ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t limbs,
+                        int64_t isa) {
+  const char* call = "rabit_table_matmul";
+  const auto xs = x.dimensions(), ws = w.dimensions(), gs = g.dimensions();
+  if (xs.size() != 2 || ws.size() != 4 || gs.size() != 1)
+    return wrong(call, "wrong number of axes");
+  const bool fits = ws[0] == (gs[0] + kTile - 1) / kTile && ws[1] == (xs[1] + 3) / 4 &&
+                    ws[2] == kTile && ws[3] == 4 && limbs >= 1 && limbs <= kMaxLimbs &&
+                    y->dimensions()[0] == xs[0] && y->dimensions()[1] == gs[0] &&
+                    scales_fit(g, g);
+  if (!fits) return wrong(call, "shapes or dtypes do not fit");
+  if (xs[1] > 32768) return wrong(call, "more than 32768 inputs");
+  const bool half = g.element_type() == ffi::F16;
+  return run(call,
+             {x.typed_data(), false, reinterpret_cast<const uint32_t*>(w.typed_data()), false,
+              Scales{g.untyped_data(), half}, Scales{nullptr, half}, false, xs[0], xs[1],
+              ws[1] * 4, 1, gs[0], static_cast<int>(limbs), {gs[0]}, y->typed_data()},
+             kIntegers, isa, pool);
+}
+
+// q [b, n g, h]; the stacks k, v [l, b, n, s, h]; allowed [b or 1, s]; layer -> y [b, n g, h]
+ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
+                  ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::PRED> allowed,
+                  ffi::Buffer<ffi::S32> layer, ffi::Result<ffi::Buffer<ffi::F32>> y, double scale,
+                  double cap, int64_t isa) {
+  const char* call = "rabit_attention";
+  const auto qs = q.dimensions(), ks = k.dimensions(), as = allowed.dimensions();
+  if (qs.size() != 3 || ks.size() != 5 || as.size() != 2)
+    return wrong(call, "wrong number of axes");
+  const int64_t at = layer.typed_data()[0], queries = ks[2] ? qs[1] / ks[2] : 0;
+  const bool fits = ks[1] == qs[0] && ks[4] == qs[2] && queries * ks[2] == qs[1] &&
+                    queries <= kMaxQueries && qs[2] % 16 == 0 && as[1] == ks[3] &&
+                    (as[0] == 1 || as[0] == qs[0]) && at >= 0 && at < ks[0] &&
+                    v.element_count() == k.element_count() &&
+                    y->element_count() == q.element_count();
+  if (!fits) return wrong(call, "shapes do not fit");
+  if (isa < 0 || isa >= static_cast<int64_t>(isas().size()))
+    return wrong(call, "no instruction set " + std::to_string(isa));
+  const int64_t offset = at * ks[1] * ks[2] * ks[3] * ks[4];
+  attention({q.typed_data(), k.typed_data() + offset, v.typed_data() + offset,
+             reinterpret_cast<const uint8_t*>(allowed.untyped_data()), as[0] > 1, qs[0], ks[2],
+             ks[3], static_cast<int>(queries), static_cast<int>(qs[2]),
+             static_cast<float>(scale), static_cast<float>(cap), y->typed_data()},
+            *isas()[isa], pool);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace rabit
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rabit_attention, rabit::attend,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<double>("scale")
+                                  .Attr<double>("cap")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rabit_signs_matmul, rabit::signs_matmul,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<xla::ffi::Span<const int64_t>>("rows")
+                                  .Attr<int64_t>("limbs")
+                                  .Attr<int64_t>("arithmetic")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rabit_table_matmul, rabit::table_matmul,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("limbs")
+                                  .Attr<int64_t>("isa"));
+
+// Name of the n-th best instruction set that this machine has, or null.
+extern "C" const char* rabit_isa(int n) {
+  const auto& found = rabit::isas();
+  return n >= 0 && n < static_cast<int>(found.size()) ? found[n]->name : nullptr;
+}
+
+// Whether it multiplies in bfloat16.
+extern "C" int rabit_isa_bfloat16(int n) {
+  const auto& found = rabit::isas();
+  return n >= 0 && n < static_cast<int>(found.size()) && found[n]->bfloat16.inputs_per_step > 0;
+}

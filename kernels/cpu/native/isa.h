@@ -1,0 +1,120 @@
+// What every instruction set provides: the inner loops of the products, as function pointers.
+//
+// Weights lie in tiles of 16 outputs. A step of a tile is 16 dwords, one per output:
+//   signs: the rb256 word; bit 8 b + p of word w = 8 c + m is input 256 c + 32 p + 4 m + b;
+//   table: four consecutive inputs, int8.
+// So "AND with 0x01010101 << p" makes four bytes of each of 16 outputs, and one dot instruction
+// (four bytes by four bytes, added to a dword) multiplies them with four activations that are the
+// same for all outputs: a broadcast dword. No sum ever runs across lanes.
+//
+// Few rows are multiplied as integers: an activation is fixed point, u = scale * v, and v is cut
+// into `limbs` bytes, the most significant first:
+//   signs: |v| < 2^(8 n - 1), the top limb signed, the others unsigned (as `bit_planes`);
+//   table: all limbs signed (as `limbs`), since a dot instruction takes unsigned by signed bytes.
+// Integer sums are exact on every instruction set, and floats are made of them in one order, so
+// all instruction sets return the same bits. Build with -ffp-contract=off.
+//
+// Many rows are multiplied as floats: a tile of W_hat is expanded once, then read for all rows.
+// Every sum runs over the inputs in order by fused multiply-add, so there too the bits agree.
+
+#pragma once
+
+#include <cstdint>
+
+namespace rabit {
+
+constexpr int kTile = 16;
+constexpr int kMaxLimbs = 3;
+constexpr int kMaxRows = 8;           // of activations, in one call of an integer loop
+constexpr int kMaxPanel = 12;         // of activations, in one call of a float loop
+constexpr int kMaxGroup = 2;          // tiles, in one call of a float loop
+constexpr int kBlock = 256;           // inputs that are expanded at a time: one block of rb256
+constexpr int kWordsPerBlock = kBlock / 32;
+
+// One row of activations as integers.
+struct Fixed {
+  float scale;
+  int64_t total;                // sum of v
+  int32_t totals[kMaxLimbs];    // and of each limb
+};
+
+// 16-bit or 32-bit floats, as the scales of weights are stored.
+struct Scales {
+  const void* data;
+  bool half;
+  Scales from(int64_t at) const {
+    return {static_cast<const char*>(data) + at * (half ? 2 : 4), half};
+  }
+};
+
+// sums[m][l][o] = sum_i w[o][i] a[m][l][i] of one tile.
+//   a: dwords [step][8][m][l] for signs, [step][m][l] for a table; signs are 0 or 1 here;
+//   totals: [m][l], sum_i a[m][l][i].
+using Dot = void (*)(const uint32_t* w, const int32_t* a, int64_t steps, const int32_t* totals,
+                     int32_t* sums);
+
+// The integers of one row u = x * h (h.data may be null); limb l of the four inputs of position p
+// goes to out[p * stride + l]. `work` holds 3 * padded floats.
+using Fix = void (*)(const float* x, Scales h, int64_t inputs, int64_t padded, int limbs,
+                     bool signs, float* work, int32_t* out, int64_t stride, Fixed* fixed);
+
+// y[o] += (g[o] scale) float(signs ? 2 sum - total : sum), sum = sum_l 256^(n - 1 - l) sums[l].
+using Add = void (*)(const int32_t* sums, int limbs, const Fixed& fixed, bool signs, Scales g,
+                     int outputs, float* y);
+
+// Floats of n scales.
+using Widen = void (*)(Scales from, int64_t n, float* to);
+
+// W_hat of `inputs` (at most kBlock) inputs of one tile, from its words in that block:
+//   words: path k at words + k * stride, [8][16]; g: floats [k][16]; h: floats, path k at
+//   h + k * h_stride; to: [steps][group][16] dwords, of which this tile's are written.
+using Expand = void (*)(const uint32_t* words, int64_t stride, int k, const float* g,
+                        const float* h, int64_t h_stride, int inputs, int group, uint32_t* to);
+
+// y[r][o] += sum_s w[s][o] x[s][r] for one panel of rows and one group of tiles.
+using Multiply = void (*)(const uint32_t* w, const uint32_t* x, int64_t steps, float* y);
+
+// Rows x[r][0..inputs) of one panel -> dwords [step][panel]; inputs beyond are 0.
+using Panel = void (*)(const float* x, int64_t stride, int rows, int panel, int64_t inputs,
+                       int64_t padded, uint32_t* to);
+
+// The float product; a step is `inputs_per_step` inputs.
+struct Floats {
+  int inputs_per_step;  // 0 where the instruction set has no such product
+  Panel panel;
+  Expand expand;
+  Multiply multiply[kMaxPanel + 1];  // by rows of the panel; only up to `largest_panel`
+};
+
+// Attention of the g queries of one key head to `slots` slots of its cache, as far as it goes:
+//   q: [g][size]; k, v: [slots][size]; allowed: one byte per slot; score = scale q k, capped where
+//   cap > 0: cap tanh(score / cap). Results: acc[g][size] = sum_s e^(score_s - top) v_s and
+//   sum[g] = sum_s e^(score_s - top), top[g] the largest score; no slot allowed gives zeros.
+//   work: kAttentionWork floats. `size` is a multiple of 16.
+using Attend = void (*)(const float* q, const float* k, const float* v, const uint8_t* allowed,
+                        int64_t slots, int g, int size, float scale, float cap, float* work,
+                        float* acc, float* top, float* sum);
+constexpr int kAttentionBlock = 64, kMaxQueries = 32;
+constexpr int kAttentionWork = kAttentionBlock * kMaxQueries;
+
+struct Isa {
+  const char* name;
+  int largest_rows;         // of the integer loops
+  Dot signs[4][kMaxLimbs];  // rows 1, 2, 4, 8; limbs 1, 2, 3
+  Dot table[4][kMaxLimbs];
+  Fix fix;
+  Add add;
+  Widen widen;
+  Attend attend;
+  int largest_panel, group;  // rows and tiles of the float loops
+  Floats float32, bfloat16;
+};
+
+// Null where this build or this machine does not have it.
+const Isa* avx512();
+const Isa* avxvnni();
+const Isa* avx2();
+const Isa* neon();
+const Isa* portable();
+
+}  // namespace rabit

@@ -1,0 +1,186 @@
+"""The native CPU kernel against integers and float64 in NumPy, on every instruction set."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rabit_jax.errors import BadInput
+from rabit_jax.kernels.cpu import calls
+from rabit_jax.kernels.cpu.library import library
+from rabit_jax.kernels.layout import from_tiles, pack_bits, to_table_tiles, to_tiles
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no native CPU kernel on this machine")
+ISAS = library().isas if library() else ()
+# inputs, outputs of each member, k, limbs: tails of blocks, of tiles and of members
+SHAPES = [(1, (1,), 1, 2), (257, (17, 3, 40), 3, 3), (300, (8,), 2, 2), (1000, (33, 15), 4, 2),
+          (64, (5, 16), 2, 1), (513, (20,), 2, 3)]
+BATCHES = (1, 3, 7, 16, 65)
+F32 = np.float32
+
+
+def made(i, rows, k, batch, layers=2):
+    """x, signs `[l, k, o, i]`, g, h of a random problem with a large, a zero and a tiny row."""
+    rng = np.random.default_rng(i + k)
+    o, m = sum(rows), len(rows)
+    signs = rng.integers(0, 2, (layers, k, o, i)).astype(bool)
+    g = rng.uniform(0.5, 1.5, (layers, k, o)).astype(np.float16)
+    h = (rng.uniform(0.5, 1.5, (layers, k, m, i)) * rng.choice([-1, 1], (layers, k, m, i)))
+    h = h.astype(np.float16)
+    h.flat[0] = 3e-7  # a subnormal of float16
+    x = rng.standard_normal((batch, i)).astype(F32)
+    x[0, i // 2] *= 60
+    if batch > 2:
+        x[1], x[2] = 0, x[2] * F32(1e-33)
+    return x, signs, g, h
+
+
+def fixed(u, largest):
+    """int64 `v` and float32 `scale`, by the definition of `activations` with reciprocals."""
+    top = np.abs(u).max(axis=-1)
+    scale = np.where(top < F32(1e-30), F32(1), top * (F32(1) / F32(largest)))
+    q = u * (F32(1) / scale)[:, None]
+    return np.clip(np.round(q), -largest, largest).astype(np.int64), scale
+
+
+def integer_product(x, signs, g, h, rows, limbs):
+    """The float32 result bit by bit: exact sums, then `y += (g scale) sum`, paths in turn."""
+    y, ends = np.zeros((len(x), g.shape[-1]), F32), np.cumsum(rows)
+    for k in range(len(signs)):
+        for m, (start, end) in enumerate(zip(ends - rows, ends, strict=True)):
+            v, scale = fixed(x * h[k, m].astype(F32), 2 ** (8 * limbs - 1) - 1)
+            sums = v @ (2 * signs[k, start:end].astype(np.int64) - 1).T
+            y[:, start:end] += g[k, start:end].astype(F32) * scale[:, None] * sums.astype(F32)
+    return y
+
+
+def float_product(x, signs, g, h, rows):
+    member = np.repeat(np.arange(len(rows)), rows)
+    w = np.einsum("koi,ko,koi->oi", 2.0 * signs - 1, g.astype(float), h[:, member].astype(float))
+    return x.astype(float) @ w.T, np.abs(x.astype(float)) @ np.abs(w).T
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("i, rows, k, limbs", SHAPES)
+def test_integers_are_those_of_numpy_bit_by_bit(isa, i, rows, k, limbs):
+    for batch in BATCHES:
+        x, signs, g, h = made(i, rows, k, batch)
+        want = integer_product(x, signs[1], g[1], h[1], rows, limbs)
+        bits = pack_bits(jnp.asarray(signs))
+        for laid in (bits, to_tiles(bits, rows)):
+            for dtype in (np.float16, F32):
+                y = calls.signs_matmul(x, laid, g.astype(dtype), h.astype(dtype), 1, rows, limbs,
+                                       isa=isa)
+                np.testing.assert_array_equal(y, want)
+
+
+@pytest.mark.parametrize("i, rows, k, limbs", SHAPES)
+def test_floats_are_those_of_float64_and_alike_on_every_instruction_set(i, rows, k, limbs):
+    for batch in (1, 13, 65):
+        x, signs, g, h = made(i, rows, k, batch)
+        bits = pack_bits(jnp.asarray(signs))
+        want, size = float_product(x, signs[1], g[1], h[1], rows)
+        found = [np.asarray(calls.signs_matmul(x, laid, g, h, 1, rows, limbs, calls.FLOAT32, isa))
+                 for isa in ISAS for laid in (bits, to_tiles(bits, rows))]
+        # An error of one rounding for each product and sum.
+        assert (np.abs(found[0] - want) <= 3e-7 * np.sqrt(i + 8) * size + 1e-37).all()
+        for other in found[1:]:
+            np.testing.assert_array_equal(other, found[0])
+
+
+@pytest.mark.parametrize("i, rows, k, limbs", SHAPES)
+def test_bfloat16_rounds_both_factors_once(i, rows, k, limbs):
+    isa = ISAS[0]
+    if not library().bfloat16[0]:
+        pytest.skip("this machine multiplies no bfloat16")
+    for batch in (1, 13, 65):
+        x, signs, g, h = made(i, rows, k, batch)
+        want, size = float_product(x, signs[1], g[1], h[1], rows)
+        tiles = to_tiles(pack_bits(jnp.asarray(signs)), rows)
+        y = calls.signs_matmul(x, tiles, g, h, 1, rows, limbs, calls.BFLOAT16, isa)
+        assert (np.abs(y - want) <= 2 * 2.0**-8 * size + 1e-37).all()
+        assert i < 3 or not (np.abs(y - want) <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("i, o", [(5, 3), (1001, 77), (512, 48)])
+@pytest.mark.parametrize("limbs", [1, 2, 3])
+def test_tables_are_those_of_numpy_bit_by_bit(isa, i, o, limbs):
+    rng = np.random.default_rng(i)
+    table = rng.integers(-128, 128, (o, i)).astype(np.int8)
+    table[0] = -128
+    scale = rng.uniform(0.5, 1.5, o).astype(np.float16)
+    largest = 127 * 256 ** (limbs - 1) - (128 if limbs > 1 else 0)
+    for batch in (1, 3, 17):
+        x = rng.standard_normal((batch, i)).astype(F32)
+        v, one = fixed(x, largest)
+        want = scale.astype(F32) * one[:, None] * (v @ table.T.astype(np.int64)).astype(F32)
+        y = calls.table_matmul(x, to_table_tiles(jnp.asarray(table)), scale, limbs, isa)
+        np.testing.assert_array_equal(y, want)
+
+
+def test_the_largest_sums_do_not_overflow():
+    x = np.full((2, 32768), 1.0, F32)
+    ones = to_tiles(pack_bits(jnp.ones((1, 1, 1, 32768), bool)), (1,))
+    g, h = np.ones((1, 1, 1), F32), np.ones((1, 1, 1, 32768), F32)
+    table = to_table_tiles(jnp.full((1, 32768), -128, jnp.int8))
+    for isa in ISAS:
+        for limbs in (1, 2, 3):
+            y = calls.signs_matmul(x, ones, g, h, 0, (1,), limbs, isa=isa)
+            assert np.abs(np.asarray(y) - 32768).max() < 0.01
+            y = calls.table_matmul(x, table, g[0, 0], limbs, isa)
+            assert np.abs(np.asarray(y) + 128 * 32768).max() < 1
+
+
+def test_each_path_may_have_its_own_activations():
+    x, signs, g, h = made(300, (8,), 2, 3)
+    tiles = to_tiles(pack_bits(jnp.asarray(signs)), (8,))
+    scaled = x[:, None] * h[0, :, 0].astype(F32)
+    y = calls.signs_matmul(scaled, tiles, g, None, 0, (8,), 2)
+    np.testing.assert_array_equal(y, calls.signs_matmul(x, tiles, g, h, 0, (8,), 2))
+
+
+@pytest.mark.parametrize("how", [calls.INTEGERS, calls.FLOAT32])
+def test_nan_stays_in_its_row(how):
+    x, signs, g, h = made(300, (8,), 2, 4)
+    tiles = to_tiles(pack_bits(jnp.asarray(signs)), (8,))
+    x[3, 7] = np.nan
+    y = np.asarray(calls.signs_matmul(x, tiles, g, h, 0, (8,), 2, how))
+    assert np.isnan(y[3]).all() and np.isfinite(y[:3]).all()
+
+
+def test_vmap_multiplies_one_by_one():
+    x, signs, g, h = made(64, (16,), 1, 5)
+    bits = pack_bits(jnp.asarray(signs))
+
+    def one(x):
+        return calls.signs_matmul(x[None], bits, g, h, 0, (16,), 2)[0]
+
+    np.testing.assert_array_equal(jax.vmap(one)(jnp.asarray(x)),
+                                  calls.signs_matmul(x, bits, g, h, 0, (16,), 2))
+
+
+def test_tiles_hold_words_of_16_outputs_and_turn_back():
+    rows = (17, 3)
+    bits = np.random.default_rng(0).integers(0, 256, (2, 3, 20, 64), np.uint8)
+    tiles = np.asarray(to_tiles(jnp.asarray(bits), rows))
+    assert tiles.shape == (2, 3, 3, 16, 16)
+    # The second member begins a tile: output 18 is the second of tile 2.
+    assert tiles[1, 2, 0, 5, 1] == bits[1, 0, 18, 20:24].view(np.uint32)[0]
+    assert not tiles[:, 1, :, :, 1:].any() and not tiles[:, 2, :, :, 3:].any()
+    np.testing.assert_array_equal(from_tiles(jnp.asarray(tiles), rows), bits)
+
+
+def test_more_inputs_than_integers_sum_exactly_are_refused_and_floats_chosen():
+    assert calls.arithmetic(1, 32768, 2, 2, False, "avx512") == calls.INTEGERS
+    assert calls.arithmetic(1, 32769, 2, 2, False, "avx512") == calls.FLOAT32
+    with pytest.raises(BadInput, match="integers got 32769 inputs"):
+        calls.signs_matmul(np.ones((1, 32769), F32), None, None, None, 0, (1,), 2)
+
+
+@pytest.mark.parametrize("isa", calls.COSTS)
+def test_few_rows_are_integers_and_many_are_floats(isa):
+    for k in range(1, 5):
+        hows = [calls.arithmetic(batch, 2048, k, 2, True, isa) for batch in range(1, 200)]
+        assert hows[0] == calls.INTEGERS and hows[-1] == calls.BFLOAT16
+        assert hows == sorted(hows)

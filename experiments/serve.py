@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
              "%(default)s")
     add("--context", type=int, metavar="N",
         help="most tokens of a prompt and its text; default: the positions of the model")
+    add("--head-bits", type=int, choices=(8,), metavar="8",
+        help="round a dense head to 8 bits, as experiments.generate does")
     add("--max-body", type=int, default=1 << 20, metavar="BYTES",
         help="largest body of a request; default %(default)s")
     add("--api-key", metavar="KEY", default=os.environ.get(KEY_VARIABLE),
@@ -166,7 +168,7 @@ def _loaded(args: argparse.Namespace) -> tuple[Any, Any, Worker]:
     if (args.context or positions) > positions:
         raise BadInput(f"--context is {args.context}, the model has {positions} positions: ask for "
                        "no more")
-    engine = prepare(model.config, params)
+    engine = prepare(model.config, params, args.head_bits)
     worker = Worker(engine, tokenizer, model.config.eos_ids, args.slots, args.queue,
                     args.context or positions)
     with progress("compile", worker.warm_steps()) as bar:

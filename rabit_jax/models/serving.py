@@ -21,8 +21,7 @@ from jaxtyping import Bool, Float, Int
 
 from rabit_jax.models.block import Slots, block, rms_norm
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.decoder import embed
-from rabit_jax.models.engine import head_logits, init_cache, over_layers
+from rabit_jax.models.engine import embedded, head_logits, init_cache, over_layers
 from rabit_jax.models.prepared import Engine, layer_at, multiply
 from rabit_jax.models.rotary import (
     Context,
@@ -276,7 +275,7 @@ def _through(
         x, here = block(layer_at(engine, layer), x, view, c, here, multiply)
         return x, here.k, here.v
 
-    return over_layers(engine, one, (embed(engine.embed, tokens, c), slots.k, slots.v))
+    return over_layers(engine, one, (embedded(engine, tokens), slots.k, slots.v))
 
 
 def seen_behind(config: ModelConfig, position: Int[Array, "b t"], slots: int) -> Context:

@@ -23,6 +23,7 @@ from rabit_jax import LLAMA_LINEARS, PackedSign
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.experiments import generate as generate_command
 from rabit_jax.experiments import serve as command
+from rabit_jax.experiments.bench import __main__ as bench
 from rabit_jax.experiments.serving.app import Served, application
 from rabit_jax.experiments.serving.worker import Worker
 from rabit_jax.formats.hf import save_hf
@@ -291,6 +292,18 @@ def test_keys(folders):
             assert [model.id for model in client.models.list()] == ["tiny"]
             assert client.models.retrieve("tiny").owned_by == "rabit_jax"
         assert one.health()["status"] == "ok"
+
+
+def test_the_benchmark_counts_what_the_server_made(packed, capsys):
+    assert bench.main(["server", "--url", f"{packed.url}/v1", "--streams", "1,2", "--tokens", "6",
+                       "--repeats", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["streams"], row["tokens"]) for row in rows] == [(1, 6), (2, 12)]
+    assert all(0 < row["first_token"] <= row["first_token_max"] < row["seconds"] for row in rows)
+    nobody = "http://127.0.0.1:1/v1"
+    for url, message in [(packed.url, "answers 404"), (nobody, "cannot be called")]:
+        assert bench.main(["server", "--url", url]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path, body, status, message", [

@@ -69,12 +69,14 @@ def folders(tmp_path_factory):
 
 
 class Running:
-    """A server in this process, and its worker."""
+    """A server in this process, and its worker; `endless` texts have no end token."""
 
-    def __init__(self, folder, rows=2, waiting=8, context=2048, api_key=None, most_body=1 << 16):
+    def __init__(self, folder, rows=2, waiting=8, context=2048, api_key=None, most_body=1 << 16,
+                 endless=False):
         model, params, self.tokenizer = load_model(folder)
         engine = prepare(model.config, params)
-        self.worker = Worker(engine, self.tokenizer, model.config.eos_ids, rows, waiting, context)
+        ends = () if endless else model.config.eos_ids
+        self.worker = Worker(engine, self.tokenizer, ends, rows, waiting, context)
         served = Served("tiny", 0, self.tokenizer, model.config.vocab_size, self.worker, api_key,
                         most_body)
         self.socket = socket.create_server(("127.0.0.1", 0))  # clients wait until it is served
@@ -258,7 +260,8 @@ def test_32_streams_at_once_are_what_each_is_alone(folders):
 def test_who_goes_frees_the_slot_and_who_comes_too_many_is_told(folders):
     long = {"model": "tiny", "prompt": "the cat", "max_tokens": 2000, "temperature": 0}
     short = {**long, "max_tokens": 4}
-    with running(folders / "packed", rows=1, waiting=1) as one, one.client() as client:
+    with (running(folders / "packed", rows=1, waiting=1, endless=True) as one,
+          one.client() as client):
         stream = client.completions.create(**long, stream=True)
         next(iter(stream))
         (row,) = (row for row in one.worker._held if row)

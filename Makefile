@@ -74,7 +74,7 @@ $(INSTALLED_DOCS): requirements-docs.txt $(INSTALLED)
 	@touch $@
 
 # jax_triton imports beside a CUDA plugin only; its 19 MB alone let a CPU lower kernels for a GPU.
-$(INSTALLED_TEST): requirements-test.txt requirements-eval.txt $(INSTALLED)
+$(INSTALLED_TEST): requirements-test.txt requirements-eval.txt requirements-serve.txt $(INSTALLED)
 	@echo "installing requirements-test.txt into .venv"
 	@$(PIP) -r requirements-test.txt
 	@$(RUN) -c 'import importlib.util as u, sys; sys.exit(not any(u.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)))' \

@@ -38,7 +38,7 @@ SCRIPT = """
 import importlib, sys
 
 ABSENT = ("torch", "triton", "jax_triton", "jax_cuda13_plugin", "lm_eval", "wandb", "gemlite",
-          "humming")
+          "humming", "starlette", "uvicorn")
 
 class Absent:
     def find_spec(self, name, path=None, target=None):

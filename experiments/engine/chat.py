@@ -76,7 +76,7 @@ def _lines() -> Iterator[str]:
 
 def _answer(writer: Writer, tokenizer: Any, messages: Messages) -> str:
     """Prints the answer to the last message and returns it; "" where it does not fit."""
-    ids = _template(tokenizer, messages, writer.model.config.vocab_size)
+    ids = template_ids(tokenizer, messages, writer.model.config.vocab_size)
     most = writer.model.config.max_position
     if len(ids) >= most:
         say(f"the conversation now has {len(ids)} tokens and the model a context of {most}, so the "
@@ -93,19 +93,24 @@ def _answer(writer: Writer, tokenizer: Any, messages: Messages) -> str:
     return text.whole()
 
 
-def _template(tokenizer: Any, messages: Messages, vocab_size: int) -> list[int]:
-    """Token ids of the conversation up to where the answer begins."""
+def template_ids(tokenizer: Any, messages: Messages, vocab_size: int) -> list[int]:
+    """Token ids of the conversation up to where the answer begins.
+
+    Raises:
+      BadInput: a template that refuses the conversation or cannot be applied, no jinja2, or a token
+        that the model does not have.
+    """
     try:
         from jinja2 import TemplateError
     except ImportError:
-        raise BadInput("--chat renders the model's chat template with jinja2, which is not "
+        raise BadInput("the model's chat template is rendered with jinja2, which is not "
                        "installed: pip install jinja2") from None
     try:
         # The template writes the special tokens itself, so the tokenizer adds none.
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
-        raise BadInput(f"the chat template refuses the conversation ({error}): leave --system out "
-                       "or correct the template") from error
+        raise BadInput(f"the chat template refuses the conversation ({error}): leave the system "
+                       "message out or correct the template") from error
     except Exception as error:  # a template is a program, and fails like one
         raise BadInput(f"the chat template cannot be applied ({first_line(error)}): correct "
                        "chat_template in the folder") from error

@@ -20,7 +20,9 @@ from rabit_jax.models.rotary import local_layers, positions, seen_from
 from rabit_jax.types import Array
 from rabit_jax.weights.laid import LaidTable
 
-__all__ = ["Cache", "Engine", "head_logits", "init_cache", "over_layers", "prepare", "step"]
+__all__ = [
+    "Cache", "Engine", "embedded", "head_logits", "init_cache", "over_layers", "prepare", "step",
+]
 Cache: TypeAlias = dict[str, Array]
 Carry = TypeVar("Carry")
 
@@ -74,12 +76,12 @@ def step(
         x, slots = block(layer_at(engine, layer), x, view, c, slots, multiply)
         return x, slots.k, slots.v
 
-    x, k, v = over_layers(engine, one, (_embedded(engine, tokens), cache["k"], cache["v"]))
+    x, k, v = over_layers(engine, one, (embedded(engine, tokens), cache["k"], cache["v"]))
     last = rms_norm(x[:, -1], engine.final_norm, c)
     return head_logits(engine, last), {"k": k, "v": v, "valid": valid, "length": start + t}
 
 
-def _embedded(engine: Engine, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+def embedded(engine: Engine, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     """What the first layer reads: rows of the embedding."""
     with jax.named_scope("embed"):
         # XLA's CPU widens a 16-bit table to take rows of it, and in a loop would widen all of it

@@ -151,7 +151,7 @@ def test_wrong_options_are_one_sentence_and_exit_code_2(arguments, message, caps
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", ["step", "svid", "kernels", "decode", "aot"])
+@pytest.mark.parametrize("name", ["step", "svid", "kernels", "decode", "aot", "server"])
 def test_help_has_examples_that_parse(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.run([name, "--help"])

@@ -87,14 +87,17 @@ def test_any_other_error_propagates():
         console.main_guard(raising(ValueError("bug")))
 
 
-@pytest.mark.parametrize("name", ["run", "ptq", "ablate", "evaluate", "generate", "export", "push"])
+@pytest.mark.parametrize("name", ["run", "ptq", "ablate", "evaluate", "generate", "serve", "export",
+                                  "push"])
 def test_every_command_tells_its_versions_and_completes(name, capsys):
     main = importlib.import_module(f"rabit_jax.experiments.{name}").main
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
     assert ended.value.code == 0
-    assert list(lines) == ["rabit_jax", "jax", "jaxlib", "python", "device"]
+    # The last line says what multiplies packed weights on a CPU.
+    wanted = ["rabit_jax", "jax", "jaxlib", "python", "device"]
+    assert list(lines) == wanted + ["packed"] * (jax.default_backend() == "cpu")
     assert lines["rabit_jax"] == rabit_jax.__version__ and lines["jax"] == jax.__version__
     with pytest.raises(SystemExit):
         main(["--print-completion", "bash"])

@@ -1,0 +1,438 @@
+"""The thread that makes the texts of all requests in one batch.
+
+A turn reads some of a waiting prompt, then makes some tokens for every text that has a row. The
+batch has as many rows and slots as are in use, rounded up to powers of two, so that few texts cost
+little.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rabit_jax.experiments.serving.settings import Failure, Piece, Settings, Tell, Token
+from rabit_jax.experiments.serving.writing import Writing
+from rabit_jax.models import serving
+from rabit_jax.models.prepared import Engine
+from rabit_jax.progress import Progress
+from rabit_jax.types import Array, Tokenizer
+
+STEPS = 4  # tokens of a row that one call makes
+PIECES = (16, 64, 256)  # lengths that pieces of prompts are padded to; the last divides all slots
+PATIENCE = 8  # turns after which a batch of which half is free gets smaller
+
+
+class Full(Exception):
+    """No place is left for a request; `seconds` is when to ask again."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"the queue is full, try again in {seconds} s")
+        self.seconds = seconds
+
+
+class Choice:
+    """One text that a request wants.
+
+    Args:
+      settings: how it is made.
+      tell: called by the worker with each `Piece`, or with the `Failure` that ends it.
+    """
+
+    def __init__(self, settings: Settings, tell: Tell) -> None:
+        self.settings, self.tell = settings, tell
+        self.cancelled = self.over = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody still waits for more of it."""
+        return not (self.cancelled or self.over)
+
+    def fail(self, failure: Failure) -> None:
+        """End it."""
+        self.over = True
+        self.tell(failure)
+
+
+@dataclass
+class Prompt:
+    """The ids of a prompt, and the texts that continue it."""
+
+    ids: list[int]
+    choices: list[Choice]
+
+
+@dataclass
+class Row:
+    """A text that has a row of the batch.
+
+    Attributes:
+      choice: whose text it is.
+      writing: its text.
+      ends: tokens that end it.
+      length: tokens in the cache.
+      made: new tokens.
+      told: tokens to be reported with the next piece, and how many were made.
+    """
+
+    choice: Choice
+    writing: Writing
+    ends: frozenset[int]
+    length: int
+    made: int = 0
+    told: list[Token] = field(default_factory=list)
+    untold: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Reading:
+    """A prompt that is being read."""
+
+    prompt: Prompt
+    cache: serving.Cache
+    read: int = 0
+    logits: Array | None = None
+
+
+class Worker:
+    """Answers prompts until it is closed.
+
+    Args:
+      engine: from `prepare`.
+      tokenizer: of transformers.
+      eos_ids: tokens that end every text.
+      rows: most texts at once.
+      waiting: most texts that wait for a row.
+      context: most tokens of a prompt and its text.
+      failed: called, in the worker's thread, when an error ends it.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, eos_ids: Sequence[int], rows: int,
+        waiting: int, context: int, failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.engine, self.tokenizer, self.eos_ids = engine, tokenizer, frozenset(eos_ids)
+        self.ends = jnp.asarray(sorted(self.eos_ids) or [-2], jnp.int32)
+        self.rows, self.most_waiting, self.context, self.failed = rows, waiting, context, failed
+        self.special = {str(text): i for text, i in tokenizer.get_added_vocab().items()}
+        self.failure: BaseException | None = None
+        self._changed = threading.Condition()
+        self._waiting: deque[Prompt] = deque()
+        self._closing = False
+        self._reading: Reading | None = None
+        self._held: list[Row | None] = [None]
+        self._batch = serving.empty(engine.config, 1, PIECES[-1])
+        self._roomy, self._seconds = 0, 1.0
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+
+    # what other threads call
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def submit(self, prompts: Sequence[Prompt]) -> None:
+        """Take prompts to be answered.
+
+        Raises:
+          Full: all rows are in use and the queue has no place for them.
+        """
+        wanted = sum(len(prompt.choices) for prompt in prompts)
+        with self._changed:
+            free = self.rows - self.running
+            if self.waiting + wanted > self.most_waiting + free or self._closing:
+                rounds = math.ceil((self.waiting + 1) / self.rows)
+                raise Full(min(60, max(1, math.ceil(rounds * self._seconds))))
+            self._waiting.extend(prompts)
+            self._changed.notify_all()
+
+    def cancel(self, choices: Sequence[Choice]) -> None:
+        """Nobody waits for these any more: their rows are free from the next turn on."""
+        with self._changed:
+            for choice in choices:
+                choice.cancelled = True
+            self._changed.notify_all()
+
+    def close(self, now: bool = False) -> None:
+        """End the thread when all that was submitted is answered, or at its next turn."""
+        with self._changed:
+            self._closing = True
+            if now:
+                self.cancel(self._all())
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def running(self) -> int:
+        """Texts that have a row."""
+        with self._changed:
+            return sum(row is not None for row in self._held)
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait for one."""
+        with self._changed:
+            return sum(choice.wanted for prompt in self._prompts() for choice in prompt.choices)
+
+    def _prompts(self) -> list[Prompt]:
+        """The prompts whose texts have no row yet."""
+        return [*self._waiting, *([self._reading.prompt] if self._reading else ())]
+
+    def _all(self) -> list[Choice]:
+        """All texts that wait or have a row."""
+        waiting = [choice for prompt in self._prompts() for choice in prompt.choices]
+        return waiting + [row.choice for row in self._held if row]
+
+    def warm(self, bar: Progress) -> None:
+        """Compile what short prompts and texts need, before the worker starts; the bar counts
+        `warm_steps`."""
+        sizes, done = self.row_sizes(), 0
+        logits, cache = None, serving.empty_cache(self.engine.config, PIECES[-1])
+        for size in PIECES:
+            logits, cache = self._piece([0], size, cache, 0)
+            bar.update(done := done + 1)
+        one = sampling_of(Settings(1, 0.0, 1.0, 0))
+        for size in sizes:
+            self._resize(size, PIECES[-1])
+            self._batch, made = serving.admit(self._batch, np.int32(0), cache, logits, np.int32(1),
+                                              one, np.int32(1), self.ends)
+            self._batch, made = serving.decode(self.engine, self._batch, self.ends, STEPS)
+            jax.block_until_ready(made)
+            bar.update(done := done + 1)
+        self._resize(1, PIECES[-1])
+
+    def warm_steps(self) -> int:
+        """Programs that `warm` compiles."""
+        return len(PIECES) + len(self.row_sizes())
+
+    def row_sizes(self) -> list[int]:
+        """Numbers of rows that a batch may have: powers of two, and the most."""
+        return sorted({min(2**n, self.rows) for n in range(self.rows.bit_length() + 1)})
+
+    # the thread
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            self.failure = error
+            self._fail_all()
+            self.failed()
+
+    def _turn(self) -> bool:
+        """Some tokens for everybody; False when closed."""
+        with self._changed:
+            while not (self._waiting or self._reading or self.running or self._closing):
+                self._changed.wait()
+            if not (self._waiting or self._reading or self.running):
+                return False
+        for number, row in enumerate(self._held):
+            if row and not row.choice.wanted:
+                self._free(number)
+        self._read()
+        if self.running:
+            self._decode()
+        return True
+
+    def _fail_all(self) -> None:
+        failure = Failure(500, "the server has failed, its log says why")
+        with self._changed:
+            self._closing = True
+            choices = self._all()
+            self._waiting.clear()
+            self._reading, self._held = None, [None]
+        for choice in choices:
+            if choice.wanted:
+                choice.fail(failure)
+
+    # prompts
+
+    def _read(self) -> None:
+        """Reads prompts, of 256 tokens or less in all, and gives those that are read a row."""
+        budget = PIECES[-1]
+        while budget > 0 and self.running < self.rows:
+            reading = self._next()
+            if reading is None:
+                return
+            ids = reading.prompt.ids
+            if reading.read < len(ids):
+                piece = ids[reading.read : reading.read + PIECES[-1]]
+                size = next(size for size in PIECES if size >= len(piece))
+                reading.logits, reading.cache = self._piece(
+                    piece, size, reading.cache, reading.read)
+                reading.read += len(piece)
+                budget -= size
+            if reading.read == len(ids):
+                self._admit(reading)
+
+    def _next(self) -> Reading | None:
+        """The prompt to read now: that of before, or the first of those that wait."""
+        with self._changed:
+            if self._reading and not any(c.wanted for c in self._reading.prompt.choices):
+                self._reading = None
+            while self._reading is None and self._waiting:
+                prompt = self._waiting.popleft()
+                if any(choice.wanted for choice in prompt.choices):
+                    slots = self._slots(len(prompt.ids))
+                    cache = serving.empty_cache(self.engine.config, slots)
+                    self._reading = Reading(prompt, cache)
+            return self._reading
+
+    def _piece(
+        self, piece: Sequence[int], size: int, cache: serving.Cache, start: int
+    ) -> tuple[Array, serving.Cache]:
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, : len(piece)] = piece
+        return serving.read(self.engine, cache, tokens, np.int32(start), np.int32(len(piece)))
+
+    def _admit(self, reading: Reading) -> None:
+        """Gives the texts of a prompt their rows, as far as there are any."""
+        choices, length = reading.prompt.choices, len(reading.prompt.ids)
+        while choices and self.running < self.rows:
+            choice = choices[0]
+            if choice.wanted:
+                self._grow(self.running + 1, max(length + 1, reading.cache.k.shape[3]))
+                number = self._held.index(None)
+                assert reading.logits is not None
+                self._batch, made = serving.admit(
+                    self._batch, np.int32(number), reading.cache, reading.logits,
+                    np.int32(length), sampling_of(choice.settings),
+                    np.int32(choice.settings.max_tokens), self.ends)
+                stop = choice.settings.stop
+                row = Row(choice, Writing(self.tokenizer, reading.prompt.ids, stop),
+                          frozenset(self.special[s] for s in stop if s in self.special), length)
+                with self._changed:
+                    choices.pop(0)
+                    self._held[number] = row
+                self._hand_out(jax.device_get(made), [number])
+            else:
+                with self._changed:
+                    choices.pop(0)
+        if not choices:
+            with self._changed:
+                self._reading = None
+
+    # tokens
+
+    def _decode(self) -> None:
+        self._fit()
+        self._batch, made = serving.decode(self.engine, self._batch, self.ends, STEPS)
+        found = jax.device_get(made)
+        for row, tokens in zip(self._held, found.tokens, strict=True):
+            if row:
+                row.length += int((tokens != serving.NOTHING).sum())
+        self._hand_out(found, range(len(self._held)))
+
+    def _hand_out(self, made: serving.Made, numbers: Sequence[int]) -> None:
+        """Tells the texts of these rows what was made for them, row by row."""
+        for index, number in enumerate(numbers):
+            row = self._held[number]
+            if row is None:
+                continue
+            new = [n for n, token in enumerate(made.tokens[index]) if token != serving.NOTHING]
+            finish = None
+            for n in new:
+                finish = finish or self._written(row, made, index, n)
+            if made.broken[index]:
+                row.choice.fail(Failure(
+                    500, "the logits hold NaN or infinity: the model's weights are damaged or "
+                         f"overflow {self.engine.config.dtype}, pack or load them again"))
+                self._free(number, stopped=True)
+            elif finish:
+                self._tell(row, row.writing.rest() if not row.writing.stopped else "", finish)
+                row.choice.over = True
+                taken = time.monotonic() - row.began
+                self._seconds += 0.2 * (taken - self._seconds)
+                self._free(number)
+
+    def _written(self, row: Row, made: serving.Made, index: int, n: int) -> str | None:
+        """Adds a token to a text; why the text ends there, or None."""
+        token, settings = int(made.tokens[index][n]), row.choice.settings
+        row.made += 1
+        row.untold += 1
+        if token in self.eos_ids or token in row.ends:
+            return "stop"
+        if settings.alternatives is not None:
+            shown = zip(made.top[index][n].tolist(), made.top_logprobs[index][n].tolist(),
+                        strict=True)
+            top = tuple(shown)[: settings.alternatives]
+            row.told.append(Token(token, float(made.logprob[index][n]), top))
+        text = row.writing.add(token)
+        if text:
+            self._tell(row, text, None)
+        if row.writing.stopped:
+            return "stop"
+        return "length" if row.made == settings.max_tokens else None
+
+    def _tell(self, row: Row, text: str, finish: str | None) -> None:
+        row.choice.tell(Piece(text, tuple(row.told), row.untold, finish))
+        row.told, row.untold = [], 0
+
+    def _free(self, number: int, stopped: bool = False) -> None:
+        if not stopped:
+            self._batch = serving.stop(self._batch, np.int32(number))
+        with self._changed:
+            self._held[number] = None
+
+    # the size of the batch
+
+    def _slots(self, tokens: int) -> int:
+        """Slots for so many tokens: 256 times a power of two, at most those of the context."""
+        unit = PIECES[-1]
+        blocks = max(1, -(-tokens // unit))
+        most = -(-self.context // unit)
+        return unit * min(1 << (blocks - 1).bit_length(), max(most, blocks))
+
+    def _needed(self) -> int:
+        """Slots that the rows need for the next call."""
+        longest = max((row.length for row in self._held if row), default=0)
+        return self._slots(min(longest + STEPS, self.context))
+
+    def _grow(self, rows: int, slots: int) -> None:
+        """Makes the batch hold so many rows and slots, and those that there are."""
+        have_rows, have_slots = len(self._held), self._batch.k.shape[3]
+        if not self.running:
+            have_rows, have_slots = 0, 0
+        rows = max(next(size for size in self.row_sizes() if size >= rows), have_rows)
+        slots = max(self._slots(slots), self._needed(), have_slots)
+        self._resize(rows, slots)
+
+    def _fit(self) -> None:
+        """Makes the batch larger where it must be, and smaller where half of it is long unused."""
+        rows = next(size for size in self.row_sizes() if size >= self.running)
+        slots, have = self._needed(), (len(self._held), self._batch.k.shape[3])
+        if slots > have[1]:
+            self._resize(max(rows, have[0]), slots)
+        self._roomy = self._roomy + 1 if 2 * rows <= have[0] or 2 * slots <= have[1] else 0
+        if self._roomy > PATIENCE:
+            self._resize(rows, slots)
+
+    def _resize(self, rows: int, slots: int) -> None:
+        if (rows, slots) == (len(self._held), self._batch.k.shape[3]):
+            return
+        kept = [n for n, row in enumerate(self._held) if row]
+        source = np.zeros(rows, np.int32)
+        source[: len(kept)] = kept
+        self._batch = serving.resize(self._batch, source, np.int32(len(kept)), slots)
+        with self._changed:
+            self._held = [self._held[n] for n in kept] + [None] * (rows - len(kept))
+        self._roomy = 0
+
+
+def sampling_of(settings: Settings) -> serving.Sampling:
+    """The settings of one row."""
+    low, high = np.uint32(settings.seed & 0xFFFFFFFF), np.uint32(settings.seed >> 32 & 0xFFFFFFFF)
+    key = jax.random.fold_in(jax.random.key(low), high)
+    return serving.Sampling(
+        key[None], jnp.array([settings.temperature]), jnp.array([settings.top_p]),
+        jnp.array([settings.alternatives is not None]))

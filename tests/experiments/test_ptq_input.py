@@ -27,7 +27,7 @@ from rabit_jax.formats.tokenizer import load_tokenizer
         (("calibrate.length=128",), "the model has 64 positions"),
         (("evaluate.context=128",), "the model has 64 positions"),
         (("evaluate.models=[student]",), "evaluate.models[0]"),
-        (("init.quantise=[head/kernel]",), "kernels of the blocks"),
+        (("init.quantise=[head/kernel]",), "no kernel to quantise in the blocks"),
         (("init.keep=[layers/.*/kernel]",), "no kernel to quantise"),
         (("init.quantise=[layers/nothing/kernel]",), "matches no parameter"),
     ],

@@ -130,10 +130,13 @@ def packed_matmul(
     _check(x, bits, g, h, rows, limbs)
     x, g, h = map(_without_derivative, (x, g, h))
     flat = x.reshape(-1, x.shape[-1])
+    # Weights that nobody laid for decoding are evaluated: as exactly as floats are, on a CPU.
+    floats = impl is None and bits.dtype == jnp.uint8
     impl = impl or chosen(flat.shape[0], flat.shape[1], bits.dtype == jnp.uint32)
     layer = jnp.asarray(layer, jnp.int32)
     if impl == "native":
-        y = _native(flat, bits, g, h, layer, rows, limbs, short or x.dtype == jnp.bfloat16)
+        short = short or x.dtype == jnp.bfloat16
+        y = _native(flat, bits, g, h, layer, rows, limbs, short, floats)
     elif impl == "unpacked":
         bits, g, h, layer = _layer_of_tiles(bits, g, h, layer, rows)
         y = reference.unpacked_matmul(flat, bits, g, h, layer, rows)
@@ -216,11 +219,12 @@ def laid_bits(bits: jax.Array, rows: tuple[int, ...], platform: str) -> jax.Arra
 
 def _native(
     x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array | None, layer: jax.Array,
-    rows: tuple[int, ...], limbs: int, short: bool | None,
+    rows: tuple[int, ...], limbs: int, short: bool | None, floats: bool = False,
 ) -> jax.Array:
     """The product by the native CPU kernel: arguments as those of its `signs_matmul`.
 
-    `short`: whether many rows may be multiplied in bfloat16; None wants integers for any number.
+    `short`: whether many rows may be multiplied in bfloat16; None wants integers for any number,
+    and `floats` for none.
     """
     from rabit_jax.kernels.cpu import calls
 
@@ -231,8 +235,13 @@ def _native(
     same = g.dtype in (jnp.float16, jnp.float32) and (h is None or h.dtype == g.dtype)
     if not same:
         g, h = g.astype(jnp.float32), None if h is None else h.astype(jnp.float32)
-    how = calls.INTEGERS if short is None else calls.arithmetic(
-        x.shape[0], x.shape[-1], g.shape[1], limbs, short, calls.isa_in_use())
+    if short is None:
+        how = calls.INTEGERS
+    elif floats:
+        how = calls.BFLOAT16 if short else calls.FLOAT32
+    else:
+        how = calls.arithmetic(
+            x.shape[0], x.shape[-1], g.shape[1], limbs, short, calls.isa_in_use())
     return calls.signs_matmul(x.astype(jnp.float32), bits, g, h, layer, rows, limbs, how)
 
 

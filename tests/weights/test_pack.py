@@ -101,9 +101,8 @@ def test_packed_dense_is_its_bits_and_scales(k, pairs):
     np.testing.assert_allclose(got, dense64(packed), rtol=0, atol=1e-6)
 
 
-# On a CPU a few rows are rounded to fixed point of 16 bits.
 @pytest.mark.parametrize(
-    "dtype, tolerance", [("float32", 1e-4), ("bfloat16", 4e-3), ("float16", 1e-3)]
+    "dtype, tolerance", [("float32", 1e-6), ("bfloat16", 4e-3), ("float16", 1e-3)]
 )
 def test_packed_matmul_is_the_product(dtype, tolerance, pairs):
     packed = first(pairs[2][1])

@@ -314,7 +314,8 @@ def signs_matmul(
 def chosen(batch: int, inputs: int, words: bool) -> str:
     """What `choose` gives for the first device.
 
-    The first call on a CPU may compile the native kernel, that on a GPU runs the self-tests.
+    The first call on a CPU may compile the native kernel, that on a GPU runs the self-test of the
+    kernel that it would choose.
     """
     platform = jax.devices()[0].platform
     where = platform, cuda_capability(), batch, inputs, words
@@ -323,8 +324,9 @@ def chosen(batch: int, inputs: int, words: bool) -> str:
         return name
     from rabit_jax.kernels.gpu import triton_b1, triton_int8
 
-    b1_works = name != "triton_b1" or triton_b1.works(where[1])
-    return choose(*where, b1_works, triton_int8.works(where[1]))
+    if name == "triton_b1" and triton_b1.works(where[1]):
+        return name
+    return choose(*where, b1_works=False, triton_works=triton_int8.works(where[1]))
 
 
 def _check(x: Any, bits: Any, g: Any, h: Any, rows: tuple[int, ...], limbs: int) -> None:

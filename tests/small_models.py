@@ -1,12 +1,16 @@
 """Small decoders, as params and as folders, that tests of several packages share."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
+from rabit_jax import LLAMA_LINEARS
 from rabit_jax.formats.hf import save_hf
+from rabit_jax.formats.packed_model import save_packed
 from rabit_jax.kernels.layout import from_stored, stored_bytes
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, init_params, param_shapes
@@ -117,3 +121,27 @@ def words():
         return plain
 
     return make
+
+
+# A chat template that refuses one message, and writes each other as "[role] content".
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'forbidden' %}{{ raise_exception('not so') }}"
+    "{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def save_random_folders(root, config, tokenizer):
+    """Writes `root/dense` and `root/packed`, a random model and one of one random sign path."""
+    rng = np.random.default_rng(3)
+    dense = {path: jnp.asarray(rng.normal(size=shape), jnp.float32)
+             for path, shape in param_shapes(config).items()}
+    packed = dict(dense)
+    for path, value in dense.items():
+        if re.fullmatch(LLAMA_LINEARS, path):
+            l, i, o = value.shape
+            bits = jnp.asarray(rng.integers(0, 256, (l, 1, o, 32), np.uint8))
+            g, h = (jnp.full((l, 1, n), 0.7, jnp.float16) for n in (o, i))
+            packed[path] = PackedSign(bits, g, h)
+    save_hf(root / "dense", config, unflatten_dict(dense, sep="/"), tokenizer)
+    save_packed(root / "packed", config, unflatten_dict(packed, sep="/"), tokenizer)

@@ -141,7 +141,7 @@ def product_rows(
     cache, source = last_level_cache()
     say(f"last-level cache {cache / 1e6:.0f} MB ({source}); a call that does nothing takes "
         f"{call_seconds() * 1e6:.1f} us, included in every row")
-    for line in torch_cases.missing():
+    for line in dict.fromkeys(torch_cases.missing().values()):
         say(line)
     copy, rows = Copy(cache), []
     groups = [(shape, batch) for shape in shapes for batch in batches]

@@ -17,6 +17,7 @@ import numpy as np
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels.bench.case import SAMPLE_OUTPUTS, SAMPLE_ROWS, activations, relative_error
 
+LIBRARIES = ("gemlite", "humming")
 GROUP = 128
 PRODUCTS = 16  # in one graph
 
@@ -30,24 +31,23 @@ class Linear(NamedTuple):
     matrix: Any
 
 
-def missing() -> list[str]:
-    """Why a library cannot be measured, a few words each."""
+def missing() -> dict[str, str]:
+    """The libraries that cannot be measured, and a line that says why."""
+    both = "so gemlite and Humming have no rows"
     if importlib.util.find_spec("torch") is None:
-        return ["torch is not installed, so gemlite and Humming have no rows"]
+        return dict.fromkeys(LIBRARIES, f"torch is not installed, {both}")
     if not _torch().cuda.is_available():
-        return ["torch finds no CUDA, so gemlite and Humming have no rows"]
-    return [f"{name} is not installed, so it has no rows"
-            for name in ("gemlite", "humming") if importlib.util.find_spec(name) is None]
+        return dict.fromkeys(LIBRARIES, f"torch finds no CUDA, {both}")
+    return {name: f"{name} is not installed, so it has no rows"
+            for name in LIBRARIES if importlib.util.find_spec(name) is None}
 
 
 def cases(inputs: int, outputs: int, batch: int) -> list[TorchCase]:
     """The cases of the libraries that are there, at one shape and batch."""
-    if importlib.util.find_spec("torch") is None or not _torch().cuda.is_available():
-        return []
     makers = {"gemlite": {"gemlite_w1": (gemlite, 1), "gemlite_w2": (gemlite, 2)},
               "humming": {"humming_w2": (humming, 2)}}
     return [TorchCase(impl, make, bits, inputs, outputs, batch)
-            for name, found in makers.items() if importlib.util.find_spec(name) is not None
+            for name, found in makers.items() if name not in missing()
             for impl, (make, bits) in found.items()]
 
 

@@ -77,9 +77,8 @@ def limb_columns(
       `[k, m, columns]`, what one unit of q stands for.
     """
     k, m = u.shape[1:3]
-    laid = -(-row_bytes // block) * block * 8
     constants, grid = limb_plan(u.shape, limbs, row_bytes, block, columns, per_row)
-    outs = [jax.ShapeDtypeStruct((k, m, columns, laid), jnp.int8),
+    outs = [jax.ShapeDtypeStruct((k, m, columns, inputs_of(row_bytes, block)), jnp.int8),
             jax.ShapeDtypeStruct((k, m, grid[0], columns), jnp.int32),
             jax.ShapeDtypeStruct((k, m, columns), jnp.float32)]
     q, total, scale = call(lay_limbs, [u], outs, grid, WARPS, 1, version, constants)
@@ -91,10 +90,19 @@ def limb_plan(
 ) -> tuple[dict[str, int], tuple[int, int, int]]:
     """The constants of `lay_limbs` and its grid for activations of a shape `[b, k, m, i]`."""
     b, k, m, i = shape
-    laid = -(-row_bytes // block) * block * 8
     constants = {"INPUTS": i, "ROW_BYTES": row_bytes, "LIMBS": limbs, "BLOCK": block, "BATCH": b,
                  "COLUMNS": columns, "PER_ROW": per_row, "CHUNK": chunk(i), "LAID": LIMB_INPUTS}
-    return constants, (-(-laid // LIMB_INPUTS), k * m, columns // per_row)
+    return constants, (limb_parts(row_bytes, block), k * m, columns // per_row)
+
+
+def inputs_of(row_bytes: int, block: int) -> int:
+    """Inputs that the blocks of a row meet, those that come twice included."""
+    return -(-row_bytes // block) * block * 8
+
+
+def limb_parts(row_bytes: int, block: int) -> int:
+    """Parts of the inputs that `lay_limbs` lays one by one, each with its own totals."""
+    return -(-inputs_of(row_bytes, block) // LIMB_INPUTS)
 
 
 def chunk(inputs: int) -> int:
@@ -104,15 +112,17 @@ def chunk(inputs: int) -> int:
 
 @static
 def _repeated(row_bytes, block):
-    """Inputs at the front of the last block that the block before it has read, see `lay_inputs`."""
+    """Inputs at the front of the last block of a row that the block before it has read."""
     whole = row_bytes // block * block
     return 8 * (block - (row_bytes - whole)) if whole and row_bytes > whole else 0
 
 
 @jit
 def _input_at(place, ROW_BYTES: tl.constexpr, BLOCK: tl.constexpr, INPUTS: tl.constexpr):
-    """The input that the blocks of a row meet at `place`, as `triton_tiles.lay_inputs` lays them,
-    and whether there is one."""
+    """The input that the blocks of a row meet at `place`, and whether there is one.
+
+    The last block ends where the row ends, and what the block before it has read is none there.
+    """
     WHOLE: tl.constexpr = ROW_BYTES // BLOCK * BLOCK * 8
     REPEATED: tl.constexpr = _repeated(ROW_BYTES, BLOCK)
     last = place >= WHOLE

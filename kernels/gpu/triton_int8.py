@@ -18,7 +18,7 @@ import jax
 
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels.gpu.device import capability, passes
-from rabit_jax.kernels.gpu.triton_activations import LIMB_INPUTS, limb_columns
+from rabit_jax.kernels.gpu.triton_activations import limb_columns, limb_parts
 from rabit_jax.kernels.gpu.triton_tiles import (
     block_start,
     count,
@@ -128,12 +128,11 @@ def plan(
     """Tiles, the kernel's constants and its grid for bits of shape `[l, k, o, bytes]`."""
     cut = tiles(batch, limbs, bits[3])
     row_tiles = sum(-(-n // cut.tile) for n in rows)
-    blocks = -(-bits[3] // cut.block)
-    parts = splits(row_tiles * bits[1] * cut.chunks, blocks)
+    parts = splits(row_tiles * bits[1] * cut.chunks, -(-bits[3] // cut.block))
     constants = {
         "ROWS": rows, "ROW_BYTES": bits[3], "PATHS": bits[1], "SPLITS": parts, "BATCH": batch,
         "LIMBS": cut.per_row, "COLUMNS": cut.columns, "CHUNKS": cut.chunks, "SUMS": cut.sums,
-        "TILE": cut.tile, "BLOCK": cut.block, "PARTS": -(-blocks * cut.block * 8 // LIMB_INPUTS),
+        "TILE": cut.tile, "BLOCK": cut.block, "PARTS": limb_parts(bits[3], cut.block),
         "ASM": True,
     }
     return cut, constants, (row_tiles, bits[1] * parts, cut.chunks)

@@ -19,17 +19,13 @@ from rabit_jax.formats.packed_model import load_model
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
 from rabit_jax.models.generation import _extend, _prefill, generate
+from tests.small_models import CHAT_TEMPLATE
 
 pytest.importorskip("jinja2", reason="chat templates are rendered by jinja2")
 
 CONFIG = ModelConfig(
     vocab_size=300, d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_hidden=48,
     bos_id=0, eos_ids=(), max_position=200,
-)
-TEMPLATE = (
-    "{% for m in messages %}{% if m.content == 'forbidden' %}{{ raise_exception('not so') }}"
-    "{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 QUESTIONS = "the cat?\nwhere is the mat?\n"
 
@@ -41,7 +37,7 @@ def folder(tmp_path_factory):
     params = {path: jnp.asarray(rng.normal(size=shape), jnp.float32)
               for path, shape in param_shapes(CONFIG).items()}
     tokenizer = train_tokenizer(["[user] the cat sat on the mat\n[assistant] the cat"] * 3, 300)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     folder = tmp_path_factory.mktemp("models") / "chat"
     save_hf(folder, CONFIG, unflatten_dict(params, sep="/"), tokenizer)
     return folder

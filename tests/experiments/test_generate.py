@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 
-from rabit_jax import LLAMA_LINEARS, PackedSign
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.experiments import generate as command
 from rabit_jax.experiments.engine.continuing import Writer
 from rabit_jax.formats.hf import save_hf
-from rabit_jax.formats.packed_model import load_model, save_packed
+from rabit_jax.formats.packed_model import load_model
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.decoder import Decoder, param_shapes
+from rabit_jax.models.decoder import Decoder
+from tests.small_models import save_random_folders
 
 CONFIG = ModelConfig(
     vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_hidden=48,
@@ -30,19 +29,9 @@ CONFIG = ModelConfig(
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A dense and a packed folder of tiny random models, with a tokenizer."""
-    root, rng = tmp_path_factory.mktemp("models"), np.random.default_rng(3)
-    dense = {path: jnp.asarray(rng.normal(size=shape), jnp.float32)
-             for path, shape in param_shapes(CONFIG).items()}
-    packed = dict(dense)
-    for path, value in dense.items():
-        if re.fullmatch(LLAMA_LINEARS, path):
-            l, i, o = value.shape
-            bits = jnp.asarray(rng.integers(0, 256, (l, 1, o, 32), np.uint8))
-            g, h = (jnp.full((l, 1, n), 0.7, jnp.float16) for n in (o, i))
-            packed[path] = PackedSign(bits, g, h)
+    root = tmp_path_factory.mktemp("models")
     tokenizer = train_tokenizer(["the cat sat on the mat, the cat ran"] * 3, 300)
-    save_hf(root / "dense", CONFIG, unflatten_dict(dense, sep="/"), tokenizer)
-    save_packed(root / "packed", CONFIG, unflatten_dict(packed, sep="/"), tokenizer)
+    save_random_folders(root, CONFIG, tokenizer)
     return root
 
 

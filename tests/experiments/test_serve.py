@@ -15,11 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 
-from rabit_jax import LLAMA_LINEARS, PackedSign
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.experiments import generate as generate_command
 from rabit_jax.experiments import serve as command
@@ -27,10 +24,10 @@ from rabit_jax.experiments.bench import __main__ as bench
 from rabit_jax.experiments.serving.app import Served, application
 from rabit_jax.experiments.serving.worker import Worker
 from rabit_jax.formats.hf import save_hf
-from rabit_jax.formats.packed_model import load_model, save_packed
+from rabit_jax.formats.packed_model import load_model
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.decoder import param_shapes
 from rabit_jax.models.prepared import prepare
+from tests.small_models import CHAT_TEMPLATE, save_random_folders
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
@@ -40,31 +37,16 @@ CONFIG = ModelConfig(
     vocab_size=300, d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_hidden=48,
     bos_id=0, eos_ids=(), max_position=2048,
 )
-TEMPLATE = (
-    "{% for m in messages %}{% if m.content == 'forbidden' %}{{ raise_exception('not so') }}"
-    "{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A dense and a packed folder of a tiny random model with a chat template."""
-    root, rng = tmp_path_factory.mktemp("models"), np.random.default_rng(3)
-    dense = {path: jnp.asarray(rng.normal(size=shape), jnp.float32)
-             for path, shape in param_shapes(CONFIG).items()}
-    packed = dict(dense)
-    for path, value in dense.items():
-        if re.fullmatch(LLAMA_LINEARS, path):
-            l, i, o = value.shape
-            bits = jnp.asarray(rng.integers(0, 256, (l, 1, o, 32), np.uint8))
-            g, h = (jnp.full((l, 1, n), 0.7, jnp.float16) for n in (o, i))
-            packed[path] = PackedSign(bits, g, h)
+    root = tmp_path_factory.mktemp("models")
     tokenizer = train_tokenizer(["[user] the cat sat on the mat\n[assistant] the cat"] * 3, 300)
-    tokenizer.chat_template = TEMPLATE
-    save_hf(root / "dense", CONFIG, unflatten_dict(dense, sep="/"), tokenizer)
-    save_packed(root / "packed", CONFIG, unflatten_dict(packed, sep="/"), tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    save_random_folders(root, CONFIG, tokenizer)
     return root
 
 

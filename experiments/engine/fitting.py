@@ -10,7 +10,7 @@ from typing import Protocol
 
 import jax
 
-from rabit_jax import BadInput
+from rabit_jax import BadInput, hosts
 from rabit_jax.atomic import remove
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.settings import RunConfig, Training
@@ -48,7 +48,7 @@ def fit(
             # The fresh state would stand beside the restored one for the whole training.
             jax.tree.map(lambda leaf: leaf.delete(), state)
             state = found[1]
-        begin = int(state.step)
+        begin, asked = int(state.step), 0
         if resume:
             say(f"{stage}: continuing after step {begin}")
             run.folder.metrics.forget((stage,), begin)
@@ -63,6 +63,15 @@ def fit(
                 if step == 1 and (line := notice(record)):
                     say(f"warning: {stage}: {line}")
 
+            def stop() -> bool:
+                # Of several processes each asks at the same steps, for the answer costs a wait.
+                nonlocal asked
+                asked += 1
+                if hosts.several() and asked % section.log_every:
+                    return False
+                run.stopped = hosts.any_asks(run.stopped)
+                return run.stopped
+
             loop = Loop(
                 stage,
                 section.steps,
@@ -73,7 +82,7 @@ def fit(
                 schedule=trainer.schedule,
                 watch=watch,
                 progress=shown,
-                stop=lambda: run.stopped,
+                stop=stop,
             )
             batches = run.text.batches(section, run.config.seed)
             return train(
@@ -83,7 +92,7 @@ def fit(
 
 def keep(folder: RunFolder, name: str, tree: Params) -> None:
     """Save a tree as the only checkpoint of its folder; an earlier attempt's is removed."""
-    remove(folder.checkpoints(name))
+    hosts.first_does(lambda: remove(folder.checkpoints(name)))
     with Checkpoints(folder.checkpoints(name)) as made:
         made.save(0, tree)
 

@@ -44,9 +44,12 @@ def fit(
     tokens = section.batch_size * section.length
     with Checkpoints(run.folder.checkpoints(stage)) as kept:
         state = trainer.state
-        if resume and (found := kept.restore_last(abstract(state), whole)):
-            # The fresh state would stand beside the restored one for the whole training.
+        if resume and kept.begun():
+            # Else the fresh state would stand beside the restored one.
+            target = abstract(state)
             jax.tree.map(lambda leaf: leaf.delete(), state)
+            found = kept.restore_last(target, whole)
+            assert found is not None
             state = found[1]
         begin, asked = int(state.step), 0
         if resume:

@@ -193,9 +193,9 @@ class Inputs:
     def _frozen(self) -> tuple[str, ...]:
         return self.config.qat.optimizer.freeze
 
-    def forget(self) -> None:
-        """Drop cached models, so that the next use reads what the last stage wrote."""
-        for name in ("teacher", "stats", "student_init", "student"):
+    def forget(self, *names: str) -> None:
+        """Drop cached models, all or the named ones, so that the next use reads what is there."""
+        for name in names or ("teacher", "stats", "student_init", "student"):
             self.__dict__.pop(name, None)
 
 

@@ -169,6 +169,7 @@ def qat(run: Inputs, continues: bool) -> Record:
         accumulate=section.accumulate,
         project=section.project_scales,
     )
+    run.forget("student_init")  # the state holds copies of what trains
     tokens, state_bytes = section.batch_size * section.length, leaf_bytes(trainer.state)
 
     def after(step: int, trainable: Params, before: dict[str, Array]) -> None:

@@ -173,6 +173,8 @@ def start(start_timeout: int, heartbeat: int) -> None:
         "coordinator_address": found.coordinator, "num_processes": found.processes,
         "process_id": found.process}
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    # Two programs with collectives at once can wait for each other's threads on a small CPU.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(
         **own, initialization_timeout=start_timeout, heartbeat_timeout_seconds=heartbeat)
     if descriptor := os.environ.get(STARTED):

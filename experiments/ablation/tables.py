@@ -114,7 +114,7 @@ def report_tables(results: Results, command: str) -> list[Table]:
     """All tables of the report in order, without those that the ablation has no numbers for."""
     paths = Table("paths", "How the paths share the work", notes=[
         "Means over all layers after training, measured on the inputs that each linear layer "
-        "receives in the teacher. The share of signs flipped is the mean over the steps that were watched."
+        "receives in the teacher. The share of signs flipped is the mean over the watched steps."
     ])  # fmt: skip
     cost = Table("cost", "Cost", notes=[
         "Bits per weight of the blocks count the padding of the file, nominal ones do not; those "

@@ -63,6 +63,18 @@ def dense_card(name: str, source: str, dtype: str, base: str | None, licence: st
     )
 
 
+def gptq_card(
+    name: str, source: str, bits: int, group: int, dtype: str, base: str | None,
+    licence: str | None,
+) -> str:
+    """The card of an export of the model `source` in GPTQ's layout; see `packed_card`."""
+    return _render(
+        "gptq_card", front=_front(base, licence, "transformers", [*_TAGS, "gptq", "quantized"]),
+        name=name, source=_model_name(source), bits=bits, group=group, dtype=dtype,
+        licence=licence or _UNKNOWN_LICENCE,
+    )
+
+
 def base_and_licence(folder: Path) -> tuple[str | None, str | None]:
     """The base model and the licence in the front matter of a folder's card, None where absent.
 

@@ -22,9 +22,9 @@ from rabit_jax.weights.sign_paths import SignPaths, pack_positive, plus_minus
 
 
 def odd_integers(positive: jax.Array) -> jax.Array:
-    """`m = sum_j 2^(k-1-j) B_j`, j from 0: bool `[..., k, i, o]`, True for +1 -> int8 `[..., i, o]`.
+    """`m = sum_j 2^(k-1-j) B_j`, j from 0: bool `[..., k, i, o]` -> int8 `[..., i, o]`.
 
-    An odd integer from `-(2^k - 1)` to `2^k - 1`; `W_hat = 2^(1-k) s m`.
+    True stands for +1. An odd integer from `-(2^k - 1)` to `2^k - 1`; `W_hat = 2^(1-k) s m`.
     """
     k = positive.shape[-3]
     return sum(plus_minus(positive[..., n, :, :]) << (k - 1 - n) for n in range(k))
@@ -52,7 +52,8 @@ def fit_group_scales(
         return jnp.sum(weight * blocks * c, axis=-2) / jnp.sum(weight * c * c, axis=-2)
 
     def levels(s):
-        return odd_integers(coupled_signs(blocks, *_pairs(s, fit.group, fit.k))) * 0.5 ** (fit.k - 1)
+        positive = coupled_signs(blocks, *_pairs(s, fit.group, fit.k))
+        return odd_integers(positive) * 0.5 ** (fit.k - 1)
 
     def error(s, c):
         return jnp.sum(weight * jnp.square(blocks - s[:, None] * c))

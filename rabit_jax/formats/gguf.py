@@ -21,7 +21,7 @@ from rabit_jax.formats.gguf_tokenizer import end_ids, read_tokenizer
 from rabit_jax.types import Json
 
 LINK = "model.gguf"
-VERSION = 1  # of what is written into the folder; a new one makes new folders
+VERSION = 2  # of what is written into the folder; a new one makes new folders
 EDGE = 1 << 20
 
 # model_type of Hugging Face for each architecture that our decoder covers
@@ -106,6 +106,8 @@ def gguf_folder(path: Path) -> Path:
             for name, content in {"config.json": raw, "generation_config.json": ids}.items():
                 write_text(new / name, json.dumps(content, indent=2) + "\n")
             tokenizer.save_pretrained(str(new))
+            if isinstance(licence := file.fields.get("general.license"), str):
+                write_text(new / "README.md", f"---\nlicense: {json.dumps(licence)}\n---\n")
             (new / LINK).symlink_to(path)
     except OSError as error:
         raise BadInput(f"cannot write the folder of {path} in the cache {cache} ({error}): free "

@@ -153,10 +153,12 @@ def test_every_type_of_blocks_is_decoded_to_the_levels():
 
 REFUSED = {
     "row scales": (ResidualSignSpec(k=1, rounds=0), "gguf", "has a scale for each input"),
-    "groups and inputs": (ResidualSignSpec(k=1, rounds=0, group=128), "gguf-q1_0", "scale for each input"),
+    "groups and inputs": (ResidualSignSpec(k=1, rounds=0, group=128), "gguf-q1_0",
+                          "has a scale for each input"),
     "dense": (None, "gguf", "is not quantised"),
     "levels": (UniformResidualSpec(k=2, rounds=1, group=128), "gguf-q1_0", "beyond its -1 to 1"),
-    "groups": (UniformResidualSpec(k=1, rounds=1, group=64), "gguf-q1_0", "no multiple of its blocks of 128"),
+    "groups": (UniformResidualSpec(k=1, rounds=1, group=64), "gguf-q1_0",
+               "no multiple of its blocks of 128"),
     "codes": (GroupUniformSpec(bits=8, group=48), "gguf", "fits no block of llama.cpp exactly"),
     "sum": ("trained", "gguf-q4_0", "no whole multiples of their steps"),
 }

@@ -20,7 +20,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.decoder import check_params, param_shapes
 from rabit_jax.tree import is_weight, leaves, pytree_dataclass
-from rabit_jax.types import Array, Params
+from rabit_jax.types import Array, Json, Params
 from rabit_jax.weights.laid import (
     Laid,
     LaidCodes,
@@ -63,7 +63,7 @@ class Engine:
     config: ModelConfig = struct.field(pytree_node=False)
 
     @property
-    def products(self) -> dict[str, Any]:
+    def products(self) -> Json:
         """The kernels of `layers` by the names of the matrices that are joined in them."""
         return {name: part["kernel"] for side in ("attn", "mlp")
                 for name, part in self.layers[side].items() if "kernel" in part}

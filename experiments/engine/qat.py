@@ -46,6 +46,7 @@ from rabit_jax.train.step import next_tokens
 from rabit_jax.train.trainer import make_trainer
 from rabit_jax.tree import map_leaves, match_rules, weights_of
 from rabit_jax.types import Array, Params
+from rabit_jax.weights.budget import apply_budget
 from rabit_jax.weights.description import leaf_bytes
 from rabit_jax.weights.rounding import round_to_nearest
 
@@ -140,9 +141,14 @@ def init(run: Inputs, continues: bool) -> Record:
             bar.update(next(count))
 
         student = convert(run.teacher, section.block_rules(), run.stats, key, done=done)
+        chosen = {}
+        if section.budget:
+            specs = match_rules(run.teacher, section.block_rules())
+            student, chosen = apply_budget(run.teacher, student, specs, run.stats, section.budget)
         student = convert(student, section.end_rules(), key=key, done=done)
     run.save_init(student)
     return {
+        **({"k": chosen} if chosen else {}),
         "relative_error": reconstruction_errors(run.teacher, student),
         "diagnostics": diagnostics(run, student),
     }

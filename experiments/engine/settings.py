@@ -142,6 +142,9 @@ class Init:
       spec: representation and initialisation; `spec.type` names it, the other keys are its own.
       by_path: other representations for some paths, such as a larger k; the first that matches
         goes before `quantise` and after `keep`.
+      budget: stored bits per weight of the blocks, such as 2.2, which are then spent where they
+        save most error: each layer of each matrix gets its own k, at most that of its spec (type
+        residual). 0 gives all of them that k.
       embedding: representation of the embedding, and of the head where it is not tied; null keeps
         them in 16 bits. They are not calibrated, and train unless `qat.optimizer.freeze` names
         embedding and head, as it does by default. A path in `by_path` goes before it.
@@ -151,6 +154,7 @@ class Init:
     keep: tuple[str, ...] = ()
     spec: Spec = field(default_factory=ResidualSignSpec)
     by_path: tuple[PathSpec, ...] = field(default=(), metadata={ADDED: True})
+    budget: NonNegative = field(default=0.0, metadata={ADDED: True})
     embedding: Spec | None = field(default=None, metadata={ADDED: True})
 
     def rules(self) -> list[tuple[str, Spec | None]]:
@@ -172,6 +176,7 @@ class Init:
         """The specs as results name them."""
         others = [f"{one.paths}: {one.spec}" for one in self.by_path]
         others += [f"embedding: {self.embedding}"] if self.embedding else []
+        others += [f"budget: {self.budget:g} bits"] if self.budget else []
         return "; ".join([str(self.spec), *others])
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from rabit_jax.weights.laid import (
     lay,
     lay_table,
 )
+from rabit_jax.weights.mixed_stack import unstacked
 from rabit_jax.weights.seam import linear
 from rabit_jax.weights.sign_paths import PackedSign
 
@@ -75,6 +77,17 @@ class At:
 
     weight: Laid
     layer: Array
+
+
+@pytree_dataclass
+class Beside:
+    """Laid weights of one layer that read the same input, their outputs side by side."""
+
+    members: tuple[At, ...]
+
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        """`x [W_1 ... W_m]`."""
+        return jnp.concatenate([multiply(x, one) for one in self.members], axis=-1)
 
 
 @pytree_dataclass
@@ -155,10 +168,10 @@ def layer_at(engine: Engine, layer: int | Array) -> Params:
 
 
 def multiply(x: Float[Array, "... i"], w: Any) -> Float[Array, "... o"]:
-    """`x W` in `x.dtype` of a kernel of `layer_at`: an array, `Rows`, `At` or a weight node."""
+    """`x W` in `x.dtype` of a kernel of `layer_at`: `At`, `Beside`, `Rows`, array or weight."""
     if isinstance(w, At):
         return w.weight.matmul_at(x, w.layer)
-    return w.matmul(x).astype(x.dtype) if isinstance(w, Rows) else linear(x, w)
+    return w.matmul(x).astype(x.dtype) if isinstance(w, (Rows, Beside)) else linear(x, w)
 
 
 def _joined(part: Params, config: ModelConfig, platform: str) -> Params:
@@ -181,7 +194,7 @@ def _alike(group: Sequence[str], kernels: Mapping[str, Any]) -> list[list[str]]:
     sets: dict[Any, list[str]] = {}
     for name in group:
         node = kernels[name]
-        kind = (joins(node) or name) if is_weight(node) else "dense"
+        kind = "mixed" if _mixed(node) else (joins(node) or name) if is_weight(node) else "dense"
         sets.setdefault(kind, []).append(name)
     return list(sets.values())
 
@@ -189,6 +202,9 @@ def _alike(group: Sequence[str], kernels: Mapping[str, Any]) -> list[list[str]]:
 def _product(nodes: list[Any], config: ModelConfig, platform: str, limbs: int) -> Any:
     """The joined weights of all layers: laid, or a tuple of one matrix or node for each layer."""
     short = config.dtype == "bfloat16"
+    if _mixed(nodes[0]):
+        layers = zip(*map(unstacked, nodes), strict=True)
+        return tuple(_beside(own, platform, limbs, short) for own in layers)
     laid = lay(nodes, platform, limbs, short) if is_weight(nodes[0]) else None
     if laid is not None:
         return laid
@@ -197,6 +213,21 @@ def _product(nodes: list[Any], config: ModelConfig, platform: str, limbs: int) -
         return tuple(_index(node, n) for n in range(config.n_layers))
     matrices = (_matrix(nodes, n, config.dtype) for n in range(config.n_layers))
     return tuple(for_device(matrix, platform) for matrix in matrices)
+
+
+def _mixed(node: Any) -> bool:
+    """Whether the layers of a packed stack have different numbers of paths."""
+    return isinstance(node, PackedSign) and node.layer_k is not None
+
+
+def _beside(nodes: Sequence[Any], platform: str, limbs: int, short: bool) -> At | Beside:
+    """The laid weights of one layer `[i, o]` that read the same input; those of one k that follow
+    each other are joined."""
+    found = []
+    for _, own in itertools.groupby(nodes, lambda node: node.k):
+        laid = lay([jax.tree.map(lambda a: a[None], n) for n in own], platform, limbs, short)
+        found.append(At(cast(Laid, laid), jnp.int32(0)))
+    return found[0] if len(found) == 1 else Beside(tuple(found))
 
 
 def _with_default(node: Any, limbs: int) -> Any:

@@ -245,14 +245,37 @@ class Qat(Training):
       gamma: weight of the hidden-state error, relative to the teacher's state at every token of
         every layer; 0 leaves it out.
       project_scales: keep scales positive after every step.
+      nested: numbers of sign paths, such as [1, 2, 3], whose models are trained together: the
+        packed model of k = 3 can then be read with `--paths 1` and 2 as well. A step costs a pass
+        for each. Empty trains the whole model alone.
+      nested_weights: of their losses, in that order; empty weighs all alike.
     """
 
     gamma: NonNegative = 1.0
     project_scales: bool = True
+    nested: tuple[PositiveInt, ...] = field(default=(), metadata={ADDED: True})
+    nested_weights: tuple[NonNegative, ...] = field(default=(), metadata={ADDED: True})
     watch_every: PositiveInt = 50
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(freeze=("embedding", "head"))
     )
+
+    def __post_init__(self):
+        """Raises BadInput for sizes or weights of nested training that do not fit."""
+        super().__post_init__()
+        if len(set(self.nested)) != len(self.nested):
+            raise BadInput(f"nested is {list(self.nested)}: name each number of paths once")
+        if self.nested_weights and len(self.nested_weights) != len(self.nested):
+            raise BadInput(f"nested_weights has {len(self.nested_weights)} weights for the "
+                           f"{len(self.nested)} numbers of paths in nested: give one for each")
+        if self.nested_weights and not sum(self.nested_weights):
+            raise BadInput("nested_weights are all 0: nothing would train")
+
+    @property
+    def prefixes(self) -> dict[int, float]:
+        """Weight of the loss by number of paths, where training is nested."""
+        weights = self.nested_weights or (1.0,) * len(self.nested)
+        return dict(sorted(zip(self.nested, weights, strict=True)))
 
 
 @dataclass(frozen=True)

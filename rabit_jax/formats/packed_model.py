@@ -157,7 +157,8 @@ def load_packed(
         shapes = param_shapes(config)
         nodes = packed_kernels(file, shapes)
         if paths is not None:
-            check_paths(paths, [node.sizes()["k"] for path, own in nodes.items() for node in own
+            check_paths(paths, [cast(WeightNode, node).sizes()["k"]
+                                for path, own in nodes.items() for node in own
                                 if path.startswith("layers/") and has_paths(node)])
         check_tensors(file, shapes, nodes)
         params = {path: _read(file, path, s, nodes.get(path), paths) for path, s in shapes.items()}

@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
+from rabit_jax.models.cache import check_bits
 from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.decoder import check_params, param_shapes
 from rabit_jax.tree import is_weight, leaves, pytree_dataclass
@@ -56,6 +57,7 @@ class Engine:
         None where the head is the embedding.
       config: the decoder's; its dtype is that of everything but the products, which have that of
         their matrix.
+      cache_bits: of keys and values, for `init_cache`.
     """
 
     embed: Any
@@ -63,6 +65,7 @@ class Engine:
     final_norm: Array
     head: Any
     config: ModelConfig = struct.field(pytree_node=False)
+    cache_bits: int = struct.field(pytree_node=False, default=16)
 
     @property
     def products(self) -> dict[str, Any]:
@@ -109,7 +112,9 @@ class Rows:
         return y[:n].reshape(*x.shape[:-1], -1)
 
 
-def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -> Engine:
+def prepare(
+    config: ModelConfig, params: Params, head_bits: int | None = None, cache_bits: int = 16
+) -> Engine:
     """The params of a decoder, laid out for `step`.
 
     Packed signs of one k that read the same input become one `LaidSign` (q, k, v; gate, up), and
@@ -125,6 +130,8 @@ def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -
       head_bits: 8 rounds a dense head to 8 bits with one scale for each token, which a CPU reads
         in a quarter of the time of float32; None leaves it as it is. The embedding stays as it is
         also where the head is the embedding.
+      cache_bits: of the keys and values of generated text: 16 keeps them in the compute dtype (on a
+        CPU float32), 8 or 4 in `models.cache.Codes`.
 
     Returns:
       The engine. Dense matrices are cast once to `config.dtype`, as `Decoder` casts them at each
@@ -133,7 +140,7 @@ def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -
 
     Raises:
       BadInput: params that do not fit the config, the message names the path; or `head_bits` is
-        neither 8 nor None.
+        neither 8 nor None, `cache_bits` none of 16, 8 and 4.
 
     Example:
       >>> engine = prepare(model.config, params)
@@ -142,6 +149,7 @@ def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -
     check_params(dict(leaves(params)), param_shapes(config))
     if head_bits not in (None, 8):
         raise BadInput(f"head_bits is {head_bits}, wanted 8, or None for the head as it is")
+    check_bits(cache_bits)
     platform = jax.devices()[0].platform
     config = dataclasses.replace(config, dtype=compute_dtype(config))
     params = jax.tree.map(jnp.asarray, params)
@@ -152,7 +160,7 @@ def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -
         # A factor of the embedding keeps the rounding of the model's dtype.
         scale = float(np.asarray(config.embed_scale, jnp.dtype(config.dtype)))
         config = dataclasses.replace(config, dtype="float32", embed_scale=scale)
-    return Engine(table, layers, params["final_norm"]["scale"], head, config)
+    return Engine(table, layers, params["final_norm"]["scale"], head, config, cache_bits)
 
 
 def layer_at(engine: Engine, layer: int | Array) -> Params:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, outer
 from rabit_jax.tree import leaves, map_leaves, weights_of
-from rabit_jax.types import Array, Params, Spec, Weight
+from rabit_jax.types import Array, Params, Shape, Spec, Weight
 from rabit_jax.weights.residual_sign import ResidualSign, ResidualSignSpec
 
 
@@ -108,14 +108,14 @@ def path_specs(spec: Spec) -> list[Spec]:
     return [dataclasses.replace(spec, k=k) for k in range(1, spec.k + 1)]
 
 
-def stored_bits(spec: Spec, shape: tuple[int, int]) -> int:
+def stored_bits(spec: Spec, shape: Shape) -> int:
     """Bits of one matrix `[i, o]` in a packed file, scales and padding included."""
     node = jax.eval_shape(spec.init, jax.ShapeDtypeStruct(shape, F32))
     return 8 * node.deployed_bytes()
 
 
 def budget_range(
-    specs: Mapping[str, Spec], shapes: Mapping[str, tuple[int, ...]]
+    specs: Mapping[str, Spec], shapes: Mapping[str, Shape]
 ) -> tuple[float, float]:
     """The least and the most stored bits per weight that the specs allow for kernels `[l, i, o]`.
 
@@ -130,7 +130,7 @@ def budget_range(
 
 
 def check_budget(
-    budget: float, specs: Mapping[str, Spec], shapes: Mapping[str, tuple[int, ...]]
+    budget: float, specs: Mapping[str, Spec], shapes: Mapping[str, Shape]
 ) -> None:
     """Raises BadInput for a budget, in stored bits per weight, that the specs cannot use."""
     if not any(len(path_specs(spec)) > 1 for spec in specs.values()):
@@ -191,7 +191,7 @@ def apply_budget(
     kernels, nodes = dict(leaves(params)), weights_of(student)
     shapes = {path: kernels[path].shape for path in specs}
     check_budget(budget, specs, shapes)
-    fits: dict[str, list[ResidualSign]] = {}
+    fits: dict[str, list[Any]] = {}
     options: dict[str, list[list[Option]]] = {}
     for path, spec in specs.items():
         own = None if stats is None else stats[path]
@@ -211,7 +211,7 @@ def apply_budget(
 
 def share_out(
     options: Mapping[str, Sequence[Sequence[Option]]], budget: float,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Shape],
 ) -> dict[str, list[int]]:
     """Paths of each layer of each matrix by `allocate`, `{path: [k, ...]}`.
 
@@ -225,7 +225,7 @@ def share_out(
     return {path: [next(chosen) + 1 for _ in layers] for path, layers in options.items()}
 
 
-def _selected(fits: Sequence[ResidualSign], ks: Sequence[int]) -> ResidualSign:
+def _selected(fits: Sequence[Any], ks: Sequence[int]) -> ResidualSign:
     """The stack whose layer n has the scales of `fits[ks[n] - 1]`, zeros behind them."""
     most = fits[-1]
 

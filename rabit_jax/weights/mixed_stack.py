@@ -17,7 +17,8 @@ import numpy as np
 
 from rabit_jax.errors import BadInput
 from rabit_jax.tree import leaves, map_leaves
-from rabit_jax.types import Array, Json, Params
+from rabit_jax.types import Json, Params
+from rabit_jax.weights.grouped_sign import GroupedSign
 from rabit_jax.weights.leaves import WeightNode, leaf_axes
 from rabit_jax.weights.residual_sign import ResidualSign
 from rabit_jax.weights.sign_paths import PackedSign
@@ -59,8 +60,8 @@ def first_paths(params: Params, paths: int) -> Params:
         W_hat = sum_{i <= paths} W_hat_i
 
     The signs of a path follow from those before it alone, so this is the model with k = paths that
-    nested training (`prefix_losses`) has trained. Weights with fewer paths stay as they are, and
-    so do embedding, head and representations without paths.
+    nested training (`train.losses.nested_loss`) has trained. Weights with fewer paths stay as they
+    are, and so do embedding, head and representations without paths.
 
     Args:
       params: packed or in training form.
@@ -94,6 +95,8 @@ def check_paths(paths: int, found: Sequence[int]) -> None:
 
 def has_paths(node: Any) -> bool:
     """Whether the first paths of a weight are a weight of the same kind."""
+    if isinstance(node, GroupedSign):
+        return has_paths(node.blocks)
     return isinstance(node, WeightNode) and any(
         "k" in axes for _, axes in leaf_axes(node)) and not any(
         "k-1" in axes for _, axes in leaf_axes(node))
@@ -101,6 +104,8 @@ def has_paths(node: Any) -> bool:
 
 def _first(node: Any, paths: int) -> Any:
     """The node with its first paths."""
+    if isinstance(node, GroupedSign):
+        return node.replace(blocks=_first(node.blocks, paths))
     changes: dict[str, Any] = {}
     for name, axes in leaf_axes(node):
         array = getattr(node, name)
@@ -125,5 +130,5 @@ def _padded(node: Any, k: int) -> Any:
     return node.replace(**changes)
 
 
-def _stack(*arrays: Array) -> Array:
+def _stack(*arrays: Any) -> Any:
     return np.stack(arrays) if isinstance(arrays[0], np.ndarray) else jnp.stack(arrays)

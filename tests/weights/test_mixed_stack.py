@@ -1,4 +1,4 @@
-"""Stacks whose layers have different numbers of paths: the same layers, packed, stored, prepared."""
+"""Stacks whose layers have different numbers of paths: packed, stored, prepared."""
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,8 @@ def test_the_latent_gives_the_same_first_paths(trained):
     small = pack(first_paths(params, 2))
     large = first_paths(pack(params), 2)
     for name in KS:
-        np.testing.assert_array_equal(kernel(small, name).positive(), kernel(large, name).positive())
+        np.testing.assert_array_equal(
+            kernel(small, name).positive(), kernel(large, name).positive())
 
 
 def test_more_paths_than_there_are_is_refused(folder, tmp_path, trained):

@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments import evaluate, generate, run
+from rabit_jax.experiments.bench import __main__ as bench
 from rabit_jax.experiments.engine.settings import Init, Qat
 from rabit_jax.formats.packed_model import load_packed, packed_bytes
 from rabit_jax.tree import weights_of
@@ -100,6 +101,24 @@ def test_a_nested_run_scores_every_size_and_the_file_gives_them(nested, place, c
                               "--max-new-tokens", "4", "--greedy", *more]) == 0
     assert generate.main(["--model", str(nested / "packed"), "--prompt", "x", "--paths", "4"]) == 2
     assert "paths is 4" in capsys.readouterr().err
+
+
+@pytest.mark.more
+def test_the_benchmark_of_caches_scores_as_evaluation_does(nested, place, capsys):
+    text = ["--model", str(nested / "packed"), "--context", "32"]
+    assert evaluate.main([*text, "--ppl", f"file:{place / 'eval.txt'}", "--limit", "4",
+                          "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    want = next(row["value"] for row in rows if row["metric"] == "perplexity")
+    assert bench.main(["cache", *text, "--text", f"file:{place / 'eval.txt'}", "--windows", "4",
+                       "--repeats", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["cache_bits"] for row in found] == [16, 8, 4]
+    assert found[0]["ppl"] == pytest.approx(want, rel=1e-3)
+    for row, rel in zip(found[1:], (0.01, 0.2), strict=True):
+        assert row["ppl"] == pytest.approx(want, rel=rel) and row["ppl"] != found[0]["ppl"]
+    # 64 values of a head: 8.25 and 5 bits each.
+    assert [row["bytes_ratio"] for row in found[1:]] == pytest.approx([66 / 128, 40 / 128])
 
 
 def test_settings_that_do_not_fit_are_refused():

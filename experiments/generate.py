@@ -26,6 +26,7 @@ from rabit_jax.formats.packed_model import load_model
 from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.prepared import prepare
 from rabit_jax.progress import loading, say
+from rabit_jax.types import Tokenizer
 from rabit_jax.weights.description import describe
 
 NEW_TOKENS, NEW_TOKENS_CHAT = 64, 512
@@ -127,7 +128,7 @@ def _text(prompt: str) -> str:
     return text
 
 
-def _print_as_it_comes(writer: Writer, tokenizer: Any, prompt: str, ids: list[int]) -> None:
+def _print_as_it_comes(writer: Writer, tokenizer: Tokenizer, prompt: str, ids: list[int]) -> None:
     """Prints the prompt and its continuation piece by piece."""
     text = Text(tokenizer, ids, writer.model.config.eos_ids)
     shown = prompt
@@ -138,7 +139,7 @@ def _print_as_it_comes(writer: Writer, tokenizer: Any, prompt: str, ids: list[in
 
 
 def _continued(
-    writer: Writer, tokenizer: Any, prompts: Sequence[str], ids: Sequence[list[int]]
+    writer: Writer, tokenizer: Tokenizer, prompts: Sequence[str], ids: Sequence[list[int]]
 ) -> list[str]:
     """Each prompt with its continuation."""
     texts = [Text(tokenizer, old, writer.model.config.eos_ids) for old in ids]

@@ -27,6 +27,7 @@ from rabit_jax.experiments.engine.machine import report
 from rabit_jax.kernels.bench import aot
 from rabit_jax.kernels.bench.machine import driver
 from rabit_jax.progress import say
+from rabit_jax.types import Json
 
 # Each is a module with EXAMPLES, add_options(parser), measure(options) -> rows, COLUMNS (key of a
 # row -> head of its column in the table) and remarks(rows) -> lines below the table.
@@ -85,7 +86,7 @@ def run(arguments: Sequence[str]) -> None:
         show(options.name, result)
 
 
-def show(name: str, result: dict[str, Any]) -> None:
+def show(name: str, result: Json) -> None:
     """Print the table of the rows that were measured to stdout, and the remarks below it."""
     module = BENCHMARKS[name]
     measured = [row for row in result["rows"] if row.get("refused") is None]
@@ -100,7 +101,7 @@ def _cell(value: Any) -> Any:
     return "x".join(map(str, value)) if isinstance(value, list) else value
 
 
-def save(result: dict[str, Any], key: str) -> None:
+def save(result: Json, key: str) -> None:
     """Write the result into the file of its device, beside those of the other benchmarks.
 
     The file holds `{"products": ..., "decode": ..., "aot": ...}`, each the JSON object of a run

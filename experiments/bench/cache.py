@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +25,11 @@ from rabit_jax.experiments.engine.evaluation import load_subject
 from rabit_jax.formats.tokenizer import check_ids
 from rabit_jax.models.block import native_attention, rms_norm
 from rabit_jax.models.cache import PIECE, cache_bytes, check_bits, of_kind
+from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.engine import Cache, advance, head_logits, init_cache, step
 from rabit_jax.models.prepared import Engine, prepare
 from rabit_jax.progress import progress
-from rabit_jax.types import Array
+from rabit_jax.types import Array, Json
 
 EXAMPLES = """examples:
   python -m experiments.bench cache --model runs/mine/packed --text file:my.txt --context 8192
@@ -54,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="timed tokens at the end of a window (default %(default)s)")
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Json]:
     """A row for each number of bits.
 
     Raises:
@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**row, "bytes_ratio": row["bytes"] / first} for row in rows]
 
 
-def init_bytes(config: Any, context: int) -> float:
+def init_bytes(config: ModelConfig, context: int) -> float:
     """Bytes of the keys and values of one sequence in 16 bits."""
     cache = jax.eval_shape(partial(init_cache, config, 1, context))
     return sum(2.0 * a.size for a in jax.tree.leaves((cache["k"], cache["v"])))
@@ -154,7 +154,7 @@ def how(engine: Engine, cache: Cache) -> str:
     return "native" if native_attention((1, 1, c.n_heads, c.head_dim), store) else "XLA"
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Json]) -> list[str]:
     """Lines below the table."""
     return [f"ms a token: median of {rows[0]['repeats']} whole steps at the end of the context; of "
             "16 bits: bytes over those of keys and values in 16 bits"]

@@ -43,6 +43,7 @@ from rabit_jax.models.engine import head_logits, over_layers, step
 from rabit_jax.models.prepared import Engine, layer_at, multiply, prepare
 from rabit_jax.models.rotary import seen_from
 from rabit_jax.progress import progress, say
+from rabit_jax.types import Json
 from rabit_jax.weights.sign_paths import PackedSign
 
 EXAMPLES = """examples:
@@ -79,7 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=5, help="timed calls of each row (default 5)")
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Json]:
     """The rows that the command line asks for.
 
     Raises:
@@ -131,7 +132,7 @@ def abstract_engine(config: ModelConfig, k: int | None, head_bits: int | None = 
 def decode_rows(
     model: str, config: ModelConfig, batches: Sequence[int], contexts: Sequence[int],
     ks: Sequence[int], cache_bits: Sequence[int], tokens: int, repeats: int,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """The rows of a model at all batches and contexts.
 
     Args:
@@ -278,7 +279,7 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def rows_of(cases: dict[str, Decoding], tokens: int) -> list[dict[str, Any]]:
+def rows_of(cases: dict[str, Decoding], tokens: int) -> list[Json]:
     """The rows of one batch and context; "dense_bf16" and "dense_f32" must be among the cases."""
     medians = {name: {part: statistics.median(times) for part, times in case.seconds.items()}
                for name, case in cases.items()}
@@ -300,7 +301,7 @@ def rows_of(cases: dict[str, Decoding], tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Json]) -> list[str]:
     """Lines below the table: how the figures were taken, and where dense float32 overtakes."""
     repeats, tokens = rows[0]["repeats"], rows[0]["tokens"]
     lines = [f"ms: median of {repeats} calls of {tokens} tokens that took turns, spread: their "

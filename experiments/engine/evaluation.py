@@ -34,7 +34,7 @@ from rabit_jax.formats.tokenizer import check_ids
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.progress import loading, progress, say
 from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
-from rabit_jax.types import Params
+from rabit_jax.types import Params, Tokenizer
 from rabit_jax.weights.mixed_stack import first_paths
 
 RESAMPLES = 1000
@@ -54,7 +54,7 @@ class Subject:
     name: str
     model: Decoder
     params: Params
-    tokenizer: Any
+    tokenizer: Tokenizer
     mesh: Mesh | None = None
 
 
@@ -109,9 +109,10 @@ def begin_token(subject: Subject, wanted: bool | None) -> int | None:
         wanted = subject.model.config.family.startswith("gemma")
     if not wanted:
         return None
-    if subject.tokenizer.bos_token_id is None:
+    begin = subject.tokenizer.bos_token_id
+    if not isinstance(begin, int):
         raise BadInput(f"the tokenizer of {subject.name} has no begin token: give --no-begin")
-    return subject.tokenizer.bos_token_id
+    return begin
 
 
 def perplexity_rows(

@@ -58,7 +58,7 @@ from rabit_jax.formats.tokenizer import read_tokenizer
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.progress import progress
 from rabit_jax.tree import layer_keys, leaves, match_rules
-from rabit_jax.types import Array, Params, Spec
+from rabit_jax.types import Array, Json, Params, Spec
 from rabit_jax.weights.budget import (
     Option,
     check_budget,
@@ -465,7 +465,7 @@ def stacked_stats(job: Job) -> dict[str, Stats]:
     return jax.tree.map(lambda *s: jnp.stack(s), *found)
 
 
-def _stacked(packed: list[dict[str, Any]], path: str) -> Any:
+def _stacked(packed: list[Json], path: str) -> Any:
     """The node `[l, i, o]` of a kernel; the layers are taken out of `packed`, or memory would hold
     them twice."""
     return stacked([jax.tree.map(lambda a: a[0], one.pop(path)) for one in packed])

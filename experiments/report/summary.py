@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rabit_jax import ResidualSign, cost
 from rabit_jax.atomic import write_text
@@ -28,6 +27,7 @@ from rabit_jax.experiments.report.run_card import changed_settings, write_card
 from rabit_jax.formats.packed_model import packed_bytes
 from rabit_jax.progress import number
 from rabit_jax.tree import leaves, weights_of
+from rabit_jax.types import Json
 
 LABELS = {
     "teacher": "teacher, full precision",
@@ -42,7 +42,7 @@ LABELS = {
 DENSE_BITS = 16.0
 
 
-def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[str, Any]:
+def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> Json:
     """The nested summary. Other tools read it, so its keys do not change."""
     results = {name: record["result"] for name, record in records.items()}
     measured = results["evaluate"]

@@ -22,7 +22,7 @@ from rabit_jax.models.cache import check_bits
 from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.decoder import check_params, param_shapes
 from rabit_jax.tree import is_weight, leaves, pytree_dataclass
-from rabit_jax.types import Array, Params
+from rabit_jax.types import Array, Json, Params
 from rabit_jax.weights.laid import (
     Laid,
     LaidCodes,
@@ -68,7 +68,7 @@ class Engine:
     cache_bits: int = struct.field(pytree_node=False, default=16)
 
     @property
-    def products(self) -> dict[str, Any]:
+    def products(self) -> Json:
         """The kernels of `layers` by the names of the matrices that are joined in them."""
         return {name: part["kernel"] for side in ("attn", "mlp")
                 for name, part in self.layers[side].items() if "kernel" in part}

@@ -32,8 +32,10 @@ from rabit_jax.progress import loading
 from rabit_jax.train.checkpoints import abstract
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import make_mesh, param_shardings, replicated, row_shards
-from rabit_jax.tree import map_leaves, weights_of
+from rabit_jax.tree import leaves, map_leaves, match_rules, weights_of
 from rabit_jax.types import Json, Params
+from rabit_jax.weights.budget import check_budget
+from rabit_jax.weights.mixed_stack import has_paths
 
 
 class Inputs:
@@ -92,8 +94,20 @@ class Inputs:
         self._check_student()
 
     def _check_student(self) -> None:
-        student = self.abstract_student()
+        student, section = self.abstract_student(), self.config.init
         check_rules(weights_of(student))
+        if prefixes := self.config.qat.prefixes:
+            ks = [w.sizes()["k"] for p, w in weights_of(student).items()
+                  if p.startswith("layers/") and has_paths(w)]
+            if max(prefixes) != max(ks, default=0):
+                raise BadInput(
+                    f"qat.nested is {list(prefixes)}, and the weights have {max(ks, default=0)} "
+                    "sign paths that can be nested: its largest number must be that of the whole "
+                    "model, init.spec.k, of a type such as residual")
+        if section.budget:
+            params = abstract_params(self.model_config)
+            specs = match_rules(params, section.block_rules())
+            check_budget(section.budget, specs, {p: x.shape for p, x in leaves(params)})
         if not jax.tree.leaves(partition(student, roles(student), self._frozen)[0]):
             raise BadInput(f"qat.optimizer.freeze {list(self._frozen)} leaves nothing to train")
 

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 
 from rabit_jax import BadInput, hosts
 from rabit_jax.atomic import digest, replacing
+from rabit_jax.data.conversations import rendering
+from rabit_jax.data.mix import has_conversations
 from rabit_jax.data.sources import documents, mixed, unseen_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows
@@ -114,7 +116,12 @@ class Text:
         data = self.config.data
         what = {"train": "training text", "eval": "evaluation text", "unseen": "unseen text"}[side]
         if data.source == "mix":
-            found = tokenise_stream(*mixed(data, side), self.tokenizer, data.cache, what)
+            tokenizer = self.tokenizer
+            render, template = None, ""
+            if has_conversations((*data.mix, *data.mix_eval, *data.mix_unseen)):
+                render, template = rendering(tokenizer), str(tokenizer.chat_template)
+            found = tokenise_stream(
+                *mixed(data, side, render, template), tokenizer, data.cache, what)
         else:
             found = tokenise(texts(), self.tokenizer, data.cache, what)
         self._check_ids(found)

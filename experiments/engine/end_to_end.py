@@ -59,7 +59,7 @@ def end_to_end(job: Job, continues: bool) -> Record:
         section.optimizer,
         section.steps,
         teacher=unflatten_dict(flat, sep="/"),
-        mesh=one_device_mesh(),
+        mesh=job.mesh or one_device_mesh(),
         accumulate=section.accumulate,
     )
     state_bytes = leaf_bytes(trainer.state)

@@ -21,6 +21,7 @@ from tests.experiments.conftest import settings, story
 
 pytestmark = pytest.mark.more
 WORKER = Path(__file__).with_name("hosts_worker.py")
+ROOT = WORKER.parents[2]
 SAVED = 4  # the last step that is saved before the death at step 5
 
 
@@ -37,13 +38,13 @@ def started(place, processes, *arguments, kill=None, devices=2, name="tiny"):
         cluster = {} if processes == 1 else {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(n)}
-        flags = {"JAX_PLATFORMS": "cpu",
+        flags = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
                  "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         command = [sys.executable, str(WORKER), str(5 if kill == n else 0), "--config",
                    str(place / "config.yaml"), f"name={name}", *arguments]
         running.append(subprocess.Popen(
             command, env={**os.environ, **flags, **cluster}, text=True, stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, cwd=WORKER.parents[2]))
+            stdout=subprocess.DEVNULL, cwd=ROOT))
     errors = [process.communicate(timeout=900)[1] for process in running]
     return [process.returncode for process in running], errors
 

@@ -171,8 +171,11 @@ def start(start_timeout: int, heartbeat: int) -> None:
     # Without one coordinator address JAX asks the scheduler that started the processes.
     ours = found.source == "environment"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    # Two programs with collectives at once can wait for each other's threads on a small CPU.
+    # On a CPU a collective holds a thread, and XLA has as many as cores: with few of them, programs
+    # that run at once can wait for each other's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
     jax.distributed.initialize(
         coordinator_address=found.coordinator if ours else None,
         num_processes=found.processes if ours else None,

@@ -8,7 +8,7 @@ many paths each layer has; files hold those alone, and sizes count them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +52,20 @@ def layer_headers(node: WeightNode) -> list[Json]:
     """`header()` of each layer of a node `[l, i, o]`."""
     header, ks = node.header(), node.layer_k if isinstance(node, PackedSign) else None
     return [header | ({} if ks is None else {"k": ks[n]}) for n in range(node.shape[0])]
+
+
+def with_paths(params: Params, ks: Mapping[str, Sequence[int]]) -> Params:
+    """The outline of a tree whose weights at the paths `ks` are packed with so many sign paths in
+    each layer, for their sizes and costs."""
+    def outline(path: str, leaf: Any) -> Any:
+        if path not in ks or not has_paths(leaf):
+            return leaf
+        layers, i, o = leaf.shape
+        one = PackedSign.abstract({"in": i, "out": o, "k": max(ks[path])})
+        stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((layers, *a.shape), a.dtype), one)
+        return stack.replace(layer_k=tuple(ks[path]))
+
+    return map_leaves(outline, params)
 
 
 def first_paths(params: Params, paths: int) -> Params:

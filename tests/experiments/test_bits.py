@@ -49,7 +49,10 @@ def test_a_budget_is_spent_and_kept(mixed, place):
     chosen = json.loads((mixed / "stages" / "quantise.json").read_text())["result"]["k"]
     found = check_paths(mixed, chosen, 2.9)
     assert found > 2.6 and len({k for ks in chosen.values() for k in ks}) > 1
-    assert summary(place, "mixed")["packed"]["stored_bits_per_weight"] == pytest.approx(found)
+    told = summary(place, "mixed")
+    assert told["k"] == chosen
+    assert told["packed"]["stored_bits_per_weight"] == pytest.approx(found)
+    assert told["cost"]["bytes"] == packed_bytes(mixed / "packed")["linear_bytes"]
     assert not list((mixed / "blocks").glob("option-*"))
 
 

@@ -85,7 +85,10 @@ def nested(place):
 
 @pytest.mark.more
 def test_a_nested_run_scores_every_size_and_the_file_gives_them(nested, place, capsys):
-    found = summary(place, "nested")["nested"]
+    told = summary(place, "nested")
+    assert told["packed"]["bits_identical"] and told["disordered"] < 0.5
+    check_paths(nested, told["k"], 2.9)
+    found = told["nested"]
     assert set(found) == {"1", "3"}
     assert found["1"]["stored_bits_per_weight"] < found["3"]["stored_bits_per_weight"] <= 2.9
     lines = [json.loads(line) for line in (nested / "metrics.jsonl").read_text().splitlines()]

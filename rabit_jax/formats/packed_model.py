@@ -27,7 +27,7 @@ from rabit_jax.formats.folder import (
 )
 from rabit_jax.formats.hf import load_hf
 from rabit_jax.formats.hf_config import from_hf, to_hf
-from rabit_jax.formats.model_card import CARD, packed_card
+from rabit_jax.formats.model_card import CARD, kept_parts, packed_card
 from rabit_jax.formats.packed_file import (
     FORMAT,
     METHOD,
@@ -118,7 +118,8 @@ def save_packed(
     files = json_files({**raw, **REFUSAL, "quantization_config": quantization}, generation)
     sizes = describe(params)
     card = packed_card(Path(folder).name, sizes.bits_per_weight, sizes.stored_bits_per_weight, base,
-                       whole_bits=sizes.whole_model_bits_per_weight)
+                       whole_bits=sizes.whole_model_bits_per_weight,
+                       kept=kept_parts(module_table(shapes, headers), config.tied_head))
     return write_folder(folder, [(FILE, tensors)], header, {**files, CARD: card}, tokenizer)
 
 
@@ -199,6 +200,16 @@ def is_packed(raw: Json) -> bool:
     """Whether a parsed config.json is that of a packed model."""
     quantization = raw.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+
+
+def kept_in_16_bits(folder: str | Path) -> str:
+    """What a packed model keeps in 16 bits besides its blocks, see `model_card.kept_parts`.
+
+    Raises:
+      BadInput: as `packed_bytes`.
+    """
+    with open_packed(Path(folder) / FILE) as file:
+        return kept_parts(file.modules, bool(file.config.get("tie_word_embeddings")))
 
 
 def packed_bytes(folder: str | Path) -> dict[str, float]:

@@ -87,9 +87,14 @@ def first_paths(params: Params, paths: int) -> Params:
     Example:
       >>> small = first_paths(params, 1)
     """
-    check_paths(paths, [leaf.sizes()["k"] for path, leaf in leaves(params)
-                        if path.startswith("layers/") and has_paths(leaf)])
+    check_paths(paths, sign_paths(params))
     return map_leaves(lambda path, leaf: cut(path, leaf, paths), params)
+
+
+def sign_paths(params: Params) -> list[int]:
+    """The numbers of sign paths of the weights of the blocks that `first_paths` can cut."""
+    return [leaf.sizes()["k"] for path, leaf in leaves(params)
+            if path.startswith("layers/") and has_paths(leaf)]
 
 
 def cut(path: str, leaf: Any, paths: int) -> Any:

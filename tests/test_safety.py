@@ -23,7 +23,8 @@ MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "mar
            "pickletools", "numpy.lib.npyio"}
 # Calls that turn text or bytes into code, or read a format that may hold some.
 CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "np.load", "numpy.load",
-         "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle"}
+         "os.system", "os.popen", "yaml.load",
+         "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle"}
 COMMAND = "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{}']]"
 
 

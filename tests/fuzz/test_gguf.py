@@ -105,7 +105,8 @@ def mutate(fields, tensors, rng):
         elif kind == 5:
             tensors[t][0] = str(hostile(rng, "blk.1.attn_q.weight", "blk..attn_q.weight",
                                         "blk.-1.attn_q.weight", "blk.0.attn_q.bias",
-                                        "rope_freqs.weight", "output.weight", "blk.999999999999.attn_q.weight"))
+                                        "rope_freqs.weight", "output.weight",
+                                        "blk.999999999999.attn_q.weight"))
         elif kind == 6:
             shape = tensors[t][1]
             shape[int(rng.integers(len(shape)))] = hostile(rng, 16, 64, 33, 2**40)

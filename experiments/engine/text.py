@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from rabit_jax import BadInput
 from rabit_jax.atomic import digest, replacing
+from rabit_jax.data.hub_stream import hub_stream
 from rabit_jax.data.sources import documents, mixed, unseen_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows
@@ -34,6 +35,7 @@ from rabit_jax.progress import say
 from rabit_jax.train.sharding import batch_sharding
 from rabit_jax.types import Array
 
+STREAMS = {"mix": mixed, "hub": hub_stream}  # sources whose documents are never held in memory
 SUMS = "checksums.json"  # of the files of a tokeniser that was trained here
 
 
@@ -60,7 +62,7 @@ class Text:
 
     @cached_property
     def documents(self) -> tuple[list[str], list[str]]:
-        """Training and evaluation documents; a mix has none in memory."""
+        """Training and evaluation documents; a mix and a dataset have none in memory."""
         return documents(self.config.data)
 
     @cached_property
@@ -75,8 +77,8 @@ class Text:
                 )
             return found
         data = self.config.data
-        if data.source == "mix":
-            parts, recipe = mixed(data, "train")
+        if data.source in STREAMS:
+            parts, recipe = STREAMS[data.source](data, "train")
             texts, key = (t for part, _ in parts() for t in part), json.dumps(recipe)
         else:
             texts = self.documents[0]
@@ -106,15 +108,18 @@ class Text:
         data = self.config.data
         if not (data.mix_unseen or data.unseen_files):
             return None
-        return self._tokens("unseen", lambda: unseen_documents(data, sum(self.documents, [])))
+        # The stream of a dataset refuses such documents where it comes upon them.
+        seen = [] if data.source in STREAMS else sum(self.documents, [])
+        return self._tokens("unseen", lambda: unseen_documents(data, seen))
 
     def _tokens(
         self, side: Literal["train", "eval", "unseen"], texts: Callable[[], list[str]]
     ) -> TokenText:
         data = self.config.data
         what = {"train": "training text", "eval": "evaluation text", "unseen": "unseen text"}[side]
-        if data.source == "mix":
-            found = tokenise_stream(*mixed(data, side), self.tokenizer, data.cache, what)
+        if data.source == "mix" or data.source in STREAMS and side != "unseen":
+            opened = STREAMS[data.source](data, side)
+            found = tokenise_stream(*opened, self.tokenizer, data.cache, what)
         else:
             found = tokenise(texts(), self.tokenizer, data.cache, what)
         self._check_ids(found)

@@ -23,6 +23,10 @@ TEARABLE = ("runs/**/checkpoints/qat/*/**/*", "runs/**/checkpoints/teacher/*/**/
             "runs/**/checkpoints/end_to_end/*/**/*", "runs/**/stages/*", "runs/**/metrics.jsonl",
             "runs/**/blocks/*", "runs/**/tune/*", "cache/*")
 
+# Lines of stages that work piece by piece; one is missing where the kill comes between the piece
+# and its line. None may be there twice, or be another.
+ONE_BY_ONE = ("forward", "head", "init", "tune", "pack", "perplexity")
+
 
 class Disagreement(Exception):
     """A run that was killed did not end as the undisturbed one."""
@@ -76,11 +80,11 @@ class Chaos:
         process = self._start(self.folder)
         number = self.random.choice(SIGNALS)
         try:
-            code = process.wait(self.random.uniform(0.05, 1.0) * self.seconds)
+            code = process.wait(self.random.uniform(0.1, 1.2) * self.seconds)
         except subprocess.TimeoutExpired:
             code = self._kill(process, number)
             self.kills += 1
-            if code and self.random.random() < 0.4:
+            if code and self.random.random() < 0.5:
                 self._tear()
         else:
             if code:
@@ -158,7 +162,8 @@ class Chaos:
         """Raise Disagreement where a finished run differs from the undisturbed one."""
         found = outcome(self.case, folder)
         for name in sorted({*self.wanted, *found}):
-            if self.lost and "metrics.jsonl: " in name and name not in found:
+            if name not in found and (self.lost or name.partition("metrics.jsonl: ")[2].startswith(
+                    ONE_BY_ONE)):
                 continue
             if found.get(name) != self.wanted.get(name):
                 raise Disagreement(f"{self.name}, kill {self.kills}: {name} in {folder} is "

@@ -21,7 +21,7 @@ RESUMABLE = 75
 # What a torn write may hit; the last of each is what a machine that lost its power leaves behind.
 TEARABLE = ("runs/**/checkpoints/qat/*/**/*", "runs/**/checkpoints/teacher/*/**/*",
             "runs/**/checkpoints/end_to_end/*/**/*", "runs/**/stages/*", "runs/**/metrics.jsonl",
-            "runs/**/blocks/*", "runs/**/tune/*", "cache/*")
+            "runs/*/blocks/*", "runs/*/tune/*", "cache/*")
 
 # Lines of stages that work piece by piece; one is missing where the kill comes between the piece
 # and its line. None may be there twice, or be another.

@@ -31,7 +31,7 @@ class Search:
     Attributes:
       key: dotted key of the setting in the section `run`.
       values: what is tried.
-      steps: share of `qat.steps` that a trial trains for.
+      steps: share of `qat.steps` that a trial trains for; with task ptq it is trained whole.
     """
 
     key: str = "qat.optimizer.lr"

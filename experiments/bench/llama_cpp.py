@@ -24,6 +24,7 @@ from rabit_jax.atomic import replacing
 from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.progress import progress, say
+from rabit_jax.types import Json
 
 CACHE = Path(".cache") / "llama.cpp"
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"  # MIT, with llama.cpp in vendor/
@@ -185,7 +186,7 @@ def _random(shape: tuple[int, ...], kind: T, seed: int) -> np.ndarray:
 
 def speed(
     file: Path, threads: int, prompt: int, tokens: int, batches: Sequence[int]
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """One run of `llama-batched-bench`.
 
     Args:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from rabit_jax.errors import BadInput
 from rabit_jax.progress import progress
+from rabit_jax.types import Json
 
 EXAMPLES = """examples, of a server that was started by python -m experiments.serve:
   python -m experiments.bench server
@@ -50,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=3, help="default %(default)s")
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Json]:
     """A row for each number of streams.
 
     Raises:
@@ -74,12 +75,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Json]) -> list[str]:
     """None."""
     return []
 
 
-def _together(options: argparse.Namespace, count: int) -> dict[str, Any]:
+def _together(options: argparse.Namespace, count: int) -> Json:
     """The row of so many streams at once."""
     began = time.perf_counter()
     with ThreadPoolExecutor(count) as pool:

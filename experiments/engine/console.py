@@ -22,6 +22,7 @@ from rich.text import Text
 
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.experiments.engine.signals import CONTINUE, RESUMABLE
+from rabit_jax.models.cache import BITS
 from rabit_jax.progress import Value, number, say
 
 # What every command ends with; `--help` prints it, `main_guard` does it.
@@ -134,6 +135,21 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-completion", action=_Completion, metavar="SHELL",
                         choices=("bash", "zsh", "tcsh"),
                         help="print the completion of the installed command for bash, zsh or tcsh")
+
+
+def paths_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--paths`, for commands that read a packed model."""
+    parser.add_argument("--paths", type=int, metavar="N",
+                        help="read the first N sign paths of each packed matrix of the blocks "
+                             "alone, a smaller model where training was nested (qat.nested); "
+                             "default: all")
+
+
+def cache_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--cache-bits`, for commands that write text."""
+    parser.add_argument("--cache-bits", type=int, choices=BITS, default=16,
+                        help="keys and values of the text so far in 16, 8 or 4 bits; 16 is the "
+                             "model's dtype, which on a CPU is float32; default %(default)s")
 
 
 class _Completion(argparse.Action):

@@ -39,14 +39,21 @@ from rabit_jax.models.prepared import Engine, prepare
 from rabit_jax.progress import progress
 from rabit_jax.train.loop import Record as Logged
 from rabit_jax.train.loop import Watch
-from rabit_jax.train.losses import distillation_loss, dominant_term, next_token_loss
+from rabit_jax.train.losses import (
+    distillation_loss,
+    dominant_term,
+    nested_loss,
+    next_token_loss,
+)
 from rabit_jax.train.optimizer import merge
 from rabit_jax.train.sharding import batch_sharding, param_shardings
 from rabit_jax.train.step import next_tokens
 from rabit_jax.train.trainer import make_trainer
 from rabit_jax.tree import map_leaves, match_rules, weights_of
 from rabit_jax.types import Array, Params
+from rabit_jax.weights.budget import apply_budget
 from rabit_jax.weights.description import leaf_bytes
+from rabit_jax.weights.mixed_stack import first_paths
 from rabit_jax.weights.rounding import round_to_nearest
 
 
@@ -140,9 +147,14 @@ def init(run: Inputs, continues: bool) -> Record:
             bar.update(next(count))
 
         student = convert(run.teacher, section.block_rules(), run.stats, key, done=done)
+        chosen = {}
+        if section.budget:
+            specs = match_rules(run.teacher, section.block_rules())
+            student, chosen = apply_budget(run.teacher, student, specs, run.stats, section.budget)
         student = convert(student, section.end_rules(), key=key, done=done)
     run.save_init(student)
     return {
+        **({"k": chosen} if chosen else {}),
         "relative_error": reconstruction_errors(run.teacher, student),
         "diagnostics": diagnostics(run, student),
     }
@@ -150,12 +162,14 @@ def init(run: Inputs, continues: bool) -> Record:
 
 def qat(run: Inputs, continues: bool) -> Record:
     """Distil the teacher into the quantised student."""
-    section = run.config.qat
+    section, chunk = run.config.qat, run.config.compute.chunk
 
     def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
-        return distillation_loss(
-            run.model, params, teacher, batch, section.gamma, run.config.compute.chunk
-        )
+        if section.nested:
+            return nested_loss(
+                run.model, params, teacher, batch, section.gamma, section.prefixes, chunk
+            )
+        return distillation_loss(run.model, params, teacher, batch, section.gamma, chunk)
 
     trainer = make_trainer(
         loss,
@@ -209,6 +223,7 @@ def evaluate(run: Inputs, continues: bool) -> Record:
         **(baselines(run) if run.config.evaluate.baselines else {}),
         "init": scores(run, run.student_init, "init"),
         "qat": {**scores(run, run.student, "student"), "kl": divergence(run, run.student)},
+        **({"nested": nested_scores(run)} if run.config.qat.nested else {}),
         "unigram_nats": unigram_entropy(run.text.windows(), run.model_config.vocab_size),
         "diagnostics": {
             "qat": diagnostics(run, run.student),
@@ -218,6 +233,20 @@ def evaluate(run: Inputs, continues: bool) -> Record:
         "relative_error": reconstruction_errors(run.teacher, run.student),
         "disordered": disordered_share(run.student),
     }
+
+
+def nested_scores(run: Inputs) -> Record:
+    """Scores and sizes of the models of the first paths that were trained together."""
+    found = {}
+    for n in run.config.qat.prefixes:
+        small = first_paths(run.student, n)
+        size = describe(small)
+        found[str(n)] = {
+            **scores(run, small, f"student, paths {n}"),
+            "stored_bits_per_weight": size.stored_bits_per_weight,
+            "whole_model_bits_per_weight": size.whole_model_bits_per_weight,
+        }
+    return found
 
 
 def baselines(run: Inputs) -> Record:

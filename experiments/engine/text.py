@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 
 from rabit_jax import BadInput
 from rabit_jax.atomic import digest, replacing
+from rabit_jax.data.conversations import rendering
 from rabit_jax.data.hub_stream import hub_stream
+from rabit_jax.data.mix import has_conversations
 from rabit_jax.data.sources import documents, mixed, unseen_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows
@@ -117,9 +119,16 @@ class Text:
     ) -> TokenText:
         data = self.config.data
         what = {"train": "training text", "eval": "evaluation text", "unseen": "unseen text"}[side]
-        if data.source == "mix" or data.source in STREAMS and side != "unseen":
-            opened = STREAMS[data.source](data, side)
-            found = tokenise_stream(*opened, self.tokenizer, data.cache, what)
+        if data.source == "mix":
+            tokenizer = self.tokenizer
+            render, template = None, ""
+            if has_conversations((*data.mix, *data.mix_eval, *data.mix_unseen)):
+                render, template = rendering(tokenizer), str(tokenizer.chat_template)
+            found = tokenise_stream(
+                *mixed(data, side, render, template), tokenizer, data.cache, what)
+        elif data.source == "hub" and side != "unseen":
+            found = tokenise_stream(
+                *hub_stream(data, side), self.tokenizer, data.cache, what)
         else:
             found = tokenise(texts(), self.tokenizer, data.cache, what)
         self._check_ids(found)

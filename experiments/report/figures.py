@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rabit_jax.types import Json
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -146,7 +148,7 @@ def by_layer(title: str, key: str, init: ByLayer | None, qat: ByLayer | None) ->
     names = list(init or qat or {})
     stages = {"init": (init or {}, MUTED, "--", "white"), "after QAT": (qat or {}, BLUE, "-", BLUE)}
 
-    def draw(axes: Axes) -> dict[str, Any]:
+    def draw(axes: Axes) -> Json:
         handles = {}
         for label, (stage, colour, dashes, fill) in stages.items():
             for place, name in enumerate(names):

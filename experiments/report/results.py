@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from rabit_jax import cost, describe
 from rabit_jax.atomic import write_text
@@ -24,6 +23,7 @@ from rabit_jax.experiments.report.summary import (
     whole_model,
     write_results,
 )
+from rabit_jax.types import Json
 
 COLUMNS = ("model", "perplexity", "bits per byte", "over teacher", "block bits",
            "whole-model bits")
@@ -72,7 +72,7 @@ def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
     print(costs(summary))
 
 
-def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> dict[str, Any]:
+def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> Json:
     """The nested summary with the keys of every run; what needs training is null."""
     results = {name: dict(record["result"]) for name, record in records.items()}
     errors = results["quantise"].pop("relative_error")

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rabit_jax import ResidualSign, cost
 from rabit_jax.atomic import write_text
@@ -28,6 +27,7 @@ from rabit_jax.experiments.report.run_card import changed_settings, write_card
 from rabit_jax.formats.packed_model import packed_bytes
 from rabit_jax.progress import number
 from rabit_jax.tree import leaves, weights_of
+from rabit_jax.types import Json
 
 LABELS = {
     "teacher": "teacher, full precision",
@@ -42,7 +42,7 @@ LABELS = {
 DENSE_BITS = 16.0
 
 
-def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[str, Any]:
+def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> Json:
     """The nested summary. Other tools read it, so its keys do not change."""
     results = {name: record["result"] for name, record in records.items()}
     measured = results["evaluate"]
@@ -55,7 +55,7 @@ def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[
         "seed": run.config.seed,
         **{
             name: measured[name]
-            for name in ("teacher", "greedy", "round_to_nearest", "init", "qat")
+            for name in ("teacher", "greedy", "round_to_nearest", "init", "qat", "nested")
             if name in measured
         },
         "packed": packed,
@@ -131,7 +131,7 @@ def table_rows(summary: Summary) -> list[ResultRow]:
     packed_bits: float = summary["packed"]["stored_bits_per_weight"]
     bits = {"teacher": DENSE_BITS, "round_to_nearest": 2.25}
     whole = {"teacher": DENSE_BITS, "packed": summary["packed"].get("whole_model_bits_per_weight")}
-    return [
+    rows = [
         ResultRow(
             name=label,
             ppl=summary[key]["ppl"],
@@ -142,6 +142,17 @@ def table_rows(summary: Summary) -> list[ResultRow]:
         )
         for key, label in LABELS.items()
         if key in summary
+    ]
+    return rows + [
+        ResultRow(
+            name=f"after QAT, first {n} of its paths",
+            ppl=found["ppl"],
+            bits_per_byte=found["bits_per_byte"],
+            ppl_over_teacher=found["ppl"] / summary["teacher"]["ppl"] - 1,
+            bits_per_weight=found["stored_bits_per_weight"],
+            whole_model_bits_per_weight=found["whole_model_bits_per_weight"],
+        )
+        for n, found in list((summary.get("nested") or {}).items())[:-1]
     ]
 
 

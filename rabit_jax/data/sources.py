@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
+from rabit_jax.data.conversations import Render
 from rabit_jax.data.embedded import embedded_documents
-from rabit_jax.data.mix import Part, identity, stream
+from rabit_jax.data.mix import Part, has_conversations, identity, stream
 from rabit_jax.data.readers import file_documents, hub_documents
 from rabit_jax.errors import BadInput
 
@@ -129,12 +130,22 @@ def unseen_documents(config: DataConfig, seen: Iterable[str]) -> list[str]:
 
 
 def mixed(
-    config: DataConfig, side: Literal["train", "eval", "unseen"]
+    config: DataConfig,
+    side: Literal["train", "eval", "unseen"],
+    render: Render | None = None,
+    template: str = "",
 ) -> tuple[Callable[[], Iterator[tuple[Iterator[str], int]]], Mapping[str, object]]:
     """One side of a mix as `tokenise_stream` takes it: `(function that opens it, recipe)`.
 
     No document is on two sides: training leaves out the documents of the other two, and the unseen
     text leaves out those of evaluation. A side without parts has an empty recipe.
+
+    Args:
+      config: The mix.
+      side: Which of its texts.
+      render: Makes text of conversations, see `conversations.rendering`.
+      template: The chat template behind `render`; part of the recipe where a part holds
+        conversations.
 
     Raises:
       BadInput: Settings that do not go with the source, or a file that cannot be read.
@@ -145,8 +156,12 @@ def mixed(
         "eval": (config.mix_eval, ()),
         "unseen": (config.mix_unseen, config.mix_eval),
     }[side]
-    recipe = {"parts": identity(parts), "without": identity(without)} if parts else {}
-    return partial(stream, parts, without), recipe
+    recipe: dict[str, object] = {}
+    if parts:
+        recipe = {"parts": identity(parts), "without": identity(without)}
+        if has_conversations((*parts, *without)):
+            recipe["chat_template"] = template
+    return partial(stream, parts, without, render), recipe
 
 
 def check_data(config: DataConfig) -> None:

@@ -212,7 +212,7 @@ def _check(teacher: Any, student: Any, drive: str) -> None:
             )
 
 
-def _report(path: str, sums: np.ndarray) -> dict[str, Any]:
+def _report(path: str, sums: np.ndarray) -> Json:
     """The measures of one projection from `sum z z^T: [..., k + 2, k + 2]`."""
     sums = sums.reshape(-1, *sums.shape[-2:])
     count = sums[:, 0, 0]
@@ -230,7 +230,7 @@ def _report(path: str, sums: np.ndarray) -> dict[str, Any]:
     return {**_adaptation(covariance), "relative_mse": _plain(error)}
 
 
-def _adaptation(covariance: np.ndarray) -> dict[str, Any]:
+def _adaptation(covariance: np.ndarray) -> Json:
     """The measures between paths, from the covariance `[l, k + 1, k + 1]` of `(R_k, y_1, ...)`."""
     unit = np.eye(covariance.shape[-1])
     k = len(unit) - 1

@@ -2,7 +2,8 @@
 
 The header is parsed here, with a check of every length against the size of the file, because the
 reader of the `gguf` package makes an array of every string and takes 20 seconds for a vocabulary of
-262,144 tokens (this takes half of one). The quantised blocks are decoded by that package.
+262,144 tokens (this takes half of one). The quantised blocks are decoded by that package, and by
+`gguf_blocks` where it knows the type but has no decoder.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from rabit_jax.errors import BadInput
+from rabit_jax.formats.gguf_blocks import decode
 from rabit_jax.formats.gguf_fields import check_fields, check_name
 from rabit_jax.types import Json, Shape
 
@@ -71,10 +73,6 @@ class GGUFTensor(NamedTuple):
         Raises:
           BadInput: the file has become shorter, or cannot be read any more.
         """
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        kind = GGMLQuantizationType(self.type)
         # Blocks lie along the last axis, so a vector is decoded as a whole.
         step = max(1, PIECE_BYTES // (4 * prod(self.shape[1:])))
         step = self.shape[0] if len(self.shape) == 1 else step
@@ -85,7 +83,7 @@ class GGUFTensor(NamedTuple):
             data = self._bytes(first, stored_bytes(shape, self.type))
             row_bytes = stored_bytes(self.shape[-1:], self.type)
             with np.errstate(all="ignore"):  # whoever reads the values looks for NaN and infinity
-                values = dequantize(data.reshape(-1, row_bytes), kind).astype(np.float32)
+                values = _decoded(data.reshape(-1, row_bytes), self.type)
                 values = values.reshape(shape) - np.float32(self.added)
             yield rows if self.places is None else self.places[rows], values
 
@@ -182,16 +180,30 @@ def _check_tensor(tensor: GGUFTensor, size: int) -> None:
 
 @functools.cache
 def _block(kind: int) -> int:
-    """Values of a block of a quantisation type; 0 where the gguf package does not decode it."""
+    """Values of a block of a quantisation type; 0 where nothing decodes it."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import dequantize
 
     try:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        dequantize(np.zeros((1, size), np.uint8), GGMLQuantizationType(kind))
+        _decoded(np.zeros((1, size), np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError):
         return 0
     return block
+
+
+def _decoded(rows: np.ndarray, kind: int) -> np.ndarray:
+    """Rows of blocks, uint8 `[o, bytes]` -> float32 `[o, i]`.
+
+    Raises:
+      NotImplementedError: neither the gguf package nor `gguf_blocks` decodes the type.
+    """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    own = decode(rows, type_name(kind))
+    if own is not None:
+        return own
+    return dequantize(rows, GGMLQuantizationType(kind)).astype(np.float32)
 
 
 def _aligned(offset: int, alignment: int) -> int:

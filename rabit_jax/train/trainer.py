@@ -23,6 +23,7 @@ from rabit_jax.train.optimizer import (
 )
 from rabit_jax.train.sharding import (
     batch_sharding,
+    layer_by_layer,
     like_params,
     make_mesh,
     param_shardings,
@@ -41,7 +42,7 @@ class Trainer:
       state: state before the first step.
       frozen: params that do not train, with None in place of those that do.
       teacher: params of the teacher, or None.
-      place: puts a host batch on the mesh, rows split over `data`.
+      place: puts a host batch on the mesh, rows split over `data` and `fsdp`.
       schedule: step -> learning rate of the matrices.
     """
 
@@ -100,7 +101,8 @@ def make_trainer(
         )
     names, _ = partition(names, names, config.freeze)
     where, frozen_where = partition(param_shardings(params, mesh), roles(params), config.freeze)
-    optimizer = make_optimizer(config, names, steps)
+    optimizer = make_optimizer(
+        config, names, steps, lambda transform: layer_by_layer(transform, trainable, where, mesh))
     whole = replicated(mesh)
     shape = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
     state_where = TrainState(

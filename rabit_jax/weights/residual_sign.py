@@ -18,7 +18,13 @@ from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.grouped_sign import GroupedSign, grouped
 from rabit_jax.weights.leaves import choice, leaf
-from rabit_jax.weights.sign_paths import PackedSign, SignFit, SignPaths, round_scales
+from rabit_jax.weights.sign_paths import (
+    PackedSign,
+    SignFit,
+    SignPaths,
+    round_scales,
+    with_layer_k,
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class ResidualSign(SignPaths):
         """
         bits = _derive_bits(self.latent, self.g, self.h)
         g, h = round_scales(name, g=self.g, h=self.h)
-        return PackedSign(bits, g, h)
+        return with_layer_k(PackedSign(bits, g, h))
 
     def rescaled(self, d_in: Float[Array, "... i"], d_out: Float[Array, "... o"]) -> ResidualSign:
         """The node of `diag(d_in) W_hat diag(d_out)`, `d_in: [..., i]`, `d_out: [..., o]` > 0."""

@@ -35,7 +35,7 @@ from rabit_jax.train.sharding import make_mesh, param_shardings, replicated, row
 from rabit_jax.tree import leaves, map_leaves, match_rules, weights_of
 from rabit_jax.types import Json, Params
 from rabit_jax.weights.budget import check_budget
-from rabit_jax.weights.mixed_stack import has_paths
+from rabit_jax.weights.mixed_stack import sign_paths
 
 
 class Inputs:
@@ -97,11 +97,10 @@ class Inputs:
         student, section = self.abstract_student(), self.config.init
         check_rules(weights_of(student))
         if prefixes := self.config.qat.prefixes:
-            ks = [w.sizes()["k"] for p, w in weights_of(student).items()
-                  if p.startswith("layers/") and has_paths(w)]
-            if max(prefixes) != max(ks, default=0):
+            most = max(sign_paths(student), default=0)
+            if max(prefixes) != most:
                 raise BadInput(
-                    f"qat.nested is {list(prefixes)}, and the weights have {max(ks, default=0)} "
+                    f"qat.nested is {list(prefixes)}, and the weights have {most} "
                     "sign paths that can be nested: its largest number must be that of the whole "
                     "model, init.spec.k, of a type such as residual")
         if section.budget:

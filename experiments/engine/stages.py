@@ -22,7 +22,7 @@ from rabit_jax.atomic import remove
 from rabit_jax.experiments.engine.config import difference, section_hash, to_dict
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.machine import device, peak_memory, versions
-from rabit_jax.experiments.engine.pieces import Pieces
+from rabit_jax.experiments.engine.pieces import DamagedPiece, Pieces
 from rabit_jax.experiments.engine.records import Record, digests, read_record, write_record
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.formats.model_card import CARD
@@ -109,10 +109,33 @@ def run_stages(
 ) -> dict[str, Record]:
     """Carry out or skip every stage in order up to `until`; returns their records by name.
 
+    A stage that works piece by piece and one of whose pieces turns out to be damaged, in its own
+    work or in that of a later stage, starts again, once.
+
     Raises:
       BadInput: `resume`, and an unfinished stage cannot go on as its inputs have changed.
       KeyboardInterrupt: `run.stopped` has become true.
     """
+    left, mended = set(forced), set()
+    while True:
+        try:
+            return _run_stages(run, stages, resume, left, until)
+        except DamagedPiece as error:
+            owner = next((stage for stage in stages if stage.pieces
+                          and run.folder.path / stage.pieces == error.folder), None)
+            if owner is None or owner.name in mended:
+                raise
+            mended.add(owner.name)
+            say(f"{error.found}: stage {owner.name} starts again")
+            remove(error.folder)
+            remove(_record(run.folder.path, owner))
+            run.forget()
+
+
+def _run_stages(
+    run: R, stages: Sequence[Stage[R]], resume: bool, forced: set[str], until: str
+) -> dict[str, Record]:
+    """As `run_stages`, up to the first damaged piece; what was forced is taken out of `forced`."""
     records: dict[str, Record] = {}
     ids: Ids = {}
     for stage in stages:
@@ -125,6 +148,7 @@ def run_stages(
             if resume and not again:
                 hosts.first_does(partial(_check_resumable, run.folder, stages, stage, read))
             record = _carry_out(run, stage, read, resume, again)
+            forced.discard(name)
         records[name], ids[name] = record, record["id"]
         if hosts.any_asks(run.stopped):
             raise KeyboardInterrupt

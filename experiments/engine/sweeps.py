@@ -234,6 +234,7 @@ class Sweep:
 
     def _states(self, kind: str, n: int) -> Iterator[np.ndarray | Array]:
         shape = (self.batch_size, self.tokens.shape[1], self.config.d_model)
+        self.pieces.check_size(self.name(kind, n), self.state_bytes())
         found = self.pieces.reading(self.name(kind, n), shape, compute_dtype(self.config))
         return map(self._rows, found)
 

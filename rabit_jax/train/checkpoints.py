@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -23,6 +24,8 @@ from rabit_jax.types import Array
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 Tree = TypeVar("Tree")
 _ITEM = "default"  # the folder in that of a step in which Orbax keeps the one tree
+_TIMES = "_CHECKPOINT_METADATA"  # when the step was saved; nothing of the state depends on it
+_LARGEST = 1 << 20  # bytes of that file, which has some hundred
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -74,6 +77,16 @@ def abstract(tree: Tree, shardings: PyTree[jax.sharding.Sharding] | None = None)
     )
 
 
+def _is_small_json(file: Path) -> bool:
+    """Whether a file, and no link, holds a JSON object."""
+    try:
+        if file.is_symlink() or not file.is_file() or file.stat().st_size > _LARGEST:
+            return False
+        return isinstance(json.loads(file.read_bytes()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 class Checkpoints:
     """Checkpoints of one stage in a folder, one per kept step.
 
@@ -90,6 +103,7 @@ class Checkpoints:
         """Open or create `folder`; at most `keep` checkpoints stay."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.folder = Path(folder).absolute()
+        self._drop_unreadable_times()
         # Without the handler Orbax takes it from the newest step, and an empty folder has none.
         self.manager = ocp.CheckpointManager(
             self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
@@ -209,6 +223,15 @@ class Checkpoints:
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         return sorted((int(n) for n in names if n.isascii() and n.isdigit() and str(int(n)) == n),
                       reverse=True)
+
+    def _drop_unreadable_times(self) -> None:
+        """Remove what Orbax would stumble over before any step is asked for, and can do without."""
+        for step in self._named_steps():
+            file = self.folder / str(step) / _TIMES
+            if not os.path.lexists(file) or _is_small_json(file):
+                continue
+            print(f"{file} is damaged and was removed: it holds times alone", file=sys.stderr)
+            remove(file)
 
     def _set_aside(self, step: int) -> None:
         """Rename what has the name of a step to a name that is free."""

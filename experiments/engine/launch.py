@@ -176,6 +176,9 @@ def start(start_timeout: int, heartbeat: int) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
+        # Process 0 alone may find its program in the cache; a program of the cache and one that was
+        # compiled anew have been seen to wait for each other in their first collective.
+        jax.config.update("jax_enable_compilation_cache", False)
     jax.distributed.initialize(
         coordinator_address=found.coordinator if ours else None,
         num_processes=found.processes if ours else None,

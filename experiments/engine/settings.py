@@ -19,6 +19,18 @@ NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Length: TypeAlias = Annotated[int, Field(ge=2)]  # tokens: one is read, the next is predicted
 
 
+def check_folder_name(name: str, what: str) -> None:
+    """Raises BadInput for a name that names no single folder."""
+    if not name or "/" in name or name in (".", ".."):
+        raise BadInput(f"name is {name!r}: it names {what}, so no '/' and not empty")
+    # 200 bytes leave room for the ends of names of temporary folders beside it.
+    if not name.isprintable() or len(name.encode(errors="replace")) > 200:
+        raise BadInput(
+            f"name is {name[:60]!r}: it names {what}, so printable characters alone and at most "
+            "200 bytes"
+        )
+
+
 @dataclass(frozen=True)
 class Compute:
     """How models run, whatever they were stored as.
@@ -323,6 +335,19 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Hosts:
+    """A run in several processes; which they are the environment says.
+
+    Attributes:
+      start_timeout: seconds in which all processes must have started.
+      heartbeat: seconds of silence after which a process counts as dead and the run ends.
+    """
+
+    start_timeout: PositiveInt = 300
+    heartbeat: PositiveInt = 100
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run.
 
@@ -337,6 +362,8 @@ class RunConfig:
       mesh: devices per axis of data, fsdp and tensor, such as {fsdp: 4, tensor: 2}; what it leaves
         is on data. Batches are split over data and fsdp, parameters and optimiser state over fsdp
         and tensor.
+      hosts: limits of time for a run in several processes; it and `mesh` may differ where a run is
+        resumed.
       wandb: project of Weights & Biases that metrics are sent to as well; "" sends nothing.
     """
 
@@ -346,6 +373,7 @@ class RunConfig:
     seed: NonNegativeInt = 0
     mesh: dict[str, PositiveInt] = field(default_factory=dict)
     wandb: str = ""
+    hosts: Hosts = field(default=Hosts(), metadata={ADDED: True})
     compute: Compute = field(default_factory=Compute)
     data: DataConfig = field(default_factory=DataConfig)
     model: Shape = field(default_factory=Shape)
@@ -360,10 +388,7 @@ class RunConfig:
 
     def __post_init__(self):
         """Raises BadInput for a name that is no folder name, or a mode that the task has not."""
-        if not self.name or "/" in self.name or self.name in (".", ".."):
-            raise BadInput(
-                f"name is {self.name!r}: it names the run's folder, so no '/' and not empty"
-            )
+        check_folder_name(self.name, "the run's folder")
         if self.task == "qat" and self.calibrate.mode != "full":
             raise BadInput(
                 f"calibrate.mode is {self.calibrate.mode!r}: task qat needs 'full', the other "

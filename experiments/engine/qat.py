@@ -53,7 +53,7 @@ from rabit_jax.tree import map_leaves, match_rules, weights_of
 from rabit_jax.types import Array, Params
 from rabit_jax.weights.budget import apply_budget
 from rabit_jax.weights.description import leaf_bytes
-from rabit_jax.weights.mixed_stack import first_paths
+from rabit_jax.weights.mixed_stack import first_paths, sign_paths
 from rabit_jax.weights.rounding import round_to_nearest
 
 
@@ -243,7 +243,8 @@ def nested_scores(run: Inputs) -> Record:
     found, packed = {}, pack(hosts.whole(run.student))
     for n in run.config.qat.prefixes:
         small = first_paths(run.student, n)
-        size = describe(first_paths(packed, n))
+        # Under a budget it may be that no layer has so many.
+        size = describe(first_paths(packed, min(n, max(sign_paths(packed)))))
         found[str(n)] = {
             **scores(run, small, f"student, paths {n}"),
             "stored_bits_per_weight": size.stored_bits_per_weight,

@@ -78,8 +78,7 @@ def _dots(results: Results) -> str:
             axes.axvline(ppl, color=COLOURS[1], lw=1.3, ls="--")
             axes.annotate("teacher", (ppl, 1), xycoords=("data", "axes fraction"), xytext=(3, 2),
                           textcoords="offset points", color=COLOURS[1], fontsize=9)
-        # matplotlib reads a dollar sign as mathematics
-        axes.set_yticks(range(len(rows)), [label.replace("$", r"\$") for label, _ in rows])
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.08)
         axes.grid(axis="y", visible=False)

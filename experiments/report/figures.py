@@ -29,6 +29,7 @@ DIAGNOSTICS = {
 }
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold dollars
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -89,9 +90,8 @@ def svg_with_legend(
 
     def whole(axes: Axes) -> None:
         handles = draw(axes)
-        # matplotlib reads a dollar sign as mathematics, and leaves out what begins with "_".
-        names = [label.replace("$", r"\$") for label in handles]
-        names = [f" {name}" if name.startswith("_") else name for name in names]
+        # matplotlib leaves out what begins with "_".
+        names = [f" {name}" if name.startswith("_") else name for name in handles]
         figure = axes.get_figure()
         assert figure is not None
         figure.legend(

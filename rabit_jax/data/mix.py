@@ -102,7 +102,7 @@ def stream(
     """
     seen: set[bytes] = set()
     for part in without:
-        seen.update(map(_hash, _read(part, render)))
+        seen.update(map(content_hash, _read(part, render)))
     for part in parts:
         yield _unseen(_read(part, render), seen), part.tokens
 
@@ -166,11 +166,12 @@ def _all(part: Part, render: Render | None) -> Iterator[str]:
 def _unseen(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
     """The texts that are neither blank nor in `seen`, which grows by their hashes."""
     for text in texts:
-        mark = _hash(text)
+        mark = content_hash(text)
         if text.strip() and mark not in seen:
             seen.add(mark)
             yield text
 
 
-def _hash(text: str) -> bytes:
+def content_hash(text: str) -> bytes:
+    """16 bytes that stand for a document."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

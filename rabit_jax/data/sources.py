@@ -1,7 +1,7 @@
 """Which text a run trains on, and which documents are held out for evaluation.
 
-The documents of most sources are held in memory (`documents`, `unseen_documents`). A mix of sources
-may be too large for that and is read as a stream (`mixed`).
+Embedded text and files are held in memory (`documents`, `unseen_documents`). What may be too large
+for that is read as a stream: a mix of sources (`mixed`), and a dataset (`hub_stream.hub_stream`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class DataConfig:
       hub_eval_split: Split for evaluation; "" holds out documents of `hub_split`.
       hub_text_column: Column that holds the text.
       streaming: Read a hub dataset as it downloads instead of storing it first.
-      max_documents: Most documents read from each source; 0 reads all. All are held in memory
-        (except those of a mix, whose parts have limits of their own).
+      max_documents: Most documents read from each source; 0 reads all. Those of embedded text and
+        of files are held in memory. (The parts of a mix have limits of their own.)
       eval_fraction: Expected share of documents held out if no evaluation text is given.
       vocab_size: Size of the tokenizer if one is trained.
       seed: Chooses the documents held out.
@@ -231,7 +231,7 @@ def _split(texts: list[str], config: DataConfig) -> tuple[list[str], list[str]]:
             f"found {len(texts)} different documents, wanted at least 2 to hold one out for"
             " evaluation; give more text, or evaluation text of its own in data.eval_files"
         )
-    ranks = {text: _rank(text, config.seed) for text in texts}
+    ranks = {text: split_rank(text, config.seed) for text in texts}
     held = [text for text in texts if ranks[text] < config.eval_fraction]
     held = held or [min(texts, key=ranks.__getitem__)]
     if len(held) == len(texts):
@@ -242,7 +242,7 @@ def _split(texts: list[str], config: DataConfig) -> tuple[list[str], list[str]]:
     return _without(texts, held), held
 
 
-def _rank(text: str, seed: int) -> float:
+def split_rank(text: str, seed: int) -> float:
     """A number in [0, 1) that depends on the text and the seed alone."""
     digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

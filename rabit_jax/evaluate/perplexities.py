@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 
 from rabit_jax.errors import BadInput
+from rabit_jax.hosts import on_mesh
 from rabit_jax.models.decoder import Decoder, check_tokens
 from rabit_jax.train.losses import head_of, summed_cross_entropy
 from rabit_jax.types import Array, Params, Shape
@@ -63,7 +64,7 @@ def perplexity(
       model: has methods `features(tokens) -> ([b, t, d], hidden)` and `head(features) -> logits`.
       params: tree of arrays and weight nodes; they keep their devices and shardings.
       windows: windows of the text, t >= 2.
-      batch_size: windows per call b; on a mesh a multiple of the devices on the data axis. The last
+      batch_size: windows per call b; on a mesh a multiple of the devices on data and fsdp. The last
         batch is padded with rows that do not count.
       chunk: positions per vocabulary projection.
       text_bytes: UTF-8 bytes of the text that the windows were cut from.
@@ -86,7 +87,7 @@ def perplexity(
     nats, done = 0.0, 0
     for tokens, real in padded_batches(windows, batch_size):
         if batch_sharding is not None:
-            tokens, real = jax.device_put((tokens, real), batch_sharding)
+            tokens, real = on_mesh((tokens, real), batch_sharding)
         nats += float(_summed_nats(model, params, tokens, real, chunk))
         done = min(done + batch_size, n)
         if progress:

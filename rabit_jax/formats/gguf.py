@@ -276,10 +276,11 @@ def _llama3_scaling(base: float, file: GGUFFile) -> Json:
     smooth = np.clip((trained / wavelengths - low) / (high - low), 0, 1)
     # 1 / divisor = (1 - smooth) / factor + smooth, solved where the factor counts most.
     slowest = int(np.argmax(divisors))
-    rest = 1 / divisors[slowest] - smooth[slowest]
-    factor = _decimal((1 - smooth[slowest]) / rest) if rest > 0 else 1.0
-    wanted = 1 / ((1 - smooth) / factor + smooth)
-    if not np.allclose(divisors, wanted, rtol=1e-4):
+    with np.errstate(all="ignore"):
+        rest = 1 / divisors[slowest] - smooth[slowest]
+        factor = _decimal((1 - smooth[slowest]) / rest) if rest > 0 else 1.0
+        wanted = 1 / ((1 - smooth) / factor + smooth)
+    if not (np.isfinite(wanted).all() and np.allclose(divisors, wanted, rtol=1e-4)):
         raise BadInput(f"unsupported {tensor.label}: its divisors are not those of Llama 3.1 to "
                        "3.3")
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}

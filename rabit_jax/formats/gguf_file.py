@@ -22,6 +22,7 @@ import numpy as np
 
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.gguf_blocks import decode
+from rabit_jax.formats.gguf_fields import check_fields, check_name
 from rabit_jax.types import Json, Shape
 
 MAGIC = b"GGUF"
@@ -81,8 +82,9 @@ class GGUFTensor(NamedTuple):
             first = stored_bytes((begin, *self.shape[1:]), self.type)
             data = self._bytes(first, stored_bytes(shape, self.type))
             row_bytes = stored_bytes(self.shape[-1:], self.type)
-            values = _decoded(data.reshape(-1, row_bytes), self.type)
-            values = values.reshape(shape) - np.float32(self.added)
+            with np.errstate(all="ignore"):  # whoever reads the values looks for NaN and infinity
+                values = _decoded(data.reshape(-1, row_bytes), self.type)
+                values = values.reshape(shape) - np.float32(self.added)
             yield rows if self.places is None else self.places[rows], values
 
     def _bytes(self, begin: int, count: int) -> np.ndarray:
@@ -125,6 +127,7 @@ def read_gguf(path: Path) -> GGUFFile:
             begin = _aligned(file.tell(), reader.alignment(fields))
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error}") from error
+    check_fields(fields, path)
     if (parts := fields.get("split.count", 1)) not in (0, 1):
         raise BadInput(f"{path} is one of {parts} parts of a model: merge them first "
                        "(llama-gguf-split --merge)")
@@ -226,6 +229,7 @@ class _Reader:
         fields: Json = {}
         for _ in range(pairs):
             key = self.string()
+            check_name(key, "field", self.path)
             (kind,) = self.numbers("I")
             fields[key] = self.value(kind)
         return fields, [self.tensor() for _ in range(tensors)]
@@ -241,6 +245,7 @@ class _Reader:
     def tensor(self) -> tuple[str, Shape, int, int]:
         """The next tensor's description; the file lists axes from the innermost one."""
         name = self.string()
+        check_name(name, "tensor", self.path)
         (axes,) = self.numbers("I")
         if not 1 <= axes <= MOST_AXES:
             raise BadInput(f"tensor {name} in {self.path} has {axes} axes, wanted 1 to {MOST_AXES}")

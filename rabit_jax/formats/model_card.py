@@ -133,6 +133,7 @@ def _front(base: str | None, licence: str | None, library: str, tags: list[str])
     from huggingface_hub import ModelCardData
 
     hub = base if base and "/" in base and _is_hub_id(base) else None
+    licence = licence and " ".join(licence.split())  # a line "---" would end the front matter
     data = ModelCardData(
         base_model=hub, base_model_relation="quantized" if hub else None, library_name=library,
         license=licence, pipeline_tag="text-generation", tags=[*tags, "jax"])

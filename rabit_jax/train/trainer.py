@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
+from rabit_jax.hosts import on_mesh
 from rabit_jax.train.optimizer import (
     OptimizerConfig,
     learning_rate,
@@ -23,6 +24,7 @@ from rabit_jax.train.optimizer import (
 )
 from rabit_jax.train.sharding import (
     batch_sharding,
+    layer_by_layer,
     like_params,
     make_mesh,
     param_shardings,
@@ -41,7 +43,7 @@ class Trainer:
       state: state before the first step.
       frozen: params that do not train, with None in place of those that do.
       teacher: params of the teacher, or None.
-      place: puts a host batch on the mesh, rows split over `data`.
+      place: puts a host batch on the mesh, rows split over `data` and `fsdp`.
       schedule: step -> learning rate of the matrices.
     """
 
@@ -92,7 +94,7 @@ def make_trainer(
     """
     mesh = make_mesh() if mesh is None else mesh
     names = roles(params)
-    placed = jax.device_put(params, param_shardings(params, mesh))
+    placed = on_mesh(params, param_shardings(params, mesh))
     trainable, frozen = partition(placed, names, config.freeze)
     if not jax.tree.leaves(trainable):
         raise BadInput(
@@ -100,7 +102,8 @@ def make_trainer(
         )
     names, _ = partition(names, names, config.freeze)
     where, frozen_where = partition(param_shardings(params, mesh), roles(params), config.freeze)
-    optimizer = make_optimizer(config, names, steps)
+    optimizer = make_optimizer(
+        config, names, steps, lambda transform: layer_by_layer(transform, trainable, where, mesh))
     whole = replicated(mesh)
     shape = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
     state_where = TrainState(
@@ -115,12 +118,12 @@ def make_trainer(
         donate_argnums=0,
     )
     if teacher is not None:
-        teacher = jax.device_put(teacher, param_shardings(teacher, mesh))
+        teacher = on_mesh(teacher, param_shardings(teacher, mesh))
     return Trainer(
         step,
         state,
         frozen,
         teacher,
-        place=lambda batch: jax.device_put(batch, batch_sharding(mesh)),
+        place=lambda batch: on_mesh(batch, batch_sharding(mesh)),
         schedule=learning_rate(config, config.lr, steps),
     )

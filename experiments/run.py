@@ -7,6 +7,7 @@ score_tuned, score_packed.
     python -m experiments.run --config quickstart           a config that comes with the package
     python -m experiments.run --config my.yaml qat.steps=400 init.spec.k=3
     python -m experiments.run --config my.yaml --dry-run    resolved config and param table
+    python -m experiments.run --config my.yaml --plan h100:8    memory and time on devices not here
     python -m experiments.run --config my.yaml --resume     continue after Ctrl-C or a crash
 
 A stage whose inputs and settings have not changed since it was completed is skipped.
@@ -26,7 +27,12 @@ import sys
 import jax
 
 from rabit_jax import BadInput, convert, describe
-from rabit_jax.experiments.engine.config import SHIPPED, config_parser, dump_yaml, load_config
+from rabit_jax.experiments.engine.config import (
+    config_parser,
+    dump_yaml,
+    load_config,
+    shipped_model,
+)
 from rabit_jax.experiments.engine.console import main_guard
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
@@ -51,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
     found = config_parser("python -m experiments.run", __doc__ or "")
     add = found.add_argument
     add("--dry-run", action="store_true", help="print the resolved config and the param table")
+    add("--plan", metavar="DEVICES",
+        help="compile the run's programs for these devices, which need not be here, and print the "
+             "memory, FLOPs and time that they take: cpu:8, h100:8, a100-80gb:4, v5e:8x8; exit "
+             "code 3 where something does not fit")
+    add("--json", action="store_true", help="with --plan: one JSON object on stdout")
     add("--resume", action="store_true", help="continue an unfinished stage from its checkpoint")
     add("--until", choices=STAGE_NAMES, metavar="STAGE",
         help="end after this stage, without summary and report")
@@ -61,6 +72,10 @@ def parser() -> argparse.ArgumentParser:
 
 def execute(arguments: argparse.Namespace, made_by: str) -> int:
     """The run itself; `made_by` is the command that the summary names."""
+    if arguments.plan:
+        from rabit_jax.experiments.planning.plan import plan  # no run needs it
+
+        return plan(arguments.config, arguments.overrides, arguments.plan, arguments.json)
     config = load_config(RunConfig, arguments.config, arguments.overrides)
     until = arguments.until
     stages = task_stages(config, [*arguments.force, *([until] if until else [])])
@@ -100,12 +115,6 @@ def dry_run(config: RunConfig) -> None:
     student = jax.eval_shape(lambda p: convert(p, config.init.rules()), params)
     print(dump_yaml(config))
     print(describe(student))
-
-
-def shipped_model(path: str) -> str:
-    """The folder under `configs/models` that holds the config.json of a hub id, or `path`."""
-    folder = SHIPPED / "models" / path
-    return str(folder) if path and (folder / "config.json").is_file() else path
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ are not frozen, those that tuning has kept train too, which is quantisation-awar
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
@@ -46,7 +44,7 @@ NAME = "end_to_end"
 def end_to_end(job: Job, continues: bool) -> Record:
     """Distil the teacher into what the section does not freeze."""
     section, compute = job.config.end_to_end, job.config.compute
-    model = Decoder(dataclasses.replace(job.model_config, remat=compute.remat))
+    model = Decoder(compute.applied(job.model_config))
     flat = {path: jnp.asarray(job.checkpoint.read(path)) for path in job.checkpoint.shapes}
 
     def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
@@ -57,9 +55,10 @@ def end_to_end(job: Job, continues: bool) -> Record:
         _student(job),
         section.optimizer,
         section.steps,
-        teacher=unflatten_dict(flat, sep="/"),
+        teacher=compute.held(unflatten_dict(flat, sep="/")),
         mesh=one_device_mesh(),
         accumulate=section.accumulate,
+        health=section.health,
     )
     state_bytes = leaf_bytes(trainer.state)
     state = fit(job, NAME, section, trainer, continues)

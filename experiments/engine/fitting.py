@@ -74,6 +74,7 @@ def fit(
                 watch=watch,
                 progress=shown,
                 stop=lambda: run.stopped,
+                health=trainer.health,
             )
             batches = run.text.batches(section, run.config.seed)
             return train(

@@ -106,7 +106,6 @@ class Inputs:
     @cached_property
     def model_config(self) -> ModelConfig:
         """The teacher's shape with the run's compute settings."""
-        compute = self.config.compute
         if self.config.teacher.path:
             found = read_config(self.config.teacher.path)
         else:
@@ -117,7 +116,7 @@ class Inputs:
                 bos_id=end,
                 **dataclasses.asdict(self.config.model),
             )
-        return dataclasses.replace(found, dtype=compute.dtype or found.dtype, remat=compute.remat)
+        return self.config.compute.applied(found)
 
     @cached_property
     def model(self) -> Decoder:
@@ -176,6 +175,17 @@ class Inputs:
         """The student as initialised."""
         nodes = kept(self.folder, "init", weights_of(self.abstract_student()), "init")
         return map_leaves(lambda path, leaf: nodes.get(path, leaf), self.teacher)
+
+    def drop_start(self) -> None:
+        """Drop the student as initialised, which a trainer has copied."""
+        self.__dict__.pop("student_init", None)
+
+    def hold_teacher(self) -> None:
+        """Hold the teacher as `compute.teacher` says, with the student made before that."""
+        if self.config.compute.teacher:
+            start = self.student_init  # its embedding, head and norms are the teacher's
+            self.__dict__["teacher"] = self.config.compute.held(self.teacher)
+            self.__dict__["student_init"] = start
 
     def save_student(self, trainable: Params) -> None:
         """Keep what QAT trained."""

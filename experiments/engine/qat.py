@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
 from rabit_jax.calibration.outliers import record_limbs
@@ -28,12 +29,13 @@ from rabit_jax.experiments.engine.measure import (
     watched_nats,
 )
 from rabit_jax.experiments.engine.records import Record
+from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.stages import Ids, Read, Stage
 from rabit_jax.formats.folder import find_folder, fingerprint, read_generation
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packed
 from rabit_jax.formats.tokenizer import prompt_ids
-from rabit_jax.models.decoder import init_params
+from rabit_jax.models.decoder import Decoder, init_params
 from rabit_jax.models.generation import generate
 from rabit_jax.models.prepared import Engine, prepare
 from rabit_jax.progress import progress
@@ -42,12 +44,44 @@ from rabit_jax.train.loop import Watch
 from rabit_jax.train.losses import distillation_loss, dominant_term, next_token_loss
 from rabit_jax.train.optimizer import merge
 from rabit_jax.train.sharding import batch_sharding, param_shardings
-from rabit_jax.train.step import next_tokens
+from rabit_jax.train.step import Loss, next_tokens
 from rabit_jax.train.trainer import make_trainer
 from rabit_jax.tree import map_leaves, match_rules, weights_of
 from rabit_jax.types import Array, Params
 from rabit_jax.weights.description import leaf_bytes
 from rabit_jax.weights.rounding import round_to_nearest
+
+
+def teacher_loss(config: RunConfig, model: Decoder) -> Loss:
+    """What the stage teacher minimises."""
+
+    def loss(params: Params, _: Params, batch: Batch) -> dict[str, Array]:
+        return {"loss": next_token_loss(model, params, batch, config.compute.chunk)[0]}
+
+    return loss
+
+
+def calibration_loss(
+    config: RunConfig, model: Decoder
+) -> Callable[[Params, Batch], Float[Array, ""]]:
+    """What is differentiated to calibrate; `batch["row"]: [b]` numbers the windows."""
+
+    def loss(params: Params, batch: Batch) -> Array:
+        key = jax.random.fold_in(jax.random.key(config.seed), batch["row"][0])
+        return next_token_loss(
+            model, params, batch, config.compute.chunk, config.calibrate.labels, key)[0]
+
+    return loss
+
+
+def student_loss(config: RunConfig, model: Decoder) -> Loss:
+    """What the stage qat minimises."""
+
+    def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
+        return distillation_loss(
+            model, params, teacher, batch, config.qat.gamma, config.compute.chunk)
+
+    return loss
 
 
 def teacher(run: Inputs, continues: bool) -> Record:
@@ -59,17 +93,14 @@ def teacher(run: Inputs, continues: bool) -> Record:
     params = jax.jit(lambda key: init_params(run.model_config, key), out_shardings=where)(
         jax.random.key(run.config.seed)
     )
-
-    def loss(params: Params, _: Params, batch: Batch) -> dict[str, Array]:
-        return {"loss": next_token_loss(run.model, params, batch, run.config.compute.chunk)[0]}
-
     trainer = make_trainer(
-        loss,
+        teacher_loss(run.config, run.model),
         params,
         section.optimizer,
         section.steps,
         mesh=run.mesh,
         accumulate=section.accumulate,
+        health=section.health,
         count=next_tokens,
     )
     tokens = section.batch_size * section.length
@@ -101,12 +132,6 @@ def calibration(run: Inputs, continues: bool) -> Record:
     rows_at = run.text.batches(section, seed + 1)
     size = (section.batch_size, section.length)
 
-    def loss(params: Params, batch: Batch) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed), batch["row"][0])
-        return next_token_loss(
-            run.model, params, batch, run.config.compute.chunk, section.labels, key
-        )[0]
-
     def batches() -> Iterator[Batch]:
         with progress("calibrate", count) as bar:
             for step in range(count):
@@ -118,7 +143,7 @@ def calibration(run: Inputs, continues: bool) -> Record:
                 bar.update(step + 1)
 
     stats = calibrate(
-        loss,
+        calibration_loss(run.config, run.model),
         run.teacher,
         batches(),
         run.config.init.block_rules(),
@@ -151,22 +176,19 @@ def init(run: Inputs, continues: bool) -> Record:
 def qat(run: Inputs, continues: bool) -> Record:
     """Distil the teacher into the quantised student."""
     section = run.config.qat
-
-    def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
-        return distillation_loss(
-            run.model, params, teacher, batch, section.gamma, run.config.compute.chunk
-        )
-
+    run.hold_teacher()
     trainer = make_trainer(
-        loss,
+        student_loss(run.config, run.model),
         run.student_init,
         section.optimizer,
         section.steps,
         teacher=run.teacher,
         mesh=run.mesh,
         accumulate=section.accumulate,
+        health=section.health,
         project=section.project_scales,
     )
+    run.drop_start()
     tokens, state_bytes = section.batch_size * section.length, leaf_bytes(trainer.state)
 
     def after(step: int, trainable: Params, before: dict[str, Array]) -> None:

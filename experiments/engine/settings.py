@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, TypeAlias
 
+import jax
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rabit_jax import LLAMA_ENDS, LLAMA_LINEARS, BadInput, ResidualSignSpec
 from rabit_jax.data.sources import DataConfig
 from rabit_jax.experiments.engine.config import ADDED
+from rabit_jax.models.config import ModelConfig
 from rabit_jax.train.block_tuning import TuningConfig
-from rabit_jax.train.optimizer import OptimizerConfig
-from rabit_jax.types import Spec
+from rabit_jax.train.health import HealthConfig
+from rabit_jax.train.optimizer import OptimizerConfig, roles
+from rabit_jax.types import Params, Spec
 
 # Bounds are checked where a config is loaded, what concerns two settings by `__post_init__`.
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -27,11 +30,39 @@ class Compute:
       dtype: dtype of the matrix products; "" takes the model's own.
       remat: recompute each block in the backward pass instead of keeping its activations.
       chunk: positions per piece of the vocabulary projection; 0 takes a sequence at once.
+      remat_keep: what `remat` keeps all the same: "nothing", or the results of matrix "products".
+      attention_block: queries per piece of attention, whose scores then take that many rows for
+        each head; 0 makes the whole matrix of scores. Results are the same.
+      teacher: what the teacher of a distillation is held in: "" as it is computed with, float32
+        here, or "bfloat16", which changes nothing where products are in bfloat16.
     """
 
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     remat: bool = False
     chunk: NonNegativeInt = 256
+    remat_keep: Literal["nothing", "products"] = field(default="nothing", metadata={ADDED: True})
+    attention_block: NonNegativeInt = field(default=0, metadata={ADDED: True})
+    teacher: Literal["", "bfloat16"] = field(default="", metadata={ADDED: True})
+
+    def applied(self, config: ModelConfig) -> ModelConfig:
+        """The decoder's settings with these."""
+        return replace(
+            config, dtype=self.dtype or config.dtype, remat=self.remat, remat_keep=self.remat_keep,
+            attention_block=self.attention_block)
+
+    def held(self, teacher: Params) -> Params:
+        """The teacher's params, or their shapes, as a distillation holds them."""
+        if not self.teacher:
+            return teacher
+
+        def cast(leaf: Any, role: str) -> Any:
+            if role not in ("matrix", "embedding", "head"):
+                return leaf
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(leaf.shape, self.teacher, sharding=leaf.sharding)
+            return leaf.astype(self.teacher)
+
+        return jax.tree.map(cast, teacher, roles(teacher))
 
 
 @dataclass(frozen=True)
@@ -66,6 +97,7 @@ class Training:
       watch_every: steps between measurements on the evaluation text: perplexity, and for a
         quantised student diagnostics and sign flips.
       optimizer: optimiser, learning rates, what is frozen.
+      health: what a step is tested for, and what is done about a fault.
     """
 
     steps: PositiveInt = 300
@@ -76,6 +108,7 @@ class Training:
     save_every: PositiveInt = 100
     watch_every: PositiveInt = 100
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    health: HealthConfig = field(default=HealthConfig(), metadata={ADDED: True})
 
     def __post_init__(self):
         """Raises BadInput where the pieces of a batch are not equal."""

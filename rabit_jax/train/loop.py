@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import numpy as np
 import optax
 
 from rabit_jax.errors import BadInput
+from rabit_jax.progress import say
 from rabit_jax.train.checkpoints import Checkpoints, abstract, all_finite
+from rabit_jax.train.health import Fault, Health
 from rabit_jax.train.step import Metrics, Step, TrainState
 from rabit_jax.types import Batch, Params
 
@@ -51,6 +54,7 @@ class Loop:
       watch: measurements between steps.
       progress: called with `(steps done, record)`.
       stop: called after each step; True ends the loop after a checkpoint.
+      health: of the trainer, whose step it tests; None where it tests nothing.
     """
 
     stage: str
@@ -63,6 +67,7 @@ class Loop:
     watch: Watch | None = None
     progress: Callable[[int, Record], None] = lambda step, record: None
     stop: Callable[[], bool] = lambda: False
+    health: Health | None = None
 
 
 def train(
@@ -78,7 +83,8 @@ def train(
     """Run `step(state, frozen, teacher, batches(s))` for s = 0 .. steps - 1.
 
     Batch s depends on s alone, so a resumed run sees the same batches as an uninterrupted one and
-    ends in the same state, bit for bit.
+    ends in the same state, bit for bit. A fault that asks for it (see `rabit_jax.train.health`)
+    puts the last checkpoint in place of the state; the steps since then count as done.
 
     Args:
       loop: settings.
@@ -94,8 +100,8 @@ def train(
       The state after the last step.
 
     Raises:
-      BadInput: the loss, the gradient or the state that is to be saved is not finite; the last
-        good checkpoint is kept.
+      BadInput: a fault that stops; the loss, the gradient or the state that is to be saved is not
+        finite; nothing to roll back to. The last good checkpoint is kept.
       KeyboardInterrupt: `loop.stop()` returned True; the state has been saved.
     """
     if checkpoints and resume and (
@@ -104,6 +110,7 @@ def train(
         state = found[1]
     done = int(state.step)
     clock = _Clock(loop.tokens_per_step)
+    faults = _Faults(loop, checkpoints)
     pending = None
     while done < loop.steps:
         watch = loop.watch
@@ -112,7 +119,10 @@ def train(
         snapshot = clock.pause(watch.before, state.trainable) if watch else None
         state, metrics = step(state, frozen, teacher, batches(done))
         done += 1
-        _report(loop, pending, clock)
+        fault = _report(loop, pending, clock)
+        if fault and faults.met(done - 1, fault):
+            state, done, pending = clock.pause(faults.back, state, done - 1), done - 1, None
+            continue
         pending = (done, metrics)
         clock.tick()
         saving = checkpoints and (
@@ -120,8 +130,10 @@ def train(
         )
         stopping = loop.stop()
         if watch or saving or stopping or done == loop.steps:
-            _report(loop, pending, clock)
+            fault = _report(loop, pending, clock)
             pending = None
+            if faults.met(done, fault):
+                state = clock.pause(faults.back, state, done)
         if saving or stopping or done == loop.steps:
             clock.pause(_check_state, loop, done, state)
         if watch:
@@ -135,6 +147,75 @@ def train(
     if checkpoints:
         checkpoints.wait()
     return state
+
+
+class _Faults:
+    """Says what is at fault, counts, and goes back to a checkpoint."""
+
+    def __init__(self, loop: Loop, checkpoints: Checkpoints | None):
+        self.loop, self.checkpoints = loop, checkpoints
+        self.row = 0  # skipped or rolled back steps in a row
+        self.seen: dict[str, int] = {}  # warnings by kind
+        self.returns: dict[int, int] = {}  # rollbacks by the step of the checkpoint
+
+    def met(self, step: int, fault: Fault | None) -> bool:
+        """Log the fault of a step; True where the state is to be rolled back.
+
+        Raises:
+          BadInput: it stops the run, or one too many steps in a row were at fault.
+        """
+        if fault is None or fault.action == "warn":
+            self.row = 0
+        if fault is None:
+            return False
+        loop, kind, action = self.loop, fault.group.kind, fault.action
+        loop.log({"stage": "health", "during": loop.stage, "step": step,
+                  "tokens": step * loop.tokens_per_step, **fault.record()})
+        if action == "stop":
+            raise BadInput(
+                f"stage {loop.stage}: at step {step} {fault}; the checkpoints before it are kept: "
+                f"lower the learning rate or the clipping norm, or set health.{kind} to another "
+                "action"
+            )
+        self.seen[kind] = count = self.seen.get(kind, 0) + 1
+        if action != "warn" or count & (count - 1) == 0:  # warnings 1, 2, 4, 8, ...
+            done = {"warn": "", "skip": "; the step is skipped", "rollback": ""}[action]
+            say(f"warning: {loop.stage}: at step {step} {fault}{done}")
+        if action == "warn":
+            return False
+        self.row += 1
+        self._check(step, self.row, "steps in a row were at fault")
+        return action == "rollback"
+
+    def back(self, state: TrainState, step: int) -> TrainState:
+        """The state of the last checkpoint, with `step` steps counted as done.
+
+        Raises:
+          BadInput: there is no checkpoint, or it was gone back to too often.
+        """
+        stage, target = self.loop.stage, abstract(state)
+        jax.tree.map(lambda leaf: leaf.delete(), state)  # else both states are in memory
+        found = self.checkpoints and self.checkpoints.restore_last(target, whole)
+        if not found:
+            raise BadInput(
+                f"stage {stage}: at step {step} there is no checkpoint to roll back to: lower "
+                "save_every, or choose skip or stop as the action"
+            )
+        last, state = found
+        self.returns[last] = count = self.returns.get(last, 0) + 1
+        self._check(step, count, f"rollbacks to the checkpoint of step {last} were needed")
+        say(f"{stage}: rolled back to the checkpoint of step {last}, going on after step {step}")
+        counted = jax.device_put(np.asarray(step, np.int32), target.step.sharding)
+        return dataclasses.replace(state, step=counted)
+
+    def _check(self, step: int, count: int, what: str) -> None:
+        patience = self.loop.health.config.patience if self.loop.health else 1
+        if count > patience:
+            raise BadInput(
+                f"stage {self.loop.stage}: at step {step} {count} {what}, more than "
+                f"health.patience ({patience}) allows; the checkpoints are kept: lower the "
+                "learning rate or the clipping norm"
+            )
 
 
 def whole(state: TrainState) -> bool:
@@ -152,30 +233,36 @@ def _check_state(loop: Loop, done: int, state: TrainState) -> None:
         )
 
 
-def _report(loop: Loop, pending: tuple[int, Metrics] | None, clock: _Clock) -> None:
-    """Check and log the metrics of a step. They are read one step late, so that the device never
-    waits for the host."""
+def _report(loop: Loop, pending: tuple[int, Metrics] | None, clock: _Clock) -> Fault | None:
+    """Check and log the metrics of a step; returns its fault. They are read one step late, so that
+    the device never waits for the host."""
     if pending is None:
-        return
+        return None
     done, metrics = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+    fault = loop.health.read(values) if loop.health else None
+    if fault and fault.action in ("stop", "rollback"):
+        return fault  # what the step gave is of no use
+    if not fault and not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
         raise BadInput(
             f"stage {loop.stage}: loss {values['loss']} and gradient norm {values['grad_norm']} "
             f"at step {done} are not finite; the checkpoints before it are kept: lower the "
             "learning rate or the clipping norm"
         )
+    updates = int(values.pop("updates", done))
     record: Record = {
         "stage": loop.stage,
         "step": done,
         "tokens": done * loop.tokens_per_step,
         **values,
-        "lr": float(np.asarray(loop.schedule(done - 1))),
+        "lr": float(np.asarray(loop.schedule(max(updates - 1, 0)))),
         "tokens_per_second": clock.rate(),
     }
     loop.progress(done, record)
-    if done % loop.log_every == 0 or done in (1, loop.steps):
+    finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+    if finite and (done % loop.log_every == 0 or done in (1, loop.steps)):
         loop.log(record)
+    return fault
 
 
 class _Clock:

@@ -33,14 +33,17 @@ KERNEL_AXES = (
 )
 
 
-def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
-    """Mesh of all devices; by default all on `data`.
+def make_mesh(
+    axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Mesh of all devices, or of those given; by default all on `data`.
 
     Raises:
       BadInput: an axis is unknown, or the sizes do not multiply to the number of devices.
     """
     axes = dict(axes or {})
-    count = len(jax.devices())
+    found = jax.devices() if devices is None else devices
+    count = len(found)
     unknown = sorted(set(axes) - set(AXES))
     if unknown:
         raise BadInput(f"mesh names the axis {unknown[0]!r}: the axes are {' and '.join(AXES)}")
@@ -55,7 +58,7 @@ def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
             f"{count} devices: "
             "make the product of its sizes equal to the number of devices"
         )
-    return Mesh(np.asarray(jax.devices()).reshape(sizes), AXES)
+    return Mesh(np.asarray(found).reshape(sizes), AXES)
 
 
 def one_device_mesh() -> Mesh:

@@ -34,6 +34,7 @@ from rabit_jax.experiments.engine.config import (
     shipped_model,
 )
 from rabit_jax.experiments.engine.console import main_guard
+from rabit_jax.experiments.engine.fitting import Measure
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.settings import RunConfig
@@ -63,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
              "code 3 where something does not fit")
     add("--json", action="store_true", help="with --plan: one JSON object on stdout")
     add("--resume", action="store_true", help="continue an unfinished stage from its checkpoint")
+    add("--profile", nargs="?", const="11:13", metavar="FIRST:LAST",
+        help="trace these steps of each training for the JAX profiler, into profile/ of the run "
+             "folder (default 11:13, behind compilation)")
+    add("--peak-flops", type=float, metavar="FLOPS",
+        help="FLOP/s of one device, for mfu in the metrics, where the device is not a known one")
     add("--until", choices=STAGE_NAMES, metavar="STAGE",
         help="end after this stage, without summary and report")
     add("--force", action="append", default=[], choices=STAGE_NAMES, metavar="STAGE",
@@ -82,11 +88,13 @@ def execute(arguments: argparse.Namespace, made_by: str) -> int:
     if arguments.dry_run:
         dry_run(config)
         return 0
+    measured = Measure(traced_steps(arguments.profile), arguments.peak_flops)
     folder = RunFolder(config)
     try:
         if folder.exists():
             folder.lock()  # before text is read, which may take long
         with opened(config, folder) as run:
+            run.measure = measured
             folder.open(arguments.resume)
             last = until or stages[-1].name
             records = run_stages(run, stages, arguments.resume, set(arguments.force), last)
@@ -97,6 +105,20 @@ def execute(arguments: argparse.Namespace, made_by: str) -> int:
     finally:
         folder.close()
     return 0
+
+
+def traced_steps(text: str | None) -> tuple[int, int] | None:
+    """The first and last step of `FIRST:LAST`.
+
+    Raises:
+      BadInput: it has another form.
+    """
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise BadInput(f"--profile is {text!r}: give the first and the last step as in 11:13")
+    return int(first), int(last)
 
 
 def dry_run(config: RunConfig) -> None:

@@ -18,7 +18,7 @@ from rabit_jax.atomic import write_tensors
 from rabit_jax.data.tokens import batch
 from rabit_jax.evaluate.diagnostics import Apply
 from rabit_jax.experiments.engine.config import to_dict
-from rabit_jax.experiments.engine.fitting import keep, kept
+from rabit_jax.experiments.engine.fitting import Measure, keep, kept
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.records import check_files
 from rabit_jax.experiments.engine.settings import Init, RunConfig
@@ -48,7 +48,7 @@ class Inputs:
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
         self.text = Text(config, self.mesh)
-        self.stopped = False
+        self.stopped, self.measure = False, Measure()
         rows = self.mesh.shape["data"]
         for name in self._reads_text("evaluate"):
             section = getattr(config, name)

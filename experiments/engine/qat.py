@@ -210,7 +210,7 @@ def qat(run: Inputs, continues: bool) -> Record:
         )
 
     def notice(record: Logged) -> str | None:
-        kl, hidden = float(record["kl"]), float(record["hidden_mse"])
+        kl, hidden = (float(record[name] or 0) for name in ("kl", "hidden_mse"))
         return dominant_term(kl, hidden, section.gamma)
 
     watch = Watch(section.watch_every, lambda t: snapshot(merge(t, trainer.frozen)), after)

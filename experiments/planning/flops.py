@@ -14,6 +14,10 @@ from typing import Any
 import jax
 from jax.extend import core
 
+KINDS = ("model", "recomputed", "optimizer")
+# What JAX and the training step call the scopes that are not the model's own work.
+SCOPES = {"rematted_computation": "recomputed", "optimizer": "optimizer"}
+
 
 @dataclass
 class Flops:
@@ -21,22 +25,24 @@ class Flops:
 
     Attributes:
       model: forward and backward passes.
+      recomputed: what the backward pass computes again of the forward pass.
       optimizer: what stands in the named scope `optimizer`.
     """
 
     model: Counter[str] = field(default_factory=Counter)
+    recomputed: Counter[str] = field(default_factory=Counter)
     optimizer: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Flops, turns: int = 1) -> None:
         """Add another program that runs `turns` times."""
-        for own, more in ((self.model, other.model), (self.optimizer, other.optimizer)):
-            for dtype, n in more.items():
-                own[dtype] += n * turns
+        for kind in KINDS:
+            for dtype, n in getattr(other, kind).items():
+                getattr(self, kind)[dtype] += n * turns
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.model.total() + self.optimizer.total()
+        return sum(getattr(self, kind).total() for kind in KINDS)
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
@@ -45,18 +51,20 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
     A product `[m, k] [k, n]` counts `2 m n k`; everything else counts nothing. The body of a scan
     counts as often as it runs, that of a while loop once, and of branches the most costly one.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr, False)
+    return flops_of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _of_jaxpr(jaxpr: Any, updates: bool) -> Flops:
+def flops_of(jaxpr: Any, kind: str = "model") -> Flops:
+    """FLOPs of a jaxpr, which count as `kind` where no scope in it says otherwise."""
     total = Flops()
     for equation in jaxpr.eqns:
-        inside = updates or "optimizer" in str(equation.source_info.name_stack)
-        total.add(*_of_equation(equation, inside))
+        scope = str(equation.source_info.name_stack)
+        own = next((found for name, found in SCOPES.items() if name in scope), kind)
+        total.add(*_of_equation(equation, own))
     return total
 
 
-def _of_equation(equation: Any, updates: bool) -> tuple[Flops, int]:
+def _of_equation(equation: Any, kind: str) -> tuple[Flops, int]:
     """FLOPs of what an equation does once, and how often it does it."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
@@ -64,8 +72,8 @@ def _of_equation(equation: Any, updates: bool) -> tuple[Flops, int]:
         (contracted, _), _ = params["dimension_numbers"]
         terms = prod(left.shape[n] for n in contracted)
         found = Counter({str(left.dtype): 2 * prod(equation.outvars[0].aval.shape) * terms})
-        return (Flops(optimizer=found) if updates else Flops(model=found)), 1
-    inner = [_of_jaxpr(one, updates) for one in _inner(params)]
+        return Flops(**{kind: found}), 1
+    inner = [flops_of(one, kind) for one in _inner(params)]
     if name == "cond":
         return max(inner, key=lambda found: found.total), 1
     total = Flops()

@@ -148,7 +148,8 @@ def _measured(program: Program, target: Target) -> Planned:
     flops = count_flops(program.function, *program.arguments)
     alone = program.name == "decode"
     shares = (1, 1) if alone else (target.count, _optimizer_shards(program))
-    counted = flops.model.total() / shares[0] + flops.optimizer.total() / shares[1]
+    own = flops.optimizer.total()
+    counted = (flops.total - own) / shares[0] + own / shares[1]
     return replace(
         planned, temporaries=memory.temp_size_in_bytes, peak=peak, flops=counted,
         collective_bytes=moved, collectives=kinds, fits=peak <= target.memory,
@@ -187,7 +188,8 @@ def estimate(
     FLOPs of the model and those of the optimiser. An estimate of the order of magnitude.
     """
     chip, total = target.chip, 0.0
-    for own, devices in zip((flops.model, flops.optimizer), shares, strict=True):
+    passes = flops.model + flops.recomputed
+    for own, devices in zip((passes, flops.optimizer), shares, strict=True):
         for dtype, n in own.items():
             total += n / devices / (chip.flops32 if "32" in dtype else chip.flops16)
     return (total + touched / chip.bandwidth + moved / chip.link) / REACHED

@@ -133,6 +133,16 @@ class Target:
         return {"xla_gpu_autotune_level": 0} if self.compiler in ("cuda", "gpu") else {}
 
 
+def known_chip(device_kind: str) -> Chip | None:
+    """What a device can do by the name that JAX gives it, such as "NVIDIA H200" or "TPU v5 lite";
+    None for a CPU and for what `CHIPS` does not list."""
+    tpus = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
+            "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+    if device_kind in tpus:
+        return CHIPS[tpus[device_kind]]
+    return next((chip for chip in CHIPS.values() if f'"{device_kind}"' in chip.described), None)
+
+
 def find_target(name: str) -> Target:
     """The target of a name such as `h100:8` or `v5e:4x4`.
 

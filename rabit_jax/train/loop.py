@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, ParamSpec, TypeVar
 
 import jax
@@ -22,7 +23,7 @@ from rabit_jax.types import Batch, Params
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Record = dict[str, float | int | str]
+Record = dict[str, float | int | str | None]
 
 @dataclass(frozen=True)
 class Watch(Generic[T]):
@@ -55,6 +56,9 @@ class Loop:
       progress: called with `(steps done, record)`.
       stop: called after each step; True ends the loop after a checkpoint.
       health: of the trainer, whose step it tests; None where it tests nothing.
+      ideal_seconds: of a step whose products run at the devices' peak FLOP/s, for the log's `mfu`;
+        None where the peak is not known.
+      profile: steps to be traced; None traces nothing.
     """
 
     stage: str
@@ -68,6 +72,23 @@ class Loop:
     progress: Callable[[int, Record], None] = lambda step, record: None
     stop: Callable[[], bool] = lambda: False
     health: Health | None = None
+    ideal_seconds: float | None = None
+    profile: Profile | None = None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Steps that are traced for the profiler of JAX, which TensorBoard and XProf show.
+
+    Attributes:
+      folder: where the trace is written.
+      first, last: numbers of the first and the last step, from 1; a training that begins later or
+        ends earlier is traced as far as it goes.
+    """
+
+    folder: Path
+    first: int
+    last: int
 
 
 def train(
@@ -110,15 +131,18 @@ def train(
         state = found[1]
     done = int(state.step)
     clock = _Clock(loop.tokens_per_step)
-    faults = _Faults(loop, checkpoints)
+    faults, tracing = _Faults(loop, checkpoints), _Tracing(loop, done)
     pending = None
     while done < loop.steps:
         watch = loop.watch
         if watch and done % watch.every and done != loop.steps - 1:
             watch = None
         snapshot = clock.pause(watch.before, state.trainable) if watch else None
-        state, metrics = step(state, frozen, teacher, batches(done))
+        tracing.before(done + 1)
+        with jax.profiler.StepTraceAnnotation(loop.stage, step_num=done + 1):
+            state, metrics = step(state, frozen, teacher, clock.read(batches, done))
         done += 1
+        tracing.after(done, metrics)
         fault = _report(loop, pending, clock)
         if fault and faults.met(done - 1, fault):
             state, done, pending = clock.pause(faults.back, state, done - 1), done - 1, None
@@ -257,6 +281,9 @@ def _report(loop: Loop, pending: tuple[int, Metrics] | None, clock: _Clock) -> F
         **values,
         "lr": float(np.asarray(loop.schedule(max(updates - 1, 0)))),
         "tokens_per_second": clock.rate(),
+        "mfu": clock.share(loop.ideal_seconds),
+        "input_wait": clock.input_wait(),
+        "device_memory": peak_device_memory(),
     }
     loop.progress(done, record)
     finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
@@ -265,18 +292,68 @@ def _report(loop: Loop, pending: tuple[int, Metrics] | None, clock: _Clock) -> F
     return fault
 
 
+def peak_device_memory() -> int | None:
+    """Most bytes that any local device has held at once; None where the backend does not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found),
+               default=None)
+
+
+class _Tracing:
+    """Begins and ends the trace of a loop whose first step is behind `done` steps."""
+
+    def __init__(self, loop: Loop, done: int):
+        self.profile, self.steps, self.running = loop.profile, loop.steps, False
+        if self.profile and (done >= self.profile.last or loop.steps < self.profile.first):
+            say(f"{loop.stage}: no trace, since none of the steps {self.profile.first} to "
+                f"{self.profile.last} is run here")
+            self.profile = None
+
+    def before(self, step: int) -> None:
+        if self.profile and not self.running and step >= self.profile.first:
+            jax.profiler.start_trace(str(self.profile.folder))
+            self.running = True
+
+    def after(self, step: int, metrics: Metrics) -> None:
+        if self.profile and self.running and step >= min(self.profile.last, self.steps):
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            say(f"trace of steps up to {step} in {self.profile.folder}: `pip install xprof`, then "
+                f"`tensorboard --logdir {self.profile.folder}`")
+            self.profile = None
+
+
 class _Clock:
     """Tokens per second over the steps since compilation, without the pauses."""
 
     def __init__(self, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
-        self.steps, self.start, self.paused = 0, math.nan, 0.0
+        self.steps, self.start, self.paused, self.waited = 0, math.nan, 0.0, 0.0
 
     def tick(self) -> None:
         if math.isnan(self.start):
-            self.start, self.paused = time.perf_counter(), 0.0
+            self.start, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
         else:
             self.steps += 1
+
+    def read(self, batches: Callable[[int], Batch], step: int) -> Batch:
+        """A batch; the time until it is there counts as waiting for input."""
+        begin = time.perf_counter()
+        found = batches(step)
+        self.waited += time.perf_counter() - begin
+        return found
+
+    def elapsed(self) -> float:
+        """Seconds since the first step, without the pauses."""
+        return time.perf_counter() - self.start - self.paused
+
+    def input_wait(self) -> float:
+        """Share of the time that the host waited for batches, during which a device may be busy."""
+        return self.waited / self.elapsed() if self.steps else 0.0
+
+    def share(self, ideal: float | None) -> float | None:
+        """Share of the time that all steps would have taken with `ideal` seconds each."""
+        return ideal * self.steps / self.elapsed() if self.steps and ideal is not None else None
 
     def pause(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         begin = time.perf_counter()
@@ -287,4 +364,4 @@ class _Clock:
     def rate(self) -> float:
         if not self.steps:
             return 0.0
-        return self.steps * self.tokens_per_step / (time.perf_counter() - self.start - self.paused)
+        return self.steps * self.tokens_per_step / self.elapsed()

@@ -83,7 +83,8 @@ def summed_cross_entropy(
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * mask)
 
     mask = mask.astype(F32)
-    return chunk_sums(piece, (features, labels, mask), chunk), jnp.sum(mask)
+    with jax.named_scope("cross_entropy"):
+        return chunk_sums(piece, (features, labels, mask), chunk), jnp.sum(mask)
 
 
 def summed_kl(
@@ -111,7 +112,9 @@ def summed_kl(
         log_p = jax.nn.log_softmax(taught.astype(F32), axis=-1)
         return jnp.sum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * mask)
 
-    return chunk_sums(piece, (student, jax.lax.stop_gradient(teacher), mask.astype(F32)), chunk)
+    with jax.named_scope("kl"):
+        taught = jax.lax.stop_gradient(teacher)
+        return chunk_sums(piece, (student, taught, mask.astype(F32)), chunk)
 
 
 def summed_hidden_error(
@@ -124,11 +127,12 @@ def summed_hidden_error(
     times larger than the others): a plain mean would be the error of those few tokens. A token
     whose y is 0 counts 0. No gradient flows to the teacher.
     """
-    y = jax.lax.stop_gradient(teacher).astype(F32)
-    size = jnp.sum(jnp.square(y), axis=-1)
-    error = jnp.sum(jnp.square(student.astype(F32) - y), axis=-1)
-    relative = jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0)
-    return jnp.sum(jnp.mean(relative, axis=0) * mask.astype(F32))
+    with jax.named_scope("hidden_error"):
+        y = jax.lax.stop_gradient(teacher).astype(F32)
+        size = jnp.sum(jnp.square(y), axis=-1)
+        error = jnp.sum(jnp.square(student.astype(F32) - y), axis=-1)
+        relative = jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0)
+        return jnp.sum(jnp.mean(relative, axis=0) * mask.astype(F32))
 
 
 def _real(batch: Batch) -> Bool[Array, "b t"]:
@@ -224,8 +228,10 @@ def distillation_loss(
     """
     mask, teacher = _real(batch), jax.lax.stop_gradient(teacher)
     heads = head_of(model, params), head_of(model, teacher)
-    student, student_hidden = _features(model, params, batch, hidden_states=gamma > 0)
-    taught, taught_hidden = _features(model, teacher, batch, hidden_states=gamma > 0)
+    with jax.named_scope("student"):
+        student, student_hidden = _features(model, params, batch, hidden_states=gamma > 0)
+    with jax.named_scope("teacher"):
+        taught, taught_hidden = _features(model, teacher, batch, hidden_states=gamma > 0)
     kl, hidden = summed_kl(*heads, student, taught, mask, chunk), jnp.zeros((), F32)
     if gamma > 0:
         hidden = summed_hidden_error(student_hidden, taught_hidden, mask)

@@ -31,7 +31,7 @@ from rabit_jax.models.decoder import Decoder, param_shapes
 from rabit_jax.progress import loading
 from rabit_jax.train.checkpoints import abstract
 from rabit_jax.train.optimizer import merge, partition, roles
-from rabit_jax.train.sharding import make_mesh, param_shardings
+from rabit_jax.train.sharding import make_mesh, param_shardings, row_shards
 from rabit_jax.tree import map_leaves, weights_of
 from rabit_jax.types import Json, Params
 
@@ -49,14 +49,14 @@ class Inputs:
         self.mesh = make_mesh(config.mesh)
         self.text = Text(config, self.mesh)
         self.stopped, self.measure = False, Measure()
-        rows = self.mesh.shape["data"]
+        rows = row_shards(self.mesh)
         for name in self._reads_text("evaluate"):
             section = getattr(config, name)
             piece = section.batch_size // getattr(section, "accumulate", 1)
             if piece % rows:
                 raise BadInput(
-                    f"{name}.batch_size gives pieces of {piece} sequences for {rows} devices on "
-                    f"the data axis: make it a multiple of {rows}"
+                    f"{name}.batch_size gives pieces of {piece} sequences for {rows} parts of "
+                    f"the mesh (data x fsdp): make it a multiple of {rows}"
                 )
 
     def _reads_text(self, *more: str) -> tuple[str, ...]:
@@ -83,10 +83,10 @@ class Inputs:
         for name, length in lengths.items():
             batch(text.train.tokens, 0, getattr(config, name).batch_size, length, config.seed)
         found = min(len(text.windows()), config.evaluate.diagnostic_windows)
-        if found < self.mesh.shape["data"]:
+        if found < row_shards(self.mesh):
             raise BadInput(
-                f"the diagnostics have {found} windows for {self.mesh.shape['data']} devices on "
-                "the data axis: give more evaluation text or raise evaluate.diagnostic_windows"
+                f"the diagnostics have {found} windows for {row_shards(self.mesh)} parts of "
+                "the mesh (data x fsdp): give more evaluation text or raise evaluate.diagnostic_windows"
             )
         self._check_student()
 

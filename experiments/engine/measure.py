@@ -17,7 +17,7 @@ from rabit_jax.evaluate.perplexities import Perplexity, padded_batches, perplexi
 from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.progress import progress
 from rabit_jax.train.losses import distillation_loss
-from rabit_jax.train.sharding import batch_sharding
+from rabit_jax.train.sharding import batch_sharding, row_shards
 from rabit_jax.tree import is_weight, map_leaves, weights_of
 from rabit_jax.types import Params
 
@@ -77,7 +77,7 @@ def _windows(run: Inputs, count: int) -> Iterator[dict]:
 
     The last batch is filled up with rows of padding, so that every window is measured.
     """
-    rows, devices = run.text.windows()[:count], run.mesh.shape["data"]
+    rows, devices = run.text.windows()[:count], row_shards(run.mesh)
     size = min(run.config.evaluate.batch_size, len(rows) + -len(rows) % devices)
     for tokens, real in padded_batches(rows, size):
         batch = {"tokens": tokens, "mask": np.broadcast_to(real, tokens.shape)}

@@ -339,7 +339,9 @@ class RunConfig:
       name: name of the run's folder.
       output: where run folders lie.
       seed: of initial weights, batches and samples.
-      mesh: devices per axis, such as {data: 2, tensor: 2}; empty puts all on data.
+      mesh: devices per axis of data, fsdp and tensor, such as {fsdp: 4, tensor: 2}; what it leaves
+        is on data. Batches are split over data and fsdp, parameters and optimiser state over fsdp
+        and tensor.
       wandb: project of Weights & Biases that metrics are sent to as well; "" sends nothing.
     """
 

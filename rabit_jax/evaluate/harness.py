@@ -14,7 +14,7 @@ from rabit_jax.evaluate.scoring import Request, score
 from rabit_jax.formats.tokenizer import check_ids, encode, prompt_ids
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.progress import progress
-from rabit_jax.train.sharding import batch_sharding, param_shardings
+from rabit_jax.train.sharding import batch_sharding, param_shardings, row_shards
 from rabit_jax.types import Json, Params, Tokenizer
 
 # `(context and continuation as texts, or None; tokens of the context; tokens of the continuation)`
@@ -38,12 +38,12 @@ class HarnessModel(TemplateLM):
       model: the decoder.
       params: its params, dense, in training form, packed or mixed.
       tokenizer: of transformers, with an end-of-text token.
-      batch_size: rows per call; on a mesh a multiple of the devices on the data axis.
+      batch_size: rows per call; on a mesh a multiple of the devices on data and fsdp.
       max_length: most tokens of a sequence, for models whose attention over all their positions
         would not fit in memory; None for the model's number of positions. Longer contexts are cut
         at the beginning, as in the harness's own models.
-      mesh: from `make_mesh`. Batches are split over `data`, kernels over `tensor`; None for one
-        device.
+      mesh: from `make_mesh`. Batches are split over `data` and `fsdp`, kernels over `fsdp` and
+        `tensor`; None for one device.
       chunk: positions per vocabulary projection.
       seed: seed for tasks that sample.
 
@@ -255,9 +255,9 @@ def _check(
         what = "no tokenizer" if tokenizer is None else "a tokenizer without an end-of-text token"
         raise BadInput(f"found {what}, wanted one with: put the model's tokenizer.json and "
                        "tokenizer_config.json into its folder")
-    devices = 1 if mesh is None else mesh.shape["data"]
+    devices = 1 if mesh is None else row_shards(mesh)
     if batch_size < 1 or batch_size % devices:
-        raise BadInput(f"batch_size is {batch_size} for {devices} devices on the data axis: make "
+        raise BadInput(f"batch_size is {batch_size} for {devices} devices on data and fsdp: make "
                        "it a multiple of that")
     if max_length is not None and not 2 <= max_length <= model.config.max_position:
         raise BadInput(f"max_length is {max_length}, wanted 2 to the model's "

@@ -63,7 +63,7 @@ def perplexity(
       model: has methods `features(tokens) -> ([b, t, d], hidden)` and `head(features) -> logits`.
       params: tree of arrays and weight nodes; they keep their devices and shardings.
       windows: windows of the text, t >= 2.
-      batch_size: windows per call b; on a mesh a multiple of the devices on the data axis. The last
+      batch_size: windows per call b; on a mesh a multiple of the devices on data and fsdp. The last
         batch is padded with rows that do not count.
       chunk: positions per vocabulary projection.
       text_bytes: UTF-8 bytes of the text that the windows were cut from.

@@ -80,7 +80,7 @@ def score(
         `head(features) -> logits`.
       params: tree of arrays and weight nodes; they keep their devices and shardings.
       requests: at least 2 tokens each, and at least one before the scored ones.
-      batch_size: rows per call; on a mesh a multiple of the devices on the data axis.
+      batch_size: rows per call; on a mesh a multiple of the devices on data and fsdp.
       chunk: positions per vocabulary projection.
       longest: most tokens of a padded row; None for no limit.
       batch_sharding: sharding of the rows on a mesh; None for one device.

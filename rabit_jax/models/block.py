@@ -30,6 +30,7 @@ from rabit_jax.models.rotary import Context, View, rotate
 from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Params, Shape
 from rabit_jax.weights.seam import linear
+from rabit_jax.weights.shardings import gather_when_used, split_rows
 
 # `x W` in the dtype of x for one matrix: `linear`, or `multiply` of `rabit_jax.models.prepared`.
 Multiply: TypeAlias = Callable[[Array, Any], Array]
@@ -383,5 +384,7 @@ class Block(nn.Module):
         """
         params = {name: Owner(part, name=name)()
                   for name, part in fresh_layer(self.config).items()}
-        x, _ = block(params, x, context.view(local), self.config)
+        params = gather_when_used({"layers": params})["layers"]
+        x, _ = block(params, split_rows(x), context.view(local), self.config)
+        x = split_rows(x)
         return x, x if context.hidden_states else None

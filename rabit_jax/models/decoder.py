@@ -24,6 +24,7 @@ from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.tree import is_weight, leaves
 from rabit_jax.types import Array, Params, Shape, Weight
 from rabit_jax.weights.seam import linear, lookup
+from rabit_jax.weights.shardings import gathered, split_rows
 
 
 class Decoder(nn.Module):
@@ -107,11 +108,12 @@ class Decoder(nn.Module):
 
     def embedded(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """What the first block reads."""
-        return embed(self.embed()["embedding"], tokens, self.config)
+        table = gathered("embed/embedding", self.embed()["embedding"])
+        return split_rows(embed(table, tokens, self.config))
 
     def normed(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The final norm of what the last block returns, which the head reads."""
-        return rms_norm(x, self.final_norm()["scale"], self.config)
+        return split_rows(rms_norm(x, self.final_norm()["scale"], self.config))
 
     def head(self, features: Float[Array, "... d"]) -> Float[Array, "... v"]:
         """Float32 logits."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Shaped
 
 from rabit_jax.types import Array, Batch, Params
+from rabit_jax.weights.shardings import gather_ends
 
 F32 = jnp.float32
 Head = Callable[[Array], Array]
@@ -141,7 +142,11 @@ def _real(batch: Batch) -> Bool[Array, "b t"]:
 
 
 def head_of(model: nn.Module, params: Params) -> Head:
-    """The vocabulary projection of a decoder: features `[b, t, d]` -> logits `[b, t, v]`."""
+    """The vocabulary projection of a decoder: features `[b, t, d]` -> logits `[b, t, v]`.
+
+    On a mesh it is gathered over fsdp once for all chunks of positions.
+    """
+    params = gather_ends(params)
     return lambda features: cast(Array, model.apply({"params": params}, features, method="head"))
 
 

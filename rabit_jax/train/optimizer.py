@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal, NamedTuple
@@ -149,9 +149,12 @@ def learning_rate(config: OptimizerConfig, peak: float, steps: int) -> optax.Sch
 
 
 def make_optimizer(
-    config: OptimizerConfig, names: PyTree[str], steps: int
+    config: OptimizerConfig, names: PyTree[str], steps: int,
+    by_layer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda t: t,
 ) -> optax.GradientTransformation:
     """Optimiser for a trainable tree whose leaves have the roles `names`.
+
+    `by_layer` wraps what needs whole matrices, see `sharding.layer_by_layer`.
 
     Muon orthogonalises the last two axes of every latent: its default rule (two axes mean Muon)
     would leave stacked layers `[l, i, o]` to AdamW and take stacked norms `[l, d]` for matrices.
@@ -165,13 +168,13 @@ def make_optimizer(
         move = _relative_adam(config, matrix, config.weight_decay, (-2, -1))
         rest = _relative_adam(config, other, 0.0, (-1,))
     elif config.name == "muon":
-        move = optax.contrib.muon(
+        move = by_layer(optax.contrib.muon(
             matrix,
             weight_decay=config.weight_decay,
             consistent_rms=0.2,
             mu_dtype=held,
             muon_weight_dimension_numbers=_last_two_axes,
-        )
+        ))
         rest = optax.adamw(other, weight_decay=0.0, **adam)
     else:
         move = optax.adamw(matrix, weight_decay=config.weight_decay, **adam)

@@ -1,42 +1,43 @@
-"""Where arrays live on a mesh with axes `data` and `tensor`."""
+"""The mesh of a run, with axes `data`, `fsdp` and `tensor`, and where batches and states live on it.
+
+Where params live is told by `weights.shardings`.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from functools import partial
+from math import prod
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from rabit_jax.errors import BadInput
-from rabit_jax.kernels.layout import BLOCK_BYTES
-from rabit_jax.tree import is_weight, map_leaves
-from rabit_jax.types import Array, Params, Shape, Weight
-from rabit_jax.weights.grouped_sign import GroupedSign
-from rabit_jax.weights.leaves import Leaf, declaration
-from rabit_jax.weights.reshaped import Reshaped
-from rabit_jax.weights.table import Table
-
-AXES = ("data", "tensor")
-Axes: TypeAlias = tuple[str | None, str | None]
-
-# Axes of the mesh for the (in, out) axes of a kernel, by the whole path in our decoder's params:
-# the projections into a block split their outputs, those out of it their inputs, so that one
-# reduction per block crosses devices. Anything else, other models' kernels included, is whole on
-# every device: what their names mean is not known here.
-KERNEL_AXES = (
-    (r"layers/attn/[qkv]/kernel|layers/mlp/(gate|up)/kernel|head/kernel", (None, "tensor")),
-    (r"layers/attn/o/kernel|layers/mlp/down/kernel|embed/embedding", ("tensor", None)),
+from rabit_jax.types import Params, Shape
+from rabit_jax.weights.shardings import (
+    AXES,
+    ROWS,
+    kernel_axes,
+    param_shardings,
+    row_shards,
+    weight_shardings,
 )
+
+__all__ = [
+    "AXES", "batch_sharding", "kernel_axes", "layer_by_layer", "like_params", "make_mesh",
+    "one_device_mesh", "param_shardings", "replicated", "row_shards", "weight_shardings",
+]
 
 
 def make_mesh(
     axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """Mesh of all devices, or of those given; by default all on `data`.
+    """Mesh of all devices of all processes, or of those given; what the axes leave is on `data`.
 
     Raises:
       BadInput: an axis is unknown, or the sizes do not multiply to the number of devices.
@@ -46,106 +47,26 @@ def make_mesh(
     count = len(found)
     unknown = sorted(set(axes) - set(AXES))
     if unknown:
-        raise BadInput(f"mesh names the axis {unknown[0]!r}: the axes are {' and '.join(AXES)}")
+        raise BadInput(f"mesh names the axis {unknown[0]!r}: the axes are {', '.join(AXES)}")
     if min(axes.values(), default=1) < 1:
         raise BadInput(f"mesh {axes} has an axis below 1: every axis needs a device")
     if "data" not in axes:
-        axes["data"] = count // axes.get("tensor", 1)
+        axes["data"] = max(1, count // prod(axes.values()))
     sizes = tuple(axes.get(name, 1) for name in AXES)
-    if sizes[0] * sizes[1] != count:
+    if prod(sizes) != count:
         raise BadInput(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} has {sizes[0] * sizes[1]} places for "
+            f"mesh {dict(zip(AXES, sizes, strict=True))} has {prod(sizes)} places for "
             f"{count} devices: "
             "make the product of its sizes equal to the number of devices"
         )
-    return Mesh(np.asarray(found).reshape(sizes), AXES)
+    # Neighbours on tensor, the axis that talks most, are neighbours in the machine.
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
 
 
 def one_device_mesh() -> Mesh:
     """Mesh of the first device alone."""
-    return Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), AXES)
-
-
-def kernel_axes(path: str) -> Axes:
-    """Axes of the mesh that the inputs and the outputs of a kernel are split over."""
-    return next((axes for known, axes in KERNEL_AXES if re.fullmatch(known, path)), (None, None))
-
-
-def _sharding(spec: Sequence[str | None], shape: Shape, mesh: Mesh) -> NamedSharding:
-    """Drop an axis that does not divide its dimension: that array is then whole along it."""
-    full = (*(None,) * (len(shape) - len(spec)), *spec)
-    kept = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(full, shape, strict=True)]
-    return NamedSharding(mesh, PartitionSpec(*kept))
-
-
-def param_shardings(params: Params, mesh: Mesh) -> Params:
-    """Shardings for a params tree: leaf by leaf, from the kernel's path and each leaf's axes.
-
-    An array `[..., i, o]` is split as `kernel_axes` of its path tells. So is each array of a weight
-    node along its declared axes i and o, and along packed rows of them where every device gets
-    whole blocks. Other axes (paths, groups, ranks, tables) are whole, and so is a dimension that
-    the mesh does not divide.
-    """
-
-    def place(path: str, leaf: Any) -> Any:
-        axes = kernel_axes(path)
-        if is_weight(leaf):
-            return weight_shardings(leaf, axes, mesh)
-        return _sharding(axes if len(leaf.shape) > 1 else (), leaf.shape, mesh)
-
-    return map_leaves(place, params)
-
-
-def weight_shardings(node: Weight, axes: Axes, mesh: Mesh) -> PyTree[NamedSharding]:
-    """Shardings for the arrays of one weight node, whose matrix `[..., i, o]` is split over `axes`.
-
-    A kernel of several input or output axes is split along the first of them, for its reshaped
-    product is then local to a device: where the mesh does not divide that, it is whole.
-    """
-    if isinstance(node, Reshaped):
-        sides = zip(axes, (node.inputs, node.outputs), strict=True)
-        axes_in, axes_out = (a if a and own[0] % mesh.shape[a] == 0 else None for a, own in sides)
-        matrix = weight_shardings(node.matrix, (axes_in, axes_out), mesh)
-        return node.replace(matrix=matrix)
-    if isinstance(node, Table):
-        return node.replace(matrix=weight_shardings(node.matrix, (axes[1], axes[0]), mesh))
-    if isinstance(node, GroupedSign):
-        return node.replace(blocks=_group_shardings(node.blocks, axes, mesh))
-    split = {"i": axes[0], "o": axes[1]}
-
-    def place(declared: Leaf, array: Array) -> NamedSharding:
-        names = declared.names
-        behind = array.shape[len(array.shape) - len(names) :]
-        spec = [_split(name, n, split, mesh) for name, n in zip(names, behind, strict=True)]
-        return _sharding(spec, array.shape, mesh)
-
-    return jax.tree.map(place, declaration(node), node)
-
-
-def _group_shardings(blocks: Any, axes: Axes, mesh: Mesh) -> Any:
-    """Shardings of groups of inputs that lie one below the other, arrays `[..., n, *declared]`.
-
-    Over the axis of the inputs each device gets whole groups, or where the mesh does not divide
-    them a part of every one.
-    """
-    over = axes[0]
-    whole = over is None or blocks.shape[-3] % mesh.shape[over] == 0
-    if not whole:
-        return weight_shardings(blocks, axes, mesh)
-
-    def place(declared: Leaf, array: Array) -> NamedSharding:
-        names = [axes[1] if name == "o" else None for name in declared.names]
-        return _sharding((over, *names), array.shape, mesh)
-
-    return jax.tree.map(place, declaration(blocks), blocks)
-
-
-def _split(axis: str, length: int, split: Mapping[str, str | None], mesh: Mesh) -> str | None:
-    """Axis of the mesh for one declared axis; packed rows are split between whole blocks alone."""
-    over = split.get(axis.removesuffix("/8"))
-    if over and axis.endswith("/8") and length // BLOCK_BYTES % mesh.shape[over]:
-        return None
-    return over
+    return Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -154,8 +75,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches `[b, t]` are split by rows over `data`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Batches `[b, t]` are split by rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(tuple(a for a in ROWS if a in mesh.shape)))
 
 
 def like_params(
@@ -166,16 +87,104 @@ def like_params(
     A leaf whose path ends in a parameter's path and has its shape is placed like it; any other
     (step counts) is replicated.
     """
-    key = jax.tree_util.keystr
+    placed = _by_path(params, shardings)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _found(placed, path, leaf) or replicated(mesh), tree)
+
+
+def layer_by_layer(
+    transform: optax.GradientTransformation, params: Params, shardings: PyTree[NamedSharding],
+    mesh: Mesh,
+) -> optax.GradientTransformation:
+    """A transform that needs whole matrices, such as Muon, with whole layers on each device.
+
+    Arrays `[..., i, o]` that are split over i and o are exchanged (all-to-all) so that every device
+    has its share of the matrices whole, and back behind the transform. They take as much memory in
+    one layout as in the other, and every matrix is worked on once; left to itself the partitioner
+    would gather all layers on all devices. A single matrix is gathered.
+
+    Args:
+      transform: of updates; each matrix by itself.
+      params: what it updates, by path.
+      shardings: of `params`.
+      mesh: of them.
+    """
+    placed = _by_path(params, shardings)
+    if all(sharding.is_fully_replicated for _, sharding in placed.values()):
+        return transform
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        def spec(path: tuple, leaf: Any) -> PartitionSpec:
+            found = _found(placed, path, leaf)
+            return found.spec if found else PartitionSpec()
+
+        trees = (updates, state, params)
+        specs = jax.tree_util.tree_map_with_path(spec, trees)
+        shapes = jax.tree.map(lambda leaf: leaf.shape, trees[:2])
+
+        def local(*trees: PyTree) -> tuple[PyTree, PyTree]:
+            moved = transform.update(*jax.tree.map(partial(_whole, mesh), trees, specs))
+            return jax.tree.map(partial(_in_parts, mesh), moved, specs[:2], shapes)
+
+        run = jax.shard_map(
+            local, mesh=mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)
+        return run(*trees)
+
+    return optax.GradientTransformation(transform.init, update)
+
+
+def _split_axes(spec: PartitionSpec, ndim: int) -> list[tuple[str, int]]:
+    """`(axis of the mesh, axis of the array from its end)` of each of the last two that is split."""
+    full = [*spec, *(None,) * (ndim - len(spec))]
+    return [(str(name), axis) for axis, name in ((-2, full[-2]), (-1, full[-1])) if name]
+
+
+def _whole(mesh: Mesh, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """A device's part of `[..., i, o]` -> its share of the whole matrices, `[n, i, o]`.
+
+    Where the devices do not divide the matrices, some have zeros. A single matrix is on all.
+    """
+    split = _split_axes(spec, x.ndim) if x.ndim > 1 else []
+    if not split:
+        return x
+    if x.ndim == 2:
+        for name, axis in split:
+            x = jax.lax.all_gather(x, name, axis=x.ndim + axis, tiled=True)
+        return x
+    x = x.reshape(-1, *x.shape[-2:])
+    devices = prod(mesh.shape[name] for name, _ in split)
+    x = jnp.pad(x, ((0, -len(x) % devices), (0, 0), (0, 0)))
+    for name, axis in split:
+        x = jax.lax.all_to_all(x, name, split_axis=0, concat_axis=3 + axis, tiled=True)
+    return x
+
+
+def _in_parts(mesh: Mesh, x: jax.Array, spec: PartitionSpec, shape: Shape) -> jax.Array:
+    """The inverse of `_whole`; `shape` is that of the whole array."""
+    split = _split_axes(spec, len(shape)) if len(shape) > 1 else []
+    if not split:
+        return x
+    for name, axis in reversed(split):
+        if len(shape) == 2:
+            own = shape[axis] // mesh.shape[name]
+            begin = jax.lax.axis_index(name) * own
+            x = jax.lax.dynamic_slice_in_dim(x, begin, own, axis=2 + axis)
+        else:
+            x = jax.lax.all_to_all(x, name, split_axis=3 + axis, concat_axis=0, tiled=True)
+    return x if len(shape) == 2 else x[: prod(shape[:-2])].reshape(*shape[:-2], *x.shape[-2:])
+
+
+def _by_path(params: Params, shardings: PyTree[NamedSharding]) -> dict[str, tuple[Any, Any]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     placed = jax.tree.leaves(shardings)
-    known = {key(path): (leaf.shape, s) for (path, leaf), s in zip(flat, placed, strict=True)}
+    return {jax.tree_util.keystr(path): (leaf.shape, s)
+            for (path, leaf), s in zip(flat, placed, strict=True)}
 
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        for start in range(len(path)):
-            shape, sharding = known.get(key(path[start:]), (None, None))
-            if shape == leaf.shape:
-                return sharding
-        return replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+def _found(placed: dict[str, tuple[Any, Any]], path: tuple, leaf: Any) -> NamedSharding | None:
+    """The sharding of the parameter whose path ends this one, and whose shape the leaf has."""
+    for start in range(len(path)):
+        shape, sharding = placed.get(jax.tree_util.keystr(path[start:]), (None, None))
+        if shape == leaf.shape:
+            return sharding
+    return None

@@ -25,6 +25,7 @@ from rabit_jax.train.optimizer import (
 )
 from rabit_jax.train.sharding import (
     batch_sharding,
+    layer_by_layer,
     like_params,
     make_mesh,
     param_shardings,
@@ -45,7 +46,7 @@ class Trainer:
       state: state before the first step.
       frozen: params that do not train, with None in place of those that do.
       teacher: params of the teacher, or None.
-      place: puts a host batch on the mesh, rows split over `data`.
+      place: puts a host batch on the mesh, rows split over `data` and `fsdp`.
       schedule: step -> learning rate of the matrices.
       health: what each step is tested for.
     """
@@ -163,7 +164,8 @@ def make_program(
         )
     where, frozen_where = partition(param_shardings(params, mesh), names, config.freeze)
     names, _ = partition(names, names, config.freeze)
-    optimizer = make_optimizer(config, names, steps)
+    optimizer = make_optimizer(
+        config, names, steps, lambda transform: layer_by_layer(transform, trainable, where, mesh))
     tests = make_health(health, trainable, names)
     whole = replicated(mesh)
     shape = jax.eval_shape(lambda tree: init_state(tree, optimizer, tests), trainable)

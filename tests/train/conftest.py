@@ -25,9 +25,10 @@ CONFIG = ModelConfig(
 )
 
 
-def grid(data, tensor):
-    """A mesh of the first data * tensor devices."""
-    return Mesh(np.asarray(jax.devices()[: data * tensor]).reshape(data, tensor), AXES)
+def grid(data, tensor, fsdp=1):
+    """A mesh of the first data * fsdp * tensor devices."""
+    devices = np.asarray(jax.devices()[: data * fsdp * tensor])
+    return Mesh(devices.reshape(data, fsdp, tensor), AXES)
 
 
 def ragged(step, rows=8, length=12):

@@ -12,7 +12,7 @@ from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
 from rabit_jax.train.step import gradients
 from rabit_jax.tree import weights_of
 
-GRIDS = [(8, 1), (1, 8), (2, 4)]
+GRIDS = [(8, 1), (1, 8), (2, 4), (1, 1, 8), (2, 2, 2)]  # data, tensor, fsdp
 RULES = [(LLAMA_LINEARS, ResidualSignSpec(k=2, rounds=10, tolerance=0.0))]
 FREEZE = ("embedding", "head")
 
@@ -31,7 +31,7 @@ def measure(model, params, mesh, batches):
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param(g, marks=pytest.mark.slow) for g in GRIDS[:2]] + GRIDS[2:]
+    "shape", [pytest.param(g, marks=pytest.mark.more) for g in GRIDS[:4]] + GRIDS[4:]
 )
 def test_statistics_and_initialisation_are_those_of_one_device(
     model, teacher, batches, meshes, shape
@@ -62,7 +62,10 @@ def test_latents_live_where_the_kernels_do(model, teacher, batches, meshes):
     assert node.latent.addressable_shards[0].data.shape == (2, 32, 16)
 
 
-def test_loss_and_every_gradient_from_the_same_state(build, loss, teacher, batches, meshes):
+@pytest.mark.parametrize("grids", [pytest.param(GRIDS[:4], marks=pytest.mark.more), GRIDS[4:]])
+def test_loss_and_every_gradient_from_the_same_state(
+    build, loss, teacher, batches, meshes, grids
+):
     """At steps 0, 20 and 50 of one run; trajectories themselves part, since rounding flips
     signs."""
     trainer = build(meshes(1, 1), steps=51)
@@ -87,7 +90,7 @@ def test_loss_and_every_gradient_from_the_same_state(build, loss, teacher, batch
 
     for step, params in snapshots.items():
         grads, metrics = measured(params, step, meshes(1, 1))
-        for shape in GRIDS:
+        for shape in grids:
             others, found = measured(params, step, meshes(*shape))
             np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-5)
             for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(others), strict=True):
@@ -95,7 +98,7 @@ def test_loss_and_every_gradient_from_the_same_state(build, loss, teacher, batch
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param(g, marks=pytest.mark.more) for g in GRIDS[:2]] + GRIDS[2:]
+    "shape", [pytest.param(g, marks=pytest.mark.more) for g in GRIDS[:4]] + GRIDS[4:]
 )
 def test_a_step_runs_on_the_mesh_and_keeps_its_shardings(build, batches, meshes, shape):
     trainer = build(meshes(*shape), accumulate=1)
@@ -115,7 +118,7 @@ def test_a_step_runs_on_the_mesh_and_keeps_its_shardings(build, batches, meshes,
 @pytest.mark.more
 def test_accumulation_on_a_mesh_is_that_of_one_device(build, batches, meshes):
     found = []
-    for shape in ((1, 1), (4, 2)):
+    for shape in ((1, 1), (2, 2, 2)):
         trainer = build(meshes(*shape), accumulate=2)
         batch = trainer.place(batches(0))
         _, metrics = trainer.step(trainer.state, trainer.frozen, trainer.teacher, batch)
@@ -134,5 +137,6 @@ def test_accumulation_on_a_mesh_is_that_of_one_device(build, batches, meshes):
 def test_a_mesh_that_does_not_fit(axes, said):
     with pytest.raises(BadInput, match=said):
         make_mesh(axes)
-    assert dict(make_mesh({"tensor": 2}).shape) == {"data": 4, "tensor": 2}
-    assert dict(make_mesh().shape) == {"data": 8, "tensor": 1}
+    assert dict(make_mesh({"tensor": 2}).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert dict(make_mesh({"fsdp": 8}).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}

@@ -55,10 +55,12 @@ class Trains(Protocol):
 def fit(
     run: Trains, stage: str, section: Training, trainer: Trainer, resume: bool,
     watch: Watch | None = None, notice: Callable[[Record], str | None] = lambda record: None,
+    batches: Callable[[int], Batch] | None = None,
 ) -> TrainState:
     """Train one stage with checkpoints, metrics and a progress bar.
 
-    `notice` reads the record of the first step; what it returns is printed as one line.
+    `notice` reads the record of the first step; what it returns is printed as one line. `batches`
+    are those of the training text unless others are given.
     """
     tokens = section.batch_size * section.length
     with Checkpoints(run.folder.checkpoints(stage)) as kept:
@@ -95,7 +97,7 @@ def fit(
                 stop=lambda: run.stopped,
                 health=trainer.health,
             )
-            batches = run.text.batches(section, run.config.seed)
+            batches = batches or run.text.batches(section, run.config.seed)
             if run.measure.traced:
                 first, last = run.measure.traced
                 profile = Profile(run.folder.path / "profile" / stage, first, last)

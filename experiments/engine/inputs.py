@@ -176,9 +176,11 @@ class Inputs:
         nodes = kept(self.folder, "init", weights_of(self.abstract_student()), "init")
         return map_leaves(lambda path, leaf: nodes.get(path, leaf), self.teacher)
 
-    def drop_start(self) -> None:
-        """Drop the student as initialised, which a trainer has copied."""
-        self.__dict__.pop("student_init", None)
+    def drop_start(self, with_teacher: bool = False) -> None:
+        """Drop the student as initialised, which a trainer has copied, and with it the teacher
+        where no step runs it."""
+        for name in ("student_init", *(("teacher",) if with_teacher else ())):
+            self.__dict__.pop(name, None)
 
     def hold_teacher(self) -> None:
         """Hold the teacher as `compute.teacher` says, with the student made before that."""

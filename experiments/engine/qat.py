@@ -19,6 +19,7 @@ from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.calibration.probes import Batch
 from rabit_jax.evaluate.perplexities import unigram_entropy
 from rabit_jax.evaluate.sign_statistics import disordered_share, mean_flip_rate, snapshot
+from rabit_jax.experiments.engine import taught
 from rabit_jax.experiments.engine.fitting import fit
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params, specs_of
 from rabit_jax.experiments.engine.measure import (
@@ -31,6 +32,7 @@ from rabit_jax.experiments.engine.measure import (
 from rabit_jax.experiments.engine.records import Record
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.stages import Ids, Read, Stage
+from rabit_jax.experiments.engine.taught import kept_batches
 from rabit_jax.formats.folder import find_folder, fingerprint, read_generation
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packed
@@ -41,7 +43,12 @@ from rabit_jax.models.prepared import Engine, prepare
 from rabit_jax.progress import progress
 from rabit_jax.train.loop import Record as Logged
 from rabit_jax.train.loop import Watch
-from rabit_jax.train.losses import distillation_loss, dominant_term, next_token_loss
+from rabit_jax.train.losses import (
+    distillation_loss,
+    dominant_term,
+    kept_distillation_loss,
+    next_token_loss,
+)
 from rabit_jax.train.optimizer import merge
 from rabit_jax.train.sharding import batch_sharding, param_shardings
 from rabit_jax.train.step import Loss, next_tokens
@@ -81,7 +88,10 @@ def student_loss(config: RunConfig, model: Decoder) -> Loss:
         return distillation_loss(
             model, params, teacher, batch, config.qat.gamma, config.compute.chunk)
 
-    return loss
+    def kept(params: Params, _: None, batch: Batch) -> dict[str, Array]:
+        return kept_distillation_loss(model, params, batch, config.compute.chunk)
+
+    return kept if config.qat.teacher_top else loss
 
 
 def teacher(run: Inputs, continues: bool) -> Record:
@@ -182,13 +192,13 @@ def qat(run: Inputs, continues: bool) -> Record:
         run.student_init,
         section.optimizer,
         section.steps,
-        teacher=run.teacher,
+        teacher=None if section.teacher_top else run.teacher,
         mesh=run.mesh,
         accumulate=section.accumulate,
         health=section.health,
         project=section.project_scales,
     )
-    run.drop_start()
+    run.drop_start(with_teacher=bool(section.teacher_top))
     tokens, state_bytes = section.batch_size * section.length, leaf_bytes(trainer.state)
 
     def after(step: int, trainable: Params, before: dict[str, Array]) -> None:
@@ -208,13 +218,16 @@ def qat(run: Inputs, continues: bool) -> Record:
                 "disordered": disordered_share(student),
             }
         )
+        if section.teacher_top:
+            run.drop_start(with_teacher=True)
 
     def notice(record: Logged) -> str | None:
         kl, hidden = (float(record[name] or 0) for name in ("kl", "hidden_mse"))
         return dominant_term(kl, hidden, section.gamma)
 
     watch = Watch(section.watch_every, lambda t: snapshot(merge(t, trainer.frozen)), after)
-    state = fit(run, "qat", section, trainer, continues, watch, notice)
+    batches = kept_batches(run) if section.teacher_top else None
+    state = fit(run, "qat", section, trainer, continues, watch, notice, batches)
     run.save_student(state.trainable)
     lines = [line for line in run.folder.metrics.lines() if line["stage"] == "qat"]
     return {
@@ -367,6 +380,7 @@ STAGES = (
         _inputs("init", ("init", "seed", "evaluate"), ("held_out",), "calibrate"),
         ("checkpoints/init",),
     ),
+    taught.STAGE,
     Stage(
         "qat",
         qat,

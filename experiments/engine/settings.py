@@ -273,14 +273,28 @@ class Qat(Training):
       gamma: weight of the hidden-state error, relative to the teacher's state at every token of
         every layer; 0 leaves it out.
       project_scales: keep scales positive after every step.
+      teacher_top: how many of the teacher's likeliest tokens a stage before this one keeps on disk
+        for every position of every step, so that a step runs no teacher; 0 runs it. The KL is
+        exact on the kept tokens, all others count as one. Needs gamma 0, for hidden states are not
+        kept.
     """
 
     gamma: NonNegative = 1.0
     project_scales: bool = True
+    teacher_top: NonNegativeInt = field(default=0, metadata={ADDED: True})
     watch_every: PositiveInt = 50
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(freeze=("embedding", "head"))
     )
+
+    def __post_init__(self):
+        """Raises BadInput where hidden states are wanted of a teacher that is not run."""
+        super().__post_init__()
+        if self.teacher_top and self.gamma:
+            raise BadInput(
+                f"teacher_top is {self.teacher_top} and gamma {self.gamma:g}: only logits are "
+                "kept, so set gamma to 0, or teacher_top to 0 to run the teacher in every step"
+            )
 
 
 @dataclass(frozen=True)

@@ -233,12 +233,15 @@ def _options(config: RunConfig, program: str, axes: dict[str, int]) -> list[str]
         return [*found, f"calibrate.batch_size={rows}"] if section.batch_size > rows else found
     if section.batch_size // section.accumulate > rows and section.batch_size % rows == 0:
         found.append(f"{program}.accumulate={section.batch_size // rows}")
-    if program in ("qat", "end_to_end") and not compute.teacher:
+    runs_teacher = program in ("qat", "end_to_end") and not getattr(section, "teacher_top", 0)
+    if runs_teacher and not compute.teacher:
         found.append("compute.teacher=bfloat16")
     if section.optimizer.momentum != "bfloat16":
         found.append(f"{program}.optimizer.momentum=bfloat16")
     if program == "qat" and getattr(spec, "latent_dtype", "") == "float32":
         found.append("init.spec.latent_dtype=bfloat16")
+    if program == "qat" and runs_teacher and section.gamma == 0:
+        found.append("qat.teacher_top=64")
     devices = axes.get("data", 1) * axes.get("tensor", 1) * axes.get("fsdp", 1)
     if axes.get("data", 1) > 1:
         if "fsdp" in axes:

@@ -87,21 +87,29 @@ def find_programs(config: RunConfig, mesh: Mesh) -> Iterator[Program]:
                            mesh, count=next_tokens)
         yield _calibration(config, model, placed, mesh)
         student = jax.eval_shape(lambda p: convert(p, config.init.rules()), params)
-        held = config.compute.held(placed)
+        top = config.qat.teacher_top
+        held = None if top else config.compute.held(placed)
         yield training("qat", config.qat, student_loss(config, model), student, held, mesh,
-                       project=config.qat.project_scales)
+                       project=config.qat.project_scales, top=top)
     yield decoding(config, decoder, params, mesh)
 
 
 def training(
     name: str, section: Training, loss: Loss, params: Params, teacher: Params | None, mesh: Mesh,
-    project: bool = True, count: Callable[[Batch], Array] = real_tokens,
+    project: bool = True, count: Callable[[Batch], Array] = real_tokens, top: int = 0,
 ) -> Program:
-    """The step of a training stage."""
+    """The step of a training stage; `top` of the teacher's tokens are in its batches."""
     program = make_program(
         loss, params, section.optimizer, section.steps, mesh=mesh, accumulate=section.accumulate,
         project=project, count=count, health=section.health)
     batch = {"tokens": _tokens(section.batch_size, section.length, mesh)}
+    if top:
+        size, where = (section.batch_size, section.length), batch_sharding(mesh)
+        batch |= {
+            "ids": jax.ShapeDtypeStruct((*size, top), jnp.int32, sharding=where),
+            "log_p": jax.ShapeDtypeStruct((*size, top), jnp.float32, sharding=where),
+            "log_rest": jax.ShapeDtypeStruct(size, jnp.float32, sharding=where),
+        }
     state = program.state
     parts = {"trained": state.trainable, "frozen": program.frozen, "teacher": teacher,
              "optimizer": (state.opt_state, state.step), "batch": batch}

@@ -45,8 +45,6 @@ def end_to_end(job: Job, continues: bool) -> Record:
     """Distil the teacher into what the section does not freeze."""
     section, compute = job.config.end_to_end, job.config.compute
     model = Decoder(compute.applied(job.model_config))
-    flat = {path: jnp.asarray(job.checkpoint.read(path)) for path in job.checkpoint.shapes}
-
     def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
         return distillation_loss(model, params, teacher, batch, section.gamma, compute.chunk)
 
@@ -55,7 +53,7 @@ def end_to_end(job: Job, continues: bool) -> Record:
         _student(job),
         section.optimizer,
         section.steps,
-        teacher=compute.held(unflatten_dict(flat, sep="/")),
+        teacher=compute.held(_teacher(job)),
         mesh=one_device_mesh(),
         accumulate=section.accumulate,
         health=section.health,
@@ -65,6 +63,12 @@ def end_to_end(job: Job, continues: bool) -> Record:
     keep(job.folder, "scales", state.trainable)
     tokens = section.steps * section.batch_size * section.length
     return {"tokens": tokens, "state_bytes": state_bytes}
+
+
+def _teacher(job: Job) -> Params:
+    """The full-precision model."""
+    flat = {path: jnp.asarray(job.checkpoint.read(path)) for path in job.checkpoint.shapes}
+    return unflatten_dict(flat, sep="/")
 
 
 def _student(job: Job) -> Params:

@@ -178,16 +178,9 @@ class Inputs:
 
     def drop_start(self, with_teacher: bool = False) -> None:
         """Drop the student as initialised, which a trainer has copied, and with it the teacher
-        where no step runs it."""
+        where no step runs it as it is; both are read again where they are asked for."""
         for name in ("student_init", *(("teacher",) if with_teacher else ())):
             self.__dict__.pop(name, None)
-
-    def hold_teacher(self) -> None:
-        """Hold the teacher as `compute.teacher` says, with the student made before that."""
-        if self.config.compute.teacher:
-            start = self.student_init  # its embedding, head and norms are the teacher's
-            self.__dict__["teacher"] = self.config.compute.held(self.teacher)
-            self.__dict__["student_init"] = start
 
     def save_student(self, trainable: Params) -> None:
         """Keep what QAT trained."""

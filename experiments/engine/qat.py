@@ -40,7 +40,7 @@ from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.decoder import Decoder, init_params
 from rabit_jax.models.generation import generate
 from rabit_jax.models.prepared import Engine, prepare
-from rabit_jax.progress import progress
+from rabit_jax.progress import progress, say
 from rabit_jax.train.loop import Record as Logged
 from rabit_jax.train.loop import Watch
 from rabit_jax.train.losses import (
@@ -52,7 +52,7 @@ from rabit_jax.train.losses import (
 from rabit_jax.train.optimizer import merge
 from rabit_jax.train.sharding import batch_sharding, param_shardings
 from rabit_jax.train.step import Loss, next_tokens
-from rabit_jax.train.trainer import make_trainer
+from rabit_jax.train.trainer import Trainer, make_trainer
 from rabit_jax.tree import map_leaves, match_rules, weights_of
 from rabit_jax.types import Array, Params
 from rabit_jax.weights.description import leaf_bytes
@@ -186,19 +186,21 @@ def init(run: Inputs, continues: bool) -> Record:
 def qat(run: Inputs, continues: bool) -> Record:
     """Distil the teacher into the quantised student."""
     section = run.config.qat
-    run.hold_teacher()
+    # Whether steps run the teacher as it is; measurements between them do in any case.
+    as_it_is = not (section.teacher_top or run.config.compute.teacher)
     trainer = make_trainer(
         student_loss(run.config, run.model),
         run.student_init,
         section.optimizer,
         section.steps,
-        teacher=None if section.teacher_top else run.teacher,
+        teacher=None if section.teacher_top else run.config.compute.held(run.teacher),
         mesh=run.mesh,
         accumulate=section.accumulate,
         health=section.health,
         project=section.project_scales,
     )
-    run.drop_start(with_teacher=bool(section.teacher_top))
+    found = {} if as_it_is or section.teacher_top else {"teacher_kl": _teacher_kl(run, trainer)}
+    run.drop_start(with_teacher=not as_it_is)
     tokens, state_bytes = section.batch_size * section.length, leaf_bytes(trainer.state)
 
     def after(step: int, trainable: Params, before: dict[str, Array]) -> None:
@@ -218,8 +220,7 @@ def qat(run: Inputs, continues: bool) -> Record:
                 "disordered": disordered_share(student),
             }
         )
-        if section.teacher_top:
-            run.drop_start(with_teacher=True)
+        run.drop_start(with_teacher=not as_it_is)
 
     def notice(record: Logged) -> str | None:
         kl, hidden = (float(record[name] or 0) for name in ("kl", "hidden_mse"))
@@ -234,7 +235,23 @@ def qat(run: Inputs, continues: bool) -> Record:
         "tokens": section.steps * tokens,
         "projected_in_logged_steps": sum(line.get("projected", 0) for line in lines),
         "state_bytes": state_bytes,
+        **found,
     }
+
+
+def _teacher_kl(run: Inputs, trainer: Trainer) -> float:
+    """KL of the teacher to itself as a step holds it, in nats per token on the first batch."""
+    section, chunk = run.config.qat, run.config.compute.chunk
+
+    @jax.jit
+    def summed(held: Params, teacher: Params, batch: Batch) -> Array:
+        return distillation_loss(run.model, held, teacher, batch, 0.0, chunk)["kl"]
+
+    batch = run.text.batches(section, run.config.seed)(0)
+    total = float(summed(trainer.teacher, run.teacher, batch))
+    kl = total / (section.batch_size * section.length)
+    say(f"qat: the teacher in {run.config.compute.teacher} is {kl:.3g} nats per token from itself")
+    return kl
 
 
 def evaluate(run: Inputs, continues: bool) -> Record:

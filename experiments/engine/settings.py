@@ -6,9 +6,17 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from rabit_jax import LLAMA_ENDS, LLAMA_LINEARS, BadInput, ResidualSignSpec
+from rabit_jax import (
+    LLAMA_ENDS,
+    LLAMA_LINEARS,
+    BadInput,
+    ResidualSignSpec,
+    convert,
+    pack,
+)
 from rabit_jax.data.sources import DataConfig
 from rabit_jax.experiments.engine.config import ADDED
 from rabit_jax.models.config import ModelConfig
@@ -16,6 +24,7 @@ from rabit_jax.train.block_tuning import TuningConfig
 from rabit_jax.train.health import HealthConfig
 from rabit_jax.train.optimizer import OptimizerConfig, roles
 from rabit_jax.types import Params, Spec
+from rabit_jax.weights.group_uniform import GroupUniformSpec
 
 # Bounds are checked where a config is loaded, what concerns two settings by `__post_init__`.
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -34,7 +43,9 @@ class Compute:
       attention_block: queries per piece of attention, whose scores then take that many rows for
         each head; 0 makes the whole matrix of scores. Results are the same.
       teacher: what the teacher of a distillation is held in: "" as it is computed with, float32
-        here, or "bfloat16", which changes nothing where products are in bfloat16.
+        here; "bfloat16", which changes nothing where products are in bfloat16; or "int8", the
+        kernels of the blocks rounded to 8 bits with a scale for each output, the rest in bfloat16.
+        Measurements between steps read the teacher as it is again.
     """
 
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -42,7 +53,7 @@ class Compute:
     chunk: NonNegativeInt = 256
     remat_keep: Literal["nothing", "products"] = field(default="nothing", metadata={ADDED: True})
     attention_block: NonNegativeInt = field(default=0, metadata={ADDED: True})
-    teacher: Literal["", "bfloat16"] = field(default="", metadata={ADDED: True})
+    teacher: Literal["", "bfloat16", "int8"] = field(default="", metadata={ADDED: True})
 
     def applied(self, config: ModelConfig) -> ModelConfig:
         """The decoder's settings with these."""
@@ -51,16 +62,17 @@ class Compute:
             attention_block=self.attention_block)
 
     def held(self, teacher: Params) -> Params:
-        """The teacher's params, or their shapes, as a distillation holds them."""
+        """The teacher's params as a distillation holds them; under `eval_shape` their shapes."""
         if not self.teacher:
             return teacher
 
+        if self.teacher == "int8":
+            rounded = convert(teacher, [(LLAMA_LINEARS, GroupUniformSpec(bits=8, group=0))])
+            teacher = pack(rounded)
+
         def cast(leaf: Any, role: str) -> Any:
-            if role not in ("matrix", "embedding", "head"):
-                return leaf
-            if isinstance(leaf, jax.ShapeDtypeStruct):
-                return jax.ShapeDtypeStruct(leaf.shape, self.teacher, sharding=leaf.sharding)
-            return leaf.astype(self.teacher)
+            matrix = role in ("matrix", "embedding", "head")
+            return leaf.astype(jnp.bfloat16) if matrix else leaf
 
         return jax.tree.map(cast, teacher, roles(teacher))
 

@@ -88,7 +88,7 @@ def find_programs(config: RunConfig, mesh: Mesh) -> Iterator[Program]:
         yield _calibration(config, model, placed, mesh)
         student = jax.eval_shape(lambda p: convert(p, config.init.rules()), params)
         top = config.qat.teacher_top
-        held = None if top else config.compute.held(placed)
+        held = None if top else _held(config, params, mesh)
         yield training("qat", config.qat, student_loss(config, model), student, held, mesh,
                        project=config.qat.project_scales, top=top)
     yield decoding(config, decoder, params, mesh)
@@ -154,7 +154,13 @@ def _end_to_end(config: RunConfig, model: Decoder, params: Params, mesh: Mesh) -
         return student if section.trains_latents else fixed(pack(student))
 
     student = jax.eval_shape(start, params)
-    return training("end_to_end", section, loss, student, config.compute.held(params), mesh)
+    return training("end_to_end", section, loss, student, _held(config, params, mesh), mesh)
+
+
+def _held(config: RunConfig, params: Params, mesh: Mesh) -> Params:
+    """The teacher as a step holds it, as shapes on the mesh."""
+    shapes = jax.eval_shape(config.compute.held, params)
+    return abstract(shapes, param_shardings(shapes, mesh))
 
 
 def decoding(config: RunConfig, decoder: ModelConfig, params: Params, mesh: Mesh) -> Program:

@@ -93,15 +93,25 @@ def test_what_is_known_of_a_device():
     assert known_chip("TPU v5 lite").memory < 17e9 and known_chip("cpu") is None
 
 
-def test_a_teacher_in_bfloat16_changes_nothing_where_products_are(place):
+@pytest.mark.more
+def test_a_teacher_in_8_bits_trains_and_reports_its_error(place, run):
+    assert run(place, "name=short", "compute.teacher=int8", "--until", "qat") == 0
+    record = json.loads((place / "runs" / "short" / "stages" / "qat.json").read_text())["result"]
+    assert 0 < record["teacher_kl"] < 1e-3
+
+
+def test_a_teacher_in_bfloat16_or_8_bits_keeps_its_norms():
     """Kernels are cast to the compute dtype at every product in any case; norms stay."""
     params = {"layers": {"attn": {"q": {"kernel": np.full((2, 4, 4), 1.003, np.float32)}}},
               "final_norm": {"scale": np.full(4, 1.003, np.float32)}}
     held = Compute(teacher="bfloat16").held(jax.tree.map(jax.numpy.asarray, params))
     assert held["layers"]["attn"]["q"]["kernel"].dtype == jax.numpy.bfloat16
     assert held["final_norm"]["scale"].dtype == np.float32
-    shapes = jax.eval_shape(lambda: params)
-    assert Compute(teacher="bfloat16").held(shapes)["layers"]["attn"]["q"]["kernel"].dtype == (
-        jax.numpy.bfloat16)
+    rounded = Compute(teacher="int8").held(jax.tree.map(jax.numpy.asarray, params))
+    node = rounded["layers"]["attn"]["q"]["kernel"]
+    assert node.codes().dtype == np.uint8
+    np.testing.assert_allclose(node.dense(), 1.003, rtol=1e-3)
+    shapes = jax.eval_shape(Compute(teacher="int8").held, params)
+    assert jax.tree.structure(shapes) == jax.tree.structure(rounded)
 
 

@@ -39,7 +39,7 @@ class Planned:
       temporaries: bytes that the compiler plans besides: activations, gradients, updates.
       peak: bytes of arguments, results and temporaries, what is updated in place counted once.
       flops: of one call, on each device.
-      collective_bytes: that a device sends in one call.
+      collective_bytes: that a device sends in one call; None where that is not known.
       collectives: the same by kind.
       seconds: estimate for one call; see `estimate`.
       tokens: of one call, on all devices together.
@@ -53,8 +53,8 @@ class Planned:
     temporaries: int = 0
     peak: int = 0
     flops: float = 0.0
-    collective_bytes: float = 0.0
-    collectives: dict[str, float] = field(default_factory=dict)
+    collective_bytes: float | None = 0.0
+    collectives: dict[str, float] | None = field(default_factory=dict)
     seconds: float = 0.0
     tokens: int = 0
     fits: bool = False
@@ -141,10 +141,8 @@ def _measured(program: Program, target: Target) -> Planned:
     memory = compiled.memory_analysis()
     peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes
             + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
-    kinds: dict[str, float] = {}
-    for one in find_collectives(compiled.as_text(), target.count):
-        kinds[one.kind] = kinds.get(one.kind, 0.0) + one.moved
-    moved = sum(kinds.values())
+    kinds = _collectives(compiled, target)
+    moved = None if kinds is None else sum(kinds.values())
     flops = count_flops(program.function, *program.arguments)
     alone = program.name == "decode"
     shares = (1, 1) if alone else (target.count, _optimizer_shards(program))
@@ -153,8 +151,22 @@ def _measured(program: Program, target: Target) -> Planned:
     return replace(
         planned, temporaries=memory.temp_size_in_bytes, peak=peak, flops=counted,
         collective_bytes=moved, collectives=kinds, fits=peak <= target.memory,
-        seconds=estimate(flops, shares, peak, moved, target),
+        seconds=estimate(flops, shares, peak, moved or 0.0, target),
         compile_seconds=time.perf_counter() - begin)
+
+
+def _collectives(compiled: Any, target: Target) -> dict[str, float] | None:
+    """Bytes that a device sends by kind of collective; None where the program cannot be read."""
+    try:
+        text = compiled.as_text()
+    except RuntimeError as error:  # a libtpu whose programs this jaxlib does not know
+        say(f"the bytes that are sent are not known: this jaxlib cannot read what libtpu compiles "
+            f"({first_line(error)[:100]}); `pip install 'jax[tpu]'` has the one that fits")
+        return None
+    found: dict[str, float] = {}
+    for one in find_collectives(text, target.count):
+        found[one.kind] = found.get(one.kind, 0.0) + one.moved
+    return found
 
 
 def _too_large(error: Exception, target: Target) -> str:
@@ -267,7 +279,8 @@ def _print(
              _gb(one.temporaries), _gb(one.peak), "yes" if one.fits else "NO"] for one in found]
     table(f"{config.name} on {target.name}: bytes a device of {_gb(target.memory)} ({axes})",
           ["program", *kinds, "temporaries", "peak", "fits"], rows, stdout=True)
-    rows = [[one.program, one.tokens, f"{one.flops:.3g}", _gb(one.collective_bytes),
+    rows = [[one.program, one.tokens, f"{one.flops:.3g}",
+             "-" if one.collective_bytes is None else _gb(one.collective_bytes),
              f"{one.seconds:.3g} s",
              f"{one.compile_seconds:.1f} s" if one.compile_seconds else "counted"]
             for one in found]

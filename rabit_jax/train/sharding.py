@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -60,8 +61,9 @@ def make_mesh(
             "make the product of its sizes equal to the number of devices"
         )
     # Neighbours on tensor, the axis that talks most, are neighbours in the machine.
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    # A torus of 4 x 4 x 4 is cut into 8 x 8 too, which `jax.make_mesh` refuses.
+    placed = create_device_mesh(sizes, found, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def one_device_mesh() -> Mesh:

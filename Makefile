@@ -13,7 +13,7 @@ INSTALLED_TEST := .venv/installed-test-$(VERSION)
 INSTALLED_DOCS := .venv/installed-docs-$(VERSION)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart models test test-more test-slow bench-peers lint docs clean
+.PHONY: help quickstart models test test-more test-slow fuzz chaos bench-peers lint docs clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -34,6 +34,12 @@ test-more: $(INSTALLED_TEST) ## heavier parity, the installed package, the noteb
 
 test-slow: $(INSTALLED_TEST) ## only the tests that take minutes each
 	@$(RUN) -m pytest --durations=10 -m slow
+
+fuzz: $(INSTALLED_TEST) ## 10,000 damaged or hostile inputs for each file format
+	@$(RUN) -m pytest -n 2 --durations=10 -m slow tests/fuzz
+
+chaos: $(INSTALLED_TEST) ## runs killed and resumed 51 times, compared with undisturbed ones
+	@$(RUN) -m tests.chaos
 
 bench-peers: $(INSTALLED) ## decoding and prefill against llama.cpp, built on first use
 	@$(RUN) -m experiments.bench peers --save

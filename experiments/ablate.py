@@ -37,7 +37,8 @@ from rabit_jax.experiments.ablation.tables import (
 from rabit_jax.experiments.engine.config import config_parser, dump_yaml
 from rabit_jax.experiments.engine.console import main_guard, table
 from rabit_jax.experiments.engine.folder import RunFolder
-from rabit_jax.experiments.engine.inputs import Inputs
+from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.tasks import opened, task_stages
 from rabit_jax.progress import number, say
 
 
@@ -113,22 +114,35 @@ def dry_run(plan: Plan) -> None:
     rows, total = [], 0
     for cell in (*plan.trials(), *plan.cells(chosen)):
         assert cell.config
-        qat = cell.config.qat
-        tokens = qat.steps * qat.batch_size * qat.length
+        steps, tokens = budget(cell.config)
         total += tokens
         change = changes[cell.row]
         if search and cell.kind == "search":
             change = f"{search.key}={cell.value:g}"
-        rows.append((cell.row, str(cell.seed), cell.kind, qat.steps, tokens, change or "-"))
+        rows.append((cell.row, str(cell.seed), cell.kind, steps, tokens, change or "-"))
     columns = ("row", "seed", "kind", "steps", "tokens", "against run")
     table(f"{plan.ablation.name}: {len(rows)} cells", columns, rows, stdout=True)
-    print(f"QAT tokens of all cells: {number(total)}")
+    print(f"training tokens of all cells: {number(total)}")
     for row in plan.rows:
         try:
             # With the config of the row, not of a cell: the shared teacher may not be there yet.
-            Inputs(row.config, RunFolder(row.config)).check()
+            task_stages(row.config, ())
+            with opened(row.config, RunFolder(row.config)):
+                pass
         except BadInput as error:
             raise BadInput(f"row {row.label!r}: {error}") from None
+
+
+def budget(config: RunConfig) -> tuple[int, int]:
+    """Steps and tokens that a cell trains for; of task ptq those of every block, and of the stage
+    end to end where there is one."""
+    if config.task == "qat":
+        qat = config.qat
+        return qat.steps, qat.steps * qat.batch_size * qat.length
+    tune, whole = config.tune, config.end_to_end
+    windows = tune.epochs * (tune.sequences - tune.held_out)
+    steps = windows // tune.batch_size + whole.steps
+    return steps, windows * tune.length + whole.steps * whole.batch_size * whole.length
 
 
 def parser() -> argparse.ArgumentParser:

@@ -37,6 +37,7 @@ from rabit_jax.experiments.engine.console import (
     Parser,
     common_options,
     main_guard,
+    paths_option,
     table,
 )
 from rabit_jax.experiments.engine.evaluation import (
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
                    epilog=f"{EXAMPLES}\n{EXIT_CODES}",
                    formatter_class=argparse.RawDescriptionHelpFormatter)
     common_options(found)
+    paths_option(found)
     add = found.add_argument
     add("--model", required=True, metavar="DIR",
         help="model folder, dense or packed, a hub id, or a run folder for its trained student or "
@@ -113,7 +115,7 @@ def run(arguments: Sequence[str]) -> None:
         find_folder(options.model)  # before data are fetched for a name that is mistyped
     tasks = load_tasks(options.tasks, options.include_path) if options.tasks else None
     texts = {name: read_text(name) for name in options.ppl}
-    subject = load_subject(options.model)
+    subject = load_subject(options.model, options.paths)
     check_model(options, subject)
     begin = begin_token(subject, options.begin) if texts else None
     rows = []

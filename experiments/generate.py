@@ -14,12 +14,19 @@ import jax
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.chat import chat
-from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, main_guard
+from rabit_jax.experiments.engine.console import (
+    EXIT_CODES,
+    cache_option,
+    common_options,
+    main_guard,
+    paths_option,
+)
 from rabit_jax.experiments.engine.continuing import Text, Writer
 from rabit_jax.formats.packed_model import load_model
 from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.prepared import prepare
 from rabit_jax.progress import loading, say
+from rabit_jax.types import Tokenizer
 from rabit_jax.weights.description import describe
 
 NEW_TOKENS, NEW_TOKENS_CHAT = 64, 512
@@ -68,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--head-bits", type=int, choices=(8,), metavar="8",
         help="round a dense head to 8 bits, one scale for each token: a CPU then reads a quarter "
              "of its float32 bytes; default: the head as it is")
+    paths_option(parser)
+    cache_option(parser)
     return parser
 
 
@@ -93,7 +102,7 @@ def _run(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace) -> tuple[Writer, Any, str]:
     """The model, ready to write, its tokenizer, and the bits per weight of a packed one."""
     with loading(args.model) as done:
-        model, params, tokenizer = load_model(args.model, done)
+        model, params, tokenizer = load_model(args.model, done, args.paths)
     if tokenizer is None:
         raise BadInput(f"{args.model} holds no tokenizer, so text cannot be read or written: put "
                        "the model's tokenizer.json and tokenizer_config.json there")
@@ -101,7 +110,7 @@ def _load(args: argparse.Namespace) -> tuple[Writer, Any, str]:
     if count is None:
         count = NEW_TOKENS_CHAT if args.chat else NEW_TOKENS
     temperature = 0.0 if args.greedy else args.temperature
-    engine = prepare(model.config, params, args.head_bits)
+    engine = prepare(model.config, params, args.head_bits, args.cache_bits)
     writer = Writer(model, engine, count, temperature, args.top_p, jax.random.key(args.seed))
     size = describe(params)
     return writer, tokenizer, size.size if size.quantised else ""
@@ -119,7 +128,7 @@ def _text(prompt: str) -> str:
     return text
 
 
-def _print_as_it_comes(writer: Writer, tokenizer: Any, prompt: str, ids: list[int]) -> None:
+def _print_as_it_comes(writer: Writer, tokenizer: Tokenizer, prompt: str, ids: list[int]) -> None:
     """Prints the prompt and its continuation piece by piece."""
     text = Text(tokenizer, ids, writer.model.config.eos_ids)
     shown = prompt
@@ -130,7 +139,7 @@ def _print_as_it_comes(writer: Writer, tokenizer: Any, prompt: str, ids: list[in
 
 
 def _continued(
-    writer: Writer, tokenizer: Any, prompts: Sequence[str], ids: Sequence[list[int]]
+    writer: Writer, tokenizer: Tokenizer, prompts: Sequence[str], ids: Sequence[list[int]]
 ) -> list[str]:
     """Each prompt with its continuation."""
     texts = [Text(tokenizer, old, writer.model.config.eos_ids) for old in ids]

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, main_guard
+from rabit_jax.experiments.engine.console import (
+    EXIT_CODES,
+    cache_option,
+    common_options,
+    main_guard,
+    paths_option,
+)
 from rabit_jax.experiments.engine.signals import SIGNALS, handling
 from rabit_jax.experiments.serving.app import Served, application
 from rabit_jax.experiments.serving.worker import Worker
@@ -83,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         help="most tokens of a prompt and its text; default: the positions of the model")
     add("--head-bits", type=int, choices=(8,), metavar="8",
         help="round a dense head to 8 bits, as experiments.generate does")
+    paths_option(parser)
+    cache_option(parser)
     add("--max-body", type=int, default=1 << 20, metavar="BYTES",
         help="largest body of a request; default %(default)s")
     add("--api-key", metavar="KEY", default=os.environ.get(KEY_VARIABLE),
@@ -160,7 +168,7 @@ def _bound(host: str, port: int) -> socket.socket:
 def _loaded(args: argparse.Namespace) -> tuple[Any, Any, Worker]:
     """The model, its tokenizer, and the worker with its programs compiled."""
     with loading(args.model) as done:
-        model, params, tokenizer = load_model(args.model, done)
+        model, params, tokenizer = load_model(args.model, done, args.paths)
     if tokenizer is None:
         raise BadInput(f"{args.model} holds no tokenizer, so text cannot be read or written: put "
                        "the model's tokenizer.json and tokenizer_config.json there")
@@ -168,7 +176,7 @@ def _loaded(args: argparse.Namespace) -> tuple[Any, Any, Worker]:
     if (args.context or positions) > positions:
         raise BadInput(f"--context is {args.context}, the model has {positions} positions: ask for "
                        "no more")
-    engine = prepare(model.config, params, args.head_bits)
+    engine = prepare(model.config, params, args.head_bits, args.cache_bits)
     worker = Worker(engine, tokenizer, model.config.eos_ids, args.slots, args.queue,
                     args.context or positions)
     with progress("compile", worker.warm_steps()) as bar:

@@ -1,13 +1,15 @@
 """Files and folders that exist whole or not at all: written beside their place, then renamed.
 
-A name that exists is complete, whatever stopped the process that wrote it. What a failed attempt
-has left is removed on the way out, and what a killed process has left by the next one that writes
-in the same folder. Permissions are those that the umask gives a new file.
+A name that exists is complete, whatever stopped the process that wrote it, a loss of power too: the
+content is on the disk before the name is. What a failed attempt has left is removed on the way out,
+and what a killed process has left by the next one that writes in the same folder. Permissions are
+those that the umask gives a new file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,9 +28,19 @@ def publish(new: Path, target: Path) -> None:
 
     A folder that `target` held comes back where the new one cannot take its place.
     """
-    if not target.is_dir():
+    for folder, _, names in os.walk(new):
+        for name in names:
+            _flush(Path(folder) / name)
+        _flush(Path(folder))
+    _flush(new)
+    if target.is_dir():
+        _replace_folder(new, target)
+    else:
         os.replace(new, target)
-        return
+    _flush(target.parent)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
     with workspace(target) as place:
         old = place / "old"
         target.rename(old)
@@ -37,6 +49,20 @@ def publish(new: Path, target: Path) -> None:
         except OSError:
             old.rename(target)
             raise
+
+
+def _flush(place: Path) -> None:
+    """Wait until a file or folder is on the disk, on a file system that can say so."""
+    if place.is_symlink():
+        return
+    opened = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(opened)
 
 
 @contextlib.contextmanager

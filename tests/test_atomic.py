@@ -78,3 +78,20 @@ def test_the_same_tensors_and_texts_give_the_same_bytes_whatever_the_order(tmp_p
     found = load_file(tmp_path / "one")
     assert set(found) == set(tensors)
     assert all((found[name] == tensors[name]).all() for name in tensors)
+
+
+def test_content_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    """What a machine that loses its power leaves behind: the old file or the new one."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (
+        events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("named"), replace(a, b)))
+    write_text(tmp_path / "state", "new")
+    assert [event.rpartition("/")[2] for event in events] == ["new", "named", tmp_path.name]
+    events.clear()
+    with replacing(tmp_path / "folder") as new:
+        (new / "deep").mkdir(parents=True)
+        (new / "deep" / "file").write_text("a")
+    last = events.index("named")
+    assert {event.rpartition("/")[2] for event in events[:last]} >= {"file", "deep", "new"}

@@ -209,13 +209,15 @@ def _row(
     config = resolve(where, settings)
     if not search:
         return Row(label, slug, single, {None: config}, {})
-    short = f"qat.steps={max(1, round(search.steps * config.qat.steps))}"
+    # The tuning of blocks has epochs, and too few to be cut: its trials are as long as its cells.
+    short = [f"qat.steps={max(1, round(search.steps * config.qat.steps))}"]
+    short = short if config.task == "qat" else []
     choices = _choices(search).items()
     full: dict[float | None, RunConfig] = {
         value: resolve(where, (*settings, choice)) for value, choice in choices
     }
     own = "evaluate.part=search"
-    trials = {value: resolve(where, (*settings, short, choice, own)) for value, choice in choices}
+    trials = {value: resolve(where, (*settings, *short, choice, own)) for value, choice in choices}
     return Row(label, slug, single, full, trials)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rabit_jax import BadInput
-from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.settings import RunConfig, check_folder_name
 from rabit_jax.experiments.engine.validation import nearest
 
 Overrides = tuple[str, ...]
@@ -31,7 +31,7 @@ class Search:
     Attributes:
       key: dotted key of the setting in the section `run`.
       values: what is tried.
-      steps: share of `qat.steps` that a trial trains for.
+      steps: share of `qat.steps` that a trial trains for; with task ptq it is trained whole.
     """
 
     key: str = "qat.optimizer.lr"
@@ -76,10 +76,7 @@ class Ablation:
 
     def __post_init__(self):
         """Raises BadInput for a folder, seeds, rows or comparisons that cannot be."""
-        if not self.name or "/" in self.name or self.name in (".", ".."):
-            raise BadInput(
-                f"name is {self.name!r}: it names the ablation's folder, so no '/' and not empty"
-            )
+        check_folder_name(self.name, "the ablation's folder")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise BadInput(
                 f"seeds are {list(self.seeds)}: give one or more, none twice, none negative"

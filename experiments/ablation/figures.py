@@ -15,6 +15,7 @@ from rabit_jax.experiments.ablation.results import Results
 from rabit_jax.experiments.ablation.runner import lookup
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.report.figures import Lines, against_tokens, svg, svg_with_legend
+from rabit_jax.types import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,8 +78,7 @@ def _dots(results: Results) -> str:
             axes.axvline(ppl, color=COLOURS[1], lw=1.3, ls="--")
             axes.annotate("teacher", (ppl, 1), xycoords=("data", "axes fraction"), xytext=(3, 2),
                           textcoords="offset points", color=COLOURS[1], fontsize=9)
-        # matplotlib reads a dollar sign as mathematics
-        axes.set_yticks(range(len(rows)), [label.replace("$", r"\$") for label, _ in rows])
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.08)
         axes.grid(axis="y", visible=False)
@@ -118,7 +118,7 @@ def _over_tokens(title: str, unit: str, bands: Mapping[str, Band | None]) -> str
     if not any(bands.values()):
         return ""
 
-    def draw(axes: Axes) -> dict[str, Any]:
+    def draw(axes: Axes) -> Json:
         handles = {}
         for place, (label, found) in enumerate(bands.items()):
             if found:
@@ -145,7 +145,7 @@ def _quality_against_size(results: Results) -> str:
     if not any(bits and ppl for bits, ppl in points.values()):
         return ""
 
-    def draw(axes: Axes) -> dict[str, Any]:
+    def draw(axes: Axes) -> Json:
         handles = {}
         for place, (label, (bits, ppl)) in enumerate(points.items()):
             if bits and ppl:

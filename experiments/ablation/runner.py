@@ -75,7 +75,17 @@ def read_summary(cell: Cell) -> Summary | None:
         found = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return _as_trained(found) if isinstance(found, dict) else None
+
+
+def _as_trained(summary: dict[str, object]) -> Summary:
+    """The summary with what training made under `qat`, also where blocks were tuned (task ptq): the
+    packed model where it was scored, else the tuned one."""
+    if summary.get("task") != "ptq":
+        return summary
+    scored = (summary.get(name) for name in ("packed", "tuned"))
+    made = next((s for s in scored if isinstance(s, dict) and s.get("ppl") is not None), None)
+    return {**summary, "qat": made}
 
 
 def lookup(summary: object, key: str) -> float | None:

@@ -22,7 +22,7 @@ from rabit_jax.experiments.report.page import TEMPLATES
 from rabit_jax.formats.rendering import environment
 from rabit_jax.progress import number
 
-LR = "qat.optimizer.lr"
+LEARNING_RATES = {"qat": "qat.optimizer.lr", "ptq": "tune.optimizer.lr"}  # by task
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ RESULTS = (
     Column("unseen bits per byte", "qat.unseen.bits_per_byte", ".4f"),
     Column("KL to the teacher, nats", "qat.kl", ".4f"),
     Column("perplexity at init", "init.ppl", ".2f"),
-    Column("gap closed by QAT, %", "gap_closed", ".1f", 100),
+    Column("gap closed by training, %", "gap_closed", ".1f", 100),
 )
 COVERED = (
     "Intervals cover the seeds alone: all cells share one teacher, one training text and one set "
@@ -113,8 +113,8 @@ COST = (
 def report_tables(results: Results, command: str) -> list[Table]:
     """All tables of the report in order, without those that the ablation has no numbers for."""
     paths = Table("paths", "How the paths share the work", notes=[
-        "Means over all layers after QAT, measured on the inputs that each linear layer receives "
-        "in the teacher. The share of signs flipped is the mean over the steps that were watched."
+        "Means over all layers after training, measured on the inputs that each linear layer "
+        "receives in the teacher. The share of signs flipped is the mean over the watched steps."
     ])  # fmt: skip
     cost = Table("cost", "Cost", notes=[
         "Bits per weight of the blocks count the padding of the file, nominal ones do not; those "
@@ -145,8 +145,9 @@ def results_table(results: Results) -> Table:
     if contexts:
         table.title += f", context {', '.join(f'{context:g}' for context in contexts)}"
     search = results.plan.ablation.search
-    for key in [LR] if search is None or search.key == LR else [LR, search.key]:
-        table.columns.append("learning rate" if key == LR else key)
+    rate = LEARNING_RATES[results.plan.ablation.run.task]
+    for key in [rate] if search is None or search.key == rate else [rate, search.key]:
+        table.columns.append("learning rate" if key == rate else key)
         for line, row in zip(table.rows, results.plan.rows, strict=True):
             line.append(_setting(results, row, key))
     cells = [found for _, found in results.cells if found]
@@ -186,7 +187,7 @@ def _result_notes(results: Results) -> list[str]:
     notes = [
         "Means over the seeds ± half of their 95% interval (Student's t). Without ± there is one "
         f"seed, or all seeds give the same number. {COVERED}",
-        f"{GAP}The start of gap closed by QAT is the row's own init.",
+        f"{GAP}The start of gap closed by training is the row's own init.",
     ]
     if any(row.single for row in rows):
         also = " and without a search" if search else ""

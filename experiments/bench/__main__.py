@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rabit_jax.experiments.bench import decode, kernels, peers, server, step, svid
+from rabit_jax.experiments.bench import (
+    cache,
+    data,
+    decode,
+    kernels,
+    mesh,
+    peers,
+    server,
+    step,
+    svid,
+)
 from rabit_jax.experiments.engine.console import (
     EXIT_CODES,
     Parser,
@@ -27,11 +37,12 @@ from rabit_jax.experiments.engine.machine import report
 from rabit_jax.kernels.bench import aot
 from rabit_jax.kernels.bench.machine import driver
 from rabit_jax.progress import say
+from rabit_jax.types import Json
 
 # Each is a module with EXAMPLES, add_options(parser), measure(options) -> rows, COLUMNS (key of a
 # row -> head of its column in the table) and remarks(rows) -> lines below the table.
 BENCHMARKS = {"step": step, "svid": svid, "kernels": kernels, "decode": decode, "aot": aot,
-              "peers": peers, "server": server}
+              "peers": peers, "server": server, "cache": cache, "data": data, "mesh": mesh}
 # Those whose results are kept, and the key of each in the file of its device.
 SAVED = {"kernels": "products", "decode": "decode", "aot": "aot", "peers": "peers"}
 RESULTS = Path(aot.__file__).parents[1] / "results"
@@ -42,7 +53,10 @@ EXAMPLES = """examples:
   python -m experiments.bench decode --model tinyllama-1.1b --context 128,2048
   python -m experiments.bench aot --archs sm_89,sm_90
   python -m experiments.bench peers --model tinyllama-1.1b --batch 1,4,16
+  python -m experiments.bench data --text 1e9
   python -m experiments.bench server --url http://127.0.0.1:8000/v1 --streams 1,4,8
+  python -m experiments.bench cache --model runs/mine/packed --text file:my.txt --context 8192
+  python -m experiments.bench mesh
 """
 
 
@@ -84,7 +98,7 @@ def run(arguments: Sequence[str]) -> None:
         show(options.name, result)
 
 
-def show(name: str, result: dict[str, Any]) -> None:
+def show(name: str, result: Json) -> None:
     """Print the table of the rows that were measured to stdout, and the remarks below it."""
     module = BENCHMARKS[name]
     measured = [row for row in result["rows"] if row.get("refused") is None]
@@ -99,7 +113,7 @@ def _cell(value: Any) -> Any:
     return "x".join(map(str, value)) if isinstance(value, list) else value
 
 
-def save(result: dict[str, Any], key: str) -> None:
+def save(result: Json, key: str) -> None:
     """Write the result into the file of its device, beside those of the other benchmarks.
 
     The file holds `{"products": ..., "decode": ..., "aot": ...}`, each the JSON object of a run

@@ -26,12 +26,24 @@ from rabit_jax.experiments.bench.shapes import (
 )
 from rabit_jax.kernels.bench.machine import free_memory, last_level_cache
 from rabit_jax.models.block import Slots, project, rotary_attention
+from rabit_jax.models.cache import (
+    Stores,
+    check_bits,
+    empty_stores,
+    encode,
+    of_kind,
+    ring_places,
+    ring_slots,
+    windowed,
+    with_kind,
+)
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
-from rabit_jax.models.engine import head_logits, init_cache, over_layers, step
+from rabit_jax.models.engine import head_logits, over_layers, step
 from rabit_jax.models.prepared import Engine, layer_at, multiply, prepare
 from rabit_jax.models.rotary import seen_from
 from rabit_jax.progress import progress, say
+from rabit_jax.types import Json
 from rabit_jax.weights.sign_paths import PackedSign
 
 EXAMPLES = """examples:
@@ -61,11 +73,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--k", metavar="NUMBERS", default="2", help="sign paths, 1 to 4 (default 2)")
     add("--context", metavar="NUMBERS", default="128,2048",
         help="tokens before the last one that is generated (default 128,2048)")
+    add("--cache-bits", metavar="NUMBERS", default="16",
+        help="of keys and values, 16, 8 or 4: the packed models with each, 16 in every case "
+             "(default 16)")
     add("--tokens", type=int, default=8, help="tokens of each timed call (default 8)")
     add("--repeats", type=int, default=5, help="timed calls of each row (default 5)")
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Json]:
     """The rows that the command line asks for.
 
     Raises:
@@ -76,7 +91,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return decode_rows(
         options.model, config, numbers("batch", options.batch, LARGEST_BATCH),
         numbers("context", options.context, config.max_position), numbers("k", options.k, 4),
-        positive("tokens", options.tokens), positive("repeats", options.repeats))
+        numbers("cache-bits", options.cache_bits, 16), positive("tokens", options.tokens),
+        positive("repeats", options.repeats))
 
 
 def random_engine(config: ModelConfig, k: int | None, head_bits: int | None = None) -> Engine:
@@ -115,8 +131,8 @@ def abstract_engine(config: ModelConfig, k: int | None, head_bits: int | None = 
 
 def decode_rows(
     model: str, config: ModelConfig, batches: Sequence[int], contexts: Sequence[int],
-    ks: Sequence[int], tokens: int, repeats: int,
-) -> list[dict[str, Any]]:
+    ks: Sequence[int], cache_bits: Sequence[int], tokens: int, repeats: int,
+) -> list[Json]:
     """The rows of a model at all batches and contexts.
 
     Args:
@@ -125,6 +141,7 @@ def decode_rows(
       batches: rows decoded at once.
       contexts: tokens before the last one.
       ks: sign paths, one packed model for each.
+      cache_bits: of keys and values, each for the packed models besides 16.
       tokens: of one timed call.
       repeats: timed calls of each model and part.
 
@@ -141,7 +158,11 @@ def decode_rows(
     for k in ks:
         own = replace(config, dtype=packed_dtype)
         kinds |= {f"packed_k{k}": (own, k, None), f"packed_k{k}_head8": (own, k, 8)}
+    for bits in cache_bits:
+        check_bits(bits)
     engines = make(kinds)
+    engines |= {f"packed_k{k}_cache{bits}": replace(engines[f"packed_k{k}"], cache_bits=bits)
+                for k in ks for bits in cache_bits if bits != 16}
     places, rows = [(b, c) for b in batches for c in contexts], []
     with progress("decoding", total=len(places) * repeats) as bar:
         for n, (batch, context) in enumerate(places):
@@ -185,9 +206,7 @@ class Decoding:
 
         self.engine, self.batch, self.context, self.tokens = engine, batch, context, tokens
         c = engine.config
-        cache = jax.eval_shape(partial(init_cache, c, batch, context))
-        self.k, self.v = (random_weights.normal(cache[n].shape, 1.0, cache[n].dtype)
-                          for n in "kv")
+        self.k, self.v = (random_stores(c, batch, context, engine.cache_bits) for _ in "kv")
         self.heads = {n: random_weights.normal((batch, 1, m, c.head_dim), 1.0, c.dtype)
                       for n, m in (("q", c.n_heads), ("k", c.n_kv_heads), ("v", c.n_kv_heads))}
         self.x = random_weights.normal((batch, 1, c.d_model), 1.0, c.dtype)
@@ -229,11 +248,22 @@ class Decoding:
     def _attention(self) -> float:
         start = jnp.int32(self.context - 1)
         seconds, (_, self.k, self.v) = clock(
-            attention, self.engine, self.heads, self.k, self.v, start)
+            attention, self.engine, self.heads, self.k, self.v, start, self.context)
         return seconds
 
     def _head(self) -> float:
         return clock(head, self.engine, self.x[:, 0])[0]
+
+
+def random_stores(config: ModelConfig, batch: int, context: int, bits: int) -> Stores:
+    """Keys or values of all layers, drawn from the normal distribution and kept in `bits`."""
+    outline = jax.eval_shape(lambda: empty_stores(config, batch, context, 16))
+    stores = jax.tree.map(lambda a: random_weights.normal(a.shape, 1.0, a.dtype), outline)
+    if bits == 16:
+        return stores
+    # Layer by layer, so that no second cache of floats is made.
+    return jax.tree.map(lambda a: jax.jit(lambda x: jax.lax.map(
+        lambda one: encode(one, bits), x), donate_argnums=0)(a), stores)
 
 
 def clock(function: Callable, *arguments: Any) -> tuple[float, Any]:
@@ -249,7 +279,7 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def rows_of(cases: dict[str, Decoding], tokens: int) -> list[dict[str, Any]]:
+def rows_of(cases: dict[str, Decoding], tokens: int) -> list[Json]:
     """The rows of one batch and context; "dense_bf16" and "dense_f32" must be among the cases."""
     medians = {name: {part: statistics.median(times) for part, times in case.seconds.items()}
                for name, case in cases.items()}
@@ -271,7 +301,7 @@ def rows_of(cases: dict[str, Decoding], tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Json]) -> list[str]:
     """Lines below the table: how the figures were taken, and where dense float32 overtakes."""
     repeats, tokens = rows[0]["repeats"], rows[0]["tokens"]
     lines = [f"ms: median of {repeats} calls of {tokens} tokens that took turns, spread: their "
@@ -300,7 +330,7 @@ def decode_tokens(engine: Engine, token: jax.Array, cache: Any, count: int) -> t
 def block_linears(engine: Engine, x: jax.Array) -> jax.Array:
     """The linears of all blocks in turn, without attention: `x: [b, 1, d]` -> the same."""
     def block(layer, x):
-        attn, mlp = (layer_at(engine, layer)[side] for side in ("attn", "mlp"))
+        attn, mlp = (layer_at(engine, layer.number)[side] for side in ("attn", "mlp"))
         multiplied = partial(project, config=engine.config, multiply=multiply)
         q, k, v = multiplied(attn, ("q", "k", "v"), x)
         # A trace of k and v, or the compiler would leave them out.
@@ -315,32 +345,38 @@ def block_linears(engine: Engine, x: jax.Array) -> jax.Array:
     return over_layers(engine, block, x)
 
 
-@partial(jax.jit, donate_argnums=(2, 3))
+@partial(jax.jit, donate_argnums=(2, 3), static_argnums=5)
 def attention(
-    engine: Engine, heads: dict[str, jax.Array], k: jax.Array, v: jax.Array, start: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    engine: Engine, heads: dict[str, jax.Array], k: Stores, v: Stores, start: jax.Array,
+    slots: int,
+) -> tuple[jax.Array, Stores, Stores]:
     """Rotation, cache and attention of all blocks for one token at slot `start`.
 
     Args:
       engine: for its config and how it goes through its layers.
       heads: `q`, `k`, `v` `[b, 1, heads, h]` of the new token.
-      k, v: the cache `[l, b, n, s, h]`.
+      k, v: the cache.
       start: int32 scalar.
+      slots: of the cache.
 
     Returns:
       `[b, 1, n g h]` and the cache.
     """
-    places = jnp.arange(k.shape[3])
-    view = seen_from(
-        engine.config, start[None, None], start[None], places, places[None] >= 0).full
+    c, places, ring = engine.config, jnp.arange(slots), None
+    if windowed(c):
+        own = ring_places(start, ring_slots(c, slots))
+        ring = own, own[None] >= 0
+    context = seen_from(c, start[None, None], start[None], places, places[None] >= 0, ring=ring)
 
     def block(layer, carry):
         # Each layer's queries are the result of the layer before it, so that the compiler can
         # neither leave out nor move any of them.
         q, k, v = carry
-        slots = Slots(k, v, layer, start)
-        y, slots = rotary_attention(q, heads["k"], heads["v"], view, engine.config, slots)
-        return y, slots.k, slots.v
+        here = Slots(of_kind(k, layer.local), of_kind(v, layer.local), layer.own, start,
+                     layer.local)
+        y, here = rotary_attention(
+            q, heads["k"], heads["v"], context.view(layer.local), c, here)
+        return y, with_kind(k, layer.local, here.k), with_kind(v, layer.local, here.v)
 
     y, k, v = over_layers(engine, block, (heads["q"], k, v))
     return y.reshape(*y.shape[:2], -1), k, v

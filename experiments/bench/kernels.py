@@ -43,6 +43,7 @@ from rabit_jax.kernels.layout import to_words
 from rabit_jax.kernels.matmul import IMPLS, chosen, laid_bits
 from rabit_jax.models.prepared import multiply
 from rabit_jax.progress import progress, say
+from rabit_jax.types import Json
 
 EXAMPLES = """examples:
   python -m experiments.bench kernels --shapes llama2-7b --batch 1,2,4,8
@@ -77,7 +78,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=15, help="timed calls of each row (default 15)")
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Json]:
     """The rows that the command line asks for.
 
     Raises:
@@ -120,7 +121,7 @@ def bits_per_weight(text: str) -> list[float]:
 def product_rows(
     shapes: Sequence[Shape], batches: Sequence[int], ks: Sequence[int], impls: Sequence[str],
     bits: Sequence[float], repeats: int,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """The rows of all shapes and batches.
 
     Args:
@@ -210,7 +211,7 @@ def resolve(impl: str, batch: int, inputs: int, words: bool) -> str:
 def group_rows(
     shape: Shape, batch: int, cases: Sequence[Any], cache: int, copy: Copy, repeats: int,
     tell: Callable,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Check, rotate and time the cases of one shape and batch, taking turns with the copy."""
     able, refused = [], {}
     for n, case in enumerate(cases):
@@ -239,7 +240,7 @@ def group_rows(
     return rows
 
 
-def row(case: Any, bandwidth: float, medians: dict[str, float]) -> dict[str, Any]:
+def row(case: Any, bandwidth: float, medians: dict[str, float]) -> Json:
     """The figures of one measured case; `bandwidth` in bytes per second, `medians` in seconds."""
     seconds = statistics.median(case.seconds)
     lower, upper = np.percentile(case.seconds, (25, 75))
@@ -313,7 +314,7 @@ def time_cases(
     return copies
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Json]) -> list[str]:
     """Lines below the table: how the figures were taken, and what could not be measured and why."""
     lines, refused = [], {}
     counts = sorted({row["repeats"] for row in rows if row.get("refused") is None})

@@ -24,6 +24,7 @@ from rabit_jax.atomic import replacing
 from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.progress import progress, say
+from rabit_jax.types import Json
 
 CACHE = Path(".cache") / "llama.cpp"
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"  # MIT, with llama.cpp in vendor/
@@ -32,7 +33,7 @@ PROGRAMS = ("llama-batched-bench", "llama-bench", "llama-quantize", "llama-imatr
             "llama-perplexity")
 OPTIONS = ("-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_CURL=OFF",
            "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
-           "-DLLAMA_BUILD_SERVER=OFF")
+           "-DLLAMA_BUILD_SERVER=ON")
 T = gguf.GGMLQuantizationType
 # What `llama-quantize` gives the tensors of a model by the name of a type, `*` those not named;
 # grouped queries of 4 and more give `attn_v` more bits. See llama-quant.cpp.
@@ -53,14 +54,15 @@ ATTEMPTS = 5
 SCALE = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
 
 
-def programs() -> Path:
-    """The folder of the programs, built where they are not there (about 15 minutes of one core).
+def programs(names: Sequence[str] = PROGRAMS) -> Path:
+    """The folder of the programs, built where they are not there (about 15 minutes of one core, as
+    long again for llama-server).
 
     Raises:
       BadInput: no cmake or compiler, no network, or a build that fails; the message names its log.
     """
     folder = CACHE / "bin"
-    if all((folder / name).exists() for name in PROGRAMS):
+    if all((folder / name).exists() for name in names):
         return folder
     for tool in ("cmake", "c++"):
         if not shutil.which(tool):
@@ -72,9 +74,9 @@ def programs() -> Path:
     with open(log, "wb") as out:
         _call(["cmake", "-S", source, "-B", CACHE / "build", *generator, *OPTIONS], out)
         _call(["cmake", "--build", CACHE / "build", "--parallel", str(os.cpu_count() or 1),
-               "--target", *PROGRAMS], out)
+               "--target", *names], out)
     folder.mkdir(exist_ok=True)
-    for name in PROGRAMS:
+    for name in names:
         with replacing(folder / name) as new:
             shutil.copy2(CACHE / "build" / "bin" / name, new)
     return folder
@@ -185,7 +187,7 @@ def _random(shape: tuple[int, ...], kind: T, seed: int) -> np.ndarray:
 
 def speed(
     file: Path, threads: int, prompt: int, tokens: int, batches: Sequence[int]
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """One run of `llama-batched-bench`.
 
     Args:

@@ -33,6 +33,7 @@ from rabit_jax.kernels.cpu.library import status
 from rabit_jax.models.engine import init_cache, step
 from rabit_jax.models.prepared import Engine
 from rabit_jax.progress import progress, say
+from rabit_jax.types import Json
 
 EXAMPLES = """examples:
   python -m experiments.bench peers --save
@@ -139,7 +140,7 @@ def read(engine: Engine, prompt: jax.Array) -> jax.Array:
     return jnp.argmax(step(engine, prompt, cache)[0], axis=-1)
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Json]:
     """The rows that the command line asks for.
 
     Raises:
@@ -210,7 +211,7 @@ def take_turns(
 def rows(
     model: str, sides: Sequence[Ours | Theirs], cases: Sequence[tuple[str, int, int]],
     bandwidth: float,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """A row of each case and side; `bandwidth` in bytes per second."""
     base = next((side for side in sides if side.name == f"llama.cpp {BASE}"), sides[-1])
     found = []
@@ -233,7 +234,7 @@ def rows(
     return found
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Json]) -> list[str]:
     """Lines below the table."""
     first = rows[0]
     return [f"median of {first['rounds']} rounds in which all took turns; x base: over "

@@ -34,6 +34,7 @@ from rabit_jax.progress import Progress, progress, say
 from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.optimizer import OptimizerConfig, make_optimizer, partition, roles
 from rabit_jax.train.step import Loss, init_state, make_step
+from rabit_jax.types import Json
 from rabit_jax.weights.description import leaf_bytes
 
 EXAMPLES = """examples:
@@ -121,7 +122,7 @@ def model_config(options: argparse.Namespace) -> ModelConfig:
         n_kv_heads=heads, head_dim=HEAD_DIM, d_hidden=hidden, dtype=options.dtype)
 
 
-def students(options: argparse.Namespace, params: Any) -> dict[str, Any]:
+def students(options: argparse.Namespace, params: Any) -> Json:
     """The three params trees, all from `params`; the scales' fit is short, values cost no time."""
     fit = {"k": options.k, "rounds": 1}
     specs = {"residual": ResidualSignSpec(**fit), "independent": IndependentSignSpec(**fit)}
@@ -171,7 +172,7 @@ def time_steps(variants: dict[str, Variant], steps: int, bar: Progress) -> None:
         bar.update(done + 1, **{name: v.seconds[-1] for name, v in variants.items()})
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Json]:
     """Measure; one row per student, ratios over dense.
 
     Raises:
@@ -184,7 +185,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows_of(variants)
 
 
-def rows_of(variants: dict[str, Variant]) -> list[dict[str, Any]]:
+def rows_of(variants: dict[str, Variant]) -> list[Json]:
     """The rows of measured variants; "dense" must be among them."""
 
     def figures(variant: Variant) -> tuple[float, float, int]:
@@ -203,6 +204,6 @@ def rows_of(variants: dict[str, Variant]) -> list[dict[str, Any]]:
     return rows
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Json]) -> list[str]:
     """The line below the table."""
     return ["ratios are over the row dense; peak_memory_bytes is the compiler's plan for one step"]

@@ -22,6 +22,7 @@ import numpy as np
 from rabit_jax.errors import BadInput
 from rabit_jax.progress import say
 from rabit_jax.signs.iterative_svid import Svid, svid
+from rabit_jax.types import Json
 
 EXAMPLES = """examples:
   python -m experiments.bench svid
@@ -94,7 +95,7 @@ def timed(function: Any, *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
-def row(shape: tuple[int, int], k: int, rounds: int, extrapolate: bool) -> dict[str, Any]:
+def row(shape: tuple[int, int], k: int, rounds: int, extrapolate: bool) -> Json:
     """Measure one shape; see the head of this file for the two kinds of reference."""
     w = gaussian(shape)
     seconds, fit = time_svid(w, k, rounds)
@@ -115,7 +116,7 @@ def row(shape: tuple[int, int], k: int, rounds: int, extrapolate: bool) -> dict[
     }
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Json]:
     """Measure; the big shape, then the one at which the reference runs in full.
 
     Raises:
@@ -127,6 +128,6 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [row(options.shape, options.k, options.rounds, extrapolate=True), check]
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Json]) -> list[str]:
     """The line below the table."""
     return ["where extrapolated, the reference is one full SVD times k (1 + rounds)"]

@@ -16,10 +16,10 @@ import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
 
 from rabit_jax.data.embedded import embedded_documents
 from rabit_jax.data.tokenizer import train_tokenizer
@@ -31,6 +31,7 @@ from rabit_jax.formats.hf import save_hf
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
 from rabit_jax.progress import progress
+from rabit_jax.types import Json
 
 SHARD_BYTES = 10**9
 OUTLIERS, GAIN = 4, 8.0
@@ -64,7 +65,7 @@ class RandomParam:
         """Layers of a stack, float32."""
         return np.stack([self._draw(n, self.shape[1:]) for n in range(self.shape[0])[layers]])
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         """The whole parameter, float32."""
         stacked = self.path.startswith("layers/")
         return self[:] if stacked else self._draw(0, self.shape)
@@ -81,7 +82,7 @@ class RandomParam:
         return value
 
 
-def random_checkpoint(config: ModelConfig, seed: int) -> dict[str, Any]:
+def random_checkpoint(config: ModelConfig, seed: int) -> Json:
     """A params tree of `RandomParam`, with the deviations of a fresh model."""
     last = ("o/kernel", "down/kernel")
     std, residual = config.initializer_range, math.sqrt(2 * config.n_layers)

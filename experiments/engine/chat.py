@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -16,6 +15,7 @@ from rabit_jax.errors import BadInput, first_line
 from rabit_jax.experiments.engine.continuing import Text, Writer
 from rabit_jax.formats.tokenizer import check_ids, encode
 from rabit_jax.progress import say
+from rabit_jax.types import Tokenizer
 
 # Every turn reads the whole conversation again; its length is rounded up to a multiple of this, or
 # each turn would be compiled anew.
@@ -23,7 +23,7 @@ MULTIPLE = 64
 Messages = list[dict[str, str]]
 
 
-def chat(writer: Writer, tokenizer: Any, system: str | None) -> None:
+def chat(writer: Writer, tokenizer: Tokenizer, system: str | None) -> None:
     """Answers the lines of stdin until `/exit` or their end; `/reset` forgets the conversation.
 
     Ctrl-C stops an answer; what it said by then stays in the conversation.
@@ -74,7 +74,7 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(writer: Writer, tokenizer: Any, messages: Messages) -> str:
+def _answer(writer: Writer, tokenizer: Tokenizer, messages: Messages) -> str:
     """Prints the answer to the last message and returns it; "" where it does not fit."""
     ids = template_ids(tokenizer, messages, writer.model.config.vocab_size)
     most = writer.model.config.max_position
@@ -93,7 +93,7 @@ def _answer(writer: Writer, tokenizer: Any, messages: Messages) -> str:
     return text.whole()
 
 
-def template_ids(tokenizer: Any, messages: Messages, vocab_size: int) -> list[int]:
+def template_ids(tokenizer: Tokenizer, messages: Messages, vocab_size: int) -> list[int]:
     """Token ids of the conversation up to where the answer begins.
 
     Raises:
@@ -107,7 +107,8 @@ def template_ids(tokenizer: Any, messages: Messages, vocab_size: int) -> list[in
                        "installed: pip install jinja2") from None
     try:
         # The template writes the special tokens itself, so the tokenizer adds none.
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = str(tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False))
     except TemplateError as error:
         raise BadInput(f"the chat template refuses the conversation ({error}): leave the system "
                        "message out or correct the template") from error

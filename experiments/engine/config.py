@@ -35,6 +35,7 @@ ADDED = "added"  # in the metadata of a field that came after 0.1
 SHIPPED = Path(__file__).parents[1] / "configs"
 MOST_VALUES = 100_000  # of a YAML text once its aliases are written out
 MOST_LEVELS = 50
+MOST_BYTES = 1 << 18  # PyYAML reads some 20 kB a second
 
 
 def load_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] = ()) -> T:
@@ -152,8 +153,25 @@ def section_hash(*objects: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+class _TooDeep(Exception):
+    """A YAML text is nested deeper than `MOST_LEVELS`."""
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but a key given twice is an error: YAML itself lets the last one win."""
+    """The safe loader, but a key given twice is an error: YAML itself lets the last one win.
+
+    Nesting is counted as the text is scanned, for PyYAML takes time with its square.
+    """
+
+    def fetch_flow_collection_start(self, TokenClass: type) -> None:
+        super().fetch_flow_collection_start(TokenClass)
+        if self.flow_level > MOST_LEVELS:
+            raise _TooDeep
+
+    def add_indent(self, column: int) -> bool:
+        if len(self.indents) > MOST_LEVELS:
+            raise _TooDeep
+        return super().add_indent(column)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -183,7 +201,7 @@ def _parse_yaml(text: str, source: str) -> Any:
         node = loader.get_single_node()
         _check_size(node, source)
         return loader.construct_document(node) if node else None
-    except RecursionError:
+    except (RecursionError, _TooDeep):
         raise _too_large(source) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -210,7 +228,8 @@ def _check_size(root: yaml.Node | None, source: str) -> None:
 def _too_large(source: str) -> BadInput:
     return BadInput(
         f"{source} is too large for a config: it may hold {MOST_VALUES} values, those of aliases "
-        f"counted wherever they are used, and nest {MOST_LEVELS} levels deep"
+        f"counted wherever they are used, nest {MOST_LEVELS} levels deep and have {MOST_BYTES} "
+        "bytes"
     )
 
 
@@ -222,6 +241,8 @@ def read_yaml(name: str | Path) -> Tree:
     """
     file = _config_file(Path(name))
     try:
+        if file.is_file() and file.stat().st_size > MOST_BYTES:
+            raise _too_large(str(file))
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"

@@ -20,8 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rabit_jax.errors import BadInput, first_line
+from rabit_jax.errors import BadInput, ToldByFirst, first_line
+from rabit_jax.experiments.engine.launch import ENDED, cluster
 from rabit_jax.experiments.engine.signals import CONTINUE, RESUMABLE
+from rabit_jax.models.cache import BITS
 from rabit_jax.progress import Value, number, say
 
 # What every command ends with; `--help` prints it, `main_guard` does it.
@@ -76,9 +78,16 @@ def main_guard(function: Callable[[], int | None], resumable: bool = False) -> i
 def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
     try:
         return function() or 0
-    except BadInput as error:
-        say(f"error: {error}")
+    except ToldByFirst:
         return 2
+    except BadInput as error:
+        say(f"error: {error}", always=True)
+        return 2
+    except RuntimeError as error:
+        if not (cluster() and any(word in str(error) for word in LOST)):
+            raise
+        print(f"{ENDED} ({first_line(error)[:150]})", file=sys.stderr)
+        return RESUMABLE
     except KeyboardInterrupt:
         if not resumable:
             say("stopped")
@@ -87,6 +96,8 @@ def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
         return RESUMABLE
 
 
+# In errors of collectives whose other side has gone.
+LOST = ("Gloo", "coordination", "UNAVAILABLE", "NCCL", "Connection")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -134,6 +145,21 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-completion", action=_Completion, metavar="SHELL",
                         choices=("bash", "zsh", "tcsh"),
                         help="print the completion of the installed command for bash, zsh or tcsh")
+
+
+def paths_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--paths`, for commands that read a packed model."""
+    parser.add_argument("--paths", type=int, metavar="N",
+                        help="read the first N sign paths of each packed matrix of the blocks "
+                             "alone, a smaller model where training was nested (qat.nested); "
+                             "default: all")
+
+
+def cache_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--cache-bits`, for commands that write text."""
+    parser.add_argument("--cache-bits", type=int, choices=BITS, default=16,
+                        help="keys and values of the text so far in 16, 8 or 4 bits; 16 is the "
+                             "model's dtype, which on a CPU is float32; default %(default)s")
 
 
 class _Completion(argparse.Action):

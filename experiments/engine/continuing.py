@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.monitoring
@@ -16,6 +15,7 @@ import numpy as np
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.generation import stream
 from rabit_jax.models.prepared import Engine
+from rabit_jax.types import Tokenizer
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Text:
       eos_ids: end tokens, which give no text.
     """
 
-    def __init__(self, tokenizer: Any, old: Sequence[int], eos_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, old: Sequence[int], eos_ids: Sequence[int]) -> None:
         self.tokenizer, self.eos_ids, self.ids = tokenizer, eos_ids, list(old)
         self.start = self.shown = len(self._decode())
 
@@ -119,8 +119,8 @@ class Text:
         return self._decode()[self.start :]
 
     def _decode(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True,
-                                     clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True,
+                                         clean_up_tokenization_spaces=False))
 
     def _show(self, text: str) -> str:
         new = text[self.shown :]

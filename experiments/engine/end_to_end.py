@@ -37,6 +37,7 @@ from rabit_jax.tree import map_leaves, weights_of
 from rabit_jax.types import Array, Batch, Params, Weight
 from rabit_jax.weights.description import leaf_bytes
 from rabit_jax.weights.fixed import fixed
+from rabit_jax.weights.mixed_stack import stacked
 
 NAME = "end_to_end"
 
@@ -81,15 +82,14 @@ def _student(job: Job) -> Params:
     layers = range(job.model_config.n_layers)
     arrays = [job.tuned.read_arrays(trained_name(n))[0] for n in layers]
 
-    def stacked(path: str, node: Weight) -> Weight:
-        return jax.tree.map(
-            lambda part: jnp.concatenate([one.pop(f"{path}:{part}") for one in arrays]),
-            part_names(node),
-        )
+    def latents(path: str, node: Weight) -> Weight:
+        found = [jax.tree.map(lambda part, one=one: one.pop(f"{path}:{part}")[0],
+                              part_names(node)) for one in arrays]
+        return jax.tree.map(jnp.asarray, stacked(found))
 
     shapes = weights_of(job.abstract_student())
     return map_leaves(
-        lambda path, leaf: stacked(path, shapes[path]) if path in job.specs else leaf, params
+        lambda path, leaf: latents(path, shapes[path]) if path in job.specs else leaf, params
     )
 
 

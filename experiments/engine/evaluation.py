@@ -34,7 +34,8 @@ from rabit_jax.formats.tokenizer import check_ids
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.progress import loading, progress, say
 from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
-from rabit_jax.types import Params
+from rabit_jax.types import Params, Tokenizer
+from rabit_jax.weights.mixed_stack import first_paths
 
 RESAMPLES = 1000
 Row: TypeAlias = dict[str, str | int | float | None]
@@ -53,18 +54,22 @@ class Subject:
     name: str
     model: Decoder
     params: Params
-    tokenizer: Any
+    tokenizer: Tokenizer
     mesh: Mesh | None = None
 
 
-def load_subject(path: str) -> Subject:
+def load_subject(path: str, paths: int | None = None) -> Subject:
     """A model to evaluate: of a model folder or hub id, or the trained student of a run folder.
+
+    Args:
+      path: of the model.
+      paths: how many sign paths of each matrix are kept; None keeps all.
 
     Raises:
       BadInput: no such model, a damaged one, one without a tokenizer, or a run whose student is not
         trained yet.
     """
-    model, params, tokenizer = _load(path)
+    model, params, tokenizer = _load(path, paths)
     if tokenizer is None:
         raise BadInput(f"{path} holds no tokenizer, so text cannot be read: put the model's "
                        "tokenizer.json and tokenizer_config.json there")
@@ -75,10 +80,10 @@ def load_subject(path: str) -> Subject:
     return Subject(path, model, placed, tokenizer, mesh)
 
 
-def _load(path: str) -> tuple[Decoder, Params, Any]:
+def _load(path: str, paths: int | None) -> tuple[Decoder, Params, Any]:
     if not is_run_folder(Path(path).expanduser()):
         with loading(path) as done:
-            return load_model(path, done)
+            return load_model(path, done, paths)
     folder = Path(path).expanduser().resolve()
     config = load_config(RunConfig, folder / "config.yaml")
     # Neither the run's devices nor its text need be on this machine.
@@ -90,11 +95,12 @@ def _load(path: str) -> tuple[Decoder, Params, Any]:
     if not (folder / "stages" / "qat.json").exists():
         if (folder / "packed" / "config.json").exists():  # a run of task ptq, which trains none
             with loading(path) as done:
-                return load_model(folder / "packed", done)
+                return load_model(folder / "packed", done, paths)
         raise BadInput(f"{path} has no trained student: let the run finish its stage qat, or name "
                        "a model folder in it, such as teacher or packed")
     say(f"the trained student of {path}")
-    return found.model, found.student, found.text.tokenizer
+    student = found.student if paths is None else first_paths(found.student, paths)
+    return found.model, student, found.text.tokenizer
 
 
 def begin_token(subject: Subject, wanted: bool | None) -> int | None:
@@ -103,9 +109,10 @@ def begin_token(subject: Subject, wanted: bool | None) -> int | None:
         wanted = subject.model.config.family.startswith("gemma")
     if not wanted:
         return None
-    if subject.tokenizer.bos_token_id is None:
+    begin = subject.tokenizer.bos_token_id
+    if not isinstance(begin, int):
         raise BadInput(f"the tokenizer of {subject.name} has no begin token: give --no-begin")
-    return subject.tokenizer.bos_token_id
+    return begin
 
 
 def perplexity_rows(

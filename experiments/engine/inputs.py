@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from rabit_jax import LLAMA_ENDS, BadInput, Stats, convert
+from rabit_jax import LLAMA_ENDS, BadInput, Stats, convert, hosts
 from rabit_jax.atomic import write_tensors
 from rabit_jax.data.tokens import batch
 from rabit_jax.evaluate.diagnostics import Apply
@@ -31,9 +31,11 @@ from rabit_jax.models.decoder import Decoder, param_shapes
 from rabit_jax.progress import loading
 from rabit_jax.train.checkpoints import abstract
 from rabit_jax.train.optimizer import merge, partition, roles
-from rabit_jax.train.sharding import make_mesh, param_shardings, row_shards
-from rabit_jax.tree import map_leaves, weights_of
+from rabit_jax.train.sharding import make_mesh, param_shardings, replicated, row_shards
+from rabit_jax.tree import leaves, map_leaves, match_rules, weights_of
 from rabit_jax.types import Json, Params
+from rabit_jax.weights.budget import check_budget
+from rabit_jax.weights.mixed_stack import sign_paths
 
 
 class Inputs:
@@ -86,13 +88,25 @@ class Inputs:
         if found < row_shards(self.mesh):
             raise BadInput(
                 f"the diagnostics have {found} windows for {row_shards(self.mesh)} parts of "
-                "the mesh (data x fsdp): give more evaluation text or raise evaluate.diagnostic_windows"
+                "the mesh (data x fsdp): give more evaluation text or raise "
+                "evaluate.diagnostic_windows"
             )
         self._check_student()
 
     def _check_student(self) -> None:
-        student = self.abstract_student()
+        student, section = self.abstract_student(), self.config.init
         check_rules(weights_of(student))
+        if prefixes := self.config.qat.prefixes:
+            most = max(sign_paths(student), default=0)
+            if max(prefixes) != most:
+                raise BadInput(
+                    f"qat.nested is {list(prefixes)}, and the weights have {most} "
+                    "sign paths that can be nested: its largest number must be that of the whole "
+                    "model, init.spec.k, of a type such as residual")
+        if section.budget:
+            params = abstract_params(self.model_config)
+            specs = match_rules(params, section.block_rules())
+            check_budget(section.budget, specs, {p: x.shape for p, x in leaves(params)})
         if not jax.tree.leaves(partition(student, roles(student), self._frozen)[0]):
             raise BadInput(f"qat.optimizer.freeze {list(self._frozen)} leaves nothing to train")
 
@@ -148,16 +162,15 @@ class Inputs:
         except (OSError, SafetensorError) as error:
             raise BadInput(f"cannot read {file}: --force calibrate makes it again") from error
         paths = sorted({name.rsplit(".", 1)[0] for name in arrays})
-        return {
-            p: Stats(
-                jax.numpy.asarray(arrays[f"{p}.s_in"]), jax.numpy.asarray(arrays[f"{p}.s_out"])
-            )
-            for p in paths
-        }
+        found = {p: Stats(arrays[f"{p}.s_in"], arrays[f"{p}.s_out"]) for p in paths}
+        if hosts.several():
+            return hosts.on_mesh(found, replicated(self.mesh))
+        return jax.tree.map(jax.numpy.asarray, found)
 
     def save_stats(self, stats: dict[str, Stats]) -> None:
         """Write what `stats` reads."""
-        write_stats(self.folder.path / "calibration.safetensors", stats)
+        hosts.first_does(
+            lambda: write_stats(self.folder.path / "calibration.safetensors", stats))
 
     def abstract_student(self) -> Params:
         """Shapes and shardings of the student."""
@@ -176,12 +189,6 @@ class Inputs:
         nodes = kept(self.folder, "init", weights_of(self.abstract_student()), "init")
         return map_leaves(lambda path, leaf: nodes.get(path, leaf), self.teacher)
 
-    def drop_start(self, with_teacher: bool = False) -> None:
-        """Drop the student as initialised, which a trainer has copied, and with it the teacher
-        where no step runs it as it is; both are read again where they are asked for."""
-        for name in ("student_init", *(("teacher",) if with_teacher else ())):
-            self.__dict__.pop(name, None)
-
     def save_student(self, trainable: Params) -> None:
         """Keep what QAT trained."""
         keep(self.folder, "student", trainable)
@@ -198,9 +205,9 @@ class Inputs:
     def _frozen(self) -> tuple[str, ...]:
         return self.config.qat.optimizer.freeze
 
-    def forget(self) -> None:
-        """Drop cached models, so that the next use reads what the last stage wrote."""
-        for name in ("teacher", "stats", "student_init", "student"):
+    def forget(self, *names: str) -> None:
+        """Drop cached models, all or the named ones, so that the next use reads what is there."""
+        for name in names or ("teacher", "stats", "student_init", "student"):
             self.__dict__.pop(name, None)
 
 

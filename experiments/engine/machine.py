@@ -11,12 +11,12 @@ import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from rabit_jax import __version__
 from rabit_jax.kernels.cpu.library import status
+from rabit_jax.types import Json
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy",
@@ -68,7 +68,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def report(command: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def report(command: str, rows: Sequence[Json]) -> Json:
     """The one JSON object of a benchmark: where, when, with what, how, and the rows."""
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"device": device(), "date": date, "versions": versions(), "command": command,

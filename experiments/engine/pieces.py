@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,14 @@ from rabit_jax.types import Array
 from rabit_jax.weights.representations import abstract_packed
 
 _PLAIN = "plain"  # the part of a path that is an array and no packed node
+
+
+class DamagedPiece(BadInput):
+    """A piece that cannot be read or is not what was written; `folder` is that of its stage."""
+
+    def __init__(self, file: Path, reason: str):
+        self.folder, self.found = file.parent, f"{file} is damaged ({reason})"
+        super().__init__(f"{self.found}: remove {file.parent} to start the stage again")
 
 
 class Pieces:
@@ -90,16 +99,16 @@ class Pieces:
         """The arrays `shape` of a piece, one after another.
 
         Raises:
-          BadInput: after the last array, where they are not those that were written.
+          DamagedPiece: after the last array, where they are not those that were written.
         """
         total = 0
         kind = jnp.dtype(dtype)
         count = int(np.prod(shape)) * kind.itemsize
-        with open(self.folder / name, "rb") as file:
+        with self._opened(name) as file:
             while content := file.read(count):
                 total = zlib.crc32(content, total)
                 if len(content) < count:
-                    break
+                    raise DamagedPiece(self.folder / name, "it ends inside an array")
                 yield np.frombuffer(content, kind).reshape(shape)
         self._check(name, total)
 
@@ -107,23 +116,36 @@ class Pieces:
         """All arrays of a piece as one of `shape`, a memory map of its file.
 
         Raises:
-          BadInput: they are not those that were written.
+          DamagedPiece: they are not those that were written.
         """
         total = 0
-        with open(self.folder / name, "rb") as file:
+        with self._opened(name) as file:
             while content := file.read(1 << 24):
                 total = zlib.crc32(content, total)
         self._check(name, total)
         return np.memmap(self.folder / name, jnp.dtype(dtype), "r", shape=shape)
 
+    def check_size(self, name: str, size: int) -> None:
+        """Raises DamagedPiece where a piece has not that many bytes."""
+        with self._opened(name) as file:
+            found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise DamagedPiece(self.folder / name, f"it has {found} of {size} bytes")
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[BinaryIO]:
+        try:
+            file = open(self.folder / name, "rb")
+        except OSError as error:
+            raise DamagedPiece(self.folder / name, error.strerror or str(error)) from error
+        with file:
+            yield file
+
     def _check(self, name: str, total: int) -> None:
-        """Raises BadInput where the CRC-32 of a piece is not the one that was noted."""
+        """Raises DamagedPiece where the CRC-32 of a piece is not the one that was noted."""
         known = self._sum(name)
         if known.exists() and known.read_text(errors="replace") != str(total):
-            raise BadInput(
-                f"{self.folder / name} is damaged, its checksum differs: remove {self.folder} to "
-                "start the stage again"
-            )
+            raise DamagedPiece(self.folder / name, "its checksum differs")
 
     # packed blocks
 
@@ -151,7 +173,7 @@ class Pieces:
         were none), and the record.
 
         Raises:
-          BadInput: the file cannot be read or is damaged.
+          DamagedPiece: the file cannot be read or is not what was written.
         """
         arrays, header = self.read_arrays(name)
         packed = {
@@ -180,7 +202,7 @@ class Pieces:
         """What `write_arrays` kept, the texts parsed.
 
         Raises:
-          BadInput: the file cannot be read or is damaged.
+          DamagedPiece: the file cannot be read or is not what was written.
         """
         try:
             with safe_open(self.folder / name, framework="numpy") as file:
@@ -193,10 +215,7 @@ class Pieces:
             if sums is not None and sums != found:
                 raise ValueError("a checksum differs")
         except (OSError, SafetensorError, ValueError, TypeError) as error:
-            raise BadInput(
-                f"cannot read {self.folder / name}, which is damaged ({first_line(error)}): remove "
-                f"{self.folder} to start the stage again"
-            ) from error
+            raise DamagedPiece(self.folder / name, first_line(error)) from error
         return arrays, header
 
     # records

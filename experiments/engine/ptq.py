@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rabit_jax import BadInput, Stats, convert, describe, pack
-from rabit_jax.calibration.blockwise import init_block
+from rabit_jax import BadInput, Stats, convert, pack
+from rabit_jax.calibration.blockwise import block_nodes, init_block, relative_error
 from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.perplexities import from_nats
@@ -58,8 +58,17 @@ from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packe
 from rabit_jax.formats.tokenizer import read_tokenizer
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.progress import progress
-from rabit_jax.tree import layer_keys, match_rules
-from rabit_jax.types import Array, Params, Spec
+from rabit_jax.tree import layer_keys, leaves, match_rules
+from rabit_jax.types import Array, Json, Params, Spec
+from rabit_jax.weights.budget import (
+    Option,
+    check_budget,
+    path_specs,
+    sensitivity,
+    share_out,
+    stored_bits,
+)
+from rabit_jax.weights.mixed_stack import stacked
 
 
 class Windows(Section, Protocol):
@@ -96,6 +105,8 @@ class Job:
             sequences that are longer than the model's.
         """
         check_rules(match_rules(abstract_params(self.model_config), self.config.init.rules()))
+        if self.config.init.budget:
+            check_budget(self.config.init.budget, self.specs, self.shapes)
         check_teacher(self.config.teacher.path)
         config, lengths = self.config, {}
         if config.calibrate.mode != "none":
@@ -132,6 +143,21 @@ class Job:
     def specs(self) -> dict[str, Spec]:
         """Spec by path of every kernel of a block that will be packed."""
         return match_rules(abstract_params(self.model_config), self.config.init.block_rules())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape `[l, i, o]` of every kernel of a block that will be packed, by path."""
+        found = dict(leaves(abstract_params(self.model_config)))
+        return {path: found[path].shape for path in self.specs}
+
+    def layer_specs(self, n: int) -> dict[str, Spec]:
+        """Spec by path of the kernels of block n: with a budget each has its own k."""
+        if not self.config.init.budget:
+            return self.specs
+        record = self.blocks.record(ALLOCATION)
+        assert record is not None, "layer_specs is called once the paths are chosen"
+        return {path: path_specs(spec)[record["k"][path][n] - 1]
+                for path, spec in self.specs.items()}
 
     def abstract_student(self) -> Params:
         """Shapes of the whole model, initialised and not yet packed."""
@@ -192,15 +218,30 @@ class Job:
 STATS = "calibration.safetensors"  # in the run's folder
 
 
+ALLOCATION = "allocation.json"  # in the pieces: how many paths each matrix of each block has
+
+
 def block_name(n: int) -> str:
     """Name of a packed block."""
     return f"block-{n:03}.safetensors"
+
+
+def option_name(n: int, k: int) -> str:
+    """Name of a block packed with k paths in every matrix whose spec allows so many."""
+    return f"option-{n:03}-{k}.safetensors"
+
+
+def errors_name(n: int) -> str:
+    """Name of the record of a block's errors at each k, which is there when its options are."""
+    return f"options-{n:03}.json"
 
 
 def quantise(job: Job, continues: bool) -> Record:
     """Calibrate, initialise and pack every block that is not there yet; then the packed model."""
     with stopping_between_steps(job, "after this block"):
         _quantise_blocks(job)
+        if job.config.init.budget:
+            choose_paths(job)
     calibration, layers = job.calibration, range(job.model_config.n_layers)
     if not trained(job.config):
         pack_model(job)
@@ -210,6 +251,7 @@ def quantise(job: Job, continues: bool) -> Record:
     return {
         "tokens": 0 if calibration is None else calibration.tokens.size,
         "relative_error": {path: [record[path] for record in records] for path in job.specs},
+        **({"k": chosen["k"]} if (chosen := job.blocks.record(ALLOCATION)) else {}),
         **({} if trained(job.config) else sizes(job)),
     }
 
@@ -223,7 +265,7 @@ def sizes(job: Job) -> Record:
     """Bits and bytes of the packed folder."""
     found = packed_bytes(job.folder.path / "packed")
     return {
-        "bits_per_weight": describe(job.abstract_student()).bits_per_weight,
+        "bits_per_weight": found["bits_per_weight"],
         "stored_bits_per_weight": found["stored_bits_per_weight"],
         "linear_bytes": found["linear_bytes"],
         "bytes": found["file_bytes"],
@@ -236,7 +278,8 @@ def _quantise_blocks(job: Job) -> None:
     order = list(range(layers))
     if mode == "full":
         order.reverse()
-    left = [n for n in order if not blocks.has(block_name(n))]
+    made = errors_name if job.config.init.budget else block_name
+    left = [] if blocks.has(ALLOCATION) else [n for n in order if not blocks.has(made(n))]
     if sweep and left == order:
         _start(job, sweep)
     keys = job.keys()
@@ -259,13 +302,68 @@ def _quantise_block(
         begin = time.perf_counter()
         stats = _statistics(job, sweep, n, params)
         fields["calibrate_seconds"] = time.perf_counter() - begin
-        packed, errors = init_block(params, n, job.specs, stats, keys)
-        job.blocks.write_block(block_name(n), packed, stats, {"relative_error": errors})
+        if job.config.init.budget:
+            errors = _write_options(job, n, params, stats, keys)
+        else:
+            packed, errors = init_block(params, n, job.specs, stats, keys)
+            job.blocks.write_block(block_name(n), packed, stats, {"relative_error": errors})
         fields["relative_error"] = sum(errors.values()) / len(errors)
     if sweep:
         job.blocks.drop(sweep.name("x", n))
         job.blocks.drop(sweep.name("dx", n + 1))
     return fields["relative_error"]
+
+
+def _write_options(
+    job: Job, n: int, params: Params, stats: dict[str, Stats] | None, keys: dict[str, Array]
+) -> dict[str, float]:
+    """Block n packed with each number of paths, and the errors of all; returns the relative errors
+    with the most paths."""
+    kernels, errors = dict(leaves(params)), {}
+    weighed: dict[str, list[float]] = {path: [] for path in job.specs}
+    every = {path: path_specs(spec) for path, spec in job.specs.items()}
+    for k in range(1, 1 + max(map(len, every.values()))):
+        specs = {path: own[k - 1] for path, own in every.items() if len(own) >= k}
+        packed, found = {}, {}
+        for path, node in block_nodes(params, n, specs, stats, keys):
+            own = jax.tree.map(lambda s: s[None], stats[path]) if stats else None
+            weighed[path].append(float(sensitivity(kernels[path][None], node, own)[0]))
+            found[path] = float(relative_error(kernels[path], node)[0])
+            packed[path] = node.pack(f"{path} of layer {n}")
+        job.blocks.write_block(option_name(n, k), packed, stats, {"relative_error": found})
+        errors |= found
+    job.blocks.write_record(errors_name(n), {"errors": weighed})
+    return errors
+
+
+def choose_paths(job: Job) -> None:
+    """Share the budget out, then make every block of the options that were chosen."""
+    blocks, layers = job.blocks, range(job.model_config.n_layers)
+    every = {path: path_specs(spec) for path, spec in job.specs.items()}
+    record = blocks.record(ALLOCATION)
+    if record is None:
+        found = [blocks.record(errors_name(n)) for n in layers]
+        if None in found:
+            raise BadInput(f"{blocks.folder} lacks {errors_name(found.index(None))}, which was "
+                           "damaged: run again")
+        bits = {p: [stored_bits(one, job.shapes[p][-2:]) for one in own]
+                for p, own in every.items()}
+        options = {p: [list(map(Option, bits[p], one["errors"][p])) for one in found if one]
+                   for p in every}
+        record = {"k": share_out(options, job.config.init.budget, job.shapes)}
+        blocks.write_record(ALLOCATION, record)
+    most = range(1, 1 + max(map(len, every.values())))
+    for n in layers:
+        if not blocks.has(block_name(n)):
+            options = {k: blocks.read_block(option_name(n, k)) for k in most}
+            own = {path: options[ks[n]] for path, ks in record["k"].items()}
+            stats = {p: found[1][p] for p, found in own.items() if found[1] is not None}
+            errors = {p: found[2]["relative_error"][p] for p, found in own.items()}
+            blocks.write_block(block_name(n), {p: found[0][p] for p, found in own.items()},
+                               stats or None, {"relative_error": errors})
+    for n in layers:
+        for k in most:
+            blocks.drop(option_name(n, k))
 
 
 def _statistics(job: Job, sweep: Sweep | None, n: int, params: Params) -> dict[str, Stats] | None:
@@ -369,10 +467,10 @@ def stacked_stats(job: Job) -> dict[str, Stats]:
     return jax.tree.map(lambda *s: jnp.stack(s), *found)
 
 
-def _stacked(packed: list[dict[str, Any]], path: str) -> Any:
+def _stacked(packed: list[Json], path: str) -> Any:
     """The node `[l, i, o]` of a kernel; the layers are taken out of `packed`, or memory would hold
     them twice."""
-    return jax.tree.map(lambda *layers: np.concatenate(layers), *(one.pop(path) for one in packed))
+    return stacked([jax.tree.map(lambda a: a[0], one.pop(path)) for one in packed])
 
 
 def _size(folder: Path) -> int | None:

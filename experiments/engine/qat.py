@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
+from rabit_jax import ResidualSignSpec, calibrate, convert, describe, hosts, pack
 from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.calibration.probes import Batch
 from rabit_jax.evaluate.perplexities import unigram_entropy
@@ -47,6 +47,7 @@ from rabit_jax.train.losses import (
     distillation_loss,
     dominant_term,
     kept_distillation_loss,
+    nested_loss,
     next_token_loss,
 )
 from rabit_jax.train.optimizer import merge
@@ -55,7 +56,9 @@ from rabit_jax.train.step import Loss, next_tokens
 from rabit_jax.train.trainer import Trainer, make_trainer
 from rabit_jax.tree import map_leaves, match_rules, weights_of
 from rabit_jax.types import Array, Params
+from rabit_jax.weights.budget import apply_budget
 from rabit_jax.weights.description import leaf_bytes
+from rabit_jax.weights.mixed_stack import first_paths
 from rabit_jax.weights.rounding import round_to_nearest
 
 
@@ -84,14 +87,18 @@ def calibration_loss(
 def student_loss(config: RunConfig, model: Decoder) -> Loss:
     """What the stage qat minimises."""
 
+    section, chunk = config.qat, config.compute.chunk
+
     def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
-        return distillation_loss(
-            model, params, teacher, batch, config.qat.gamma, config.compute.chunk)
+        if section.nested:
+            return nested_loss(
+                model, params, teacher, batch, section.gamma, section.prefixes, chunk)
+        return distillation_loss(model, params, teacher, batch, section.gamma, chunk)
 
     def kept(params: Params, _: None, batch: Batch) -> dict[str, Array]:
-        return kept_distillation_loss(model, params, batch, config.compute.chunk)
+        return kept_distillation_loss(model, params, batch, chunk)
 
-    return kept if config.qat.teacher_top else loss
+    return kept if section.teacher_top else loss
 
 
 def teacher(run: Inputs, continues: bool) -> Record:
@@ -128,7 +135,9 @@ def teacher(run: Inputs, continues: bool) -> Record:
 
     watch = Watch(section.watch_every, lambda _: None, after)
     state = fit(run, "teacher", section, trainer, continues, watch)
-    save_hf(run.teacher_folder, run.model, trainer.params(state), run.text.tokenizer)
+    trained = hosts.whole(trainer.params(state), everywhere=False)
+    hosts.first_does(
+        lambda: save_hf(run.teacher_folder, run.model, trained, run.text.tokenizer))
     return {
         "path": run.teacher_folder,
         "tokens": section.steps * tokens,
@@ -149,7 +158,7 @@ def calibration(run: Inputs, continues: bool) -> Record:
                 # The last batch may hold more rows than are left to measure.
                 mask = np.broadcast_to((row < section.sequences)[:, None], size)
                 extra = {"mask": mask, "row": row}
-                yield {**rows_at(step), **jax.device_put(extra, batch_sharding(run.mesh))}
+                yield {**rows_at(step), **hosts.on_mesh(extra, batch_sharding(run.mesh))}
                 bar.update(step + 1)
 
     stats = calibrate(
@@ -175,9 +184,14 @@ def init(run: Inputs, continues: bool) -> Record:
             bar.update(next(count))
 
         student = convert(run.teacher, section.block_rules(), run.stats, key, done=done)
+        chosen = {}
+        if section.budget:
+            specs = match_rules(run.teacher, section.block_rules())
+            student, chosen = apply_budget(run.teacher, student, specs, run.stats, section.budget)
         student = convert(student, section.end_rules(), key=key, done=done)
     run.save_init(student)
     return {
+        **({"k": chosen} if chosen else {}),
         "relative_error": reconstruction_errors(run.teacher, student),
         "diagnostics": diagnostics(run, student),
     }
@@ -200,7 +214,8 @@ def qat(run: Inputs, continues: bool) -> Record:
         project=section.project_scales,
     )
     found = {} if as_it_is or section.teacher_top else {"teacher_kl": _teacher_kl(run, trainer)}
-    run.drop_start(with_teacher=not as_it_is)
+    dropped = ("student_init",) if as_it_is else ("student_init", "teacher")
+    run.forget(*dropped)  # the state holds copies of what trains
     tokens, state_bytes = section.batch_size * section.length, leaf_bytes(trainer.state)
 
     def after(step: int, trainable: Params, before: dict[str, Array]) -> None:
@@ -220,7 +235,7 @@ def qat(run: Inputs, continues: bool) -> Record:
                 "disordered": disordered_share(student),
             }
         )
-        run.drop_start(with_teacher=not as_it_is)
+        run.forget(*dropped)
 
     def notice(record: Logged) -> str | None:
         kl, hidden = (float(record[name] or 0) for name in ("kl", "hidden_mse"))
@@ -261,6 +276,7 @@ def evaluate(run: Inputs, continues: bool) -> Record:
         **(baselines(run) if run.config.evaluate.baselines else {}),
         "init": scores(run, run.student_init, "init"),
         "qat": {**scores(run, run.student, "student"), "kl": divergence(run, run.student)},
+        **({"nested": nested_scores(run)} if run.config.qat.nested else {}),
         "unigram_nats": unigram_entropy(run.text.windows(), run.model_config.vocab_size),
         "diagnostics": {
             "qat": diagnostics(run, run.student),
@@ -270,6 +286,20 @@ def evaluate(run: Inputs, continues: bool) -> Record:
         "relative_error": reconstruction_errors(run.teacher, run.student),
         "disordered": disordered_share(run.student),
     }
+
+
+def nested_scores(run: Inputs) -> Record:
+    """Scores and sizes of the models of the first paths that were trained together."""
+    found = {}
+    for n in run.config.qat.prefixes:
+        small = first_paths(run.student, n)
+        size = describe(small)
+        found[str(n)] = {
+            **scores(run, small, f"student, paths {n}"),
+            "stored_bits_per_weight": size.stored_bits_per_weight,
+            "whole_model_bits_per_weight": size.whole_model_bits_per_weight,
+        }
+    return found
 
 
 def baselines(run: Inputs) -> Record:
@@ -292,21 +322,23 @@ def baselines(run: Inputs) -> Record:
 
 def packing(run: Inputs, continues: bool) -> Record:
     """Write the packed model, read it back, and score what was read."""
-    packed = record_limbs(pack(run.student), run.stats)
+    student = hosts.whole(run.student)
+    packed = record_limbs(pack(student), hosts.whole(run.stats))
     folder = run.folder.path / "packed"
     spec = specs_of(run.config.init)
     generation = read_generation(find_folder(run.teacher_folder))
-    save_packed(
+    hosts.first_does(lambda: save_packed(
         folder, run.model_config, packed, run.text.tokenizer, spec, generation,
         run.config.teacher.path,
-    )
+    ))
     _, read, _ = load_packed(folder)
-    signs, written = snapshot(run.student), snapshot(read)
+    signs, written = snapshot(student), snapshot(read)
+    placed = hosts.on_mesh(read, param_shardings(read, run.mesh)) if hosts.several() else read
     same = jax.tree.map(lambda a, b: bool((a == b).all()), weights_of(packed), weights_of(read))
     described = describe(packed)
     sizes = packed_bytes(folder)
     return {
-        **scores(run, read, "packed"),
+        **scores(run, placed, "packed"),
         "bits_identical": all(bool((signs[path] == written[path]).all()) for path in signs)
         and all(jax.tree.leaves(same)),
         "bits_per_weight": described.bits_per_weight,
@@ -319,11 +351,11 @@ def packing(run: Inputs, continues: bool) -> Record:
 
 def samples(run: Inputs, continues: bool) -> Record:
     """Continue the prompts with the teacher and with the packed model, same seed."""
-    section = run.config.generate
+    section, teacher = run.config.generate, hosts.whole(run.teacher)
     _, packed, _ = load_packed(run.folder.path / "packed")
     found = [{"prompt": prompt} for prompt in section.prompts]
     with progress("generate", 2 * len(found)) as bar:
-        for n, (label, params) in enumerate((("teacher", run.teacher), ("packed", packed))):
+        for n, (label, params) in enumerate((("teacher", teacher), ("packed", packed))):
             engine = prepare(run.model_config, params)
             for m, sample in enumerate(found):
                 sample[label] = continuation(run, engine, sample["prompt"])

@@ -31,6 +31,18 @@ NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Length: TypeAlias = Annotated[int, Field(ge=2)]  # tokens: one is read, the next is predicted
 
 
+def check_folder_name(name: str, what: str) -> None:
+    """Raises BadInput for a name that names no single folder."""
+    if not name or "/" in name or name in (".", ".."):
+        raise BadInput(f"name is {name!r}: it names {what}, so no '/' and not empty")
+    # 200 bytes leave room for the ends of names of temporary folders beside it.
+    if not name.isprintable() or len(name.encode(errors="replace")) > 200:
+        raise BadInput(
+            f"name is {name[:60]!r}: it names {what}, so printable characters alone and at most "
+            "200 bytes"
+        )
+
+
 @dataclass(frozen=True)
 class Compute:
     """How models run, whatever they were stored as.
@@ -187,6 +199,9 @@ class Init:
       spec: representation and initialisation; `spec.type` names it, the other keys are its own.
       by_path: other representations for some paths, such as a larger k; the first that matches
         goes before `quantise` and after `keep`.
+      budget: stored bits per weight of the blocks, such as 2.2, which are then spent where they
+        save most error: each layer of each matrix gets its own k, at most that of its spec (type
+        residual). 0 gives all of them that k.
       embedding: representation of the embedding, and of the head where it is not tied; null keeps
         them in 16 bits. They are not calibrated, and train unless `qat.optimizer.freeze` names
         embedding and head, as it does by default. A path in `by_path` goes before it.
@@ -196,6 +211,7 @@ class Init:
     keep: tuple[str, ...] = ()
     spec: Spec = field(default_factory=ResidualSignSpec)
     by_path: tuple[PathSpec, ...] = field(default=(), metadata={ADDED: True})
+    budget: NonNegative = field(default=0.0, metadata={ADDED: True})
     embedding: Spec | None = field(default=None, metadata={ADDED: True})
 
     def rules(self) -> list[tuple[str, Spec | None]]:
@@ -217,6 +233,7 @@ class Init:
         """The specs as results name them."""
         others = [f"{one.paths}: {one.spec}" for one in self.by_path]
         others += [f"embedding: {self.embedding}"] if self.embedding else []
+        others += [f"budget: {self.budget:g} bits"] if self.budget else []
         return "; ".join([str(self.spec), *others])
 
 
@@ -289,24 +306,46 @@ class Qat(Training):
         for every position of every step, so that a step runs no teacher; 0 runs it. The KL is
         exact on the kept tokens, all others count as one. Needs gamma 0, for hidden states are not
         kept.
+      nested: numbers of sign paths, such as [1, 2, 3], whose models are trained together: the
+        packed model of k = 3 can then be read with `--paths 1` and 2 as well. A step costs a pass
+        for each. Empty trains the whole model alone.
+      nested_weights: of their losses, in that order; empty weighs all alike.
     """
 
     gamma: NonNegative = 1.0
     project_scales: bool = True
     teacher_top: NonNegativeInt = field(default=0, metadata={ADDED: True})
+    nested: tuple[PositiveInt, ...] = field(default=(), metadata={ADDED: True})
+    nested_weights: tuple[NonNegative, ...] = field(default=(), metadata={ADDED: True})
     watch_every: PositiveInt = 50
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(freeze=("embedding", "head"))
     )
 
     def __post_init__(self):
-        """Raises BadInput where hidden states are wanted of a teacher that is not run."""
+        """Raises BadInput for sizes or weights of nested training that do not fit, and where more
+        than its logits is wanted of a teacher that is not run."""
         super().__post_init__()
         if self.teacher_top and self.gamma:
             raise BadInput(
                 f"teacher_top is {self.teacher_top} and gamma {self.gamma:g}: only logits are "
                 "kept, so set gamma to 0, or teacher_top to 0 to run the teacher in every step"
             )
+        if self.teacher_top and self.nested:
+            raise BadInput("teacher_top and nested do not go together: leave one of them out")
+        if len(set(self.nested)) != len(self.nested):
+            raise BadInput(f"nested is {list(self.nested)}: name each number of paths once")
+        if self.nested_weights and len(self.nested_weights) != len(self.nested):
+            raise BadInput(f"nested_weights has {len(self.nested_weights)} weights for the "
+                           f"{len(self.nested)} numbers of paths in nested: give one for each")
+        if self.nested_weights and not sum(self.nested_weights):
+            raise BadInput("nested_weights are all 0: nothing would train")
+
+    @property
+    def prefixes(self) -> dict[int, float]:
+        """Weight of the loss by number of paths, where training is nested."""
+        weights = self.nested_weights or (1.0,) * len(self.nested)
+        return dict(sorted(zip(self.nested, weights, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -354,6 +393,19 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Hosts:
+    """A run in several processes; which they are the environment says.
+
+    Attributes:
+      start_timeout: seconds in which all processes must have started.
+      heartbeat: seconds of silence after which a process counts as dead and the run ends.
+    """
+
+    start_timeout: PositiveInt = 300
+    heartbeat: PositiveInt = 100
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run.
 
@@ -368,6 +420,8 @@ class RunConfig:
       mesh: devices per axis of data, fsdp and tensor, such as {fsdp: 4, tensor: 2}; what it leaves
         is on data. Batches are split over data and fsdp, parameters and optimiser state over fsdp
         and tensor.
+      hosts: limits of time for a run in several processes; it and `mesh` may differ where a run is
+        resumed.
       wandb: project of Weights & Biases that metrics are sent to as well; "" sends nothing.
     """
 
@@ -377,6 +431,7 @@ class RunConfig:
     seed: NonNegativeInt = 0
     mesh: dict[str, PositiveInt] = field(default_factory=dict)
     wandb: str = ""
+    hosts: Hosts = field(default=Hosts(), metadata={ADDED: True})
     compute: Compute = field(default_factory=Compute)
     data: DataConfig = field(default_factory=DataConfig)
     model: Shape = field(default_factory=Shape)
@@ -391,10 +446,7 @@ class RunConfig:
 
     def __post_init__(self):
         """Raises BadInput for a name that is no folder name, or a mode that the task has not."""
-        if not self.name or "/" in self.name or self.name in (".", ".."):
-            raise BadInput(
-                f"name is {self.name!r}: it names the run's folder, so no '/' and not empty"
-            )
+        check_folder_name(self.name, "the run's folder")
         if self.task == "qat" and self.calibrate.mode != "full":
             raise BadInput(
                 f"calibrate.mode is {self.calibrate.mode!r}: task qat needs 'full', the other "

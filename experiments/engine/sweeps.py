@@ -217,6 +217,7 @@ class Sweep:
 
     def _states(self, kind: str, n: int) -> Iterator[np.ndarray]:
         shape = (self.batch_size, self.tokens.shape[1], self.config.d_model)
+        self.pieces.check_size(self.name(kind, n), self.state_bytes())
         return self.pieces.reading(self.name(kind, n), shape, compute_dtype(self.config))
 
     def local(self, n: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rabit_jax import BadInput
+from rabit_jax import BadInput, hosts
 from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.experiments.engine.pieces import Pieces
 from rabit_jax.experiments.engine.records import Record
@@ -45,6 +45,8 @@ def teacher_logits(run: Inputs, continues: bool) -> Record:
     if section.teacher_top > vocabulary:
         raise BadInput(f"qat.teacher_top is {section.teacher_top} of a vocabulary of {vocabulary}: "
                        "keep fewer tokens, 64 or so")
+    if hosts.several():
+        raise BadInput("qat.teacher_top is made and read by one process: set it to 0 for several")
     pieces, batches = pieces_of(run), run.text.batches(section, run.config.seed)
     todo = [step for step in range(section.steps) if not pieces.has(step_name(step))]
     _announce(run, len(todo))

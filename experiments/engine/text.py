@@ -14,8 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rabit_jax import BadInput
+from rabit_jax import BadInput, hosts
 from rabit_jax.atomic import digest, replacing
+from rabit_jax.data.conversations import rendering
+from rabit_jax.data.hub_stream import hub_stream
+from rabit_jax.data.mix import has_conversations
 from rabit_jax.data.sources import documents, mixed, unseen_documents
 from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows
@@ -34,6 +37,7 @@ from rabit_jax.progress import say
 from rabit_jax.train.sharding import batch_sharding
 from rabit_jax.types import Array
 
+STREAMS = {"mix": mixed, "hub": hub_stream}  # sources whose documents are never held in memory
 SUMS = "checksums.json"  # of the files of a tokeniser that was trained here
 
 
@@ -60,7 +64,7 @@ class Text:
 
     @cached_property
     def documents(self) -> tuple[list[str], list[str]]:
-        """Training and evaluation documents; a mix has none in memory."""
+        """Training and evaluation documents; a mix and a dataset have none in memory."""
         return documents(self.config.data)
 
     @cached_property
@@ -75,8 +79,8 @@ class Text:
                 )
             return found
         data = self.config.data
-        if data.source == "mix":
-            parts, recipe = mixed(data, "train")
+        if data.source in STREAMS:
+            parts, recipe = STREAMS[data.source](data, "train")
             texts, key = (t for part, _ in parts() for t in part), json.dumps(recipe)
         else:
             texts = self.documents[0]
@@ -106,7 +110,9 @@ class Text:
         data = self.config.data
         if not (data.mix_unseen or data.unseen_files):
             return None
-        return self._tokens("unseen", lambda: unseen_documents(data, sum(self.documents, [])))
+        # The stream of a dataset refuses such documents where it comes upon them.
+        seen = [] if data.source in STREAMS else sum(self.documents, [])
+        return self._tokens("unseen", lambda: unseen_documents(data, seen))
 
     def _tokens(
         self, side: Literal["train", "eval", "unseen"], texts: Callable[[], list[str]]
@@ -114,7 +120,15 @@ class Text:
         data = self.config.data
         what = {"train": "training text", "eval": "evaluation text", "unseen": "unseen text"}[side]
         if data.source == "mix":
-            found = tokenise_stream(*mixed(data, side), self.tokenizer, data.cache, what)
+            tokenizer = self.tokenizer
+            render, template = None, ""
+            if has_conversations((*data.mix, *data.mix_eval, *data.mix_unseen)):
+                render, template = rendering(tokenizer), str(tokenizer.chat_template)
+            found = tokenise_stream(
+                *mixed(data, side, render, template), tokenizer, data.cache, what)
+        elif data.source == "hub" and side != "unseen":
+            found = tokenise_stream(
+                *hub_stream(data, side), self.tokenizer, data.cache, what)
         else:
             found = tokenise(texts(), self.tokenizer, data.cache, what)
         self._check_ids(found)
@@ -164,14 +178,21 @@ class Text:
         where = batch_sharding(self.mesh) if self.mesh else None
 
         def at(step: int) -> dict[str, Array]:
-            return jax.device_put({"tokens": self.rows(section, step, seed)}, where)
+            if where is None or not hosts.several():
+                return jax.device_put({"tokens": self.rows(section, step, seed)}, where)
+            # Each process reads the rows of its own devices.
+            shape = (section.batch_size, section.length)
+            return {"tokens": jax.make_array_from_callback(
+                shape, where, lambda index: self.rows(section, step, seed, index[0])[:, index[1]])}
 
         return at
 
-    def rows(self, section: Section, step: int, seed: int) -> np.ndarray:
-        """The batch `[b, t]` of one step, on the host."""
+    def rows(
+        self, section: Section, step: int, seed: int, part: slice = slice(None)
+    ) -> np.ndarray:
+        """The batch `[b, t]` of one step, or some rows of it, on the host."""
         return self._begun(
-            batch(self.train.tokens, step, section.batch_size, section.length, seed)
+            batch(self.train.tokens, step, section.batch_size, section.length, seed, part)
         )
 
 

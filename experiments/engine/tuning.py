@@ -105,7 +105,7 @@ def _trainable(job: Job, n: int) -> Params:
     """The block as it was initialised: the statistics of its calibration give the same nodes."""
     params = FromCheckpoint(job.checkpoint).block(n)
     _, stats, _ = job.blocks.read_block(block_name(n))
-    nodes = dict(block_nodes(params, n, job.specs, stats, job.keys()))
+    nodes = dict(block_nodes(params, n, job.layer_specs(n), stats, job.keys()))
     return map_leaves(
         lambda path, leaf: jax.tree.map(lambda a: a[0], nodes[path]) if path in nodes else leaf,
         params,

@@ -236,6 +236,9 @@ def _read_bool(value: object) -> bool:
 def _read_str(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("not a text")
+    # A lone surrogate can be written to no file, and no path can hold a NUL.
+    if "\0" in value or not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError("not a text that a file can hold")
     return value
 
 
@@ -366,6 +369,8 @@ def wrong(key: str, value: object, wanted: Annotation) -> BadInput:
         hint = " other than nan"
     elif (kind is str or any(isinstance(c, str) for c in choices)) and isinstance(value, bool):
         hint = " (YAML reads a bare yes, no, on or off as true or false: quote the word)"
+    elif kind is str and isinstance(value, str):
+        hint = " without NUL and lone surrogates"
     elif kind is str and value is not None and not isinstance(value, list | dict):
         hint = " (put it in quotes)"
     return BadInput(f"the config key {key!r} is {shown(value)}, wanted {named(wanted)}{hint}")

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rabit_jax.types import Json
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -27,6 +29,7 @@ DIAGNOSTICS = {
 }
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold dollars
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -87,9 +90,8 @@ def svg_with_legend(
 
     def whole(axes: Axes) -> None:
         handles = draw(axes)
-        # matplotlib reads a dollar sign as mathematics, and leaves out what begins with "_".
-        names = [label.replace("$", r"\$") for label in handles]
-        names = [f" {name}" if name.startswith("_") else name for name in names]
+        # matplotlib leaves out what begins with "_".
+        names = [f" {name}" if name.startswith("_") else name for name in handles]
         figure = axes.get_figure()
         assert figure is not None
         figure.legend(
@@ -146,7 +148,7 @@ def by_layer(title: str, key: str, init: ByLayer | None, qat: ByLayer | None) ->
     names = list(init or qat or {})
     stages = {"init": (init or {}, MUTED, "--", "white"), "after QAT": (qat or {}, BLUE, "-", BLUE)}
 
-    def draw(axes: Axes) -> dict[str, Any]:
+    def draw(axes: Axes) -> Json:
         handles = {}
         for label, (stage, colour, dashes, fill) in stages.items():
             for place, name in enumerate(names):

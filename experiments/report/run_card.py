@@ -15,6 +15,7 @@ from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.report.page import Summary
 from rabit_jax.formats.folder import find_folder
 from rabit_jax.formats.model_card import CARD, base_and_licence, packed_card
+from rabit_jax.formats.packed_model import kept_in_16_bits
 from rabit_jax.formats.rendering import code, plain
 from rabit_jax.progress import number
 
@@ -42,7 +43,7 @@ def write_card(config: RunConfig, folder: Path, summary: Summary) -> Path:
     licence = base_and_licence(find_folder(base))[1] if base else None
     text = packed_card(summary["name"], packed["bits_per_weight"],
                        packed["stored_bits_per_weight"], base, licence, scores, facts,
-                       packed["whole_model_bits_per_weight"])
+                       packed["whole_model_bits_per_weight"], kept_in_16_bits(path.parent))
     write_text(path, text)
     return path
 

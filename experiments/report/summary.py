@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rabit_jax import ResidualSign, cost
 from rabit_jax.atomic import write_text
@@ -28,6 +27,8 @@ from rabit_jax.experiments.report.run_card import changed_settings, write_card
 from rabit_jax.formats.packed_model import packed_bytes
 from rabit_jax.progress import number
 from rabit_jax.tree import leaves, weights_of
+from rabit_jax.types import Json
+from rabit_jax.weights.mixed_stack import with_paths
 
 LABELS = {
     "teacher": "teacher, full precision",
@@ -42,12 +43,13 @@ LABELS = {
 DENSE_BITS = 16.0
 
 
-def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[str, Any]:
+def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> Json:
     """The nested summary. Other tools read it, so its keys do not change."""
     results = {name: record["result"] for name, record in records.items()}
     measured = results["evaluate"]
     packed = {**results["pack"], **whole_model(run.folder.path)}
     dense = packed.pop("dense_bytes")
+    k = results["init"].get("k", {})
     closed = gap_closed(*([measured[name]["ppl"]] for name in ("teacher", "init", "qat")))
     return {
         "name": run.config.name,
@@ -55,7 +57,7 @@ def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[
         "seed": run.config.seed,
         **{
             name: measured[name]
-            for name in ("teacher", "greedy", "round_to_nearest", "init", "qat")
+            for name in ("teacher", "greedy", "round_to_nearest", "init", "qat", "nested")
             if name in measured
         },
         "packed": packed,
@@ -69,7 +71,8 @@ def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> dict[
         },
         "disordered": measured["disordered"],
         **training_figures(run, records["qat"]),
-        "cost": cost(run.abstract_student())._asdict(),
+        **({"k": k} if k else {}),
+        "cost": cost(with_paths(run.abstract_student(), k))._asdict(),
         "tokens": {name: r["tokens"] for name, r in results.items() if "tokens" in r},
         "seconds": {name: record["seconds"] for name, record in records.items()},
         "peak_memory_bytes": max(
@@ -131,7 +134,7 @@ def table_rows(summary: Summary) -> list[ResultRow]:
     packed_bits: float = summary["packed"]["stored_bits_per_weight"]
     bits = {"teacher": DENSE_BITS, "round_to_nearest": 2.25}
     whole = {"teacher": DENSE_BITS, "packed": summary["packed"].get("whole_model_bits_per_weight")}
-    return [
+    rows = [
         ResultRow(
             name=label,
             ppl=summary[key]["ppl"],
@@ -142,6 +145,17 @@ def table_rows(summary: Summary) -> list[ResultRow]:
         )
         for key, label in LABELS.items()
         if key in summary
+    ]
+    return rows + [
+        ResultRow(
+            name=f"after QAT, first {n} of its paths",
+            ppl=found["ppl"],
+            bits_per_byte=found["bits_per_byte"],
+            ppl_over_teacher=found["ppl"] / summary["teacher"]["ppl"] - 1,
+            bits_per_weight=found["stored_bits_per_weight"],
+            whole_model_bits_per_weight=found["whole_model_bits_per_weight"],
+        )
+        for n, found in list((summary.get("nested") or {}).items())[:-1]
     ]
 
 

@@ -129,7 +129,7 @@ class Worker:
         self._closing = False
         self._reading: Reading | None = None
         self._held: list[Row | None] = [None]
-        self._batch = serving.empty(engine.config, 1, PIECES[-1])
+        self._batch = serving.empty(engine.config, 1, PIECES[-1], engine.cache_bits)
         self._roomy, self._seconds = 0, 1.0
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
@@ -196,7 +196,8 @@ class Worker:
         """Compile what short prompts and texts need, before the worker starts; the bar counts
         `warm_steps`."""
         sizes, done = self.row_sizes(), 0
-        logits, cache = None, serving.empty_cache(self.engine.config, PIECES[-1])
+        logits, cache = None, serving.empty_cache(
+            self.engine.config, PIECES[-1], self.engine.cache_bits)
         for size in PIECES:
             logits, cache = self._piece([0], size, cache, 0)
             bar.update(done := done + 1)
@@ -284,7 +285,8 @@ class Worker:
                 prompt = self._waiting.popleft()
                 if any(choice.wanted for choice in prompt.choices):
                     slots = self._slots(len(prompt.ids))
-                    cache = serving.empty_cache(self.engine.config, slots)
+                    cache = serving.empty_cache(
+                        self.engine.config, slots, self.engine.cache_bits)
                     self._reading = Reading(prompt, cache)
             return self._reading
 
@@ -301,7 +303,7 @@ class Worker:
         while choices and self.running < self.rows:
             choice = choices[0]
             if choice.wanted:
-                self._grow(self.running + 1, max(length + 1, reading.cache.k.shape[3]))
+                self._grow(self.running + 1, max(length + 1, reading.cache.slots))
                 number = self._held.index(None)
                 assert reading.logits is not None
                 self._batch, made = serving.admit(
@@ -400,7 +402,7 @@ class Worker:
 
     def _grow(self, rows: int, slots: int) -> None:
         """Makes the batch hold so many rows and slots, and those that there are."""
-        have_rows, have_slots = len(self._held), self._batch.k.shape[3]
+        have_rows, have_slots = len(self._held), self._batch.slots
         if not self.running:
             have_rows, have_slots = 0, 0
         rows = max(next(size for size in self.row_sizes() if size >= rows), have_rows)
@@ -410,7 +412,7 @@ class Worker:
     def _fit(self) -> None:
         """Makes the batch larger where it must be, and smaller where half of it is long unused."""
         rows = next(size for size in self.row_sizes() if size >= self.running)
-        slots, have = self._needed(), (len(self._held), self._batch.k.shape[3])
+        slots, have = self._needed(), (len(self._held), self._batch.slots)
         if slots > have[1]:
             self._resize(max(rows, have[0]), slots)
         self._roomy = self._roomy + 1 if 2 * rows <= have[0] or 2 * slots <= have[1] else 0
@@ -418,12 +420,13 @@ class Worker:
             self._resize(rows, slots)
 
     def _resize(self, rows: int, slots: int) -> None:
-        if (rows, slots) == (len(self._held), self._batch.k.shape[3]):
+        if (rows, slots) == (len(self._held), self._batch.slots):
             return
         kept = [n for n, row in enumerate(self._held) if row]
         source = np.zeros(rows, np.int32)
         source[: len(kept)] = kept
-        self._batch = serving.resize(self._batch, source, np.int32(len(kept)), slots)
+        self._batch = serving.resize(
+            self.engine.config, self._batch, source, np.int32(len(kept)), slots)
         with self._changed:
             self._held = [self._held[n] for n in kept] + [None] * (rows - len(kept))
         self._roomy = 0

@@ -5,7 +5,7 @@ Axes: b batch, l layers, k paths, m members, i in, o out, t tiles of 16 outputs,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from rabit_jax.kernels.cpu.library import ATTENTION, SIGNS, TABLE, Library, libr
 from rabit_jax.kernels.layout import TILE
 
 INTEGERS, FLOAT32, BFLOAT16 = 0, 1, 2
+Cached: TypeAlias = jax.Array | tuple[jax.Array, jax.Array]  # codes and their scales
 # Rows up to which integers are taken where they cost no more; floats are the more exact ones.
 INTEGER_ROWS = 64
 
@@ -117,7 +118,7 @@ def table_matmul(
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, allowed: jax.Array, scale: float,
+    q: jax.Array, k: Cached, v: Cached, layer: jax.Array, allowed: jax.Array, scale: float,
     cap: float | None = None, isa: str | None = None,
 ) -> jax.Array:
     """`softmax(cap(scale q k^T)) v` of one query for each head over the cache of one layer.
@@ -127,7 +128,9 @@ def attention(
     Args:
       q: float32 `[b, n g, h]`, the g queries of a key head side by side; h a multiple of 16, g at
         most 32.
-      k, v: float32 `[l, b, n, s, h]`.
+      k, v: float32 `[l, b, n, s, h]`; or codes and the bits of their float16 scales: int8
+        `[l, b, n, s, h]` with uint16 `[l, b, n, s, 1]`, or uint8 `[l, b, n, s, h/2]` with uint16
+        `[l, b, n, s, 2 m]`, see `rabit_jax.models.cache.Codes`.
       layer: int32 scalar.
       allowed: bool `[b or 1, s]`, which slots a row may see; one that may see none gets zeros.
       scale, cap: of the scores; see `soft_cap`.
@@ -139,13 +142,17 @@ def attention(
     one = _library()
     y = jax.ShapeDtypeStruct(q.shape, jnp.float32)
     call = jax.ffi.ffi_call(ATTENTION + one.suffix, y, vmap_method="sequential")
-    return call(q, k, v, allowed, jnp.asarray(layer, jnp.int32), scale=np.float64(scale),
+    if not isinstance(k, tuple):
+        nothing = jnp.zeros((*k.shape[:4], 0), jnp.uint16)
+        k, v = (k, nothing), (cast(jax.Array, v), nothing)
+    return call(q, *k, *v, allowed, jnp.asarray(layer, jnp.int32), scale=np.float64(scale),
                 cap=np.float64(cap or 0.0), isa=_isa(one, isa))
 
 
 def attention_fits(q: tuple[int, ...], k: tuple[int, ...]) -> bool:
     """Whether `attention` takes queries `[b, t, n g, h]` and keys `[l, b, n, s, h]`."""
     return q[1] == 1 and q[3] % 16 == 0 and q[2] <= 32 * k[2]
+
 
 
 def isa_in_use() -> str:

@@ -88,7 +88,7 @@ def init_block(
     """
     packed, errors, kernels = {}, {}, dict(leaves(params))
     for path, node in block_nodes(params, layer, specs, stats, keys):
-        errors[path] = float(_relative_error(kernels[path], node)[0])
+        errors[path] = float(relative_error(kernels[path], node)[0])
         packed[path] = jax.block_until_ready(node.pack(f"{path} of layer {layer}"))
         if done is not None:
             done(path)
@@ -114,7 +114,8 @@ def block_nodes(
 
 
 @jax.jit
-def _relative_error(w: Float[Array, "i o"], node: Weight) -> Float[Array, " l"]:
+def relative_error(w: Float[Array, "i o"], node: Weight) -> Float[Array, " l"]:
+    """`|W - W_hat|^2 / |W|^2` of a node `[l, i, o]`; that of zeros, as of a pruned projection, is
+    0."""
     missed = jnp.square(w[None] - node.dense())
-    # The error of zeros, as of a pruned projection, is 0.
     return missed.sum((-1, -2)) / jnp.maximum(jnp.square(w).sum((-1, -2)), jnp.finfo(F32).tiny)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from rabit_jax.atomic import digest
+from rabit_jax.data.conversations import Render
 from rabit_jax.data.readers import (
     NAMED,
     check_name,
@@ -35,6 +36,8 @@ class Part:
       hub_config: Name of the dataset's configuration.
       hub_file: Path inside the dataset of a single file to read.
       hub_column: Column that holds the text.
+      hub_messages: Column that holds conversations, which become text by the teacher's chat
+        template; "" where the dataset holds plain text.
       split: Split of the dataset.
       documents: Most documents to read; 0 reads all.
       tokens: Documents are read until they have this many tokens in total; 0 reads all.
@@ -46,6 +49,7 @@ class Part:
     hub_config: str = ""
     hub_file: str = ""
     hub_column: str = "text"
+    hub_messages: str = field(default="", metadata={"added": True})
     split: str = "train"
     documents: int = 0
     tokens: int = 0
@@ -59,6 +63,11 @@ class Part:
             )
         if self.name:
             check_name(self.name, self.split)
+        if self.hub_messages and not self.hub:
+            raise BadInput(
+                f"a part of a mix has hub_messages {self.hub_messages!r} and no hub; that is a"
+                " column of a dataset: give hub too, or leave it out"
+            )
         if self.documents < 0 or self.tokens < 0:
             raise BadInput(
                 f"a part of a mix is limited to {self.documents} documents and {self.tokens}"
@@ -66,13 +75,24 @@ class Part:
             )
 
 
+def has_conversations(parts: Iterable[Part]) -> bool:
+    """Whether a part holds conversations, so that its text depends on a chat template."""
+    return any(_messages(part) for part in parts)
+
+
 def stream(
-    parts: Iterable[Part], without: Iterable[Part] = ()
+    parts: Iterable[Part], without: Iterable[Part] = (), render: Render | None = None
 ) -> Iterator[tuple[Iterator[str], int]]:
     """The documents of each part in turn, with the most tokens that are wanted of it.
 
     A document is left out if it is blank, has come before in any part, or is in `without` (whatever
     the token limits there). Only hashes of the documents are kept, about 100 bytes each.
+
+    Args:
+      parts: What is read.
+      without: What is left out.
+      render: Makes text of conversations, see `conversations.rendering`; needed where a part holds
+        some.
 
     Yields:
       `(documents, tokens)` for each part, to be read before the next is asked for.
@@ -82,9 +102,9 @@ def stream(
     """
     seen: set[bytes] = set()
     for part in without:
-        seen.update(map(_hash, _read(part)))
+        seen.update(map(content_hash, _read(part, render)))
     for part in parts:
-        yield _unseen(_read(part), seen), part.tokens
+        yield _unseen(_read(part, render), seen), part.tokens
 
 
 def identity(parts: Iterable[Part]) -> list[dict[str, object]]:
@@ -98,6 +118,8 @@ def identity(parts: Iterable[Part]) -> list[dict[str, object]]:
 def _identity(part: Part) -> dict[str, object]:
     found = asdict(part)
     del found["files"]  # their content counts, not their paths
+    if not part.hub_messages:
+        del found["hub_messages"]  # mixes of plain text keep the key that they had without it
     if part.name:
         return {**found, "place": asdict(NAMED[part.name])}
     if part.files:
@@ -117,26 +139,39 @@ def _digest(path: Path) -> str:
         raise BadInput(f"cannot read {str(path)!r}: {error.strerror}; check the path") from error
 
 
-def _read(part: Part) -> Iterator[str]:
-    return islice(_all(part), part.documents or None)
+def _messages(part: Part) -> str:
+    """The column of a part's conversations, "" where it has none."""
+    return NAMED[part.name].messages if part.name else part.hub_messages
 
 
-def _all(part: Part) -> Iterator[str]:
+def _read(part: Part, render: Render | None) -> Iterator[str]:
+    return islice(_all(part, render), part.documents or None)
+
+
+def _all(part: Part, render: Render | None) -> Iterator[str]:
+    if _messages(part) and render is None:
+        raise BadInput(
+            "a part of data.mix holds conversations, which become text by a chat template, and the"
+            " teacher is trained here; name a chat model in teacher.path, or leave the part out"
+        )
     if part.name:
-        return named_text(part.name, part.split)
+        return named_text(part.name, part.split, render)
     if part.files:
         return file_documents(part.files)
-    return hub_documents(part.hub, part.hub_config, part.split, part.hub_file, part.hub_column)
+    column = part.hub_messages or part.hub_column
+    return hub_documents(part.hub, part.hub_config, part.split, part.hub_file, column,
+                         render=render if part.hub_messages else None)
 
 
 def _unseen(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
     """The texts that are neither blank nor in `seen`, which grows by their hashes."""
     for text in texts:
-        mark = _hash(text)
+        mark = content_hash(text)
         if text.strip() and mark not in seen:
             seen.add(mark)
             yield text
 
 
-def _hash(text: str) -> bytes:
+def content_hash(text: str) -> bytes:
+    """16 bytes that stand for a document."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from rabit_jax.data.conversations import Render
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.progress import say
 
@@ -107,10 +108,12 @@ def hub_documents(
     column: str = "text",
     streaming: bool = True,
     blank: bool = False,
+    render: Render | None = None,
 ) -> Iterator[str]:
     """The texts of one split of a dataset, row by row.
 
-    Rows that are null or blank are skipped, and their number is printed to stderr.
+    Rows that are null or blank are skipped, and their number is printed to stderr; so are
+    conversations that a chat template refuses.
 
     Args:
       hub: dataset id on the Hugging Face hub, or a local dataset folder.
@@ -121,6 +124,7 @@ def hub_documents(
       column: the column that holds the text.
       streaming: read a split while it downloads; otherwise it is stored under HF_HOME first.
       blank: keep blank rows, which are the empty lines of a running text.
+      render: makes text of what the column holds, for a column of conversations.
 
     Raises:
       BadInput: no such dataset, no network to reach it, or no text in that column. Every failure
@@ -129,7 +133,9 @@ def hub_documents(
     name = f"file {file!r}" if file else f"split {split!r}"
     try:
         rows = _file_rows(hub, file) if file else _split_rows(hub, config, split, streaming)
-        yield from _column(rows, f"{name} of dataset {hub!r}", column, blank)
+        what = f"{name} of dataset {hub!r}"
+        yield from _rendered(rows, what, column, render) if render else _column(
+            rows, what, column, blank)
     except BadInput:
         raise
     except Exception as error:  # the library raises dozens of types, its transports more
@@ -192,6 +198,29 @@ def _column(rows: Iterable[Row], name: str, column: str, blank: bool) -> Iterato
             say(f"{name}: skipped {skipped:,} rows whose {column!r} is null or empty")
 
 
+def _rendered(rows: Iterable[Row], name: str, column: str, render: Render) -> Iterator[str]:
+    """The conversations of a column as text; how many rows gave none is said at the end."""
+    skipped = texts = 0
+    row: Row = {}
+    try:
+        for row in rows:
+            text = render(row.get(column))
+            if text is None:
+                skipped += 1
+            else:
+                texts += 1
+                yield text
+        if row and not texts:
+            raise BadInput(
+                f"{name} has no conversation in column {column!r} that the chat template takes;"
+                " wanted lists of messages with role and content; set hub_messages to one of"
+                f" {', '.join(map(str, row))}"
+            )
+    finally:
+        if skipped:
+            say(f"{name}: skipped {skipped:,} rows whose {column!r} gives no conversation")
+
+
 def _no_text(name: str, column: str, row: Row) -> BadInput:
     return BadInput(
         f"{name} has no text in column {column!r}; set data.hub_text_column (of a part of a"
@@ -208,6 +237,7 @@ class NamedDataset:
       config: its configuration.
       files: by split, the one file that stands for it; a split without one is read whole.
       splits: the splits that it has.
+      messages: the column of its conversations; "" where the column "text" holds plain text.
       joined: the rows of a split are lines of one running text. They are joined by a blank line to
         one document, as for published perplexities. Otherwise each row is a document.
     """
@@ -217,6 +247,7 @@ class NamedDataset:
     files: dict[str, str] = field(default_factory=dict)
     splits: tuple[str, ...] = ("train", "validation")
     joined: bool = False
+    messages: str = ""
 
 
 NAMED = {
@@ -233,25 +264,40 @@ NAMED = {
             "validation": "en/c4-validation.00000-of-00008.json.gz",
         },
     ),
+    "fineweb-edu": NamedDataset(  # the first file of the sample of 10 billion tokens
+        hub="HuggingFaceFW/fineweb-edu",
+        files={"train": "sample/10BT/000_00000.parquet"},
+        splits=("train",),
+    ),
+    "ultrachat": NamedDataset(
+        hub="HuggingFaceH4/ultrachat_200k", splits=("train_sft", "test_sft"), messages="messages"
+    ),
+    "smoltalk": NamedDataset(
+        hub="HuggingFaceTB/smoltalk", config="all", splits=("train", "test"), messages="messages"
+    ),
 }
 
 
-def named_text(name: str, split: str) -> Iterator[str]:
+def named_text(name: str, split: str, render: Render | None = None) -> Iterator[str]:
     """The documents of a split of a named dataset, downloaded once and kept under HF_HOME.
 
     Args:
       name: a key of `NAMED`.
       split: one of its splits.
+      render: makes text of conversations, for a dataset that holds them.
 
     Raises:
-      BadInput: at once, an unknown name or split; at the first document, a dataset that is
-        neither stored on this machine nor within reach.
+      BadInput: at once, an unknown name or split, or conversations without `render`; at the first
+        document, a dataset that is neither stored on this machine nor within reach.
 
     Example:
       >>> text = "".join(named_text("wikitext2", "test"))  # doctest: +SKIP
     """
     check_name(name, split)
-    return _named_documents(name, split)
+    if NAMED[name].messages and render is None:
+        raise BadInput(f"dataset {name!r} holds conversations, which become text by a model's chat"
+                       " template; use it as a part of data.mix with a chat model as teacher")
+    return _named_documents(name, split, render)
 
 
 def check_name(name: str, split: str) -> None:
@@ -265,12 +311,13 @@ def check_name(name: str, split: str) -> None:
         )
 
 
-def _named_documents(name: str, split: str) -> Iterator[str]:
+def _named_documents(name: str, split: str, render: Render | None) -> Iterator[str]:
     found = NAMED[name]
     file = found.files.get(split, "")
     try:
         rows = hub_documents(
-            found.hub, found.config, split, file, streaming=False, blank=found.joined
+            found.hub, found.config, split, file, found.messages or "text", streaming=False,
+            blank=found.joined, render=render if found.messages else None,
         )
         if found.joined:
             yield "\n\n".join(rows)

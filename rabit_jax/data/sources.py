@@ -1,7 +1,7 @@
 """Which text a run trains on, and which documents are held out for evaluation.
 
-The documents of most sources are held in memory (`documents`, `unseen_documents`). A mix of sources
-may be too large for that and is read as a stream (`mixed`).
+Embedded text and files are held in memory (`documents`, `unseen_documents`). What may be too large
+for that is read as a stream: a mix of sources (`mixed`), and a dataset (`hub_stream.hub_stream`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
+from rabit_jax.data.conversations import Render
 from rabit_jax.data.embedded import embedded_documents
-from rabit_jax.data.mix import Part, identity, stream
+from rabit_jax.data.mix import Part, has_conversations, identity, stream
 from rabit_jax.data.readers import file_documents, hub_documents
 from rabit_jax.errors import BadInput
 
@@ -43,8 +44,8 @@ class DataConfig:
       hub_eval_split: Split for evaluation; "" holds out documents of `hub_split`.
       hub_text_column: Column that holds the text.
       streaming: Read a hub dataset as it downloads instead of storing it first.
-      max_documents: Most documents read from each source; 0 reads all. All are held in memory
-        (except those of a mix, whose parts have limits of their own).
+      max_documents: Most documents read from each source; 0 reads all. Those of embedded text and
+        of files are held in memory. (The parts of a mix have limits of their own.)
       eval_fraction: Expected share of documents held out if no evaluation text is given.
       vocab_size: Size of the tokenizer if one is trained.
       seed: Chooses the documents held out.
@@ -129,12 +130,22 @@ def unseen_documents(config: DataConfig, seen: Iterable[str]) -> list[str]:
 
 
 def mixed(
-    config: DataConfig, side: Literal["train", "eval", "unseen"]
+    config: DataConfig,
+    side: Literal["train", "eval", "unseen"],
+    render: Render | None = None,
+    template: str = "",
 ) -> tuple[Callable[[], Iterator[tuple[Iterator[str], int]]], Mapping[str, object]]:
     """One side of a mix as `tokenise_stream` takes it: `(function that opens it, recipe)`.
 
     No document is on two sides: training leaves out the documents of the other two, and the unseen
     text leaves out those of evaluation. A side without parts has an empty recipe.
+
+    Args:
+      config: The mix.
+      side: Which of its texts.
+      render: Makes text of conversations, see `conversations.rendering`.
+      template: The chat template behind `render`; part of the recipe where a part holds
+        conversations.
 
     Raises:
       BadInput: Settings that do not go with the source, or a file that cannot be read.
@@ -145,8 +156,12 @@ def mixed(
         "eval": (config.mix_eval, ()),
         "unseen": (config.mix_unseen, config.mix_eval),
     }[side]
-    recipe = {"parts": identity(parts), "without": identity(without)} if parts else {}
-    return partial(stream, parts, without), recipe
+    recipe: dict[str, object] = {}
+    if parts:
+        recipe = {"parts": identity(parts), "without": identity(without)}
+        if has_conversations((*parts, *without)):
+            recipe["chat_template"] = template
+    return partial(stream, parts, without, render), recipe
 
 
 def check_data(config: DataConfig) -> None:
@@ -216,7 +231,7 @@ def _split(texts: list[str], config: DataConfig) -> tuple[list[str], list[str]]:
             f"found {len(texts)} different documents, wanted at least 2 to hold one out for"
             " evaluation; give more text, or evaluation text of its own in data.eval_files"
         )
-    ranks = {text: _rank(text, config.seed) for text in texts}
+    ranks = {text: split_rank(text, config.seed) for text in texts}
     held = [text for text in texts if ranks[text] < config.eval_fraction]
     held = held or [min(texts, key=ranks.__getitem__)]
     if len(held) == len(texts):
@@ -227,7 +242,7 @@ def _split(texts: list[str], config: DataConfig) -> tuple[list[str], list[str]]:
     return _without(texts, held), held
 
 
-def _rank(text: str, seed: int) -> float:
+def split_rank(text: str, seed: int) -> float:
     """A number in [0, 1) that depends on the text and the seed alone."""
     digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

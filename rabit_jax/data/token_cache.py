@@ -9,23 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import zlib
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from rabit_jax.atomic import publish, workspace
+from rabit_jax.data.partial_tokens import Partial, crc32
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.tokenizer import encode
-from rabit_jax.progress import reading
+from rabit_jax.progress import reading, say
 from rabit_jax.types import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 VERSION = 1  # of the cache's layout; a new number leaves old files unused
 CHUNK = 1 << 20  # characters tokenised at once
+KEEP = 1 << 26  # bytes of text after which what is tokenised is kept for a process that goes on
 SLOW = 4 << 20  # bytes of text whose progress is shown
 
 
@@ -72,7 +75,7 @@ def read_header(path: Path) -> dict | None:
         header = json.loads(side.read_text())
         own = header.pop("sha256", None)  # headers of 0.1 have none
         sound = own in (None, header_checksum(header))
-        sound &= header["digest"] == path.stem and header["crc32"] == _crc32(path)
+        sound &= header["digest"] == path.stem and header["crc32"] == crc32(path)
         sound &= header["tokens"] * np.dtype(header["dtype"]).itemsize == path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sound = False
@@ -87,26 +90,29 @@ def header_checksum(header: dict) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
-def _crc32(path: Path) -> int:
-    total = 0
-    with path.open("rb") as file:
-        while part := file.read(1 << 22):
-            total = zlib.crc32(part, total)
-    return total
+class _Changed(Exception):
+    """The text is not the one that an earlier process began to tokenise."""
 
 
 def build(
     folder: Path,
-    parts: Iterable[tuple[Iterable[str], int]],
+    key: str,
+    parts: Callable[[], Iterable[tuple[Iterable[str], int]]],
     tokenizer: PreTrainedTokenizerBase,
     what: str,
     size: int | None = None,
 ) -> dict:
     """Tokenises text into the cache, and returns the header of what it holds then.
 
+    After every `KEEP` bytes of text what is done is kept under `key`. A process that was stopped
+    is then gone on with: the documents are read again, to find that they are the same, but those
+    that were tokenised are not tokenised again.
+
     Args:
       folder: The cache.
-      parts: Documents with the number of tokens after which the rest of them is left; 0 never.
+      key: Stands for the text and the tokeniser.
+      parts: Returns documents with the number of tokens after which the rest of them is left; 0
+        never.
       tokenizer: It appends its end-of-text token to each document.
       what: The text's name in the progress bar.
       size: UTF-8 bytes of the text, where they are known.
@@ -115,38 +121,85 @@ def build(
       BadInput: There is no text.
       OSError: The folder cannot be written.
     """
-    largest = max(tokenizer.get_vocab().values(), default=0)  # not their number: ids may have gaps
-    dtype = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
-    header = {"dtype": dtype.name, "documents": 0, "bytes": 0, "tokens": 0}
-    digest = Digest(tokenizer)
     with workspace(folder / "tokens") as place:
-        work, side = place / "bin", place / "json"
-        with work.open("wb") as file, reading(f"tokenising {what}", SLOW, counted=False) as done:
-            for text, ids in _taken(parts, tokenizer):
-                data = text.encode()
-                digest.add(data)
-                file.write(np.asarray(ids, dtype).tobytes())
-                header["documents"] += 1
-                header["bytes"] += len(data)
-                header["tokens"] += len(ids)
-                done(header["bytes"], size, documents=header["documents"], tokens=header["tokens"])
+        partial = Partial(folder, key, place)
+        try:
+            header = _written(partial, parts(), tokenizer, what, size)
+        except _Changed:
+            say(f"{what} is not the text that was being tokenised; it is tokenised from the start")
+            partial.drop()
+            header = _written(partial, parts(), tokenizer, what, size)
         if not header["bytes"]:
             raise BadInput(f"found no text to tokenise for {what}; give documents that have some")
-        header |= {"digest": digest.hex(), "crc32": _crc32(work)}
+        header["crc32"] = partial.crc32
+        side = place / "json"
         side.write_text(json.dumps({**header, "sha256": header_checksum(header)}))
-        path = folder / f"{digest.hex()}.bin"
-        publish(work, path)
+        path = folder / f"{header['digest']}.bin"
+        publish(partial.tokens, path)
         publish(side, path.with_suffix(".json"))
+        partial.drop()
     return header
 
 
+def _written(
+    partial: Partial,
+    parts: Iterable[tuple[Iterable[str], int]],
+    tokenizer: PreTrainedTokenizerBase,
+    what: str,
+    size: int | None,
+) -> dict:
+    """Writes the tokens and returns their header without a checksum."""
+    largest = max(tokenizer.get_vocab().values(), default=0)  # not their number: ids may have gaps
+    dtype = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
+    header = {"dtype": dtype.name, "documents": 0, "bytes": 0, "tokens": 0}
+    digest, left = Digest(tokenizer), partial.take(dtype.itemsize)
+    known, kept = len(left.lengths), left.bytes
+    if known:
+        say(f"{what}: tokenising goes on after {known} documents")
+    with (
+        partial.writing(),
+        reading(f"tokenising {what}", SLOW, counted=False) as done,
+    ):
+        for text, ids in _taken(parts, tokenizer, left.lengths):
+            data = text.encode()
+            digest.add(data)
+            if ids is not None:
+                partial.append(np.asarray(ids, dtype))
+            header["tokens"] += int(left.lengths[header["documents"]]) if ids is None else len(ids)
+            header["documents"] += 1
+            header["bytes"] += len(data)
+            if header["documents"] == known and digest.hex() != left.digest:
+                raise _Changed
+            if header["bytes"] - kept >= KEEP and ids is not None:
+                partial.keep(header["bytes"], digest.hex())
+                kept = header["bytes"]
+            done(header["bytes"], size, documents=header["documents"], tokens=header["tokens"])
+    if header["documents"] < known:
+        raise _Changed
+    return {**header, "digest": digest.hex()}
+
+
 def _taken(
-    parts: Iterable[tuple[Iterable[str], int]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, list[int]]]:
-    """The documents of all parts with their ids, of each part until it has enough tokens."""
+    parts: Iterable[tuple[Iterable[str], int]],
+    tokenizer: PreTrainedTokenizerBase,
+    known: np.ndarray,
+) -> Iterator[tuple[str, list[int] | None]]:
+    """The documents of all parts with their ids, of each part until it has enough tokens.
+
+    Of the first documents the lengths `known` are known already: they have no ids here.
+    """
+    place = 0
     for documents, most in parts:
-        found = 0
-        for text, ids in _encoded(documents, tokenizer):
+        found, rest = 0, iter(documents)
+        while place < len(known) and not (most and found >= most):
+            text = next(rest, None)
+            if text is None:
+                break
+            yield text, None
+            found, place = found + int(known[place]), place + 1
+        if place < len(known) or (most and found >= most):
+            continue
+        for text, ids in _encoded(rest, tokenizer):
             yield text, ids
             found += len(ids)
             if most and found >= most:
@@ -156,11 +209,26 @@ def _taken(
 def _encoded(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[str, list[int]]]:
-    """Each document with its ids and the end-of-text token."""
+    """Each document with its ids and the end-of-text token.
+
+    A group is tokenised, on all cores, while the next one is read.
+    """
     end = cast(int, tokenizer.eos_token_id)
-    for group in _groups(documents):
-        for text, ids in zip(group, encode(cast(Any, tokenizer), group), strict=True):
-            yield text, [*ids, end]
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[tuple[list[str], Future[list[list[int]]]]] = deque()
+        for group in _groups(documents):
+            waiting.append((group, pool.submit(encode, cast(Any, tokenizer), group)))
+            if len(waiting) > 1:
+                yield from _ended(*waiting.popleft(), end)
+        if waiting:
+            yield from _ended(*waiting.popleft(), end)
+
+
+def _ended(
+    group: list[str], ids: Future[list[list[int]]], end: int
+) -> Iterator[tuple[str, list[int]]]:
+    for text, found in zip(group, ids.result(), strict=True):
+        yield text, [*found, end]
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -69,7 +69,7 @@ def tokenise(
         digest.add(data)
         size += len(data)
     header = read_header(Path(cache_dir) / f"{digest.hex()}.bin") or _build(
-        cache_dir, [(documents, 0)], tokenizer, what, size
+        cache_dir, digest.hex(), lambda: [(documents, 0)], tokenizer, what, size
     )
     return _opened(cache_dir, header)
 
@@ -85,7 +85,7 @@ def tokenise_stream(
 
     `<key>.recipe.json`, where key is the sha256 of recipe and tokenizer, records the digest that
     the text had when it was read. As long as this file and the tokens are in the cache, `parts` is
-    not called. A run that was stopped while reading starts again at the first document.
+    not called. A run that was stopped reads the documents again and tokenises on where it was.
 
     Args:
       parts: Returns the documents of each part with its limit, the number of tokens after which
@@ -103,7 +103,8 @@ def tokenise_stream(
     side = Path(cache_dir) / f"{hashlib.sha256(text.encode()).hexdigest()}.recipe.json"
     header = _recalled(side)
     if header is None:
-        header = _build(cache_dir, parts(), tokenizer, what)
+        key = side.name.partition(".")[0]
+        header = _build(cache_dir, key, parts, tokenizer, what)
         write_text(side, json.dumps({"digest": header["digest"], "recipe": recipe}, indent=1))
     return _opened(cache_dir, header)
 
@@ -119,14 +120,15 @@ def _recalled(side: Path) -> dict | None:
 
 def _build(
     cache_dir: str | Path,
-    parts: Iterable[tuple[Iterable[str], int]],
+    key: str,
+    parts: Callable[[], Iterable[tuple[Iterable[str], int]]],
     tokenizer: PreTrainedTokenizerBase,
     what: str,
     size: int | None = None,
 ) -> dict:
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        return build(Path(cache_dir), parts, tokenizer, what, size)
+        return build(Path(cache_dir), key, parts, tokenizer, what, size)
     except OSError as error:
         raise BadInput(
             f"cannot write the token cache in {str(cache_dir)!r} ({error.strerror or error});"
@@ -141,7 +143,8 @@ def _opened(cache_dir: str | Path, header: dict) -> TokenText:
 
 
 def batch(
-    tokens: Integer[np.ndarray, " n"], step: int, batch_size: int, length: int, seed: int
+    tokens: Integer[np.ndarray, " n"], step: int, batch_size: int, length: int, seed: int,
+    rows: slice = slice(None),
 ) -> Int32[np.ndarray, "b t"]:
     """Training windows of one step: a pure function of (seed, step).
 
@@ -156,6 +159,7 @@ def batch(
       batch_size: b, rows.
       length: t, tokens in a row.
       seed: Zero or more.
+      rows: Which rows of the batch are read; all of them unless it says otherwise.
 
     Returns:
       `[b, t]` int32.
@@ -175,7 +179,7 @@ def batch(
             f" {(batch_size + 1) * length - 1} for {batch_size} windows of {length}; give more"
             " text, a smaller batch or a shorter length"
         )
-    numbers = range(step * batch_size, (step + 1) * batch_size)
+    numbers = range(step * batch_size, (step + 1) * batch_size)[rows]
     starts = [_start(seed, *divmod(number, count), count, length) for number in numbers]
     return np.stack([tokens[start : start + length] for start in starts]).astype(np.int32)
 

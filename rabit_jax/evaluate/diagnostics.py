@@ -19,6 +19,7 @@ import numpy as np
 from flax import struct
 
 from rabit_jax.errors import BadInput
+from rabit_jax.hosts import on_mesh
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import is_weight, leaves, map_leaves, pytree_dataclass, weights_of
 from rabit_jax.types import Json, Params, Weight
@@ -185,7 +186,7 @@ def diagnose(
     total = None
     for batch in batches:
         if batch_sharding is not None:
-            batch = jax.device_put(batch, batch_sharding)
+            batch = on_mesh(batch, batch_sharding)
         sums = _moments(teacher, student, batch, apply, drive, replicated)
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
@@ -212,7 +213,7 @@ def _check(teacher: Any, student: Any, drive: str) -> None:
             )
 
 
-def _report(path: str, sums: np.ndarray) -> dict[str, Any]:
+def _report(path: str, sums: np.ndarray) -> Json:
     """The measures of one projection from `sum z z^T: [..., k + 2, k + 2]`."""
     sums = sums.reshape(-1, *sums.shape[-2:])
     count = sums[:, 0, 0]
@@ -230,7 +231,7 @@ def _report(path: str, sums: np.ndarray) -> dict[str, Any]:
     return {**_adaptation(covariance), "relative_mse": _plain(error)}
 
 
-def _adaptation(covariance: np.ndarray) -> dict[str, Any]:
+def _adaptation(covariance: np.ndarray) -> Json:
     """The measures between paths, from the covariance `[l, k + 1, k + 1]` of `(R_k, y_1, ...)`."""
     unit = np.eye(covariance.shape[-1])
     k = len(unit) - 1

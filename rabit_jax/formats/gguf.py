@@ -21,13 +21,13 @@ from rabit_jax.formats.gguf_tokenizer import end_ids, read_tokenizer
 from rabit_jax.types import Json
 
 LINK = "model.gguf"
-VERSION = 1  # of what is written into the folder; a new one makes new folders
+VERSION = 2  # of what is written into the folder; a new one makes new folders
 EDGE = 1 << 20
 
 # model_type of Hugging Face for each architecture that our decoder covers
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 
-_SIZES = {
+SIZES = {
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
@@ -35,7 +35,7 @@ _SIZES = {
     "attention.key_length": "head_dim",
 }
 # Fields of an architecture that are read below, or change nothing in a decoder.
-_KNOWN = frozenset(_SIZES) | {
+_KNOWN = frozenset(SIZES) | {
     "vocab_size", "attention.layer_norm_rms_epsilon", "attention.value_length",
     "attention.sliding_window", "attention.causal", "rope.freq_base", "rope.freq_base_swa",
     "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor",
@@ -44,23 +44,23 @@ _KNOWN = frozenset(_SIZES) | {
     "attention.sliding_window_pattern",
 }
 
-_MODULES = {
+MODULES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm", "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_GEMMA_MODULES = {
+GEMMA_MODULES = {
     "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
         "output.weight": "lm_head.weight"}
 ROPE_FREQUENCIES = "rope_freqs.weight"
 
 # Parameters of Llama 3's rotary scaling that all published models share; the factor differs.
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192}
 
 
@@ -106,6 +106,8 @@ def gguf_folder(path: Path) -> Path:
             for name, content in {"config.json": raw, "generation_config.json": ids}.items():
                 write_text(new / name, json.dumps(content, indent=2) + "\n")
             tokenizer.save_pretrained(str(new))
+            if isinstance(licence := file.fields.get("general.license"), str):
+                write_text(new / "README.md", f"---\nlicense: {json.dumps(licence)}\n---\n")
             (new / LINK).symlink_to(path)
     except OSError as error:
         raise BadInput(f"cannot write the folder of {path} in the cache {cache} ({error}): free "
@@ -138,7 +140,7 @@ def hf_config(file: GGUFFile) -> Json:
            if key.startswith(f"{name}.")}
     _refuse(name, own, file)
     raw: Json = {"model_type": ARCHITECTURES[name], "torch_dtype": "float32"}
-    raw |= {hf: own[key] for key, hf in _SIZES.items() if key in own}
+    raw |= {hf: own[key] for key, hf in SIZES.items() if key in own}
     raw["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     raw["rms_norm_eps"] = _decimal(own.get("attention.layer_norm_rms_epsilon", 1e-6))
     raw["rope_theta"] = _decimal(own.get("rope.freq_base", 10000.0))
@@ -163,7 +165,7 @@ def hf_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
       BadInput: an unsupported architecture, or a tensor whose name is not known.
     """
     name = architecture(file)
-    modules = _MODULES | (_GEMMA_MODULES if name == "gemma3" else {})
+    modules = MODULES | (GEMMA_MODULES if name == "gemma3" else {})
     heads = {"attn_q": file.fields[f"{name}.attention.head_count"]}
     heads["attn_k"] = file.fields.get(f"{name}.attention.head_count_kv", heads["attn_q"])
     found: dict[str, GGUFTensor] = {}
@@ -171,8 +173,8 @@ def hf_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
         if tensor.name == ROPE_FREQUENCIES:
             continue
         part = tensor.name.split(".")
-        if tensor.name in _TOP:
-            renamed = _TOP[tensor.name]
+        if tensor.name in TOP:
+            renamed = TOP[tensor.name]
         elif len(part) == 4 and part[0] == "blk" and part[2] in modules:
             renamed = f"model.layers.{part[1]}.{modules[part[2]]}.{part[3]}"
         else:
@@ -226,7 +228,7 @@ def _refuse(name: str, own: Json, file: GGUFFile) -> None:
         if key not in _KNOWN and value not in (None, False, 0, 0.0, "none"):
             raise BadInput(f"unsupported GGUF field {name}.{key} = {str(value)[:60]} of "
                            f"{file.path}: its effect on the result is not known here")
-    for key in _SIZES:
+    for key in SIZES:
         if isinstance(value := own.get(key), list):
             raise BadInput(f"unsupported {name}.{key} = {str(value)[:60]} of {file.path}: all "
                            "layers must have the same sizes")
@@ -270,17 +272,18 @@ def _llama3_scaling(base: float, file: GGUFFile) -> Json:
     tensor = file.tensors[ROPE_FREQUENCIES]
     divisors = np.concatenate([piece for _, piece in tensor.pieces()])
     wavelengths = 2 * np.pi * base ** (np.arange(divisors.size) / divisors.size)
-    low, high, trained = _LLAMA3_ROPE.values()
+    low, high, trained = LLAMA3_ROPE.values()
     smooth = np.clip((trained / wavelengths - low) / (high - low), 0, 1)
     # 1 / divisor = (1 - smooth) / factor + smooth, solved where the factor counts most.
     slowest = int(np.argmax(divisors))
-    rest = 1 / divisors[slowest] - smooth[slowest]
-    factor = _decimal((1 - smooth[slowest]) / rest) if rest > 0 else 1.0
-    wanted = 1 / ((1 - smooth) / factor + smooth)
-    if not np.allclose(divisors, wanted, rtol=1e-4):
+    with np.errstate(all="ignore"):
+        rest = 1 / divisors[slowest] - smooth[slowest]
+        factor = _decimal((1 - smooth[slowest]) / rest) if rest > 0 else 1.0
+        wanted = 1 / ((1 - smooth) / factor + smooth)
+    if not (np.isfinite(wanted).all() and np.allclose(divisors, wanted, rtol=1e-4)):
         raise BadInput(f"unsupported {tensor.label}: its divisors are not those of Llama 3.1 to "
                        "3.3")
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
 
 
 def _decimal(value: float) -> float:

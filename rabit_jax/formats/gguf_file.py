@@ -2,7 +2,8 @@
 
 The header is parsed here, with a check of every length against the size of the file, because the
 reader of the `gguf` package makes an array of every string and takes 20 seconds for a vocabulary of
-262,144 tokens (this takes half of one). The quantised blocks are decoded by that package.
+262,144 tokens (this takes half of one). The quantised blocks are decoded by that package, and by
+`gguf_blocks` where it knows the type but has no decoder.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -20,6 +21,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from rabit_jax.errors import BadInput
+from rabit_jax.formats.gguf_blocks import decode
+from rabit_jax.formats.gguf_fields import check_fields, check_name
 from rabit_jax.types import Json, Shape
 
 MAGIC = b"GGUF"
@@ -70,10 +73,6 @@ class GGUFTensor(NamedTuple):
         Raises:
           BadInput: the file has become shorter, or cannot be read any more.
         """
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        kind = GGMLQuantizationType(self.type)
         # Blocks lie along the last axis, so a vector is decoded as a whole.
         step = max(1, PIECE_BYTES // (4 * prod(self.shape[1:])))
         step = self.shape[0] if len(self.shape) == 1 else step
@@ -83,8 +82,9 @@ class GGUFTensor(NamedTuple):
             first = stored_bytes((begin, *self.shape[1:]), self.type)
             data = self._bytes(first, stored_bytes(shape, self.type))
             row_bytes = stored_bytes(self.shape[-1:], self.type)
-            values = dequantize(data.reshape(-1, row_bytes), kind).astype(np.float32)
-            values = values.reshape(shape) - np.float32(self.added)
+            with np.errstate(all="ignore"):  # whoever reads the values looks for NaN and infinity
+                values = _decoded(data.reshape(-1, row_bytes), self.type)
+                values = values.reshape(shape) - np.float32(self.added)
             yield rows if self.places is None else self.places[rows], values
 
     def _bytes(self, begin: int, count: int) -> np.ndarray:
@@ -127,6 +127,7 @@ def read_gguf(path: Path) -> GGUFFile:
             begin = _aligned(file.tell(), reader.alignment(fields))
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error}") from error
+    check_fields(fields, path)
     if (parts := fields.get("split.count", 1)) not in (0, 1):
         raise BadInput(f"{path} is one of {parts} parts of a model: merge them first "
                        "(llama-gguf-split --merge)")
@@ -179,16 +180,30 @@ def _check_tensor(tensor: GGUFTensor, size: int) -> None:
 
 @functools.cache
 def _block(kind: int) -> int:
-    """Values of a block of a quantisation type; 0 where the gguf package does not decode it."""
+    """Values of a block of a quantisation type; 0 where nothing decodes it."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import dequantize
 
     try:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        dequantize(np.zeros((1, size), np.uint8), GGMLQuantizationType(kind))
+        _decoded(np.zeros((1, size), np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError):
         return 0
     return block
+
+
+def _decoded(rows: np.ndarray, kind: int) -> np.ndarray:
+    """Rows of blocks, uint8 `[o, bytes]` -> float32 `[o, i]`.
+
+    Raises:
+      NotImplementedError: neither the gguf package nor `gguf_blocks` decodes the type.
+    """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    own = decode(rows, type_name(kind))
+    if own is not None:
+        return own
+    return dequantize(rows, GGMLQuantizationType(kind)).astype(np.float32)
 
 
 def _aligned(offset: int, alignment: int) -> int:
@@ -214,6 +229,7 @@ class _Reader:
         fields: Json = {}
         for _ in range(pairs):
             key = self.string()
+            check_name(key, "field", self.path)
             (kind,) = self.numbers("I")
             fields[key] = self.value(kind)
         return fields, [self.tensor() for _ in range(tensors)]
@@ -229,6 +245,7 @@ class _Reader:
     def tensor(self) -> tuple[str, Shape, int, int]:
         """The next tensor's description; the file lists axes from the innermost one."""
         name = self.string()
+        check_name(name, "tensor", self.path)
         (axes,) = self.numbers("I")
         if not 1 <= axes <= MOST_AXES:
             raise BadInput(f"tensor {name} in {self.path} has {axes} axes, wanted 1 to {MOST_AXES}")

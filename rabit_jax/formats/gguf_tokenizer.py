@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, first_line
 from rabit_jax.types import Json, Tokenizer
 
 if TYPE_CHECKING:
@@ -47,13 +47,32 @@ def read_tokenizer(fields: Json, architecture: str) -> Tokenizer:
 
     Raises:
       BadInput: a kind of tokenizer or a way of cutting text that is not known (the message begins
-        with `unsupported`), or a vocabulary without tokens.
+        with `unsupported`), a vocabulary without tokens, or one that contradicts itself.
     """
+    try:
+        return _built(fields, vocabulary(fields), architecture)
+    except BaseException as error:  # the Rust library raises plain Exception, and panics
+        if isinstance(error, (BadInput, KeyboardInterrupt, SystemExit)):
+            raise
+        raise BadInput(f"the tokenizer in the GGUF file contradicts itself "
+                       f"({first_line(error)[:200]}): fetch the file again") from error
+
+
+def vocabulary(fields: Json) -> list[str]:
+    """The tokens by their ids.
+
+    Raises:
+      BadInput: there are none.
+    """
+    tokens = fields.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise BadInput("the GGUF file has no tokenizer.ggml.tokens: take a file with a vocabulary")
+    return tokens
+
+
+def _built(fields: Json, tokens: list[str], architecture: str) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
-    tokens = fields.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
-        raise BadInput("the GGUF file has no tokenizer.ggml.tokens: take a file with a vocabulary")
     kind = fields.get("tokenizer.ggml.model")
     if kind == "gpt2":
         built = _byte_level(fields, tokens)
@@ -76,7 +95,7 @@ def end_ids(fields: Json) -> list[int]:
     """All end tokens: those that the metadata name, and ends of a turn known by their text."""
     named = (fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
     found = [i for i in named if i is not None]
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type") or []
+    tokens, kinds = vocabulary(fields), fields.get("tokenizer.ggml.token_type") or []
     if "tokenizer.ggml.eot_token_id" not in fields:
         found += [i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
                   if token in TURN_ENDS and kind == CONTROL]

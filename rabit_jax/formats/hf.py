@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +25,7 @@ from rabit_jax.formats.tokenizer import read_tokenizer
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, check_params, param_shapes
 from rabit_jax.tree import is_weight, leaves
-from rabit_jax.types import Array, Json, Params, Shape, Tokenizer
+from rabit_jax.types import Array, Json, Params, Shape, Tokenizer, Weight
 
 if TYPE_CHECKING:
     import tokenizers
@@ -115,18 +117,36 @@ def save_hf(
     """
     config = model.config if isinstance(model, Decoder) else model
     config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
-    flat, shapes = dict(leaves(params)), param_shapes(config)
-    check_params(flat, shapes)
-    tensors = {
-        name: _Tensor(path, n if path.startswith("layers/") else None, shape)
-        for path, stacked in shapes.items()
-        for n, (name, shape) in enumerate(tensor_names(path, stacked))
-    }
+    flat, tensors = dict(leaves(params)), stored_tensors(config)
+    check_params(flat, param_shapes(config))
     size = jnp.dtype(config.dtype).itemsize
-    split = split_state_dict_into_shards_factory(
-        tensors, get_storage_size=lambda t: size * int(np.prod(t.shape)),
-        filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes)
+    made = {name: Made(size * math.prod(one.shape), partial(one.value, flat, config.dtype))
+            for name, one in tensors.items()}
     files = {**json_files(to_hf(config), generation), **(texts or {})}
+    write_sharded(folder, made, files, tokenizer, shard_bytes, done)
+
+
+class Made(NamedTuple):
+    """A tensor that is made when it is written: its size, and what makes it."""
+
+    nbytes: int
+    make: Callable[[], np.ndarray]
+
+
+def write_sharded(
+    folder: str | Path, tensors: Mapping[str, Made], files: Mapping[str, str | Json],
+    tokenizer: Tokenizer | tokenizers.Tokenizer | None, shard_bytes: int = SHARD_BYTES,
+    done: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Writes a model folder whose tensors are made shard by shard, as `save_hf` describes it.
+
+    Raises:
+      BadInput: a target that exists and is not a model folder, a full disk.
+    """
+    split = split_state_dict_into_shards_factory(
+        dict(tensors), get_storage_size=lambda one: one.nbytes,
+        filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes)
+    files = dict(files)
     if split.is_sharded:
         files[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
 
@@ -135,7 +155,7 @@ def save_hf(
         for file, names in split.filename_to_tensors.items():
             shard = {}
             for name in names:
-                shard[name] = tensors[name].value(flat, config.dtype)
+                shard[name] = tensors[name].make()
                 ready += 1
                 done(ready)
             yield file, shard
@@ -144,18 +164,29 @@ def save_hf(
     write_folder(folder, shards(), {"format": "pt"}, files, tokenizer)
 
 
-class _Tensor(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor to store: path of its parameter, layer in the stack if any, torch's shape."""
 
     path: str
     layer: int | None
     shape: Shape
 
-    def value(self, params: Params, dtype: str) -> np.ndarray:
-        """The tensor in torch's layout, from params by path; only its own layer is copied."""
+    def leaf(self, params: Params) -> Array | Weight:
+        """The array or weight node of this layer, from params by path; only it is copied."""
         leaf, layer = params[self.path], self.layer
-        if layer is not None:
-            leaf = jax.tree.map(lambda a: a[layer : layer + 1], leaf)
+        return leaf if layer is None else jax.tree.map(lambda a: a[layer], leaf)
+
+    def value(self, params: Params, dtype: str) -> np.ndarray:
+        """The tensor in torch's layout; a weight node as its `dense()` matrix."""
+        leaf = self.leaf(params)
         value = np.asarray(leaf.dense() if is_weight(leaf) else leaf)
-        value = value if layer is None else value[0]
         return finite_as(value.T if self.path.endswith("/kernel") else value, dtype, self.path)
+
+
+def stored_tensors(config: ModelConfig) -> dict[str, StoredTensor]:
+    """What a folder of this model stores, by Hugging Face's names."""
+    return {
+        name: StoredTensor(path, n if path.startswith("layers/") else None, shape)
+        for path, stacked in param_shapes(config).items()
+        for n, (name, shape) in enumerate(tensor_names(path, stacked))
+    }

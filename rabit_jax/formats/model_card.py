@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from rabit_jax.formats.families import HF_MODULES
 from rabit_jax.formats.hub import ID
 from rabit_jax.formats.rendering import environment
 
@@ -27,6 +28,7 @@ def packed_card(
     name: str, bits: float, stored_bits: float, base: str | None = None,
     licence: str | None = None, scores: Sequence[Score] = (),
     facts: Mapping[str, str] | None = None, whole_bits: float | None = None,
+    kept: str = "embedding, norms, head",
 ) -> str:
     """The card of a packed model. Of local paths, here and in `facts`, it gives the last part.
 
@@ -39,6 +41,7 @@ def packed_card(
       scores: rows of model, perplexity, bits per byte and context.
       whole_bits: bits per weight of the whole model, embedding and head included.
       facts: more lines of Markdown, such as the data, the tokens and the command.
+      kept: what is not quantised, see `kept_parts`.
 
     Returns:
       Markdown.
@@ -48,11 +51,27 @@ def packed_card(
     """
     return _render(
         "packed_card", front=_front(base, licence, "rabit_jax", [*_TAGS, "quantized"]), name=name,
-        bits=bits, stored_bits=stored_bits, whole_bits=whole_bits,
+        bits=bits, stored_bits=stored_bits, whole_bits=whole_bits, kept=kept,
         base=_model_name(base) if base else None,
         licence=licence or _UNKNOWN_LICENCE, scores=scores,
         facts={fact: without_local_paths(text) for fact, text in (facts or {}).items()},
     )
+
+
+def kept_parts(modules: Iterable[str], tied_head: bool) -> str:
+    """What a packed model keeps in 16 bits besides its blocks, for its card.
+
+    Args:
+      modules: the packed modules by Hugging Face's names.
+      tied_head: whether the head is the embedding.
+
+    >>> kept_parts(["model.embed_tokens"], tied_head=True)
+    'norms'
+    """
+    packed = set(modules)
+    embedding, head = (HF_MODULES[name] in packed for name in ("embed", "head"))
+    parts = {"embedding": embedding, "norms": False, "head": embedding if tied_head else head}
+    return ", ".join(part for part, is_packed in parts.items() if not is_packed)
 
 
 def dense_card(name: str, source: str, dtype: str, base: str | None, licence: str | None) -> str:
@@ -60,6 +79,18 @@ def dense_card(name: str, source: str, dtype: str, base: str | None, licence: st
     return _render(
         "dense_card", front=_front(base, licence, "transformers", _TAGS), name=name,
         source=_model_name(source), dtype=dtype, licence=licence or _UNKNOWN_LICENCE,
+    )
+
+
+def gptq_card(
+    name: str, source: str, bits: int, group: int, dtype: str, base: str | None,
+    licence: str | None,
+) -> str:
+    """The card of an export of the model `source` in GPTQ's layout; see `packed_card`."""
+    return _render(
+        "gptq_card", front=_front(base, licence, "transformers", [*_TAGS, "gptq", "quantized"]),
+        name=name, source=_model_name(source), bits=bits, group=group, dtype=dtype,
+        licence=licence or _UNKNOWN_LICENCE,
     )
 
 
@@ -102,6 +133,7 @@ def _front(base: str | None, licence: str | None, library: str, tags: list[str])
     from huggingface_hub import ModelCardData
 
     hub = base if base and "/" in base and _is_hub_id(base) else None
+    licence = licence and " ".join(licence.split())  # a line "---" would end the front matter
     data = ModelCardData(
         base_model=hub, base_model_relation="quantized" if hub else None, library_name=library,
         license=licence, pipeline_tag="text-generation", tags=[*tags, "jax"])

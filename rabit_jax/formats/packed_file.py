@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +26,7 @@ from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Json, Params, Weight
 from rabit_jax.weights.leaves import WeightNode, row_signs
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
+from rabit_jax.weights.sign_paths import PackedSign
 
 METHOD, FORMAT, VERSION = "rabit", "rb256", 4
 READABLE = (3, 4)  # 3 pads every row of signs to 256 inputs
@@ -176,34 +177,35 @@ def module_names(path: str, shape: tuple[int, ...]) -> list[str]:
     return [hf_name(path.rpartition("/")[0], layer) for layer in layers]
 
 
-def module_table(shapes: Shapes, headers: Mapping[str, Json]) -> dict[str, Json]:
-    """`modules` of the header: `headers` holds that of each packed kernel, by path."""
+def module_table(shapes: Shapes, headers: Mapping[str, Sequence[Json]]) -> dict[str, Json]:
+    """`modules` of the header: `headers` holds those of the layers of each packed kernel, by
+    path."""
     return {
-        module: header
-        for path, header in headers.items() for module in module_names(path, shapes[path])
+        module: header for path, own in headers.items()
+        for module, header in zip(module_names(path, shapes[path]), own, strict=True)
     }
 
 
-def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, Weight]:
-    """Each packed kernel, and the embedding if it is packed, by path; one matrix of it as shapes
-    and dtypes.
+def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, list[Weight]]:
+    """Each packed kernel, and the embedding if it is packed, by path: the matrix of each layer as
+    shapes and dtypes. Layers are alike, but for the k of sign paths.
 
     Raises:
       BadInput: the header's modules are not those of a model of these shapes.
     """
-    kernels = {path: module_names(path, shape)[0] for path, shape in shapes.items()
+    kernels = {path: module_names(path, shape) for path, shape in shapes.items()
                if path.endswith(("/kernel", "/embedding"))}
-    headers = {p: file.modules[m] for p, m in kernels.items() if m in file.modules}
-    nodes = {}
-    for path, header in headers.items():
-        try:
-            nodes[path] = abstract_packed(header)
-        except BadInput as error:
-            raise BadInput(f"module {kernels[path]} in {file.path}: {error}; pack the model again "
-                           "or update the program") from None
-        if nodes[path].shape != shapes[path][-2:]:
-            raise BadInput(f"module {kernels[path]} in {file.path} is {list(nodes[path].shape)}, "
-                           f"the config asks for {list(shapes[path][-2:])}: pack it again")
+    headers = {path: [_as_first(file.modules, m, modules[0]) for m in modules]
+               for path, modules in kernels.items() if modules[0] in file.modules}
+    nodes: dict[str, list[Weight]] = {}
+    for path, own in headers.items():
+        known: dict[str, Weight] = {}
+        nodes[path] = []
+        for module, header in zip(kernels[path], own, strict=True):
+            text = json.dumps(header)
+            if text not in known:
+                known[text] = _outlined(file, module, header, shapes[path][-2:])
+            nodes[path].append(known[text])
     wanted = module_table(shapes, headers)
     for name in [*wanted, *file.modules]:
         if file.modules.get(name) != wanted.get(name):
@@ -212,7 +214,30 @@ def packed_kernels(file: PackedFile, shapes: Shapes) -> dict[str, Weight]:
     return nodes
 
 
-def check_tensors(file: PackedFile, shapes: Shapes, nodes: Mapping[str, Weight]) -> None:
+def _as_first(modules: Mapping[str, Json], name: str, first: str) -> Json:
+    """The header that a module should have: that of the first layer, with its own k of sign
+    paths."""
+    header, found = modules[first], modules.get(name, {})
+    mixed = header.get("type") == PackedSign.header_type and "k" in found
+    return {**header, "k": found["k"]} if mixed else header
+
+
+def _outlined(file: PackedFile, module: str, header: Json, shape: tuple[int, ...]) -> Weight:
+    """The node of a header, of a matrix that the config says is `shape`."""
+    try:
+        node = abstract_packed(header)
+    except BadInput as error:
+        raise BadInput(f"module {module} in {file.path}: {error}; pack the model again "
+                       "or update the program") from None
+    if node.shape != shape:
+        raise BadInput(f"module {module} in {file.path} is {list(node.shape)}, "
+                       f"the config asks for {list(shape)}: pack it again")
+    return node
+
+
+def check_tensors(
+    file: PackedFile, shapes: Shapes, nodes: Mapping[str, Sequence[Weight]]
+) -> None:
     """Raises BadInput, with its name, for a tensor that is missing, misshapen or not asked for."""
     wanted = dict(_wanted(shapes, nodes, file.version))
     found = set(file.tensors.keys())
@@ -229,18 +254,16 @@ def check_tensors(file: PackedFile, shapes: Shapes, nodes: Mapping[str, Weight])
 
 
 def _wanted(
-    shapes: Shapes, nodes: Mapping[str, Weight], version: int
+    shapes: Shapes, nodes: Mapping[str, Sequence[Weight]], version: int
 ) -> Iterator[tuple[str, tuple]]:
     """Name and `(shape, dtypes)` of every tensor of the file."""
     for path, shape in shapes.items():
         if path not in nodes:
             yield from ((name, (inner, OTHERS)) for name, inner in tensor_names(path, shape))
             continue
-        node = nodes[path]
-        parts = list(zip(*map(jax.tree.leaves, (part_names(node), node, row_signs(node))),
-                         strict=True))
-        for module in module_names(path, shape):
-            for part, leaf, signs in parts:
+        for module, node in zip(module_names(path, shape), nodes[path], strict=True):
+            parts = map(jax.tree.leaves, (part_names(node), node, row_signs(node)))
+            for part, leaf, signs in zip(*parts, strict=True):
                 stored = (*leaf.shape[:-1], stored_bytes(signs))
                 tailed = signs and version > 3
                 yield f"{module}.{part}", (stored if tailed else leaf.shape,

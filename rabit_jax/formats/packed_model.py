@@ -27,7 +27,7 @@ from rabit_jax.formats.folder import (
 )
 from rabit_jax.formats.hf import load_hf
 from rabit_jax.formats.hf_config import from_hf, to_hf
-from rabit_jax.formats.model_card import CARD, packed_card
+from rabit_jax.formats.model_card import CARD, kept_parts, packed_card
 from rabit_jax.formats.packed_file import (
     FORMAT,
     METHOD,
@@ -51,6 +51,14 @@ from rabit_jax.tree import is_weight, leaves
 from rabit_jax.types import Array, Json, Params, Shape, Tokenizer, Weight
 from rabit_jax.weights.description import describe
 from rabit_jax.weights.leaves import WeightNode, row_signs
+from rabit_jax.weights.mixed_stack import (
+    check_paths,
+    cut,
+    has_paths,
+    layer_headers,
+    stacked,
+    unstacked,
+)
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
 
 if TYPE_CHECKING:
@@ -104,21 +112,26 @@ def save_packed(
     tensors = _tensors(flat)
     raw = to_hf(config)
     header = metadata(raw, module_table(shapes, headers), tensors)
-    types = sorted({one["type"] for one in headers.values()})
+    types = sorted({one["type"] for own in headers.values() for one in own})
     quantization = {**(extra or {}), "quant_method": METHOD, "format": FORMAT, "version": VERSION,
                     "types": types}
     files = json_files({**raw, **REFUSAL, "quantization_config": quantization}, generation)
     sizes = describe(params)
     card = packed_card(Path(folder).name, sizes.bits_per_weight, sizes.stored_bits_per_weight, base,
-                       whole_bits=sizes.whole_model_bits_per_weight)
+                       whole_bits=sizes.whole_model_bits_per_weight,
+                       kept=kept_parts(module_table(shapes, headers), config.tied_head))
     return write_folder(folder, [(FILE, tensors)], header, {**files, CARD: card}, tokenizer)
 
 
-def load_packed(folder: str | Path) -> tuple[Decoder, Params, Tokenizer | None]:
+def load_packed(
+    folder: str | Path, paths: int | None = None
+) -> tuple[Decoder, Params, Tokenizer | None]:
     """Reads and verifies a packed model.
 
     Args:
       folder: written by `save_packed`, or the id of such a model on the hub.
+      paths: how many sign paths of each matrix of the blocks are kept, see
+        `weights.mixed_stack.first_paths`; None keeps all.
 
     Returns:
       `(Decoder, params, tokenizer)` as from `load_hf`, but packed kernels are packed weight nodes
@@ -144,14 +157,19 @@ def load_packed(folder: str | Path) -> tuple[Decoder, Params, Tokenizer | None]:
         _check_config(file, raw, folder)
         shapes = param_shapes(config)
         nodes = packed_kernels(file, shapes)
+        if paths is not None:
+            check_paths(paths, [cast(WeightNode, node).sizes()["k"]
+                                for path, own in nodes.items() for node in own
+                                if path.startswith("layers/") and has_paths(node)])
         check_tensors(file, shapes, nodes)
-        params = {path: _read(file, path, s, nodes.get(path)) for path, s in shapes.items()}
+        params = {path: _read(file, path, s, nodes.get(path), paths) for path, s in shapes.items()}
     model = Decoder(with_end_token_of(tokenizer, config))
     return model, unflatten_dict(params, sep="/"), tokenizer
 
 
 def load_model(
-    folder: str | Path, done: Callable[[int, int], None] = lambda ready, total: None
+    folder: str | Path, done: Callable[[int, int], None] = lambda ready, total: None,
+    paths: int | None = None,
 ) -> tuple[Decoder, Params, Tokenizer | None]:
     """Reads a model to run it, whether it is packed or dense.
 
@@ -161,17 +179,20 @@ def load_model(
     Args:
       folder: a model folder, or a hub id.
       done: as for `load_hf`; not called for a packed model.
+      paths: as for `load_packed`.
 
     Returns:
       `(Decoder, params, tokenizer)` of `load_packed` or `load_hf`.
 
     Raises:
-      BadInput: as `load_packed` or `load_hf`.
+      BadInput: as `load_packed` or `load_hf`; or `paths` of a dense model.
     """
     folder = find_folder(folder)
     raw = read_json(folder / "config.json")
     if is_packed(raw):
-        return load_packed(folder)
+        return load_packed(folder, paths)
+    if paths is not None:
+        raise BadInput(f"{folder} holds a dense model, which has no sign paths: leave paths out")
     return load_hf(folder, dtype=from_hf(raw).dtype, done=done)
 
 
@@ -179,6 +200,16 @@ def is_packed(raw: Json) -> bool:
     """Whether a parsed config.json is that of a packed model."""
     quantization = raw.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+
+
+def kept_in_16_bits(folder: str | Path) -> str:
+    """What a packed model keeps in 16 bits besides its blocks, see `model_card.kept_parts`.
+
+    Raises:
+      BadInput: as `packed_bytes`.
+    """
+    with open_packed(Path(folder) / FILE) as file:
+        return kept_parts(file.modules, bool(file.config.get("tie_word_embeddings")))
 
 
 def packed_bytes(folder: str | Path) -> dict[str, float]:
@@ -189,6 +220,7 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
       head where nothing else is packed), padding included; `other_bytes`: all other tensors;
       `file_bytes`: size of model.safetensors with its header; `weights`: number of weights in those
       linears; `parameters`: numbers that all tensors stand for;
+      `bits_per_weight`: without the padding;
       `stored_bits_per_weight = 8 linear_bytes / weights`, which is `k + 16 k (i + o) / (i o)` for k
       sign paths if i is a multiple of 64, and more if i is padded to one;
       `whole_model_bits_per_weight = 8 (linear_bytes + other_bytes) / parameters`, that of
@@ -205,6 +237,7 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
         counts = {m: h["in"] * h["out"] for m, h in modules.items()}
         blocks = [m for m in modules if m not in ENDS] or list(modules)
         linear, weights = (sum(one[m] for m in blocks) for one in (packed, counts))
+        nominal = sum(abstract_packed(modules[m]).bits_per_weight() * counts[m] for m in blocks)
         arrays = sum(sizes.values()) - sum(packed.values())  # in 16 bits each
     except (KeyError, TypeError) as error:
         raise BadInput(f"the header of {path} names {error}, which the file lacks: fetch it "
@@ -213,6 +246,7 @@ def packed_bytes(folder: str | Path) -> dict[str, float]:
     return {
         "linear_bytes": linear, "other_bytes": total - linear,
         "file_bytes": path.stat().st_size, "weights": weights, "parameters": parameters,
+        "bits_per_weight": nominal / weights,
         "stored_bits_per_weight": 8 * linear / weights,
         "whole_model_bits_per_weight": 8 * total / parameters,
     }
@@ -223,8 +257,9 @@ def _parts(header: Json) -> list[str]:
     return jax.tree.leaves(part_names(abstract_packed(header)))
 
 
-def _headers(params: Params) -> dict[str, Json]:
-    """Header of each packed kernel by path; raises BadInput for nodes that cannot be stored."""
+def _headers(params: Params) -> dict[str, list[Json]]:
+    """Headers of the layers of each packed kernel by path; raises BadInput for nodes that cannot be
+    stored."""
     nodes = {path: leaf for path, leaf in params.items() if is_weight(leaf)}
     if not nodes:
         raise BadInput("the params hold no packed weight: pack them, or save a dense model by "
@@ -234,8 +269,9 @@ def _headers(params: Params) -> dict[str, Json]:
         if not is_packed_node(node):
             raise BadInput(f"{path} is a {type(node).__name__}, wanted a packed weight: pack the "
                            "params first")
-        headers[path] = cast(WeightNode, node).header()
-        _check_parts(path, node, headers[path])
+        node = cast(WeightNode, node)
+        headers[path] = layer_headers(node) if path.startswith("layers/") else [node.header()]
+        _check_parts(path, node, node.header())
     return headers
 
 
@@ -255,9 +291,9 @@ def _tensors(params: Params) -> dict[str, np.ndarray]:
     for path, leaf in params.items():
         stacked = path.startswith("layers/")
         if is_weight(leaf):
-            parts = stored_parts(leaf).items()
-            for n, module in enumerate(module_names(path, leaf.shape)):
-                out |= {f"{module}.{name}": a[n] if stacked else a for name, a in parts}
+            layers = unstacked(jax.tree.map(np.asarray, leaf)) if stacked else [leaf]
+            for one, module in zip(layers, module_names(path, leaf.shape), strict=True):
+                out |= {f"{module}.{name}": a for name, a in stored_parts(one).items()}
             continue
         stored = nearest_16bit(leaf, path)
         names = tensor_names(path, stored.shape)
@@ -276,16 +312,20 @@ def _check_config(file: PackedFile, raw: Json, folder: Path) -> None:
                            f"header of {FILE}: restore config.json")
 
 
-def _read(file: PackedFile, path: str, shape: Shape, node: Weight | None) -> Array | Weight:
-    """One parameter: an array, or the packed weight whose abstract form is `node`, stacked over
-    layers."""
-    if node is not None:
-        modules = module_names(path, shape)
-        return jax.tree.map(
-            lambda part, signs: _stack(
-                [file.read_part(f"{module}.{part}", signs) for module in modules], path),
-            part_names(node), row_signs(node),
-        )
+def _read(
+    file: PackedFile, path: str, shape: Shape, nodes: list[Weight] | None, paths: int | None
+) -> Array | Weight:
+    """One parameter: an array, or the packed weight whose layers have the abstract form `nodes`,
+    stacked over layers; of a weight of sign paths the first `paths`."""
+    if nodes is not None:
+        found = [
+            jax.tree.map(lambda part, signs, m=module: file.read_part(f"{m}.{part}", signs),
+                         part_names(node), row_signs(node))
+            for module, node in zip(module_names(path, shape), nodes, strict=True)
+        ]
+        node = stacked(found) if path.startswith("layers/") else found[0]
+        node = jax.tree.map(jnp.asarray, node)
+        return node if paths is None else cut(path, node, paths)
     rows = [file.read(name) for name, _ in tensor_names(path, shape)]
     return _stack([row.T for row in rows] if path.endswith("/kernel") else rows, path)
 

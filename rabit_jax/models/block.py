@@ -25,6 +25,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.kernels.cpu.calls import attention as attend_natively
 from rabit_jax.kernels.cpu.calls import attention_fits
 from rabit_jax.kernels.cpu.library import library
+from rabit_jax.models.cache import Codes, Store, decoded, like
 from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.rotary import Context, View, rotate
 from rabit_jax.tree import is_weight
@@ -47,31 +48,44 @@ Declared: TypeAlias = Mapping[str, Any]  # nested, with leaves `Fresh`
 
 
 class Slots(NamedTuple):
-    """The key-value cache of all layers, and the place in it where one layer writes next.
+    """The key-value cache of the layers of one kind, and the place in it where one writes next.
 
     Attributes:
       k, v: `[l, b, n, s, h]`.
-      layer: number of the layer.
-      start: the first slot to write.
+      layer: number of the layer among them.
+      start: place of the first token that is written.
+      ring: whether place p is in slot p modulo s; else it is in slot p.
     """
 
-    k: Array
-    v: Array
+    k: Store
+    v: Store
     layer: int | Array
     start: Array
+    ring: bool = False
 
     def append(self, k: Float[Array, "b n t h"], v: Float[Array, "b n t h"]) -> Slots:
         """`cache[layer, :, :, start : start + t] = new` for keys and values, in place."""
-        at = (self.layer, 0, 0, self.start, 0)
-        k, v = (jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), at)
-                for cache, new in ((self.k, k), (self.v, v)))
-        return self._replace(k=k, v=v)
+        return self._replace(k=self._written(self.k, k), v=self._written(self.v, v))
+
+    def _written(self, store: Store, new: Float[Array, "b n t h"]) -> Store:
+        return jax.tree.map(self._write, store, like(store, new))
+
+    def _write(self, cache: Array, new: Array) -> Array:
+        t, slots = new.shape[2], cache.shape[3]
+        start = self.start % slots if self.ring else self.start
+        if t > 1 and self.ring:
+            return cache.at[self.layer, :, :, (start + jnp.arange(t)) % slots].set(
+                jnp.moveaxis(new, 2, 0), unique_indices=True)
+        return jax.lax.dynamic_update_slice(cache, new[None], (self.layer, 0, 0, start, 0))
 
     def read(self) -> tuple[Float[Array, "b n s h"], Float[Array, "b n s h"]]:
-        """Keys and values of the layer in all slots."""
-        k, v = (jax.lax.dynamic_index_in_dim(cache, self.layer, keepdims=False)
-                for cache in (self.k, self.v))
-        return k, v
+        """Keys and values of the layer in all slots; codes as float32."""
+        def one(store: Store) -> Array:
+            found = jax.tree.map(
+                lambda a: jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False), store)
+            return decoded(found) if isinstance(found, Codes) else found
+
+        return one(self.k), one(self.v)
 
 
 MaybeSlots = TypeVar("MaybeSlots", Slots, None)
@@ -145,16 +159,18 @@ def rotary_attention(
             slots = slots.append(k, v)
             if native_attention(q.shape, slots.k):
                 return cached_attention(rotate(q, view), slots, view.allowed, config), slots
-            k, v = slots.read()
+            k, v = (one.astype(q.dtype) if isinstance(slots.k, Codes) else one
+                    for one in slots.read())
         size = config.attention_block
         if slots is None and 0 < size < q.shape[1]:
             return attention_in_blocks(rotate(q, view), k, v, view.allowed, config), slots
         return attention(rotate(q, view), k, v, view.allowed, config), slots
 
 
-def native_attention(q: Shape, cache: Array) -> bool:
+def native_attention(q: Shape, cache: Store) -> bool:
     """Whether the native CPU kernel attends with queries of shape `[b, t, n g, h]` to a cache."""
-    return (jax.default_backend() == "cpu" and cache.dtype == jnp.float32
+    return (jax.default_backend() == "cpu"
+            and (isinstance(cache, Codes) or cache.dtype == jnp.float32)
             and attention_fits(q, cache.shape) and library() is not None)
 
 
@@ -163,8 +179,9 @@ def cached_attention(
     config: ModelConfig,
 ) -> Float[Array, "b 1 ng h"]:
     """`attention` to the cache of one layer where it lies, by the native CPU kernel."""
+    k, v = ((one.codes, one.scale) if isinstance(one, Codes) else one for one in slots[:2])
     y = attend_natively(
-        q[:, 0].astype(jnp.float32), slots.k, slots.v, jnp.asarray(slots.layer), allowed[:, 0, 0],
+        q[:, 0].astype(jnp.float32), k, v, jnp.asarray(slots.layer), allowed[:, 0, 0],
         (config.query_scalar or config.head_dim) ** -0.5, config.attention_softcap)
     return y[:, None].astype(q.dtype)
 

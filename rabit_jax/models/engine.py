@@ -10,35 +10,56 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rabit_jax.models.block import Slots, block, rms_norm, soft_cap
+from rabit_jax.models.cache import (
+    PIECE,
+    Layer,
+    Stores,
+    empty_stores,
+    kinds,
+    of_kind,
+    pattern,
+    ring_places,
+    ring_slots,
+    windowed,
+    with_kind,
+)
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import embed, logits
 from rabit_jax.models.prepared import Engine, Rows, layer_at, multiply, prepare
-from rabit_jax.models.rotary import local_layers, positions, seen_from
+from rabit_jax.models.rotary import Context, positions, seen_from
 from rabit_jax.types import Array
 from rabit_jax.weights.laid import LaidTable
 
 __all__ = [
     "Cache", "Engine", "embedded", "head_logits", "init_cache", "over_layers", "prepare", "step",
+    "advance", "through",
 ]
-Cache: TypeAlias = dict[str, Array]
+Cache: TypeAlias = dict[str, Any]
 Carry = TypeVar("Carry")
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+def init_cache(config: ModelConfig, batch: int, slots: int, bits: int = 16) -> Cache:
     """An empty key-value cache for `step`; take the config of the engine.
 
+    Args:
+      config: of the engine.
+      batch: rows.
+      slots: tokens that fit.
+      bits: 16 for the compute dtype, on a CPU float32; 8 or 4 for `cache.Codes`. An engine has
+        `cache_bits`.
+
     Returns:
-      `k`, `v`: `[l, b, n, s, h]` in the compute dtype, on a CPU in float32; `valid: [b, s]` bool,
-      which slots hold real tokens; `length`: scalar int32, the next slot to write.
+      `k`, `v`: `[l, b, n, s, h]`, or `cache.ByKind` where some layers have a window, which keep
+      `cache.ring_slots` of it; `valid: [b, s]` bool, which places hold real tokens; `length`:
+      scalar int32, the next place to write.
     """
-    shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)
-    # XLA's CPU widens a whole bfloat16 cache to write one slot of it.
-    dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
     return {
-        "k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype),
+        "k": empty_stores(config, batch, slots, bits),
+        "v": empty_stores(config, batch, slots, bits),
         "valid": jnp.zeros((batch, slots), bool), "length": jnp.zeros((), jnp.int32),
     }
 
@@ -60,25 +81,65 @@ def step(
     Returns:
       float32 logits of the last token, and the cache with t more slots in use.
     """
-    c, (b, t) = engine.config, tokens.shape
+    real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    t = tokens.shape[1]
+    if t > PIECE and windowed(engine.config):
+        # A ring holds one piece besides its window.
+        first, pieces = t % PIECE or PIECE, -(-t // PIECE) - 1
+        _, cache = advance(engine, tokens[:, :first], cache, real[:, :first])
+
+        def further(n: Array, cache: Cache) -> Cache:
+            at = (0, first + n * PIECE)
+            piece, own = (jax.lax.dynamic_slice(a, at, (a.shape[0], PIECE)) for a in (tokens, real))
+            return advance(engine, piece, cache, own)[1]
+
+        cache = jax.lax.fori_loop(0, pieces - 1, further, cache)
+        tokens, real = tokens[:, -PIECE:], real[:, -PIECE:]
+    x, cache = advance(engine, tokens, cache, real)
+    last = rms_norm(x[:, -1], engine.final_norm, engine.config)
+    return head_logits(engine, last), cache
+
+
+def advance(
+    engine: Engine, tokens: Int[Array, "b t"], cache: Cache, real: Bool[Array, "b t"]
+) -> tuple[Float[Array, "b t d"], Cache]:
+    """What the last layer returns, and the cache with the tokens in it."""
+    c, t = engine.config, tokens.shape[1]
     start, slots = cache["length"], cache["valid"].shape[1]
-    real = jnp.ones((b, t), bool) if mask is None else mask.astype(bool)
     valid = jax.lax.dynamic_update_slice(cache["valid"], real, (0, start))
     seen = jnp.sum(cache["valid"], axis=1, keepdims=True, dtype=jnp.int32)
+    ring = None
+    if windowed(c):
+        places = ring_places(start + t - 1, ring_slots(c, slots))
+        ring = places, valid[:, jnp.maximum(places, 0)] & (places >= 0)[None]
     context = seen_from(
-        c, seen + positions(real), start + jnp.arange(t), jnp.arange(slots), valid)
-    local = local_layers(c)
+        c, seen + positions(real), start + jnp.arange(t), jnp.arange(slots), valid, ring=ring)
+    x, k, v = through(engine, tokens, context, cache["k"], cache["v"], start)
+    return x, {"k": k, "v": v, "valid": valid, "length": start + t}
 
-    def one(layer: int | Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+
+def through(
+    engine: Engine, tokens: Int[Array, "b t"], context: Context, k: Stores, v: Stores,
+    start: Array, kind: type[Slots] = Slots,
+) -> tuple[Float[Array, "b t d"], Stores, Stores]:
+    """What the last layer returns, and keys and values with those of the tokens.
+
+    Args:
+      engine: from `prepare`.
+      tokens: ids below v.
+      context: over the slots of each kind of layer.
+      k, v: the stores of all layers.
+      start: place of the first token.
+      kind: how `start` is read.
+    """
+    def one(layer: Layer, carry: tuple[Array, Stores, Stores]) -> tuple[Array, Stores, Stores]:
         x, k, v = carry
-        view = context.view(local[layer] if isinstance(layer, int) else jnp.asarray(local)[layer])
-        slots = Slots(k, v, layer, start)
-        x, slots = block(layer_at(engine, layer), x, view, c, slots, multiply)
-        return x, slots.k, slots.v
+        here = kind(of_kind(k, layer.local), of_kind(v, layer.local), layer.own, start, layer.local)
+        x, here = block(layer_at(engine, layer.number), x, context.view(layer.local),
+                        engine.config, here, multiply)
+        return x, with_kind(k, layer.local, here.k), with_kind(v, layer.local, here.v)
 
-    x, k, v = over_layers(engine, one, (embedded(engine, tokens), cache["k"], cache["v"]))
-    last = rms_norm(x[:, -1], engine.final_norm, c)
-    return head_logits(engine, last), {"k": k, "v": v, "valid": valid, "length": start + t}
+    return over_layers(engine, one, (embedded(engine, tokens), k, v))
 
 
 def embedded(engine: Engine, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -90,18 +151,29 @@ def embedded(engine: Engine, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]
         return embed(table, tokens, engine.config)
 
 
-def over_layers(
-    engine: Engine, body: Callable[[int | Array, Carry], Carry], carry: Carry
-) -> Carry:
+def over_layers(engine: Engine, body: Callable[[Layer, Carry], Carry], carry: Carry) -> Carry:
     """`carry = body(layer, carry)` for all layers.
 
-    One loop on the device, unless the engine holds a separate matrix for each layer: a loop would
-    copy each of them before it multiplies.
+    One loop on the device, of which a turn is a period of the kinds of layers (one layer, or six of
+    Gemma 3), unless the engine holds a separate matrix for each layer: a loop would copy each of
+    them before it multiplies.
     """
-    layers = engine.config.n_layers
-    if not any(isinstance(product, tuple) for product in engine.products.values()):
-        return jax.lax.fori_loop(0, layers, body, carry)
-    for layer in range(layers):
+    layers = kinds(engine.config)
+    period = pattern(np.array([layer.local for layer in layers]))
+    turns = len(layers) // period
+    if any(isinstance(product, tuple) for product in engine.products.values()):
+        turns = 0
+    counts = {kind: sum(one.local == kind for one in layers[:period]) for kind in (False, True)}
+
+    def turn(n: Array, carry: Carry) -> Carry:
+        for one in layers[:period]:
+            here = one._replace(number=n * period + one.number,
+                                own=n * counts[one.local] + one.own)
+            carry = body(here, carry)
+        return carry
+
+    carry = jax.lax.fori_loop(0, turns, turn, carry) if turns else carry
+    for layer in layers[turns * period :]:
         carry = body(layer, carry)
     return carry
 

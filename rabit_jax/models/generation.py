@@ -165,7 +165,7 @@ def _prefill(
     """The state after the first new token."""
     b = tokens.shape[0]
     zero = jnp.int32(0)
-    cache = init_cache(engine.config, b, slots)
+    cache = init_cache(engine.config, b, slots, engine.cache_bits)
     empty = State(zero, jnp.zeros(b, jnp.int32), jnp.zeros(b, bool), zero, cache, key)
     return _advance(engine, empty, tokens, mask, heat, choice)
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,11 @@ from flax import struct
 from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
+from rabit_jax.models.cache import check_bits
 from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.decoder import check_params, param_shapes
 from rabit_jax.tree import is_weight, leaves, pytree_dataclass
-from rabit_jax.types import Array, Params
+from rabit_jax.types import Array, Json, Params
 from rabit_jax.weights.laid import (
     Laid,
     LaidCodes,
@@ -31,6 +33,7 @@ from rabit_jax.weights.laid import (
     lay,
     lay_table,
 )
+from rabit_jax.weights.mixed_stack import unstacked
 from rabit_jax.weights.seam import linear
 from rabit_jax.weights.sign_paths import PackedSign
 
@@ -54,6 +57,7 @@ class Engine:
         None where the head is the embedding.
       config: the decoder's; its dtype is that of everything but the products, which have that of
         their matrix.
+      cache_bits: of keys and values, for `init_cache`.
     """
 
     embed: Any
@@ -61,9 +65,10 @@ class Engine:
     final_norm: Array
     head: Any
     config: ModelConfig = struct.field(pytree_node=False)
+    cache_bits: int = struct.field(pytree_node=False, default=16)
 
     @property
-    def products(self) -> dict[str, Any]:
+    def products(self) -> Json:
         """The kernels of `layers` by the names of the matrices that are joined in them."""
         return {name: part["kernel"] for side in ("attn", "mlp")
                 for name, part in self.layers[side].items() if "kernel" in part}
@@ -75,6 +80,17 @@ class At:
 
     weight: Laid
     layer: Array
+
+
+@pytree_dataclass
+class Beside:
+    """Laid weights of one layer that read the same input, their outputs side by side."""
+
+    members: tuple[At, ...]
+
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        """`x [W_1 ... W_m]`."""
+        return jnp.concatenate([multiply(x, one) for one in self.members], axis=-1)
 
 
 @pytree_dataclass
@@ -96,7 +112,9 @@ class Rows:
         return y[:n].reshape(*x.shape[:-1], -1)
 
 
-def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -> Engine:
+def prepare(
+    config: ModelConfig, params: Params, head_bits: int | None = None, cache_bits: int = 16
+) -> Engine:
     """The params of a decoder, laid out for `step`.
 
     Packed signs of one k that read the same input become one `LaidSign` (q, k, v; gate, up), and
@@ -112,6 +130,8 @@ def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -
       head_bits: 8 rounds a dense head to 8 bits with one scale for each token, which a CPU reads
         in a quarter of the time of float32; None leaves it as it is. The embedding stays as it is
         also where the head is the embedding.
+      cache_bits: of the keys and values of generated text: 16 keeps them in the compute dtype (on a
+        CPU float32), 8 or 4 in `models.cache.Codes`.
 
     Returns:
       The engine. Dense matrices are cast once to `config.dtype`, as `Decoder` casts them at each
@@ -120,7 +140,7 @@ def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -
 
     Raises:
       BadInput: params that do not fit the config, the message names the path; or `head_bits` is
-        neither 8 nor None.
+        neither 8 nor None, `cache_bits` none of 16, 8 and 4.
 
     Example:
       >>> engine = prepare(model.config, params)
@@ -129,6 +149,7 @@ def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -
     check_params(dict(leaves(params)), param_shapes(config))
     if head_bits not in (None, 8):
         raise BadInput(f"head_bits is {head_bits}, wanted 8, or None for the head as it is")
+    check_bits(cache_bits)
     platform = jax.devices()[0].platform
     config = dataclasses.replace(config, dtype=compute_dtype(config))
     params = jax.tree.map(jnp.asarray, params)
@@ -139,7 +160,7 @@ def prepare(config: ModelConfig, params: Params, head_bits: int | None = None) -
         # A factor of the embedding keeps the rounding of the model's dtype.
         scale = float(np.asarray(config.embed_scale, jnp.dtype(config.dtype)))
         config = dataclasses.replace(config, dtype="float32", embed_scale=scale)
-    return Engine(table, layers, params["final_norm"]["scale"], head, config)
+    return Engine(table, layers, params["final_norm"]["scale"], head, config, cache_bits)
 
 
 def layer_at(engine: Engine, layer: int | Array) -> Params:
@@ -155,10 +176,10 @@ def layer_at(engine: Engine, layer: int | Array) -> Params:
 
 
 def multiply(x: Float[Array, "... i"], w: Any) -> Float[Array, "... o"]:
-    """`x W` in `x.dtype` of a kernel of `layer_at`: an array, `Rows`, `At` or a weight node."""
+    """`x W` in `x.dtype` of a kernel of `layer_at`: `At`, `Beside`, `Rows`, array or weight."""
     if isinstance(w, At):
         return w.weight.matmul_at(x, w.layer)
-    return w.matmul(x).astype(x.dtype) if isinstance(w, Rows) else linear(x, w)
+    return w.matmul(x).astype(x.dtype) if isinstance(w, (Rows, Beside)) else linear(x, w)
 
 
 def _joined(part: Params, config: ModelConfig, platform: str) -> Params:
@@ -181,7 +202,7 @@ def _alike(group: Sequence[str], kernels: Mapping[str, Any]) -> list[list[str]]:
     sets: dict[Any, list[str]] = {}
     for name in group:
         node = kernels[name]
-        kind = (joins(node) or name) if is_weight(node) else "dense"
+        kind = "mixed" if _mixed(node) else (joins(node) or name) if is_weight(node) else "dense"
         sets.setdefault(kind, []).append(name)
     return list(sets.values())
 
@@ -189,6 +210,9 @@ def _alike(group: Sequence[str], kernels: Mapping[str, Any]) -> list[list[str]]:
 def _product(nodes: list[Any], config: ModelConfig, platform: str, limbs: int) -> Any:
     """The joined weights of all layers: laid, or a tuple of one matrix or node for each layer."""
     short = config.dtype == "bfloat16"
+    if _mixed(nodes[0]):
+        layers = zip(*map(unstacked, nodes), strict=True)
+        return tuple(_beside(own, platform, limbs, short) for own in layers)
     laid = lay(nodes, platform, limbs, short) if is_weight(nodes[0]) else None
     if laid is not None:
         return laid
@@ -197,6 +221,21 @@ def _product(nodes: list[Any], config: ModelConfig, platform: str, limbs: int) -
         return tuple(_index(node, n) for n in range(config.n_layers))
     matrices = (_matrix(nodes, n, config.dtype) for n in range(config.n_layers))
     return tuple(for_device(matrix, platform) for matrix in matrices)
+
+
+def _mixed(node: Any) -> bool:
+    """Whether the layers of a packed stack have different numbers of paths."""
+    return isinstance(node, PackedSign) and node.layer_k is not None
+
+
+def _beside(nodes: Sequence[Any], platform: str, limbs: int, short: bool) -> At | Beside:
+    """The laid weights of one layer `[i, o]` that read the same input; those of one k that follow
+    each other are joined."""
+    found = []
+    for _, own in itertools.groupby(nodes, lambda node: node.k):
+        laid = lay([jax.tree.map(lambda a: a[None], n) for n in own], platform, limbs, short)
+        found.append(At(cast(Laid, laid), jnp.int32(0)))
+    return found[0] if len(found) == 1 else Beside(tuple(found))
 
 
 def _with_default(node: Any, limbs: int) -> Any:

@@ -73,6 +73,7 @@ def make_context(
 def seen_from(
     config: ModelConfig, position: Int[Array, "b t"], query: Int[Array, " t"],
     key: Int[Array, " s"], real: Bool[Array, "b s"], hidden_states: bool = False,
+    ring: tuple[Int[Array, " r"], Bool[Array, "b r"]] | None = None,
 ) -> Context:
     """The context of queries and keys at given places in the sequence or the cache.
 
@@ -84,12 +85,16 @@ def seen_from(
       query, key: the places.
       real: which keys hold real tokens.
       hidden_states: whether blocks return the residual stream.
+      ring: places of the keys of local layers, and which are real; None takes those of the others.
     """
     behind = query[:, None] - key[None, :]
     allowed = (behind >= 0)[None, None] & real[:, None, None, :]
     full = View(*angles(position, frequencies(config)), allowed)
     if config.window is None or not any(config.local_layers):
         return Context(full, None, hidden_states)
+    if ring is not None:
+        behind = query[:, None] - ring[0][None, :]
+        allowed = (behind >= 0)[None, None] & ring[1][:, None, None, :]
     near = allowed & (behind < config.window)[None, None]
     return Context(full, View(*angles(position, local_frequencies(config)), near), hidden_states)
 

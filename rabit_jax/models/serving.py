@@ -13,24 +13,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Bool, Float, Int
 
-from rabit_jax.models.block import Slots, block, rms_norm
-from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.engine import embedded, head_logits, init_cache, over_layers
-from rabit_jax.models.prepared import Engine, layer_at, multiply
-from rabit_jax.models.rotary import (
-    Context,
-    View,
-    angles,
-    frequencies,
-    local_frequencies,
-    local_layers,
+from rabit_jax.models.block import Slots, rms_norm
+from rabit_jax.models.cache import (
+    ByKind,
+    Store,
+    Stores,
+    empty_stores,
+    ring_places,
+    ring_slots,
 )
+from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.engine import head_logits, through
+from rabit_jax.models.prepared import Engine
+from rabit_jax.models.rotary import Context, View, angles, frequencies, local_frequencies
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
 
@@ -63,6 +64,7 @@ class Sequences:
 
     Attributes:
       k, v: the cache.
+      slots: of its layers without a window.
       length: tokens in the cache, and so the slot that is written next.
       token: the last token that was chosen, which is not in the cache yet.
       left: how many tokens are still to be made.
@@ -70,13 +72,14 @@ class Sequences:
       sampling: how they are chosen.
     """
 
-    k: Float[Array, "l b n s h"]
-    v: Float[Array, "l b n s h"]
+    k: Stores
+    v: Stores
     length: Int[Array, " b"]
     token: Int[Array, " b"]
     left: Int[Array, " b"]
     made: Int[Array, " b"]
     sampling: Sampling
+    slots: int = struct.field(pytree_node=False)
 
 
 @pytree_dataclass
@@ -98,11 +101,14 @@ class Made:
     broken: Bool[Array, " b"]
 
 
-class Cache(NamedTuple):
-    """Keys and values of one sequence, `[l, 1, n, s, h]` each."""
+@pytree_dataclass
+class Cache:
+    """Keys and values of one sequence, `[l, 1, n, s, h]` each, and the slots of its layers without
+    a window."""
 
-    k: Array
-    v: Array
+    k: Stores
+    v: Stores
+    slots: int = struct.field(pytree_node=False)
 
 
 class Places(Slots):
@@ -110,34 +116,29 @@ class Places(Slots):
 
     __slots__ = ()
 
-    def append(self, k: Float[Array, "b n 1 h"], v: Float[Array, "b n 1 h"]) -> Places:
-        """`cache[layer, b, :, start[b]] = new[b, :, 0]` for keys and values, in place."""
-        rows = jnp.arange(k.shape[0])
-
-        def write(cache: Array, new: Array) -> Array:
-            # A free row may stand behind its last slot, where nothing is written.
-            new = new[:, :, 0].astype(cache.dtype)
-            return cache.at[self.layer, rows, :, self.start].set(
-                new, mode="drop", unique_indices=True)
-
-        return self._replace(k=write(self.k, k), v=write(self.v, v))
+    def _write(self, cache: Array, new: Array) -> Array:
+        """`cache[layer, b, :, start[b]] = new[b, :, 0]`, in place."""
+        start = self.start % cache.shape[3] if self.ring else self.start
+        # A free row may stand behind its last slot, where nothing is written.
+        return cache.at[self.layer, jnp.arange(new.shape[0]), :, start].set(
+            new[:, :, 0], mode="drop", unique_indices=True)
 
 
-def empty(config: ModelConfig, rows: int, slots: int) -> Sequences:
-    """Free rows; take the config of the engine."""
-    cache = init_cache(config, rows, slots)
+def empty(config: ModelConfig, rows: int, slots: int, bits: int = 16) -> Sequences:
+    """Free rows; take the config and the `cache_bits` of the engine."""
+    k, v = (empty_stores(config, rows, slots, bits) for _ in "kv")
     sampling = Sampling(
         jax.random.split(jax.random.key(0), rows), jnp.zeros(rows), jnp.ones(rows),
         jnp.zeros(rows, bool))
     # An array for each field, because calls donate them.
     length, token, left, made = (jnp.zeros(rows, jnp.int32) for _ in range(4))
-    return Sequences(cache["k"], cache["v"], length, token, left, made, sampling)
+    return Sequences(k, v, length, token, left, made, sampling, slots)
 
 
-def empty_cache(config: ModelConfig, slots: int) -> Cache:
+def empty_cache(config: ModelConfig, slots: int, bits: int = 16) -> Cache:
     """The cache of a sequence without tokens."""
-    cache = init_cache(config, 1, slots)
-    return Cache(cache["k"], cache["v"])
+    k, v = (empty_stores(config, 1, slots, bits) for _ in "kv")
+    return Cache(k, v, slots)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -150,7 +151,7 @@ def read(
     Args:
       engine: from `prepare`.
       cache: holds the pieces before; `start + t` must not exceed its slots.
-      tokens: the piece, padded behind.
+      tokens: the piece, padded behind, of at most `cache.PIECE` tokens.
       start: tokens of the pieces before.
       count: real tokens of this piece, at least 1.
 
@@ -158,9 +159,10 @@ def read(
       float32 logits of the last real token, and the cache with the piece in it.
     """
     position = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    x, k, v = _through(engine, tokens, position, Slots(cache.k, cache.v, 0, start))
+    context = seen_behind(engine.config, position, cache.slots)
+    x, k, v = through(engine, tokens, context, cache.k, cache.v, start)
     last = jax.lax.dynamic_index_in_dim(x, count - 1, axis=1, keepdims=False)
-    return _logits(engine, last), Cache(k, v)
+    return _logits(engine, last), Cache(k, v, cache.slots)
 
 
 @functools.partial(jax.jit, donate_argnames="batch")
@@ -182,15 +184,19 @@ def admit(
     Returns:
       The batch, and the first token as `Made` of one row.
     """
-    at = (0, row, 0, 0, 0)
-    k, v = (jax.lax.dynamic_update_slice(old, new, at)
-            for old, new in ((batch.k, cache.k), (batch.v, cache.v)))
+    # A ring that is smaller than that of the batch has not gone round yet.
+    def joined(old: Stores, new: Stores) -> Stores:
+        return jax.tree.map(
+            lambda a, b: jax.lax.dynamic_update_slice(a, b, (0, row, 0, 0, 0)), old, new)
+
+    k, v = joined(batch.k, cache.k), joined(batch.v, cache.v)
     first = jnp.zeros(1, jnp.int32)
     token, made, left = _choose(logits, sampling, first, most[None], ends)
     put = functools.partial(jax.tree.map, lambda old, new: old.at[row].set(new))
     return Sequences(
         k, v, put(batch.length, length), put(batch.token, token[0]), put(batch.left, left[0]),
         put(batch.made, 1), put(batch.sampling, jax.tree.map(lambda a: a[0], sampling)),
+        batch.slots,
     ), Made(made.tokens[:, None], made.logprob[:, None], made.top[:, None],
             made.top_logprobs[:, None], made.broken)
 
@@ -226,21 +232,32 @@ def decode(
     return batch, made
 
 
-@functools.partial(jax.jit, static_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("config", "slots"))
 def resize(
-    batch: Sequences, source: Int[Array, " c"], kept: Int[Array, ""], slots: int
+    config: ModelConfig, batch: Sequences, source: Int[Array, " c"], kept: Int[Array, ""],
+    slots: int,
 ) -> Sequences:
     """A batch of c rows with `slots` slots: row i is row `source[i]`, free from `kept` on.
 
-    No kept row may hold more tokens than there are slots.
+    No kept row may hold more tokens than there are slots. The config is that of the engine.
     """
-    def cached(a: Array) -> Array:
-        a = a[:, source, :, :slots]
-        return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, slots - a.shape[3]), (0, 0)))
+    def cached(stores: Stores) -> Stores:
+        if not isinstance(stores, ByKind):
+            return moved(stores, slots)
+        # A ring changes its size only where it has not gone round.
+        full = None if stores.full is None else moved(stores.full, slots)
+        return ByKind(full, moved(stores.local, ring_slots(config, slots)))
+
+    def moved(store: Store, slots: int) -> Store:
+        def one(a: Array) -> Array:
+            a = a[:, source, :, :slots]
+            return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, slots - a.shape[3]), (0, 0)))
+
+        return jax.tree.map(one, store)
 
     rows = jax.tree.map(lambda a: a[source], dataclasses.replace(batch, k=None, v=None))
     left = jnp.where(jnp.arange(source.shape[0]) < kept, rows.left, 0)
-    return dataclasses.replace(rows, k=cached(batch.k), v=cached(batch.v), left=left)
+    return dataclasses.replace(rows, k=cached(batch.k), v=cached(batch.v), left=left, slots=slots)
 
 
 @functools.partial(jax.jit, donate_argnames="batch")
@@ -251,8 +268,8 @@ def stop(batch: Sequences, row: Int[Array, ""]) -> Sequences:
 
 def _step(engine: Engine, batch: Sequences, ends: Array) -> tuple[Sequences, Made]:
     """One token more for each row that is not at its end."""
-    x, k, v = _through(engine, batch.token[:, None], batch.length[:, None],
-                       Places(batch.k, batch.v, 0, batch.length))
+    context = seen_behind(engine.config, batch.length[:, None], batch.slots)
+    x, k, v = through(engine, batch.token[:, None], context, batch.k, batch.v, batch.length, Places)
     token, made, left = _choose(_logits(engine, x[:, 0]), batch.sampling, batch.made, batch.left,
                                 ends)
     runs = (batch.left > 0).astype(jnp.int32)
@@ -261,25 +278,9 @@ def _step(engine: Engine, batch: Sequences, ends: Array) -> tuple[Sequences, Mad
         made=batch.made + runs), made
 
 
-def _through(
-    engine: Engine, tokens: Int[Array, "b t"], position: Int[Array, "b t"], slots: Slots
-) -> tuple[Float[Array, "b t d"], Array, Array]:
-    """The residual stream behind all layers, and the caches with the tokens in them."""
-    c, local = engine.config, local_layers(engine.config)
-    context = seen_behind(c, position, slots.k.shape[3])
-
-    def one(layer: int | Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        x, k, v = carry
-        view = context.view(local[layer] if isinstance(layer, int) else jnp.asarray(local)[layer])
-        here = slots._replace(k=k, v=v, layer=layer)
-        x, here = block(layer_at(engine, layer), x, view, c, here, multiply)
-        return x, here.k, here.v
-
-    return over_layers(engine, one, (embedded(engine, tokens), slots.k, slots.v))
-
-
 def seen_behind(config: ModelConfig, position: Int[Array, "b t"], slots: int) -> Context:
-    """The context of queries that see the slots of their row up to their own position.
+    """The context of queries that see the slots of their row up to their own position, which are
+    consecutive in a row.
 
         full: key <= position;   local: also key > position - window
     """
@@ -288,7 +289,9 @@ def seen_behind(config: ModelConfig, position: Int[Array, "b t"], slots: int) ->
     full = View(*angles(position, frequencies(config)), allowed)
     if config.window is None or not any(config.local_layers):
         return Context(full)
-    near = allowed & (behind < config.window)
+    places = ring_places(position[:, -1], ring_slots(config, slots))[:, None, None, :]
+    behind = position[:, None, :, None] - places
+    near = (behind >= 0) & (behind < config.window) & (places >= 0)
     return Context(full, View(*angles(position, local_frequencies(config)), near))
 
 

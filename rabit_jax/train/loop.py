@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from rabit_jax.errors import BadInput
+from rabit_jax.hosts import on_mesh
 from rabit_jax.progress import say
 from rabit_jax.train.checkpoints import Checkpoints, abstract, all_finite
 from rabit_jax.train.health import Fault, Health
@@ -229,7 +230,7 @@ class _Faults:
         self.returns[last] = count = self.returns.get(last, 0) + 1
         self._check(step, count, f"rollbacks to the checkpoint of step {last} were needed")
         say(f"{stage}: rolled back to the checkpoint of step {last}, going on after step {step}")
-        counted = jax.device_put(np.asarray(step, np.int32), target.step.sharding)
+        counted = on_mesh(np.asarray(step, np.int32), target.step.sharding)
         return dataclasses.replace(state, step=counted)
 
     def _check(self, step: int, count: int, what: str) -> None:

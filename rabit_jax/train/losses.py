@@ -6,7 +6,7 @@ positions is projected to the vocabulary, reduced to sums, and recomputed in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Shaped
 
 from rabit_jax.types import Array, Batch, Params
+from rabit_jax.weights.mixed_stack import first_paths
 from rabit_jax.weights.shardings import gather_ends
 
 F32 = jnp.float32
@@ -313,16 +314,57 @@ def distillation_loss(
       `{"loss", "kl", "hidden_mse"}`, scalar float32 sums; "hidden_mse" is the second term without
       its weight.
     """
+    return _to_teacher(model, [params], teacher, batch, gamma, chunk)[0]
+
+
+def nested_loss(
+    model: nn.Module, params: Params, teacher: Params, batch: Batch, gamma: float,
+    weights: Mapping[int, float], chunk: int = 256,
+) -> dict[str, Float[Array, ""]]:
+    """`distillation_loss` of the models of the first sign paths, summed by weight.
+
+        loss = sum_n w_n L(first n paths) / sum_n w_n
+
+    One latent is trained so that each prefix of its paths is a model of its own, see
+    `weights.mixed_stack.first_paths`. The teacher runs once. Source of losses on nested prefixes:
+    Kusupati et al., Matryoshka Representation Learning, arXiv 2205.13147.
+
+    Args:
+      model, params, teacher, batch, gamma, chunk: as for `distillation_loss`.
+      weights: `{n: w_n}`, of numbers of paths that the params have.
+
+    Returns:
+      As `distillation_loss`: "kl" and "hidden_mse" are those of the most paths, and `kl_<n>` those
+      of the others.
+    """
+    order = sorted(weights)
+    students = [first_paths(params, n) for n in order]
+    found = _to_teacher(model, students, teacher, batch, gamma, chunk)
+    total = sum(weights.values())
+    loss = sum((weights[n] / total * own["loss"] for n, own in zip(order, found, strict=True)),
+               jnp.zeros((), F32))
+    others = {f"kl_{n}": own["kl"] for n, own in zip(order[:-1], found[:-1], strict=True)}
+    return {**found[-1], "loss": loss, **others}
+
+
+def _to_teacher(
+    model: nn.Module, students: Sequence[Params], teacher: Params, batch: Batch, gamma: float,
+    chunk: int,
+) -> list[dict[str, Float[Array, ""]]]:
+    """`distillation_loss` of several students, for which the teacher runs once."""
     mask, teacher = _real(batch), jax.lax.stop_gradient(teacher)
-    heads = head_of(model, params), head_of(model, teacher)
-    with jax.named_scope("student"):
-        student, student_hidden = _features(model, params, batch, hidden_states=gamma > 0)
     with jax.named_scope("teacher"):
         taught, taught_hidden = _features(model, teacher, batch, hidden_states=gamma > 0)
-    kl, hidden = summed_kl(*heads, student, taught, mask, chunk), jnp.zeros((), F32)
-    if gamma > 0:
-        hidden = summed_hidden_error(student_hidden, taught_hidden, mask)
-    return {"loss": kl + gamma * hidden, "kl": kl, "hidden_mse": hidden}
+    found = []
+    for params in students:
+        heads = head_of(model, params), head_of(model, teacher)
+        with jax.named_scope("student"):
+            student, student_hidden = _features(model, params, batch, hidden_states=gamma > 0)
+        kl, hidden = summed_kl(*heads, student, taught, mask, chunk), jnp.zeros((), F32)
+        if gamma > 0:
+            hidden = summed_hidden_error(student_hidden, taught_hidden, mask)
+        found.append({"loss": kl + gamma * hidden, "kl": kl, "hidden_mse": hidden})
+    return found
 
 
 def dominant_term(kl: float, hidden: float, gamma: float, ratio: float = 100.0) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers
 
@@ -254,7 +255,7 @@ def apply_updates(trainable: Params, updates: PyTree, step: Array) -> Params:
     return jax.tree.unflatten(structure, moved)
 
 
-def _rounded(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+def _rounded(x: jax.Array, dtype: DTypeLike, key: jax.Array) -> jax.Array:
     """Float32 `x` in another dtype; to bfloat16 up or down by chance, with `x` as the mean."""
     if dtype != jnp.bfloat16:
         return x.astype(dtype)

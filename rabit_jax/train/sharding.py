@@ -1,4 +1,4 @@
-"""The mesh of a run, with axes `data`, `fsdp` and `tensor`, and where batches and states live on it.
+"""The mesh of a run, axes `data`, `fsdp` and `tensor`, and where batches and states live on it.
 
 Where params live is told by `weights.shardings`.
 """
@@ -136,7 +136,7 @@ def layer_by_layer(
 
 
 def _split_axes(spec: PartitionSpec, ndim: int) -> list[tuple[str, int]]:
-    """`(axis of the mesh, axis of the array from its end)` of each of the last two that is split."""
+    """`(axis of the mesh, axis of the array)` of each of the last two, -2 and -1, that is split."""
     full = [*spec, *(None,) * (ndim - len(spec))]
     return [(str(name), axis) for axis, name in ((-2, full[-2]), (-1, full[-1])) if name]
 

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
+from rabit_jax.hosts import on_mesh
 from rabit_jax.train.checkpoints import abstract
 from rabit_jax.train.health import Health, HealthConfig, make_health
 from rabit_jax.train.optimizer import (
@@ -103,16 +104,16 @@ def make_trainer(
     mesh = make_mesh() if mesh is None else mesh
     program = make_program(loss, params, config, steps, mesh=mesh, accumulate=accumulate,
                            project=project, count=count, health=health)
-    placed = jax.device_put(params, param_shardings(params, mesh))
+    placed = on_mesh(params, param_shardings(params, mesh))
     trainable, frozen = partition(placed, roles(params), config.freeze)
     if teacher is not None:
-        teacher = jax.device_put(teacher, param_shardings(teacher, mesh))
+        teacher = on_mesh(teacher, param_shardings(teacher, mesh))
     return Trainer(
         program.step,
         program.init(trainable),
         frozen,
         teacher,
-        place=lambda batch: jax.device_put(batch, batch_sharding(mesh)),
+        place=lambda batch: on_mesh(batch, batch_sharding(mesh)),
         schedule=learning_rate(config, config.lr, steps),
         health=program.health,
     )

@@ -21,6 +21,7 @@ from rabit_jax.weights.sign_paths import PackedSign
 from rabit_jax.weights.sum_weight import SumSpec, SumWeight, residual
 from rabit_jax.weights.table import Table
 from rabit_jax.weights.uniform_residual import UniformResidual, UniformResidualSpec
+from rabit_jax.weights.uniform_sign import UniformSign
 
 __all__ = [
     "LLAMA_ENDS",
@@ -52,6 +53,7 @@ __all__ = [
     "Table",
     "UniformResidual",
     "UniformResidualSpec",
+    "UniformSign",
     "Weight",
     "add_representation",
     "convert",

@@ -20,6 +20,7 @@ from rabit_jax.weights.group_uniform import PackedGroupUniform
 from rabit_jax.weights.grouped_sign import PackedGroupedSign
 from rabit_jax.weights.low_rank_sign import PackedLowRank
 from rabit_jax.weights.sign_paths import PackedSign, pack_positive
+from rabit_jax.weights.uniform_sign import PackedUniformSign
 
 
 @pytree_dataclass
@@ -121,7 +122,7 @@ class LaidCodes:
 
     Attributes:
       codes: uint8 `[l, o, bytes]`, rows of `kernels.codes.lay_codes`.
-      s, c: float16 `[l, ceil(i / group), o]`, steps and lowest levels.
+      s, c: float16 or float32 `[l, ceil(i / group), o]`, steps and lowest levels.
       group: inputs that share a step and a lowest level.
       inputs: `i`.
     """
@@ -180,6 +181,8 @@ def joins(node: Any) -> Any:
     """What packed weights have in common that `lay` can join; None for any other weight."""
     if isinstance(node, PackedSign):
         return node.k
+    if isinstance(node, PackedUniformSign):
+        return (node.k, node.group, "centred")
     return (node.planes, node.group) if isinstance(node, PackedGroupUniform) else None
 
 
@@ -196,7 +199,8 @@ def lay(
 
     Returns:
       None where they cannot be joined or have no kernel: several that are not all `PackedSign` of
-      the same k, or `PackedGroupUniform` of the same bits and group, or a node of another type.
+      the same k, or `PackedGroupUniform` or `PackedUniformSign` of the same bits and group, or a
+      node of another type.
     """
     from rabit_jax.kernels.codes import lay_codes
     from rabit_jax.kernels.matmul import laid_bits
@@ -209,9 +213,11 @@ def lay(
         limbs = max(n.limbs or limbs for n in nodes)
         rows = tuple(n.shape[-1] for n in nodes)
         return LaidSign(laid_bits(bits, rows, platform), g, h, rows, limbs, short)
-    if isinstance(first, PackedGroupUniform) and all(joins(n) == joins(first) for n in nodes):
-        codes = [_codes(n.bits, n.inputs, lay_codes) for n in nodes]
-        s, c = (jnp.concatenate([getattr(n, name) for n in nodes], axis=-1) for name in "sc")
+    evenly = isinstance(first, PackedGroupUniform | PackedUniformSign)
+    if evenly and all(joins(n) == joins(first) for n in nodes):
+        parts = [_planes_and_levels(n) for n in nodes]
+        codes = [_codes(planes, first.inputs, lay_codes) for planes, _, _ in parts]
+        s, c = (jnp.concatenate([part[n] for part in parts], axis=-1) for n in (1, 2))
         return LaidCodes(jnp.concatenate(codes, axis=-2), s, c, first.group, first.inputs)
     if len(nodes) == 1 and isinstance(first, PackedGroupedSign):
         return LaidGroupedSign(first.bits, first.g, first.h, first.group)
@@ -223,6 +229,20 @@ def lay(
         v_bits = laid_bits(v_bits, first.shape[-1:], platform)
         return LaidLowRank(u_bits, v_bits, first.h, first.l, first.g, limbs)
     return None
+
+
+def _planes_and_levels(
+    node: PackedGroupUniform | PackedUniformSign,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Planes of codes `[l, b, o, bytes]`, steps and lowest levels `[l, n, o]`.
+
+    Levels that are odd multiples of `u = 2^(1-k) s`, from `-(2^k - 1) u` on, lie 2 u apart; the
+    first sign is the highest bit of the code. The lowest one wants more than 16 bits.
+    """
+    if isinstance(node, PackedGroupUniform):
+        return node.bits, node.s, node.c
+    unit = node.s.astype(jnp.float32) * 0.5 ** (node.k - 1)
+    return node.bits[..., ::-1, :, :], 2 * unit, -(2**node.k - 1) * unit
 
 
 @partial(jax.jit, static_argnums=(1, 2))

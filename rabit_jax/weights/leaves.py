@@ -246,6 +246,10 @@ class WeightNode(AxisMetadata[Array]):
         tables = {a.removeprefix("2^"): n for a, n in found.items() if a.startswith("2^")}
         return {axis: (n - 1).bit_length() for axis, n in tables.items()} | found
 
+    def layer_sizes(self) -> list[Sizes]:
+        """`sizes()` of the matrix of each layer; those of stacked layers may differ in k."""
+        return [self.sizes()] * prod(self.lead())
+
     def paths(self) -> Iterator[Array]:
         """The terms `W_hat_1, ..., W_hat_k` of `W_hat`, float32 `[..., i, o]`, one at a time."""
         raise NotImplementedError(f"{type(self).__name__} does not name its paths")
@@ -269,14 +273,16 @@ class WeightNode(AxisMetadata[Array]):
     def deployed_bytes(self) -> int:
         """Bytes of all arrays in a packed file, padding included; from the shapes alone."""
         stored = _packed_leaves(self)
-        own = sum(one.stored_bytes(self.sizes()) for one in stored)
-        total = prod(self.lead()) * own if stored else 0
+        layers = self.layer_sizes() if stored else []
+        total = sum(one.stored_bytes(sizes) for sizes in layers for one in stored)
         return total + sum(part.deployed_bytes() for part in parts(self))
 
     def bits_per_weight(self) -> float:
         """Bits per weight once packed, all scales, levels and tables counted, padding not."""
         stored = _packed_leaves(self)
-        own = sum(one.packed_bits(self.sizes()) for one in stored) / prod(self.shape[-2:])
+        layers = self.layer_sizes() if stored else []
+        bits = sum(one.packed_bits(sizes) for sizes in layers for one in stored)
+        own = bits / prod(self.shape) if stored else 0
         return own + sum(part.bits_per_weight() for part in parts(self))
 
     def cost(self) -> Cost:
@@ -338,6 +344,12 @@ def declaration(node: Weight) -> PyTree[Leaf]:
         if f.metadata.get("pytree_node", True) and getattr(node, f.name) is not None
     }
     return node.replace(**found)
+
+
+def leaf_axes(node: WeightNode) -> list[tuple[str, list[str]]]:
+    """The fields of a node that hold arrays, and the names of their axes behind those of layers."""
+    return [(field.name, field.metadata["leaf"].names)
+            for field in _fields(node) if "leaf" in field.metadata]
 
 
 def row_signs(node: Weight) -> PyTree[int]:

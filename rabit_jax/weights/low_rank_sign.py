@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from math import floor, prod
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from rabit_jax.errors import BadInput, check_choice
@@ -298,7 +299,7 @@ class LowRankSign(LowRankProduct):
         u, v = self._factors(F32)
         return low_rank_terms(u, v, self.h, self.l, self.g)
 
-    def _factors(self, dtype: Any) -> tuple[Array, Array]:
+    def _factors(self, dtype: DTypeLike) -> tuple[Array, Array]:
         """`sign(U)`, `sign(V)` in `dtype`, differentiable by the rule `ste`."""
         return factor_sign(self.u, self.ste, dtype), factor_sign(self.v, self.ste, dtype)
 

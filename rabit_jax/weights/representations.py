@@ -30,6 +30,7 @@ from rabit_jax.weights.sign_paths import PackedSign
 from rabit_jax.weights.sum_weight import SumSpec, SumWeight
 from rabit_jax.weights.table import Table
 from rabit_jax.weights.uniform_residual import UniformResidual, UniformResidualSpec
+from rabit_jax.weights.uniform_sign import PackedUniformSign, UniformSign
 
 
 class Representation(NamedTuple):
@@ -58,6 +59,7 @@ REPRESENTATIONS = (
     Representation(None, Reshaped, Reshaped),
     Representation(None, Table, Table),
     Representation(None, GroupedSign, PackedGroupedSign),
+    Representation(None, UniformSign, PackedUniformSign),
 )
 SPECS = tuple(one.spec for one in REPRESENTATIONS if one.spec is not None)
 PACKED_TYPES = {one.packed.header_type: one.packed for one in REPRESENTATIONS}

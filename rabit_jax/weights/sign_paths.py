@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any, Self
 
 import jax
@@ -20,6 +19,7 @@ from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.iterative_svid import svid
 from rabit_jax.signs.ste import (
     F32,
+    live_paths,
     outer,
     scale_gradients,
     ste_names,
@@ -29,7 +29,7 @@ from rabit_jax.signs.ste import (
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array, Json
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import PACKED_DTYPES, Header, WeightNode, leaf
+from rabit_jax.weights.leaves import PACKED_DTYPES, Header, Sizes, WeightNode, leaf
 
 
 class SignPaths(WeightNode):
@@ -56,8 +56,8 @@ class SignPaths(WeightNode):
 
         The additions within a path are `i - 1` for each output, and one more joins the paths.
         """
-        *lead, i, o = self.shape
-        paths = prod(lead) * self.k
+        i, o = self.shape[-2:]
+        paths = sum(sizes["k"] for sizes in self.layer_sizes())
         return Cost(paths * (i + o), paths * i * o, 0, self.deployed_bytes())
 
 
@@ -79,15 +79,24 @@ class PackedSign(SignPaths):
       h: float16 `[..., k, i]`.
       limbs: bytes of fixed point that integer kernels give each activation, 2 or 3, as
         `init.record_limbs` chose it; None leaves it to them.
+      layer_k: paths of each layer of a stack where these differ; the scales of further ones are 0,
+        and a file does not hold them. None where all have k. See `weights.mixed_stack`.
     """
 
     bits: Array = leaf("sign", "k o i/8")
     g: Array = leaf("scale", "k o")
     h: Array = leaf("scale", "k i")
     limbs: int | None = struct.field(pytree_node=False, default=None)
+    layer_k: tuple[int, ...] | None = struct.field(pytree_node=False, default=None, repr=False)
 
     header_type = "sign"
     header_sizes = {"k": "k"}
+
+    def layer_sizes(self) -> list[Sizes]:
+        """As of every weight, with the paths of each layer."""
+        if self.layer_k is None or self.lead() != (len(self.layer_k),):
+            return super().layer_sizes()  # also of one layer that was taken out of a stack
+        return [self.sizes() | {"k": k} for k in self.layer_k]
 
     def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """`x @ W_hat`, `[..., i]` -> `[..., o]`, without building `W_hat`."""
@@ -121,6 +130,19 @@ class PackedSign(SignPaths):
         if limbs not in (None, 2, 3):
             raise ValueError(f"limbs is {limbs!r}")
         return super().abstract(header, read).replace(limbs=limbs)
+
+
+def with_layer_k(node: PackedSign) -> PackedSign:
+    """A stack with `layer_k` as its scales say it: paths behind the last that is not 0 are none.
+
+    A layer of zeros alone keeps all of its paths.
+    """
+    live = live_paths(node.g, node.h)
+    ks = np.asarray(live.sum(axis=-1))
+    if ks.ndim != 1 or (ks == node.k).all():
+        return node
+    bits = node.bits * live[..., None, None].astype(node.bits.dtype)
+    return node.replace(bits=bits, layer_k=tuple(map(int, ks)))
 
 
 @jax.custom_vjp

@@ -1,11 +1,13 @@
 """Mixes: what is read, in which order, what is left out, and when it is not read again."""
 
+import copy
 import dataclasses
 import gzip
 import json
 
 import pytest
 
+from rabit_jax.data.conversations import rendering
 from rabit_jax.data.mix import Part
 from rabit_jax.data.readers import NAMED, named_text
 from rabit_jax.data.sources import DataConfig, documents, mixed
@@ -240,3 +242,66 @@ def test_a_file_of_unknown_format_is_refused(tmp_path):
     config = DataConfig(source="mix", mix=(part,), mix_eval=(part,))
     with pytest.raises(BadInput, match="cannot tell the format of 'rows.bin'.*.parquet"):
         texts(config, "eval")
+
+
+# Conversations.
+
+TEMPLATE = ("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
+            "{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """Four rows: two usual forms, one that the template refuses, one without a conversation."""
+    held = [
+        [{"role": "user", "content": "text 1?"}, {"role": "assistant", "content": "2"}],
+        [{"from": "system", "value": "s"}, {"from": "human", "value": "3"},
+         {"from": "gpt", "value": "4"}],
+        [{"role": "tool", "content": "5"}],
+        [{"role": "user", "content": None}],
+    ]
+    (tmp_path / "hub").mkdir()
+    lines = [json.dumps({"talk": row}) for row in held]
+    (tmp_path / "hub" / "chats.jsonl").write_text("\n".join(lines))
+    return Part(hub=str(tmp_path / "hub"), hub_file="chats.jsonl", hub_messages="talk")
+
+
+def test_conversations_become_text_by_the_chat_template(chats, tmp_path, tokenizer, capsys):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    config = DataConfig(source="mix", mix=(chats, written(tmp_path, "file", 1)), mix_eval=(chats,))
+    render = rendering(tokenizer)
+    wanted = ["[user] text 1?\n[assistant] 2\n", "[system] s\n[user] 3\n[assistant] 4\n"]
+    opened, recipe = mixed(config, "eval", render, TEMPLATE)
+    assert [text for part, _ in opened() for text in part] == wanted
+    assert "skipped 2 rows whose 'talk' gives no conversation" in capsys.readouterr().err
+    assert recipe["chat_template"] == TEMPLATE
+    found = tokenise_stream(opened, recipe, tokenizer, tmp_path / "cache")
+    end = tokenizer.eos_token_id
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [end] for text in wanted]
+    assert found.tokens.tolist() == sum(ids, [])
+    # Training leaves out the conversations of evaluation, and another template is another text.
+    opened, recipe = mixed(config, "train", render, TEMPLATE)
+    assert [text for part, _ in opened() for text in part] == ["file text number 0"]
+    assert recipe != mixed(config, "train", render, "other")[1]
+
+
+def test_conversations_need_a_template_and_a_column(chats, tmp_path, tokenizer):
+    with pytest.raises(BadInput, match="no chat template; take a chat model"):
+        rendering(tokenizer)
+    config = DataConfig(source="mix", mix=(chats,), mix_eval=(written(tmp_path, "file", 1),))
+    with pytest.raises(BadInput, match="the teacher is trained here; name a chat model"):
+        texts(config, "train")
+    with pytest.raises(BadInput, match="holds conversations"):
+        named_text("ultrachat", "test_sft")
+    with pytest.raises(BadInput, match="hub_messages 'talk' and no hub"):
+        Part(name="c4", hub_messages="talk")
+    wrong = dataclasses.replace(config, mix=(dataclasses.replace(chats, hub_messages="talks"),))
+    opened, _ = mixed(wrong, "train", lambda held: None)
+    with pytest.raises(BadInput, match="no conversation in column 'talks'.*to one of talk"):
+        [text for part, _ in opened() for text in part]
+
+
+def test_a_mix_of_plain_text_keeps_its_key(mix):
+    recipe = mixed(mix, "train")[1]
+    assert "chat_template" not in recipe and "hub_messages" not in json.dumps(recipe)

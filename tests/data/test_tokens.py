@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from rabit_jax import progress
 from rabit_jax.data import token_cache, tokens
 from rabit_jax.data.tokenizer import train_tokenizer
-from rabit_jax.data.tokens import batch, tokenise, windows
+from rabit_jax.data.tokens import batch, tokenise, tokenise_stream, windows
 from rabit_jax.errors import BadInput
 
 TEXTS = ["The first document, naïve.\n", "Another one here.", "", "The last one."]
@@ -135,6 +136,77 @@ def test_a_stopped_run_leaves_nothing(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tokenise(TEXTS, tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+class Stopped(Exception):
+    pass
+
+
+def long_texts():
+    rng = random.Random(0)
+    return [" ".join(rng.choices(["the", "file", "is", "read", "é"], k=rng.randint(0, 40)))
+            for _ in range(60)]
+
+
+def stopping(texts, after):
+    """The documents, until one too many is asked for."""
+    yield from texts[:after]
+    raise Stopped
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    monkeypatch.setattr(token_cache, "CHUNK", 200)
+    monkeypatch.setattr(token_cache, "KEEP", 500)
+
+
+@pytest.mark.parametrize("limit", [0, 300])
+def test_a_stopped_run_goes_on_where_it_was(tokenizer, tmp_path, monkeypatch, small_steps, capsys,
+                                            limit):
+    """With limits on the tokens of a part, a part that is cut short before and after the stop."""
+    texts, cache = long_texts(), tmp_path / "cache"
+    parts = [(texts[:30], limit), (texts[30:], 0)]
+    wanted = tokenise_stream(lambda: parts, {}, tokenizer, tmp_path / "whole").tokens.tolist()
+    encoded, encode = [], token_cache.encode
+    monkeypatch.setattr(token_cache, "encode",
+                        lambda t, group: encoded.extend(group) or encode(t, group))
+    for after in (9, 20, 25):
+        with pytest.raises(Stopped):
+            cut = [(texts[:30], limit), (stopping(texts[30:], after), 0)]
+            tokenise_stream(lambda cut=cut: cut, {}, tokenizer, cache)
+    names = {f.suffixes[-2] + f.suffix for f in cache.iterdir()}
+    assert names == {".partial.bin", ".partial.lengths", ".partial.json"}
+    found = tokenise_stream(lambda: parts, {}, tokenizer, cache)
+    assert found.tokens.tolist() == wanted
+    assert len(encoded) < 2 * len(texts)  # from the start each time it were more than 3 times
+    assert "goes on after" in capsys.readouterr().err
+    assert not list(cache.glob("*.partial.*"))
+
+
+@pytest.mark.parametrize("spoil", ["flip", "cut", "state", "text", "shorter"])
+def test_what_a_stopped_run_has_left_is_used_only_if_it_is_right(
+    tokenizer, tmp_path, small_steps, spoil, capsys
+):
+    texts = long_texts()
+    with pytest.raises(Stopped):
+        tokenise_stream(lambda: [(stopping(texts, 50), 0)], {}, tokenizer, tmp_path)
+    (kept,) = tmp_path.glob("*.partial.bin")
+    content = bytearray(kept.read_bytes())
+    if spoil == "flip":
+        content[10] ^= 1
+        kept.write_bytes(content)
+    elif spoil == "cut":
+        kept.write_bytes(content[: len(content) // 2])
+    elif spoil == "state":
+        kept.with_suffix(".json").write_text('{"sizes": {"bin": 5}}')
+    elif spoil == "text":
+        texts[3] += " x"
+    else:
+        texts = texts[:5]
+    found = tokenise_stream(lambda: [(texts, 0)], {}, tokenizer, tmp_path).tokens.tolist()
+    assert found == tokenise(texts, tokenizer, tmp_path / "other").tokens.tolist()
+    assert ("from the start" in capsys.readouterr().err) == (spoil in ("text", "shorter"))
+    assert not list(tmp_path.glob("*.partial.*"))
 
 
 def test_a_full_disk_is_one_sentence(tokenizer, tmp_path, monkeypatch):

@@ -168,7 +168,7 @@ def test_dry_run_prints_the_cells_and_refuses_what_a_run_would(place, monkeypatc
     assert ablate.main(["--config", "ablation.yaml", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "8 cells" in out and "init.spec.rounds: 10 -> 0" in out and "2,048" in out
-    assert "QAT tokens of all cells: 12,288" in out
+    assert "training tokens of all cells: 12,288" in out
     config["rows"]["none"] = ["init.quantise=[layers/nothing/kernel]"]
     Path("ablation.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert ablate.main(["--config", "ablation.yaml", "--dry-run"]) == 2

@@ -278,3 +278,31 @@ def test_a_band_has_the_tokens_that_all_seeds_have():
     np.testing.assert_array_equal(tokens, [1, 3])
     np.testing.assert_allclose(values, [[80, 20], [60, 30]])
     assert band(lines, "flip_rate") is None and band([], "flip_rate") is None
+
+
+def test_cells_of_task_ptq_show_what_tuning_made(tmp_path):
+    """The packed model where it was scored, the tuned one where not."""
+    config = {
+        "name": "tuned", "output": str(tmp_path / "runs"), "seeds": [0, 1],
+        "run": {"task": "ptq", "teacher": {"path": "/models/none"},
+                "tune": {"epochs": 1, "optimizer": {"name": "relative", "lr": 0.25}}},
+        "rows": {"a": [], "b": ["init.spec.k=3"]},
+    }  # fmt: skip
+    file = tmp_path / "ablation.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    made = make_plan(file)
+    for cell in made.cells({}):
+        found = {name: value for name, value in summary(1.0).items() if name != "qat"}
+        found |= {"task": "ptq", "qat": None, "tuned": {"ppl": 40.0 + 2 * cell.seed, "context": 8}}
+        if cell.row == "b":
+            found["packed"] = {**found["packed"], "ppl": 34.0 + 2 * cell.seed, "context": 8}
+        leave(cell, found)
+    results = collect(made)
+    assert results.estimate("a", "qat.ppl").mean == 41.0
+    assert results.estimate("b", "qat.ppl").mean == 35.0
+    closed = 1 - math.log(35.0 / 32) / math.log(500 / 32)
+    assert results.estimate("b", "gap_closed").mean == pytest.approx(closed, rel=1e-3)
+    assert ablate.main(["--config", str(file), "--table"]) == 0
+    text = (made.folder / "ablation.md").read_text()
+    assert "Results, context 8" in text and "0.25" in text
+    assert "gap closed by training" in text

@@ -151,7 +151,7 @@ def test_wrong_options_are_one_sentence_and_exit_code_2(arguments, message, caps
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", ["step", "svid", "kernels", "decode", "aot", "server"])
+@pytest.mark.parametrize("name", ["step", "svid", "kernels", "decode", "aot", "server", "data"])
 def test_help_has_examples_that_parse(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.run([name, "--help"])
@@ -161,3 +161,17 @@ def test_help_has_examples_that_parse(name, capsys):
                 if line.startswith("  python -m experiments.bench")]
     assert len(examples) >= 2
     assert all(options(example.split()).name == name for example in examples)
+
+
+def test_a_share_of_a_step_is_its_seconds_over_those_of_the_step(monkeypatch, capsys):
+    from rabit_jax.experiments.bench import data as bench_data
+
+    monkeypatch.setattr(bench_data, "step_seconds", lambda tokens: 1e6 * tokens)
+    monkeypatch.setattr(bench_data, "tokenise_speed", lambda: 2.5)
+    rows = bench_data.measure(options("data --text 2e5 --batches 2".split()))
+    assert [(row["batch"], row["length"]) for row in rows] == list(bench_data.SHAPES)
+    for row in rows:
+        assert set(row) == set(bench_data.COLUMNS) and row["load_seconds"] > 0
+        assert row["share_of_step"] == row["load_seconds"] / row["step_seconds"]
+    assert "at most the 2%" in bench_data.remarks(rows)[0]
+    assert "MORE THAN the 2%" in bench_data.remarks([{"share_of_step": 0.03}])[0]

@@ -250,6 +250,37 @@ def test_crashed_and_resumed_is_the_uninterrupted_run(
         *(f"block-{n:03}.safetensors" for n in range(LAYERS)), "key", "packed.json"]
 
 
+@pytest.mark.parametrize("piece, how", [
+    ("block-002.safetensors", "flip"), ("block-002.safetensors", "cut"), ("x-001", "cut"),
+    ("dx-002", "flip"), ("x-000", "gone"), ("x-001", "longer"),
+])
+def test_a_damaged_piece_starts_its_stage_again(
+    piece, how, finished, place, ptq, monkeypatch, capsys
+):
+    name = f"name=damaged-{piece}-{how}"
+    crash(monkeypatch, "init_block", 2)
+    with pytest.raises(RuntimeError, match="crashed"):
+        ptq(name)
+    monkeypatch.undo()
+    folder = place / "runs" / f"damaged-{piece}-{how}"
+    file = folder / "blocks" / piece
+    whole = bytearray(file.read_bytes())
+    if how == "gone":
+        file.unlink()
+    elif how == "flip":
+        whole[-5] ^= 16
+        file.write_bytes(whole)
+    else:
+        file.write_bytes(whole[: len(whole) // 2] if how == "cut" else whole + bytes(999))
+    capsys.readouterr()
+    assert ptq(name, "--resume") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "starts again" in line]
+    assert f"blocks/{piece} is damaged (" in line and line.endswith("stage quantise starts again")
+    assert content(folder) == content(finished)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "init"] == [2, 1, 0]
+
+
 def test_a_signal_ends_the_run_after_its_block(finished, place, ptq, monkeypatch, capsys):
     real, seen = blockwise.Job.check_stop, []
 

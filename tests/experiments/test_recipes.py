@@ -26,6 +26,10 @@ MODELS = {  # parameters, as published with the models
     "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
     "google/gemma-3-1b-pt": 999_885_952,
     "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
 }
 
 
@@ -125,14 +129,22 @@ def test_recipes_train_as_published(file):
     # The error of hidden states is relative, so one weight suits every model; Gemma3 goes without.
     assert c.qat.gamma == (0 if file.stem == "gemma3_1b" else 1)
     named = [part.name for part in c.data.mix]
-    assert named == (["c4"] if file.stem.endswith("_c4") else ["wikitext2", "c4"])
+    if teacher_talks := file.stem in ("qwen3_1.7b", "qwen3_8b", "llama3.1_8b_instruct"):
+        assert named == ["fineweb-edu", "smoltalk", "ultrachat"]
+    elif file.stem == "llama3.1_8b":
+        assert named == ["fineweb-edu", "c4"]
+    else:
+        assert named == (["c4"] if file.stem.endswith("_c4") else ["wikitext2", "c4"])
+    assert teacher_talks == (("ultrachat", "test_sft") in [(p.name, p.split)
+                                                           for p in c.data.mix_unseen])
     assert [(p.name, p.split) for p in c.data.mix_eval] == [("wikitext2", "test")]
     assert c.data.begin == (file.stem == "gemma3_1b")
 
 
 def test_tuned_recipes_hold_windows_out_and_score_every_stage():
     tuned = [file for file in PTQ if settings(file).tune.epochs]
-    assert {file.stem for file in tuned} == {"smollm2_135m_2bit", "smollm2_135m_2bit_gpu"}
+    assert {file.stem for file in tuned} == {"smollm2_135m_2bit", "smollm2_135m_2bit_gpu",
+                                               "gemma3_270m_2bit"}
     for file in tuned:
         c = settings(file)
         assert (c.tune.sequences - c.tune.held_out) % c.tune.batch_size == 0

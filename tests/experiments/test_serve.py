@@ -348,7 +348,8 @@ def test_damaged_weights_fail_the_request_alone(folders, tmp_path):
 
 def test_a_worker_that_fails_is_told_to_all(folders, monkeypatch):
     with running(folders / "dense") as one, one.client() as client:
-        monkeypatch.setattr(one.worker, "_decode", lambda: 1 / 0)
+        # Reading, not decoding: a text whose first token ends it is never decoded.
+        monkeypatch.setattr(one.worker, "_read", lambda: 1 / 0)
         for _ in range(2):
             with pytest.raises(openai.InternalServerError, match="its log says why"):
                 client.completions.create(model="tiny", prompt="the cat")

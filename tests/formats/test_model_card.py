@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from rabit_jax.formats.model_card import (
     base_and_licence,
     dense_card,
+    kept_parts,
     packed_card,
     without_local_paths,
 )
@@ -38,8 +39,20 @@ def test_a_saved_model_has_a_card(folder):
                  sum(2 * o * -(-i // 64) * 64 + 32 * (i + o) for i, o in shapes)):
         assert f": {bits / weights:.4g}\n" in card.text
     assert "licence: not known here" in card.text
+    assert "* embedding, norms, head: 16 bits" in card.text
+    assert "rabit_jax.experiments.serve --model FOLDER" in card.text
     assert '"temperature": 0.6' in (folder / "generation_config.json").read_text()
     assert base_and_licence(folder) == ("org/teacher", None)
+
+
+@pytest.mark.parametrize(("modules", "tied", "kept"), [
+    (["model.layers.0.mlp.up_proj"], True, "embedding, norms, head"),
+    (["model.embed_tokens"], True, "norms"),
+    (["model.embed_tokens"], False, "norms, head"),
+    (["lm_head"], False, "embedding, norms"),
+])
+def test_what_is_packed_is_not_called_unquantised(modules, tied, kept):
+    assert kept_parts(modules, tied) == kept
 
 
 @pytest.mark.more

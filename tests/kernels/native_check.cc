@@ -131,6 +131,22 @@ void attention(const Isa& isa, const Isa& plain) {
   }
 }
 
+// Codes of a cache: every value is one product, and one sum with 4 bits.
+void codes(const Isa& isa, const Isa& plain) {
+  const int slots = 9, size = 96;
+  for (int count : {1, 4, 8}) {
+    std::vector<uint8_t> bytes(slots * (count == 1 ? size : size / 2));
+    for (uint8_t& b : bytes) b = static_cast<uint8_t>(generator());
+    std::vector<uint16_t> scales(slots * count);
+    for (uint16_t& s : scales) s = 0x2c00 + generator() % 0x1000;  // 0.06 to 1
+    std::vector<float> found(slots * size), want(slots * size);
+    isa.unpack(bytes.data(), scales.data(), slots, size, count, found.data());
+    plain.unpack(bytes.data(), scales.data(), slots, size, count, want.data());
+    for (int i = 0; i < slots * size; ++i)
+      expect(found[i] == want[i], isa.name, "unpack", count, i);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -143,6 +159,7 @@ int main() {
     fixed_point(*isa, plain);
     float_loops(*isa, plain);
     attention(*isa, plain);
+    codes(*isa, plain);
   }
   return failures > 0;
 }

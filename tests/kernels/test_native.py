@@ -184,3 +184,38 @@ def test_few_rows_are_integers_and_many_are_floats(isa):
         hows = [calls.arithmetic(batch, 2048, k, 2, True, isa) for batch in range(1, 200)]
         assert hows[0] == calls.INTEGERS and hows[-1] == calls.BFLOAT16
         assert hows == sorted(hows)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_attention_to_codes_is_that_of_their_values_in_float64(isa, bits):
+    """Two layers, several pieces of slots, a row with slots of its own."""
+    rng = np.random.default_rng(bits)
+    l, b, n, g, s, h = 2, 2, 2, 3, 300, 64
+    q = rng.standard_normal((b, n * g, h)).astype(F32)
+    keys, values = (code(rng, (l, b, n, s, h), bits) for _ in "kv")
+    allowed = rng.random((b, s)) < 0.7
+    allowed[1, 40:] = False
+    found = calls.attention(q, keys[0], values[0], jnp.int32(1), allowed, 0.2, 30.0, isa)
+    k, v = keys[1][1], values[1][1]
+    scores = np.einsum("bngh,bnsh->bngs", np.float64(q).reshape(b, n, g, h) * 0.2, k)
+    scores = np.where(allowed[:, None, None], 30 * np.tanh(scores / 30), -np.inf)
+    share = np.exp(scores - scores.max(-1, keepdims=True))
+    share /= share.sum(-1, keepdims=True)
+    want = np.einsum("bngs,bnsh->bngh", share, v).reshape(b, n * g, h)
+    np.testing.assert_allclose(found, want, atol=2e-5)
+
+
+def code(rng, shape, bits):
+    """Random codes with the bits of their scales, and their values in float64."""
+    *lead, h = shape
+    if bits == 8:
+        codes = rng.integers(-127, 128, shape).astype(np.int8)
+        s = rng.uniform(0.005, 0.02, (*lead, 1)).astype(np.float16)
+        return (codes, s.view(np.uint16)), np.float64(codes) * np.float64(s)
+    codes = rng.integers(0, 16, shape).astype(np.uint8)
+    both = rng.uniform(0.05, 0.2, (*lead, 4)).astype(np.float16)
+    both[..., 2:] *= -8
+    step, low = (np.repeat(np.float64(part), h // 2, axis=-1) for part in np.split(both, 2, -1))
+    packed = codes[..., : h // 2] | codes[..., h // 2 :] << 4
+    return (packed, both.view(np.uint16)), np.float64(codes) * step + low

@@ -83,7 +83,7 @@ def test_each_row_is_continued_as_if_alone(kinds, kind, rows, slots):
         took(texts, made, {row: row for row in range(n + 1)})
     source = np.zeros(rows, np.int32)
     source[:3] = 2, 0, 1
-    batch = serving.resize(batch, source, np.int32(3), slots)
+    batch = serving.resize(engine.config, batch, source, np.int32(3), slots)
     while np.asarray(batch.left).any():
         batch, made = serving.decode(engine, batch, ENDS, 2)
         took(texts, made, {0: 2, 1: 0, 2: 1})

@@ -137,6 +137,19 @@ def _unparsable(folder):
     (folder / "default" / "_METADATA").write_text("{")
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"", b"{}" * 10**6, b"[1]", b"\xff", None])
+def test_times_that_cannot_be_read_cost_no_checkpoint(tmp_path, capsys, content):
+    with Checkpoints(tmp_path) as kept:
+        kept.save(1, tree())
+    file = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    file.unlink()
+    file.symlink_to("/dev/zero") if content is None else file.write_bytes(content)
+    with Checkpoints(tmp_path) as kept:
+        step, found = kept.restore_last(abstract(tree()))
+    assert step == 1 and same(found, tree())
+    assert capsys.readouterr().err.count("is damaged and was removed: it holds times alone") == 1
+
+
 @pytest.mark.parametrize("spoil", [
     _emptied, _a_file, _without_item, _half_saved, _broken_link, _empty_files, _unparsable,
 ])  # fmt: skip

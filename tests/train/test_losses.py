@@ -9,12 +9,14 @@ from scipy.special import log_softmax
 from rabit_jax.train.losses import (
     distillation_loss,
     dominant_term,
+    nested_loss,
     next_token_loss,
     sample_labels,
     summed_cross_entropy,
     summed_hidden_error,
     summed_kl,
 )
+from rabit_jax.tree import is_weight, map_leaves
 
 RNG = np.random.default_rng(0)
 HEAD = RNG.normal(size=(6, 11)).astype(np.float32)
@@ -167,3 +169,27 @@ def test_sampled_labels_follow_the_model():
     np.testing.assert_allclose(
         drawn / 20000, np.exp(log_probabilities(FEATURES[0, 0], HEAD)), atol=0.015
     )
+
+
+def test_nested_losses_are_those_of_the_first_paths_by_weight(model, student, teacher, batches):
+    """The prefix is made by hand here; gradients of the whole are the weighted ones too."""
+    batch, weights = batches(1), {1: 1.0, 2: 3.0}
+
+    def prefix(params, n):
+        return map_leaves(
+            lambda _, w: w.replace(g=w.g[:, :n], h=w.h[:, :n]) if is_weight(w) else w, params)
+
+    def alone(params, n):
+        return distillation_loss(model, prefix(params, n), teacher, batch, 2.0, 4)
+
+    found, grad = jax.value_and_grad(
+        lambda p: nested_loss(model, p, teacher, batch, 2.0, weights, 4)["loss"])(student)
+    want, wanted = jax.value_and_grad(
+        lambda p: (alone(p, 1)["loss"] + 3 * alone(p, 2)["loss"]) / 4)(student)
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+    sums = nested_loss(model, student, teacher, batch, 2.0, weights, 4)
+    assert set(sums) == {"loss", "kl", "hidden_mse", "kl_1"}
+    np.testing.assert_allclose(sums["kl"], alone(student, 2)["kl"], rtol=1e-5)
+    np.testing.assert_allclose(sums["kl_1"], alone(student, 1)["kl"], rtol=1e-5)

@@ -58,6 +58,7 @@ def fitted(spec, packed=False):
 LOW_RANK = LowRankSignSpec(rank=8)
 RANK_AND_SIGN = residual(LOW_RANK, ResidualSignSpec(k=1))
 GROUPS = GroupUniformSpec(group=16)
+UNIFORM_GROUPS = UniformResidualSpec(k=2, rounds=3, group=16)
 
 MAKERS = {
     **{f"residual-{k}": lambda k=k: coupled(k) for k in (1, 2, 3, 4)},
@@ -70,6 +71,8 @@ MAKERS = {
     "frozen-1": lambda: fitted(FrozenPathSpec(k=1, rounds=2)),
     "frozen-3": lambda: fitted(FrozenPathSpec(k=3, rounds=2)),
     "uniform-2": lambda: fitted(UniformResidualSpec(k=2, rounds=3)),
+    "uniform-2-groups": lambda: fitted(UNIFORM_GROUPS),
+    "uniform-2-groups-packed": lambda: fitted(UNIFORM_GROUPS, packed=True),
     "low-rank": lambda: fitted(LOW_RANK),
     "low-rank-packed": lambda: fitted(LOW_RANK, packed=True),
     "dual-binary": lambda: fitted(DualBinarySpec(group=16)),

@@ -16,10 +16,25 @@ namespace rabit {
 constexpr int64_t kSlotsPerItem = 256;          // a key head's cache is cut into pieces of these
 constexpr int64_t kFewSlots = 1 << 15;          // floats of keys that one thread reads alone
 
+// Keys or values [b, n, s, h]: floats, or codes with `count` scales for each slot, see Unpack.
+struct Cached {
+  const void* data;
+  const uint16_t* scales;
+  int count;  // 0 for floats
+
+  // Those of `slots` slots from `first` on, in `work` where they are codes.
+  const float* read(int64_t first, int64_t slots, int size, const Isa& isa, float* work) const {
+    if (!count) return static_cast<const float*>(data) + first * size;
+    const int64_t bytes = count == 1 ? size : size / 2;
+    isa.unpack(static_cast<const uint8_t*>(data) + first * bytes, scales + first * count, slots,
+               size, count, work);
+    return work;
+  }
+};
+
 struct Attention {
-  const float* q;          // [b, n g, h]
-  const float* k;          // [b, n, s, h]
-  const float* v;          // the same
+  const float* q;  // [b, n g, h]
+  Cached k, v;
   const uint8_t* allowed;  // [b or 1, s]
   bool own_slots;          // of each row of the batch
   int64_t batch, heads, slots;
@@ -43,13 +58,17 @@ inline void attention(const Attention& a, const Isa& isa, xla::ffi::ThreadPool& 
   const auto attend_one = [&](int64_t item) {
     alignas(64) float work[kAttentionWork];
     const int64_t head = item / pieces, first = item % pieces * kSlotsPerItem;
-    const int64_t at = (head * a.slots + first) * a.size;
+    const int64_t at = head * a.slots + first, slots = std::min(kSlotsPerItem, live - first);
+    thread_local std::vector<float> held_codes;
+    float* codes = a.k.count ? scratch(held_codes, 2 * kSlotsPerItem * a.size) : nullptr;
+    const float* k = a.k.read(at, slots, a.size, isa, codes);
+    const float* v =
+        a.v.read(at, slots, a.size, isa, codes ? codes + kSlotsPerItem * a.size : nullptr);
     const uint8_t* allowed =
         a.allowed + (a.own_slots ? head / a.heads * a.slots : 0) + first;
     float* acc = found + item * own;
-    isa.attend(a.q + head * a.queries * a.size, a.k + at, a.v + at, allowed,
-               std::min(kSlotsPerItem, live - first), a.queries, a.size, a.scale, a.cap, work,
-               acc, acc + a.queries * a.size, acc + a.queries * (a.size + 1));
+    isa.attend(a.q + head * a.queries * a.size, k, v, allowed, slots, a.queries,
+               a.size, a.scale, a.cap, work, acc, acc + a.queries * a.size, acc + a.queries * (a.size + 1));
   };
   const auto join_one = [&](int64_t head) {
     for (int r = 0; r < a.queries; ++r) {

@@ -117,9 +117,33 @@ ffi::Error table_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
              kIntegers, isa, pool);
 }
 
-// q [b, n g, h]; the stacks k, v [l, b, n, s, h]; allowed [b or 1, s]; layer -> y [b, n g, h]
-ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
-                  ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::PRED> allowed,
+// Layer `at` of keys or values [l, b, n, s, *] with scales uint16 [l, b, n, s, count]; data is null
+// where they do not fit heads of `size`.
+Cached layer_of(const ffi::AnyBuffer& values, const ffi::Buffer<ffi::U16>& scales, int64_t at,
+                int64_t size) {
+  const auto vs = values.dimensions(), ss = scales.dimensions();
+  if (vs.size() != 5 || ss.size() != 5) return {nullptr, nullptr, 0};
+  const int64_t count = ss[4], rows = vs[1] * vs[2] * vs[3];
+  bool fits = ss[0] == vs[0] && ss[1] == vs[1] && ss[2] == vs[2] && ss[3] == vs[3];
+  const auto type = values.element_type();
+  if (count == 0)
+    fits &= type == ffi::F32 && vs[4] == size;
+  else if (count == 1)
+    fits &= type == ffi::S8 && vs[4] == size;
+  else
+    fits &= type == ffi::U8 && 2 * vs[4] == size && count % 4 == 0 && count <= kMaxScales &&
+            size % count == 0;
+  if (!fits) return {nullptr, nullptr, 0};
+  const int64_t bytes = rows * vs[4] * (count ? 1 : 4);
+  return {static_cast<const char*>(values.untyped_data()) + at * bytes,
+          scales.typed_data() + at * rows * count, static_cast<int>(count)};
+}
+
+// q [b, n g, h]; the stacks k, v [l, b, n, s, h], or codes with their scales; allowed [b or 1, s];
+// layer -> y [b, n g, h]
+ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k,
+                  ffi::Buffer<ffi::U16> k_scales, ffi::AnyBuffer v,
+                  ffi::Buffer<ffi::U16> v_scales, ffi::Buffer<ffi::PRED> allowed,
                   ffi::Buffer<ffi::S32> layer, ffi::Result<ffi::Buffer<ffi::F32>> y, double scale,
                   double cap, int64_t isa) {
   const char* call = "rabit_attention";
@@ -127,16 +151,17 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi
   if (qs.size() != 3 || ks.size() != 5 || as.size() != 2)
     return wrong(call, "wrong number of axes");
   const int64_t at = layer.typed_data()[0], queries = ks[2] ? qs[1] / ks[2] : 0;
-  const bool fits = ks[1] == qs[0] && ks[4] == qs[2] && queries * ks[2] == qs[1] &&
+  if (at < 0 || at >= ks[0]) return wrong(call, "no such layer");
+  const Cached keys = layer_of(k, k_scales, at, qs[2]), values = layer_of(v, v_scales, at, qs[2]);
+  const bool fits = keys.data && values.data && ks[1] == qs[0] && queries * ks[2] == qs[1] &&
                     queries <= kMaxQueries && qs[2] % 16 == 0 && as[1] == ks[3] &&
-                    (as[0] == 1 || as[0] == qs[0]) && at >= 0 && at < ks[0] &&
+                    (as[0] == 1 || as[0] == qs[0]) &&
                     v.element_count() == k.element_count() &&
                     y->element_count() == q.element_count();
   if (!fits) return wrong(call, "shapes do not fit");
   if (isa < 0 || isa >= static_cast<int64_t>(isas().size()))
     return wrong(call, "no instruction set " + std::to_string(isa));
-  const int64_t offset = at * ks[1] * ks[2] * ks[3] * ks[4];
-  attention({q.typed_data(), k.typed_data() + offset, v.typed_data() + offset,
+  attention({q.typed_data(), keys, values,
              reinterpret_cast<const uint8_t*>(allowed.untyped_data()), as[0] > 1, qs[0], ks[2],
              ks[3], static_cast<int>(queries), static_cast<int>(qs[2]),
              static_cast<float>(scale), static_cast<float>(cap), y->typed_data()},
@@ -151,8 +176,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rabit_attention, rabit::attend,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U16>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U16>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()

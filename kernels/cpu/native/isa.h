@@ -94,6 +94,12 @@ struct Floats {
 using Attend = void (*)(const float* q, const float* k, const float* v, const uint8_t* allowed,
                         int64_t slots, int g, int size, float scale, float cap, float* work,
                         float* acc, float* top, float* sum);
+// Values [slots][size] of codes of a cache. One scale for each slot: int8 [slots][size], x = s c.
+// Else 2 m: [slots][size / 2] bytes, value i in the low half of byte i and i + size / 2 in the high
+// one; x = low + s c in each of m groups, the m values of s before those of low; m is even.
+using Unpack = void (*)(const uint8_t* codes, const uint16_t* scales, int64_t slots, int size,
+                        int count, float* to);
+constexpr int kMaxScales = 64;
 constexpr int kAttentionBlock = 64, kMaxQueries = 32;
 constexpr int kAttentionWork = kAttentionBlock * kMaxQueries;
 
@@ -106,6 +112,7 @@ struct Isa {
   Add add;
   Widen widen;
   Attend attend;
+  Unpack unpack;
   int largest_panel, group;  // rows and tiles of the float loops
   Floats float32, bfloat16;
 };

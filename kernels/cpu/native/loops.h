@@ -419,6 +419,31 @@ void attend(const float* q, const float* k, const float* v, const uint8_t* allow
   }
 }
 
+void unpack(const uint8_t* codes, const uint16_t* scales, int64_t slots, int size, int count,
+            float* to) {
+  float wide[kMaxScales];
+  const int half = size / 2, groups = count / 2, group = count > 1 ? size / groups : 0;
+  for (int64_t s = 0; s < slots; ++s, scales += count, to += size) {
+    widen_halves(scales, count, wide);
+    if (count == 1) {
+      const int8_t* c = reinterpret_cast<const int8_t*>(codes);
+      for (int i = 0; i < size; ++i) to[i] = wide[0] * static_cast<float>(c[i]);
+      codes += size;
+      continue;
+    }
+    for (int g = 0; g < groups / 2; ++g) {
+      const float *step = wide + g, *low = step + groups;
+      const int other = groups / 2;
+      for (int i = g * group; i < (g + 1) * group; ++i) {
+        const int byte = codes[i];
+        to[i] = low[0] + step[0] * static_cast<float>(byte & 15);
+        to[half + i] = low[other] + step[other] * static_cast<float>(byte >> 4);
+      }
+    }
+    codes += half;
+  }
+}
+
 #define RB_LIMBS(F, M) {F<M, 1>, F<M, 2>, F<M, 3>}
 #define RB_DOTS(F) {RB_LIMBS(F, 1), RB_LIMBS(F, 2), RB_LIMBS(F, 4), RB_LIMBS(F, V::kRows)}
 
@@ -438,8 +463,8 @@ constexpr Multiply multiply_or_null() {
     RB_ROWS(12, B)}}
 
 #define RB_ISA(NAME, BFLOAT16)                                                                   \
-  {NAME,     V::kRows, RB_DOTS(signs_dot), RB_DOTS(table_dot), fix, add, widen, attend, V::kPanel, \
-   V::kGroup, RB_FLOATS(false), BFLOAT16}
+  {NAME,     V::kRows, RB_DOTS(signs_dot), RB_DOTS(table_dot), fix, add, widen, attend, unpack, \
+   V::kPanel, V::kGroup, RB_FLOATS(false), BFLOAT16}
 
 }  // namespace
 }  // namespace rabit

@@ -27,6 +27,7 @@ from rabit_jax.calibration.blockwise import block_nodes, init_block, relative_er
 from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.perplexities import from_nats
+from rabit_jax.experiments.engine.fitting import Measure
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import (
     abstract_params,
@@ -87,6 +88,7 @@ class Job:
       blocks: inputs, gradients and packed blocks.
       tuned: inputs, outputs and packed blocks of tuning.
       stopped: whether the run shall end after this block.
+      measure: what is measured of the stages that train.
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder, checkpoint: Checkpoint):
@@ -94,7 +96,7 @@ class Job:
         self.config, self.folder, self.checkpoint = config, folder, checkpoint
         self.text = Text(config, None)
         self.blocks, self.tuned = Pieces(folder.path / "blocks"), Pieces(folder.path / "tune")
-        self.stopped = False
+        self.stopped, self.measure = False, Measure()
         # Not on all devices unless asked: blocks of a small model are faster on one.
         self.mesh = make_mesh(config.mesh) if config.mesh else None
 

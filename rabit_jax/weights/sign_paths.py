@@ -203,11 +203,14 @@ def round_scales(name: str, **scales: jax.Array) -> tuple[jax.Array, ...]:
     """Balance the scales of a weight, `g=..., h=...`, and round them to float16.
 
     A path whose scales are all 0 stands for zeros, as those of a matrix of zeros do, and is kept.
+    Traced scales, as under `jax.eval_shape`, have no values that could be checked.
 
     Raises:
       BadInput: a scale is or would become 0, subnormal, infinite or NaN; the message names the
         layer and the scale.
     """
+    if any(isinstance(s, jax.core.Tracer) for s in scales.values()):
+        return tuple(s.astype(SCALE_DTYPE) for s in balance(*scales.values()))
     empty = _empty(scales)
     _check_scales(scales, empty, name, float(np.finfo(np.float32).tiny))
     rounded = tuple(s.astype(SCALE_DTYPE) for s in balance(*scales.values()))

@@ -7,6 +7,7 @@ steps that it consists of, and what a format cannot hold so is refused with the 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from rabit_jax.models.config import DTYPES
 from rabit_jax.models.decoder import Decoder, param_shapes
 from rabit_jax.progress import loading, progress
 from rabit_jax.types import Params, Tokenizer
+from rabit_jax.weights.conversion import LLAMA_LINEARS
 
 GGUF = {"gguf": "exact", "gguf-f32": "f32", "gguf-f16": "f16",
         **{f"gguf-{name.lower()}": name for name in TYPES}}
@@ -80,7 +82,10 @@ def _run(args: argparse.Namespace) -> None:
     with loading(args.model) as done:
         model, params, tokenizer = load_model(source, done)
     shapes = param_shapes(model.config)
-    total = sum(1 for path, shape in shapes.items() for _ in tensor_names(path, shape))
+    # A linear layer is four tensors in GPTQ's layout.
+    parts = {path: 4 if args.format == "gptq" and re.fullmatch(LLAMA_LINEARS, path) else 1
+             for path in shapes}
+    total = sum(parts[path] for path, shape in shapes.items() for _ in tensor_names(path, shape))
     write = {"hf": _write_hf, "gptq": _write_gptq}.get(args.format, _write_gguf)
     with progress("export", total) as bar:
         found = write(args, source, model, params, tokenizer, bar.update)

@@ -14,9 +14,11 @@ A stage whose inputs and settings have not changed since it was completed is ski
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.launch import supervised
 from rabit_jax.experiments.engine.signals import CONTINUE, watch
 
 if __name__ == "__main__":
+    supervised()  # before any thread begins
     watch(CONTINUE)  # before the imports below, which take seconds
 
 import argparse
@@ -25,11 +27,13 @@ import sys
 
 import jax
 
-from rabit_jax import BadInput, convert, describe
+from rabit_jax import BadInput, convert, describe, hosts
 from rabit_jax.experiments.engine.config import SHIPPED, config_parser, dump_yaml, load_config
 from rabit_jax.experiments.engine.console import main_guard
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
+from rabit_jax.experiments.engine.launch import finish as finished
+from rabit_jax.experiments.engine.launch import start
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.stages import run_stages
 from rabit_jax.experiments.engine.tasks import STAGE_NAMES, opened, task_stages
@@ -43,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     command = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_intermixed_args(command)
     made_by = " ".join(["python -m experiments.run", *command])
-    return main_guard(lambda: execute(arguments, made_by), resumable=True)
+    return finished(main_guard(lambda: execute(arguments, made_by), resumable=True))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,18 +71,23 @@ def execute(arguments: argparse.Namespace, made_by: str) -> int:
     if arguments.dry_run:
         dry_run(config)
         return 0
+    start(config.hosts.start_timeout, config.hosts.heartbeat)
     folder = RunFolder(config)
-    try:
+
+    def lock() -> None:
         if folder.exists():
             folder.lock()  # before text is read, which may take long
+
+    try:
+        hosts.first_does(lock)
         with opened(config, folder) as run:
-            folder.open(arguments.resume)
+            hosts.first_does(lambda: folder.open(arguments.resume))
             last = until or stages[-1].name
             records = run_stages(run, stages, arguments.resume, set(arguments.force), last)
             if last != stages[-1].name:
                 say(f"{last}: complete in {folder.path}, the stages after it are left out")
                 return 0
-            finish(run, records, made_by)
+            hosts.first_does(lambda: finish(run, records, made_by))
     finally:
         folder.close()
     return 0

@@ -20,6 +20,10 @@ class BadInput(ValueError):
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}...")
 
 
+class ToldByFirst(BadInput):
+    """The error of the first of several processes, raised in the others; it is printed there."""
+
+
 def check_choice(name: str, found: object, choices: tuple[str, ...]) -> None:
     """Raise BadInput where a setting is none of its choices, at least two."""
     if found not in choices:

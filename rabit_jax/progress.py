@@ -6,6 +6,7 @@ stdout is left to results.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import SupportsFloat, TypeAlias
@@ -23,8 +24,18 @@ COUNTS = ("documents", "tokens")  # fields that read "12 documents", not "docume
 _stderr = Console(stderr=True, highlight=False)
 
 
-def say(text: str) -> None:
-    """Print one plain line to stderr, above a progress bar if there is one."""
+def silence() -> None:
+    """Show no more progress and no more lines: another process of the run does so."""
+    _stderr.quiet = True
+
+
+def say(text: str, always: bool = False) -> None:
+    """Print one plain line to stderr, above a progress bar if there is one.
+
+    `always` prints it in a silent process as well.
+    """
+    if always and _stderr.quiet:
+        print(text, file=sys.stderr)
     _stderr.print(Text(text), soft_wrap=True)
 
 

@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What a folder, or a file beside the folders, may import besides itself. "experiments" is above
 # all others, and `rabit_jax/public.py` gathers the public names of the library.
-BASE = {"errors", "types", "atomic", "locks", "workspaces", "progress", "tree"}
+BASE = {"errors", "types", "atomic", "hosts", "locks", "workspaces", "progress", "tree"}
 WEIGHTS = BASE | {"signs", "kernels", "weights"}
 DATA = WEIGHTS | {"calibration", "models", "formats", "data"}
 MAY = {
     "errors": set(), "types": set(), "workspaces": set(),
     "atomic": {"errors", "workspaces"}, "locks": {"errors"},
+    "hosts": {"errors"},
     "progress": {"errors", "types"},
     "tree": {"errors", "types"},
     "kernels": {"errors", "atomic", "progress"},

@@ -20,6 +20,7 @@ from rabit_jax.experiments.bench import (
     data,
     decode,
     kernels,
+    mesh,
     peers,
     server,
     step,
@@ -41,7 +42,7 @@ from rabit_jax.types import Json
 # Each is a module with EXAMPLES, add_options(parser), measure(options) -> rows, COLUMNS (key of a
 # row -> head of its column in the table) and remarks(rows) -> lines below the table.
 BENCHMARKS = {"step": step, "svid": svid, "kernels": kernels, "decode": decode, "aot": aot,
-              "peers": peers, "server": server, "cache": cache, "data": data}
+              "peers": peers, "server": server, "cache": cache, "data": data, "mesh": mesh}
 # Those whose results are kept, and the key of each in the file of its device.
 SAVED = {"kernels": "products", "decode": "decode", "aot": "aot", "peers": "peers"}
 RESULTS = Path(aot.__file__).parents[1] / "results"
@@ -55,6 +56,7 @@ EXAMPLES = """examples:
   python -m experiments.bench data --text 1e9
   python -m experiments.bench server --url http://127.0.0.1:8000/v1 --streams 1,4,8
   python -m experiments.bench cache --model runs/mine/packed --text file:my.txt --context 8192
+  python -m experiments.bench mesh
 """
 
 

@@ -33,7 +33,7 @@ PROGRAMS = ("llama-batched-bench", "llama-bench", "llama-quantize", "llama-imatr
             "llama-perplexity")
 OPTIONS = ("-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_CURL=OFF",
            "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
-           "-DLLAMA_BUILD_SERVER=OFF")
+           "-DLLAMA_BUILD_SERVER=ON")
 T = gguf.GGMLQuantizationType
 # What `llama-quantize` gives the tensors of a model by the name of a type, `*` those not named;
 # grouped queries of 4 and more give `attn_v` more bits. See llama-quant.cpp.
@@ -54,14 +54,15 @@ ATTEMPTS = 5
 SCALE = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
 
 
-def programs() -> Path:
-    """The folder of the programs, built where they are not there (about 15 minutes of one core).
+def programs(names: Sequence[str] = PROGRAMS) -> Path:
+    """The folder of the programs, built where they are not there (about 15 minutes of one core, as
+    long again for llama-server).
 
     Raises:
       BadInput: no cmake or compiler, no network, or a build that fails; the message names its log.
     """
     folder = CACHE / "bin"
-    if all((folder / name).exists() for name in PROGRAMS):
+    if all((folder / name).exists() for name in names):
         return folder
     for tool in ("cmake", "c++"):
         if not shutil.which(tool):
@@ -73,9 +74,9 @@ def programs() -> Path:
     with open(log, "wb") as out:
         _call(["cmake", "-S", source, "-B", CACHE / "build", *generator, *OPTIONS], out)
         _call(["cmake", "--build", CACHE / "build", "--parallel", str(os.cpu_count() or 1),
-               "--target", *PROGRAMS], out)
+               "--target", *names], out)
     folder.mkdir(exist_ok=True)
-    for name in PROGRAMS:
+    for name in names:
         with replacing(folder / name) as new:
             shutil.copy2(CACHE / "build" / "bin" / name, new)
     return folder

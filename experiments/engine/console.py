@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rabit_jax.errors import BadInput, first_line
+from rabit_jax.errors import BadInput, ToldByFirst, first_line
+from rabit_jax.experiments.engine.launch import ENDED, cluster
 from rabit_jax.experiments.engine.signals import CONTINUE, RESUMABLE
 from rabit_jax.models.cache import BITS
 from rabit_jax.progress import Value, number, say
@@ -77,9 +78,16 @@ def main_guard(function: Callable[[], int | None], resumable: bool = False) -> i
 def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
     try:
         return function() or 0
-    except BadInput as error:
-        say(f"error: {error}")
+    except ToldByFirst:
         return 2
+    except BadInput as error:
+        say(f"error: {error}", always=True)
+        return 2
+    except RuntimeError as error:
+        if not (cluster() and any(word in str(error) for word in LOST)):
+            raise
+        print(f"{ENDED} ({first_line(error)[:150]})", file=sys.stderr)
+        return RESUMABLE
     except KeyboardInterrupt:
         if not resumable:
             say("stopped")
@@ -88,6 +96,8 @@ def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
         return RESUMABLE
 
 
+# In errors of collectives whose other side has gone.
+LOST = ("Gloo", "coordination", "UNAVAILABLE", "NCCL", "Connection")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

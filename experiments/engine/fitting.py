@@ -10,7 +10,7 @@ from typing import Protocol
 
 import jax
 
-from rabit_jax import BadInput
+from rabit_jax import BadInput, hosts
 from rabit_jax.atomic import remove
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.settings import RunConfig, Training
@@ -44,11 +44,14 @@ def fit(
     tokens = section.batch_size * section.length
     with Checkpoints(run.folder.checkpoints(stage)) as kept:
         state = trainer.state
-        if resume and (found := kept.restore_last(abstract(state), whole)):
-            # The fresh state would stand beside the restored one for the whole training.
+        if resume and kept.begun():
+            # Else the fresh state would stand beside the restored one.
+            target = abstract(state)
             jax.tree.map(lambda leaf: leaf.delete(), state)
+            found = kept.restore_last(target, whole)
+            assert found is not None
             state = found[1]
-        begin = int(state.step)
+        begin, asked = int(state.step), 0
         if resume:
             say(f"{stage}: continuing after step {begin}")
             run.folder.metrics.forget((stage,), begin)
@@ -63,6 +66,15 @@ def fit(
                 if step == 1 and (line := notice(record)):
                     say(f"warning: {stage}: {line}")
 
+            def stop() -> bool:
+                # Of several processes each asks at the same steps, for the answer costs a wait.
+                nonlocal asked
+                asked += 1
+                if hosts.several() and asked % section.log_every:
+                    return False
+                run.stopped = hosts.any_asks(run.stopped)
+                return run.stopped
+
             loop = Loop(
                 stage,
                 section.steps,
@@ -73,7 +85,7 @@ def fit(
                 schedule=trainer.schedule,
                 watch=watch,
                 progress=shown,
-                stop=lambda: run.stopped,
+                stop=stop,
             )
             batches = run.text.batches(section, run.config.seed)
             return train(
@@ -83,7 +95,7 @@ def fit(
 
 def keep(folder: RunFolder, name: str, tree: Params) -> None:
     """Save a tree as the only checkpoint of its folder; an earlier attempt's is removed."""
-    remove(folder.checkpoints(name))
+    hosts.first_does(lambda: remove(folder.checkpoints(name)))
     with Checkpoints(folder.checkpoints(name)) as made:
         made.save(0, tree)
 

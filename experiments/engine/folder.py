@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 from rabit_jax import BadInput
@@ -102,6 +103,8 @@ class RunFolder:
             before = load_config(RunConfig, written)
         except BadInput as error:
             return str(error)
+        # A checkpoint restores on any mesh, so a run may go on with other devices.
+        before = dataclasses.replace(before, mesh=self.config.mesh, hosts=self.config.hosts)
         return "; ".join(difference(before, self.config).splitlines())
 
     def checkpoints(self, stage: str) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from rabit_jax import LLAMA_ENDS, BadInput, Stats, convert
+from rabit_jax import LLAMA_ENDS, BadInput, Stats, convert, hosts
 from rabit_jax.atomic import write_tensors
 from rabit_jax.data.tokens import batch
 from rabit_jax.evaluate.diagnostics import Apply
@@ -31,11 +31,11 @@ from rabit_jax.models.decoder import Decoder, param_shapes
 from rabit_jax.progress import loading
 from rabit_jax.train.checkpoints import abstract
 from rabit_jax.train.optimizer import merge, partition, roles
-from rabit_jax.train.sharding import make_mesh, param_shardings, row_shards
+from rabit_jax.train.sharding import make_mesh, param_shardings, replicated, row_shards
 from rabit_jax.tree import leaves, map_leaves, match_rules, weights_of
 from rabit_jax.types import Json, Params
 from rabit_jax.weights.budget import check_budget
-from rabit_jax.weights.mixed_stack import has_paths
+from rabit_jax.weights.mixed_stack import sign_paths
 
 
 class Inputs:
@@ -88,7 +88,8 @@ class Inputs:
         if found < row_shards(self.mesh):
             raise BadInput(
                 f"the diagnostics have {found} windows for {row_shards(self.mesh)} parts of "
-                "the mesh (data x fsdp): give more evaluation text or raise evaluate.diagnostic_windows"
+                "the mesh (data x fsdp): give more evaluation text or raise "
+                "evaluate.diagnostic_windows"
             )
         self._check_student()
 
@@ -96,11 +97,10 @@ class Inputs:
         student, section = self.abstract_student(), self.config.init
         check_rules(weights_of(student))
         if prefixes := self.config.qat.prefixes:
-            ks = [w.sizes()["k"] for p, w in weights_of(student).items()
-                  if p.startswith("layers/") and has_paths(w)]
-            if max(prefixes) != max(ks, default=0):
+            most = max(sign_paths(student), default=0)
+            if max(prefixes) != most:
                 raise BadInput(
-                    f"qat.nested is {list(prefixes)}, and the weights have {max(ks, default=0)} "
+                    f"qat.nested is {list(prefixes)}, and the weights have {most} "
                     "sign paths that can be nested: its largest number must be that of the whole "
                     "model, init.spec.k, of a type such as residual")
         if section.budget:
@@ -163,16 +163,15 @@ class Inputs:
         except (OSError, SafetensorError) as error:
             raise BadInput(f"cannot read {file}: --force calibrate makes it again") from error
         paths = sorted({name.rsplit(".", 1)[0] for name in arrays})
-        return {
-            p: Stats(
-                jax.numpy.asarray(arrays[f"{p}.s_in"]), jax.numpy.asarray(arrays[f"{p}.s_out"])
-            )
-            for p in paths
-        }
+        found = {p: Stats(arrays[f"{p}.s_in"], arrays[f"{p}.s_out"]) for p in paths}
+        if hosts.several():
+            return hosts.on_mesh(found, replicated(self.mesh))
+        return jax.tree.map(jax.numpy.asarray, found)
 
     def save_stats(self, stats: dict[str, Stats]) -> None:
         """Write what `stats` reads."""
-        write_stats(self.folder.path / "calibration.safetensors", stats)
+        hosts.first_does(
+            lambda: write_stats(self.folder.path / "calibration.safetensors", stats))
 
     def abstract_student(self) -> Params:
         """Shapes and shardings of the student."""
@@ -207,9 +206,9 @@ class Inputs:
     def _frozen(self) -> tuple[str, ...]:
         return self.config.qat.optimizer.freeze
 
-    def forget(self) -> None:
-        """Drop cached models, so that the next use reads what the last stage wrote."""
-        for name in ("teacher", "stats", "student_init", "student"):
+    def forget(self, *names: str) -> None:
+        """Drop cached models, all or the named ones, so that the next use reads what is there."""
+        for name in names or ("teacher", "stats", "student_init", "student"):
             self.__dict__.pop(name, None)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rabit_jax import LLAMA_ENDS
+from rabit_jax import LLAMA_ENDS, hosts
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.diagnostics import diagnose
 from rabit_jax.evaluate.perplexities import Perplexity, padded_batches, perplexity
@@ -81,7 +81,7 @@ def _windows(run: Inputs, count: int) -> Iterator[dict]:
     size = min(run.config.evaluate.batch_size, len(rows) + -len(rows) % devices)
     for tokens, real in padded_batches(rows, size):
         batch = {"tokens": tokens, "mask": np.broadcast_to(real, tokens.shape)}
-        yield jax.device_put(batch, batch_sharding(run.mesh))
+        yield hosts.on_mesh(batch, batch_sharding(run.mesh))
 
 
 def divergence(run: Inputs, params: Params) -> float:
@@ -95,7 +95,7 @@ def divergence(run: Inputs, params: Params) -> float:
     total, tokens = 0.0, 0
     for batch in _windows(run, run.config.evaluate.watch_windows):
         total += float(summed(params, run.teacher, batch))
-        tokens += int(batch["mask"].sum())
+        tokens += int(jnp.sum(batch["mask"]))
     return total / tokens
 
 
@@ -112,7 +112,8 @@ def reconstruction_errors(teacher: Params, student: Params) -> dict[str, list[fl
     map_leaves(
         lambda p, w: errors.update({p: error(w, kernels[p])}) if p in kernels else None, teacher
     )
-    return {p: np.atleast_1d(np.asarray(e)).ravel().tolist() for p, e in errors.items()}
+    return {p: np.atleast_1d(np.asarray(hosts.whole(e))).ravel().tolist()
+            for p, e in errors.items()}
 
 
 def diagnostics(run: Inputs, student: Params, drive: str = "teacher") -> dict:

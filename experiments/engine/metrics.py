@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rabit_jax import hosts
 from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
 from rabit_jax.progress import say
@@ -36,7 +37,9 @@ class Metrics:
         self._boards: dict[str, SummaryWriter] = {}
 
     def log(self, line: Line) -> None:
-        """Append a line."""
+        """Append a line, in the process that writes."""
+        if not hosts.first():
+            return
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         stage, step = line["stage"], line["step"]
@@ -71,7 +74,7 @@ class Metrics:
 
         Those go to `metrics.damaged` beside the file, and one line on stderr says so.
         """
-        if not self.file.exists():
+        if not self.file.exists() or not hosts.first():
             return
         found = list(self._read())
         kept = [line for _, line in found if line is not None

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rabit_jax import ResidualSignSpec, calibrate, convert, describe, pack
+from rabit_jax import ResidualSignSpec, calibrate, convert, describe, hosts, pack
 from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.calibration.probes import Batch
 from rabit_jax.evaluate.perplexities import unigram_entropy
@@ -94,7 +94,9 @@ def teacher(run: Inputs, continues: bool) -> Record:
 
     watch = Watch(section.watch_every, lambda _: None, after)
     state = fit(run, "teacher", section, trainer, continues, watch)
-    save_hf(run.teacher_folder, run.model, trainer.params(state), run.text.tokenizer)
+    trained = hosts.whole(trainer.params(state), everywhere=False)
+    hosts.first_does(
+        lambda: save_hf(run.teacher_folder, run.model, trained, run.text.tokenizer))
     return {
         "path": run.teacher_folder,
         "tokens": section.steps * tokens,
@@ -121,7 +123,7 @@ def calibration(run: Inputs, continues: bool) -> Record:
                 # The last batch may hold more rows than are left to measure.
                 mask = np.broadcast_to((row < section.sequences)[:, None], size)
                 extra = {"mask": mask, "row": row}
-                yield {**rows_at(step), **jax.device_put(extra, batch_sharding(run.mesh))}
+                yield {**rows_at(step), **hosts.on_mesh(extra, batch_sharding(run.mesh))}
                 bar.update(step + 1)
 
     stats = calibrate(
@@ -181,6 +183,7 @@ def qat(run: Inputs, continues: bool) -> Record:
         accumulate=section.accumulate,
         project=section.project_scales,
     )
+    run.forget("student_init")  # the state holds copies of what trains
     tokens, state_bytes = section.batch_size * section.length, leaf_bytes(trainer.state)
 
     def after(step: int, trainable: Params, before: dict[str, Array]) -> None:
@@ -269,21 +272,23 @@ def baselines(run: Inputs) -> Record:
 
 def packing(run: Inputs, continues: bool) -> Record:
     """Write the packed model, read it back, and score what was read."""
-    packed = record_limbs(pack(run.student), run.stats)
+    student = hosts.whole(run.student)
+    packed = record_limbs(pack(student), hosts.whole(run.stats))
     folder = run.folder.path / "packed"
     spec = specs_of(run.config.init)
     generation = read_generation(find_folder(run.teacher_folder))
-    save_packed(
+    hosts.first_does(lambda: save_packed(
         folder, run.model_config, packed, run.text.tokenizer, spec, generation,
         run.config.teacher.path,
-    )
+    ))
     _, read, _ = load_packed(folder)
-    signs, written = snapshot(run.student), snapshot(read)
+    signs, written = snapshot(student), snapshot(read)
+    placed = hosts.on_mesh(read, param_shardings(read, run.mesh)) if hosts.several() else read
     same = jax.tree.map(lambda a, b: bool((a == b).all()), weights_of(packed), weights_of(read))
     described = describe(packed)
     sizes = packed_bytes(folder)
     return {
-        **scores(run, read, "packed"),
+        **scores(run, placed, "packed"),
         "bits_identical": all(bool((signs[path] == written[path]).all()) for path in signs)
         and all(jax.tree.leaves(same)),
         "bits_per_weight": described.bits_per_weight,
@@ -296,11 +301,11 @@ def packing(run: Inputs, continues: bool) -> Record:
 
 def samples(run: Inputs, continues: bool) -> Record:
     """Continue the prompts with the teacher and with the packed model, same seed."""
-    section = run.config.generate
+    section, teacher = run.config.generate, hosts.whole(run.teacher)
     _, packed, _ = load_packed(run.folder.path / "packed")
     found = [{"prompt": prompt} for prompt in section.prompts]
     with progress("generate", 2 * len(found)) as bar:
-        for n, (label, params) in enumerate((("teacher", run.teacher), ("packed", packed))):
+        for n, (label, params) in enumerate((("teacher", teacher), ("packed", packed))):
             engine = prepare(run.model_config, params)
             for m, sample in enumerate(found):
                 sample[label] = continuation(run, engine, sample["prompt"])

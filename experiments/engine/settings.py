@@ -335,6 +335,19 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Hosts:
+    """A run in several processes; which they are the environment says.
+
+    Attributes:
+      start_timeout: seconds in which all processes must have started.
+      heartbeat: seconds of silence after which a process counts as dead and the run ends.
+    """
+
+    start_timeout: PositiveInt = 300
+    heartbeat: PositiveInt = 100
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run.
 
@@ -349,6 +362,8 @@ class RunConfig:
       mesh: devices per axis of data, fsdp and tensor, such as {fsdp: 4, tensor: 2}; what it leaves
         is on data. Batches are split over data and fsdp, parameters and optimiser state over fsdp
         and tensor.
+      hosts: limits of time for a run in several processes; it and `mesh` may differ where a run is
+        resumed.
       wandb: project of Weights & Biases that metrics are sent to as well; "" sends nothing.
     """
 
@@ -358,6 +373,7 @@ class RunConfig:
     seed: NonNegativeInt = 0
     mesh: dict[str, PositiveInt] = field(default_factory=dict)
     wandb: str = ""
+    hosts: Hosts = field(default=Hosts(), metadata={ADDED: True})
     compute: Compute = field(default_factory=Compute)
     data: DataConfig = field(default_factory=DataConfig)
     model: Shape = field(default_factory=Shape)

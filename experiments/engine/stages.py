@@ -13,10 +13,11 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
-from rabit_jax import BadInput
+from rabit_jax import BadInput, hosts
 from rabit_jax.atomic import remove
 from rabit_jax.experiments.engine.config import difference, section_hash, to_dict
 from rabit_jax.experiments.engine.folder import RunFolder
@@ -140,17 +141,16 @@ def _run_stages(
     for stage in stages:
         name, again = stage.name, stage.name in forced
         read = stage.inputs(run, ids)
-        _disown(run.folder.path, stage)
-        record = None if again else completed(run.folder, stage, read.key)
+        record = hosts.first_does(partial(_found, run.folder, stage, read, again))
         if record:
             say(f"{name}: complete with the same inputs, skipped (--force {name} redoes it)")
         else:
             if resume and not again:
-                _check_resumable(run.folder, stages, stage, read)
+                hosts.first_does(partial(_check_resumable, run.folder, stages, stage, read))
             record = _carry_out(run, stage, read, resume, again)
             forced.discard(name)
         records[name], ids[name] = record, record["id"]
-        if run.stopped:
+        if hosts.any_asks(run.stopped):
             raise KeyboardInterrupt
         if name == until:
             break
@@ -159,9 +159,12 @@ def _run_stages(
 
 def _carry_out(run: R, stage: Stage[R], read: Read, resume: bool, forced: bool) -> Record:
     """Do the work of a stage and record it."""
-    if forced and stage.pieces:
-        remove(run.folder.path / stage.pieces)
-    continues = begin(run.folder, stage, read, resume and not forced)
+    def started() -> bool:
+        if forced and stage.pieces:
+            remove(run.folder.path / stage.pieces)
+        return begin(run.folder, stage, read, resume and not forced)
+
+    continues = hosts.first_does(started)
     start = time.perf_counter()
     result = stage.work(run, continues)
     record = {
@@ -174,7 +177,13 @@ def _carry_out(run: R, stage: Stage[R], read: Read, resume: bool, forced: bool) 
         "result": result,
     }
     run.forget()
-    return complete(run.folder, stage, record)
+    return hosts.first_does(lambda: complete(run.folder, stage, record))
+
+
+def _found(folder: RunFolder, stage: Stage, read: Read, again: bool) -> Record | None:
+    """The record of a stage that need not be done; other stages' claims to its files go."""
+    _disown(folder.path, stage)
+    return None if again else completed(folder, stage, read.key)
 
 
 def completed(folder: RunFolder, stage: Stage, key: str) -> Record | None:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from rabit_jax import BadInput
+from rabit_jax import BadInput, hosts
 from rabit_jax.experiments.engine import end_to_end, ptq, qat, tuning
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs
@@ -33,6 +33,8 @@ def task_stages(config: RunConfig, named: Collection[str]) -> list[Stage[Any]]:
         raise BadInput("task ptq trains nothing: set teacher.path to the model to be packed")
     if config.task == "ptq" and config.mesh:
         raise BadInput("task ptq runs on one device: leave mesh empty")
+    if config.task == "ptq" and hosts.several():
+        raise BadInput("task ptq runs in one process: start it without the others")
     stages = [stage for stage in TASKS[config.task] if stage.wanted(config)]
     names = [stage.name for stage in stages]
     if unknown := [name for name in named if name not in names]:
@@ -52,7 +54,7 @@ def opened(config: RunConfig, folder: RunFolder) -> Iterator[Inputs | ptq.Job]:
     """
     if config.task == "qat":
         run = Inputs(config, folder)
-        run.check()
+        hosts.first_before_others(run.check)  # which reads text and leaves tokens in the cache
         yield run
         return
     with open_checkpoint(config.teacher.path) as checkpoint:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rabit_jax import BadInput
+from rabit_jax import BadInput, hosts
 from rabit_jax.atomic import digest, replacing
 from rabit_jax.data.conversations import rendering
 from rabit_jax.data.hub_stream import hub_stream
@@ -178,14 +178,21 @@ class Text:
         where = batch_sharding(self.mesh) if self.mesh else None
 
         def at(step: int) -> dict[str, Array]:
-            return jax.device_put({"tokens": self.rows(section, step, seed)}, where)
+            if where is None or not hosts.several():
+                return jax.device_put({"tokens": self.rows(section, step, seed)}, where)
+            # Each process reads the rows of its own devices.
+            shape = (section.batch_size, section.length)
+            return {"tokens": jax.make_array_from_callback(
+                shape, where, lambda index: self.rows(section, step, seed, index[0])[:, index[1]])}
 
         return at
 
-    def rows(self, section: Section, step: int, seed: int) -> np.ndarray:
-        """The batch `[b, t]` of one step, on the host."""
+    def rows(
+        self, section: Section, step: int, seed: int, part: slice = slice(None)
+    ) -> np.ndarray:
+        """The batch `[b, t]` of one step, or some rows of it, on the host."""
         return self._begun(
-            batch(self.train.tokens, step, section.batch_size, section.length, seed)
+            batch(self.train.tokens, step, section.batch_size, section.length, seed, part)
         )
 
 

@@ -183,6 +183,11 @@ def _about(summary: Summary) -> list[tuple[str, str]]:
             dense = _get(summary, "dense", "bytes")
             found.append(("size", f"{number(packed['bytes'])} bytes packed, with the header of the "
                                   f"file, {number(dense)} bytes dense in 16 bits"))
+    if paths := summary.get("k"):
+        found.append(("sign paths", "; ".join(
+            f"{path.removeprefix('layers/').removesuffix('/kernel')} "
+            f"{''.join(map(str, own))}" for path, own in paths.items())
+            + " (a digit for each layer, shared out by init.budget)"))
     if context := next((c for m in _MODELS if (c := _get(summary, m, "context"))), None):
         found.append(("context", f"{number(context)} tokens, of every perplexity here"))
     if tokens := summary.get("tokens"):

@@ -24,6 +24,7 @@ from rabit_jax.experiments.report.summary import (
     write_results,
 )
 from rabit_jax.types import Json
+from rabit_jax.weights.mixed_stack import with_paths
 
 COLUMNS = ("model", "perplexity", "bits per byte", "over teacher", "block bits",
            "whole-model bits")
@@ -75,7 +76,7 @@ def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
 def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> Json:
     """The nested summary with the keys of every run; what needs training is null."""
     results = {name: dict(record["result"]) for name, record in records.items()}
-    errors = results["quantise"].pop("relative_error")
+    errors, k = results["quantise"].pop("relative_error"), results["quantise"].pop("k", {})
     tokens = {"calibrate" if name == "quantise" else name: result.pop("tokens")
               for name, result in results.items() if "tokens" in result}
     made = results["pack" if trained(job.config) else "quantise"]
@@ -102,7 +103,8 @@ def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> Json:
         "dense": {"bytes": describe(abstract_params(job.model_config)).deployed_bytes},
         "diagnostics": {"init": None, "qat": None},
         "relative_error": {"init": errors},
-        "cost": cost(job.abstract_student())._asdict(),
+        **({"k": k} if k else {}),
+        "cost": cost(with_paths(job.abstract_student(), k))._asdict(),
         "tokens": tokens,
         "seconds": seconds,
         "peak_memory_bytes": max([peak_memory(), *(n["peak_memory_bytes"] for n in lines)]),

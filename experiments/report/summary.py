@@ -28,6 +28,7 @@ from rabit_jax.formats.packed_model import packed_bytes
 from rabit_jax.progress import number
 from rabit_jax.tree import leaves, weights_of
 from rabit_jax.types import Json
+from rabit_jax.weights.mixed_stack import with_paths
 
 LABELS = {
     "teacher": "teacher, full precision",
@@ -48,6 +49,7 @@ def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> Json:
     measured = results["evaluate"]
     packed = {**results["pack"], **whole_model(run.folder.path)}
     dense = packed.pop("dense_bytes")
+    k = results["init"].get("k", {})
     closed = gap_closed(*([measured[name]["ppl"]] for name in ("teacher", "init", "qat")))
     return {
         "name": run.config.name,
@@ -69,7 +71,8 @@ def summarise(run: Inputs, records: Mapping[str, Record], command: str) -> Json:
         },
         "disordered": measured["disordered"],
         **training_figures(run, records["qat"]),
-        "cost": cost(run.abstract_student())._asdict(),
+        **({"k": k} if k else {}),
+        "cost": cost(with_paths(run.abstract_student(), k))._asdict(),
         "tokens": {name: r["tokens"] for name, r in results.items() if "tokens" in r},
         "seconds": {name: record["seconds"] for name, record in records.items()},
         "peak_memory_bytes": max(

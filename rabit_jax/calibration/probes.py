@@ -172,7 +172,7 @@ def calibrate(
     total, tokens = None, 0
     for batch in batches:
         total = added(total, sums(params, batch))
-        tokens += int(np.sum(batch["mask"]))
+        tokens += int(jnp.sum(batch["mask"]))
     stats = root_mean(total, tokens)
     check_signal(stats)
     return stats

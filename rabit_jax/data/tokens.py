@@ -143,7 +143,8 @@ def _opened(cache_dir: str | Path, header: dict) -> TokenText:
 
 
 def batch(
-    tokens: Integer[np.ndarray, " n"], step: int, batch_size: int, length: int, seed: int
+    tokens: Integer[np.ndarray, " n"], step: int, batch_size: int, length: int, seed: int,
+    rows: slice = slice(None),
 ) -> Int32[np.ndarray, "b t"]:
     """Training windows of one step: a pure function of (seed, step).
 
@@ -158,6 +159,7 @@ def batch(
       batch_size: b, rows.
       length: t, tokens in a row.
       seed: Zero or more.
+      rows: Which rows of the batch are read; all of them unless it says otherwise.
 
     Returns:
       `[b, t]` int32.
@@ -177,7 +179,7 @@ def batch(
             f" {(batch_size + 1) * length - 1} for {batch_size} windows of {length}; give more"
             " text, a smaller batch or a shorter length"
         )
-    numbers = range(step * batch_size, (step + 1) * batch_size)
+    numbers = range(step * batch_size, (step + 1) * batch_size)[rows]
     starts = [_start(seed, *divmod(number, count), count, length) for number in numbers]
     return np.stack([tokens[start : start + length] for start in starts]).astype(np.int32)
 

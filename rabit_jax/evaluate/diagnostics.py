@@ -19,6 +19,7 @@ import numpy as np
 from flax import struct
 
 from rabit_jax.errors import BadInput
+from rabit_jax.hosts import on_mesh
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import is_weight, leaves, map_leaves, pytree_dataclass, weights_of
 from rabit_jax.types import Json, Params, Weight
@@ -185,7 +186,7 @@ def diagnose(
     total = None
     for batch in batches:
         if batch_sharding is not None:
-            batch = jax.device_put(batch, batch_sharding)
+            batch = on_mesh(batch, batch_sharding)
         sums = _moments(teacher, student, batch, apply, drive, replicated)
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)

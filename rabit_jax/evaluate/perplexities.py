@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 
 from rabit_jax.errors import BadInput
+from rabit_jax.hosts import on_mesh
 from rabit_jax.models.decoder import Decoder, check_tokens
 from rabit_jax.train.losses import head_of, summed_cross_entropy
 from rabit_jax.types import Array, Params, Shape
@@ -86,7 +87,7 @@ def perplexity(
     nats, done = 0.0, 0
     for tokens, real in padded_batches(windows, batch_size):
         if batch_sharding is not None:
-            tokens, real = jax.device_put((tokens, real), batch_sharding)
+            tokens, real = on_mesh((tokens, real), batch_sharding)
         nats += float(_summed_nats(model, params, tokens, real, chunk))
         done = min(done + batch_size, n)
         if progress:

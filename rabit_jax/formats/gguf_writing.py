@@ -291,11 +291,11 @@ def _check(file: Path, config: ModelConfig) -> None:
 def _differences(wanted: ModelConfig, found: ModelConfig) -> Iterator[tuple[str, object]]:
     for field in dataclasses.fields(wanted):
         one, other = getattr(wanted, field.name), getattr(found, field.name)
-        if field.name == "eos_ids":
-            one, other = set(one), set(other)
-        if field.name == "query_scalar" and None in (one, other):
-            one, other = (value or wanted.head_dim for value in (one, other))
-        if isinstance(one, float):  # the file has float32
+        if field.name == "query_scalar":
+            one, other = one or wanted.head_dim, other or wanted.head_dim
+        if isinstance(one, float) and isinstance(other, float):  # the file has float32
             one, other = np.float32(one), np.float32(other)
+        if field.name == "eos_ids":
+            one, other = sorted(wanted.eos_ids), sorted(found.eos_ids)
         if one != other:
             yield field.name, getattr(wanted, field.name)

@@ -195,7 +195,7 @@ def with_kind(stores: Stores, local: bool, new: Store) -> Stores:
 def ring_places(last: Int[Array, "*b"], size: int) -> Int[Array, "*b s"]:
     """The place in the sequence of what each slot of a ring holds once `last` is written; negative
     where nothing is."""
-    slot = jnp.arange(size, dtype=jnp.int32)
+    slot = jnp.arange(size, dtype=jnp.int32).reshape((1,) * last.ndim + (size,))
     return last[..., None] - (last[..., None] - slot) % size
 
 

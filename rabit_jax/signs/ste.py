@@ -230,6 +230,17 @@ def flips(
     return jnp.mean(before ^ after, axis=(-2, -1), dtype=F32)
 
 
+def live_paths(g: Float[Array, "*l k o"], h: Float[Array, "*l k i"]) -> Bool[Array, "*l k"]:
+    """Which paths there are: those behind the last with a scale that is not 0 are none.
+
+    Such are the paths that a layer of a stack lacks (`weights.mixed_stack`). A matrix of zeros
+    alone has all of its paths.
+    """
+    used = jnp.any(g != 0, axis=-1) & jnp.any(h != 0, axis=-1)
+    later = jax.lax.cummax(used.astype(jnp.int8), axis=used.ndim - 1, reverse=True) > 0
+    return later | ~jnp.any(used, axis=-1, keepdims=True)
+
+
 def disordered(g: Float[Array, "*l k o"], h: Float[Array, "*l k i"]) -> Float[Array, "*l"]:
     """Share of elements whose scale products do not fall, `a_i <= a_{i+1}` or `a_i <= 0`.
 
@@ -239,7 +250,7 @@ def disordered(g: Float[Array, "*l k o"], h: Float[Array, "*l k i"]) -> Float[Ar
     """
     a = outer(h, g)
     used = jnp.any(a != 0, axis=-3)
-    falls = jnp.all(a > 0, axis=-3)
+    falls = jnp.all((a > 0) | ~live_paths(g, h)[..., None, None], axis=-3)
     for i in range(g.shape[-2] - 1):
         falls &= a[..., i, :, :] > a[..., i + 1, :, :]
     return jnp.mean(~falls & used, axis=(-2, -1), dtype=F32)

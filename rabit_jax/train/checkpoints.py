@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Bool, PyTree, UInt32
 
+from rabit_jax import hosts
 from rabit_jax.atomic import free_name, remove
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.types import Array
@@ -115,7 +116,8 @@ class Checkpoints:
           BadInput: the folder already holds that step or a later one, of another run.
         """
         tree = {"state": state, "checksum": checksum(state)}
-        if os.path.lexists(self.folder / str(step)) and step not in self.manager.all_steps():
+        there = hosts.first_does(lambda: os.path.lexists(self.folder / str(step)))
+        if there and step not in self.manager.all_steps():
             self._set_aside(step)
         if step in self.manager.all_steps() or not self.manager.save(
             step, args=ocp.args.StandardSave(tree)
@@ -129,6 +131,10 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending."""
         self.manager.wait_until_finished()
         return sorted(self.manager.all_steps())
+
+    def begun(self) -> bool:
+        """Whether anything has the name of a checkpoint, whole or damaged."""
+        return hosts.first_does(lambda: bool(self._named_steps()))
 
     def restore(self, step: int, target: Tree) -> Tree:
         """The state after `step` steps, in the shapes and shardings of `target` (see `abstract`).
@@ -177,19 +183,23 @@ class Checkpoints:
           BadInput: there are checkpoints but none can be used; all keep their names.
         """
         self.manager.wait_until_finished()
-        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            remove(unfinished)
         bad: list[int] = []
-        for step in self._named_steps():
+        for step in hosts.first_does(self._begin_restoring):
+            found, error = None, None
             try:
                 found = self.restore(step, target)
                 if not sound(found):
                     raise BadInput(f"checkpoint {self.folder / str(step)} holds values that are "
                                    "not finite")
-            except BadInput as error:
+            except BadInput as failure:
+                error = failure
+            if not hosts.all_agree(error is None):
+                error = error or "another process cannot read it"
                 print(f"{error}; trying the one before it", file=sys.stderr)
                 bad.append(step)
+                found = None  # before the next one is read
                 continue
+            assert found is not None
             for other in bad:
                 self._set_aside(other)
             if bad:
@@ -201,6 +211,12 @@ class Checkpoints:
                 "(a run does so without --resume)"
             )
         return None
+
+    def _begin_restoring(self) -> list[int]:
+        """Remove what interrupted saves have left; the steps there are."""
+        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            remove(unfinished)
+        return self._named_steps()
 
     def _named_steps(self) -> list[int]:
         """Steps of all that has the name of a checkpoint, whatever it is, newest first."""
@@ -220,7 +236,7 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         """Rename what has the name of a step to a name that is free."""
         wanted = self.folder.with_name(f"{self.folder.name}-damaged-{step}")
-        os.rename(self.folder / str(step), free_name(wanted))
+        hosts.first_does(lambda: os.rename(self.folder / str(step), free_name(wanted)))
 
     def wait(self) -> None:
         """Wait until the last save is on disk; raises any error of the background thread."""

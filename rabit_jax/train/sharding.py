@@ -1,4 +1,4 @@
-"""The mesh of a run, with axes `data`, `fsdp` and `tensor`, and where batches and states live on it.
+"""The mesh of a run, axes `data`, `fsdp` and `tensor`, and where batches and states live on it.
 
 Where params live is told by `weights.shardings`.
 """
@@ -29,8 +29,8 @@ from rabit_jax.weights.shardings import (
 )
 
 __all__ = [
-    "AXES", "batch_sharding", "kernel_axes", "layer_by_layer", "like_params", "make_mesh", "one_device_mesh",
-    "param_shardings", "replicated", "row_shards", "weight_shardings",
+    "AXES", "batch_sharding", "kernel_axes", "layer_by_layer", "like_params", "make_mesh",
+    "one_device_mesh", "param_shardings", "replicated", "row_shards", "weight_shardings",
 ]
 
 
@@ -130,7 +130,7 @@ def layer_by_layer(
 
 
 def _split_axes(spec: PartitionSpec, ndim: int) -> list[tuple[str, int]]:
-    """`(axis of the mesh, axis of the array from its end)` of each of the last two that is split."""
+    """`(axis of the mesh, axis of the array)` of each of the last two, -2 and -1, that is split."""
     full = [*spec, *(None,) * (ndim - len(spec))]
     return [(str(name), axis) for axis, name in ((-2, full[-2]), (-1, full[-1])) if name]
 

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
+from rabit_jax.hosts import on_mesh
 from rabit_jax.train.optimizer import (
     OptimizerConfig,
     learning_rate,
@@ -93,7 +94,7 @@ def make_trainer(
     """
     mesh = make_mesh() if mesh is None else mesh
     names = roles(params)
-    placed = jax.device_put(params, param_shardings(params, mesh))
+    placed = on_mesh(params, param_shardings(params, mesh))
     trainable, frozen = partition(placed, names, config.freeze)
     if not jax.tree.leaves(trainable):
         raise BadInput(
@@ -117,12 +118,12 @@ def make_trainer(
         donate_argnums=0,
     )
     if teacher is not None:
-        teacher = jax.device_put(teacher, param_shardings(teacher, mesh))
+        teacher = on_mesh(teacher, param_shardings(teacher, mesh))
     return Trainer(
         step,
         state,
         frozen,
         teacher,
-        place=lambda batch: jax.device_put(batch, batch_sharding(mesh)),
+        place=lambda batch: on_mesh(batch, batch_sharding(mesh)),
         schedule=learning_rate(config, config.lr, steps),
     )

@@ -15,6 +15,7 @@ from rabit_jax.types import Array, Params
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.group_levels import to_half
 from rabit_jax.weights.leaves import WeightNode, declaration, part
+from rabit_jax.weights.mixed_stack import stacked, unstacked
 from rabit_jax.weights.representations import is_packed_node
 from rabit_jax.weights.table import Table
 
@@ -60,6 +61,11 @@ class FixedWeight(WeightNode):
           BadInput: one of them leaves the float16 range; the message begins with `name`.
         """
         lead = len(self.shape) - 2
+        if getattr(self.packed_weight, "layer_k", None) is not None:
+            # Scales of 0 are right where a layer has fewer paths, and nowhere else.
+            layers = [FixedWeight(one).pack(f"{name} of layer {n}")
+                      for n, one in enumerate(unstacked(self.packed_weight))]
+            return stacked(layers)
 
         def rounded(declared: Any, array: Array) -> Array:
             if declared.role not in TRAINED:

@@ -8,7 +8,7 @@ many paths each layer has; files hold those alone, and sizes count them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,20 @@ def layer_headers(node: WeightNode) -> list[Json]:
     return [header | ({} if ks is None else {"k": ks[n]}) for n in range(node.shape[0])]
 
 
+def with_paths(params: Params, ks: Mapping[str, Sequence[int]]) -> Params:
+    """The outline of a tree whose weights at the paths `ks` are packed with so many sign paths in
+    each layer, for their sizes and costs."""
+    def outline(path: str, leaf: Any) -> Any:
+        if path not in ks or not has_paths(leaf):
+            return leaf
+        layers, i, o = leaf.shape
+        one = PackedSign.abstract({"in": i, "out": o, "k": max(ks[path])})
+        stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((layers, *a.shape), a.dtype), one)
+        return stack.replace(layer_k=tuple(ks[path]))
+
+    return map_leaves(outline, params)
+
+
 def first_paths(params: Params, paths: int) -> Params:
     """The model of the first sign paths of every weight of its blocks.
 
@@ -73,9 +87,14 @@ def first_paths(params: Params, paths: int) -> Params:
     Example:
       >>> small = first_paths(params, 1)
     """
-    check_paths(paths, [leaf.sizes()["k"] for path, leaf in leaves(params)
-                        if path.startswith("layers/") and has_paths(leaf)])
+    check_paths(paths, sign_paths(params))
     return map_leaves(lambda path, leaf: cut(path, leaf, paths), params)
+
+
+def sign_paths(params: Params) -> list[int]:
+    """The numbers of sign paths of the weights of the blocks that `first_paths` can cut."""
+    return [leaf.sizes()["k"] for path, leaf in leaves(params)
+            if path.startswith("layers/") and has_paths(leaf)]
 
 
 def cut(path: str, leaf: Any, paths: int) -> Any:

@@ -13,7 +13,15 @@ from jaxtyping import Float
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.signs.channel_importance import Stats
-from rabit_jax.signs.ste import F32, coupled, coupled_signs, effective_weight, outer, ste_names
+from rabit_jax.signs.ste import (
+    F32,
+    coupled,
+    coupled_signs,
+    effective_weight,
+    live_paths,
+    outer,
+    ste_names,
+)
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.grouped_sign import GroupedSign, grouped
@@ -113,8 +121,9 @@ class ResidualSign(SignPaths):
         return effective_weight(self.latent, self.g, self.h, ste=self.ste)
 
     def positive(self) -> jax.Array:
-        """Signs as bool `[..., k, i, o]`, True for +1."""
-        return coupled_signs(self.latent, self.g, self.h)
+        """Signs as bool `[..., k, i, o]`, True for +1; False in paths that a layer lacks."""
+        live = live_paths(self.g, self.h)
+        return coupled_signs(self.latent, self.g, self.h) & live[..., None, None]
 
     def paths(self) -> Iterator[jax.Array]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""

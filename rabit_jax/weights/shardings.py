@@ -92,7 +92,8 @@ def weight_shardings(node: Weight, axes: Axes, mesh: AnyMesh) -> PyTree[NamedSha
     """
     if isinstance(node, Reshaped):
         sides = zip(axes, (node.inputs, node.outputs), strict=True)
-        axes_in, axes_out = (a if a and own[0] % axis_size(mesh, a) == 0 else None for a, own in sides)
+        axes_in, axes_out = (
+            a if a and own[0] % axis_size(mesh, a) == 0 else None for a, own in sides)
         matrix = weight_shardings(node.matrix, (axes_in, axes_out), mesh)
         return node.replace(matrix=matrix)
     if isinstance(node, Table):

@@ -19,6 +19,7 @@ from rabit_jax.signs.channel_importance import Stats, importance
 from rabit_jax.signs.iterative_svid import svid
 from rabit_jax.signs.ste import (
     F32,
+    live_paths,
     outer,
     scale_gradients,
     ste_names,
@@ -136,11 +137,12 @@ def with_layer_k(node: PackedSign) -> PackedSign:
 
     A layer of zeros alone keeps all of its paths.
     """
-    if node.lead() == () or len(node.lead()) > 1:
+    live = live_paths(node.g, node.h)
+    ks = np.asarray(live.sum(axis=-1))
+    if ks.ndim != 1 or (ks == node.k).all():
         return node
-    live = np.asarray(jnp.any(node.g != 0, axis=-1) & jnp.any(node.h != 0, axis=-1))
-    last = [int(np.max(np.nonzero(one)[0], initial=-1)) + 1 or node.k for one in live]
-    return node if set(last) == {node.k} else node.replace(layer_k=tuple(last))
+    bits = node.bits * live[..., None, None].astype(node.bits.dtype)
+    return node.replace(bits=bits, layer_k=tuple(map(int, ks)))
 
 
 @jax.custom_vjp

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.signs.groups import by_group, group_count, spread
-from rabit_jax.signs.ste import F32, coupled_signs, effective_weight, ste_names
+from rabit_jax.signs.ste import F32, coupled_signs, effective_weight, ste_names, summed
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
@@ -27,7 +27,7 @@ def odd_integers(positive: jax.Array) -> jax.Array:
     True stands for +1. An odd integer from `-(2^k - 1)` to `2^k - 1`; `W_hat = 2^(1-k) s m`.
     """
     k = positive.shape[-3]
-    return sum(plus_minus(positive[..., n, :, :]) << (k - 1 - n) for n in range(k))
+    return summed(plus_minus(positive[..., n, :, :]) << (k - 1 - n) for n in range(k))
 
 
 def fit_group_scales(

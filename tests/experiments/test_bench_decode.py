@@ -78,7 +78,7 @@ def test_parts_of_a_step_do_all_of_its_work(k, plain):
     case = bench_decode.Decoding(engine, batch=2, context=6, tokens=4)
     x = bench_decode.block_linears(engine, case.x)
     assert x.shape == (2, 1, 32) and np.isfinite(np.asarray(x, np.float32)).all()
-    y, keys, _ = bench_decode.attention(engine, case.heads, case.k + 0, case.v + 0, jnp.int32(5))
+    y, keys, _ = bench_decode.attention(engine, case.heads, case.k + 0, case.v + 0, jnp.int32(5), 6)
     assert y.shape == (2, 1, 32)
     changed = np.any(np.asarray(keys, np.float32) != np.asarray(case.k, np.float32) * 0,
                      axis=(0, 1, 2, 4))

@@ -49,7 +49,10 @@ def test_a_budget_is_spent_and_kept(mixed, place):
     chosen = json.loads((mixed / "stages" / "quantise.json").read_text())["result"]["k"]
     found = check_paths(mixed, chosen, 2.9)
     assert found > 2.6 and len({k for ks in chosen.values() for k in ks}) > 1
-    assert summary(place, "mixed")["packed"]["stored_bits_per_weight"] == pytest.approx(found)
+    told = summary(place, "mixed")
+    assert told["k"] == chosen
+    assert told["packed"]["stored_bits_per_weight"] == pytest.approx(found)
+    assert told["cost"]["bytes"] == packed_bytes(mixed / "packed")["linear_bytes"]
     assert not list((mixed / "blocks").glob("option-*"))
 
 
@@ -82,7 +85,10 @@ def nested(place):
 
 @pytest.mark.more
 def test_a_nested_run_scores_every_size_and_the_file_gives_them(nested, place, capsys):
-    found = summary(place, "nested")["nested"]
+    told = summary(place, "nested")
+    assert told["packed"]["bits_identical"] and told["disordered"] < 0.5
+    check_paths(nested, told["k"], 2.9)
+    found = told["nested"]
     assert set(found) == {"1", "3"}
     assert found["1"]["stored_bits_per_weight"] < found["3"]["stored_bits_per_weight"] <= 2.9
     lines = [json.loads(line) for line in (nested / "metrics.jsonl").read_text().splitlines()]

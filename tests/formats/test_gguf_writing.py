@@ -217,7 +217,8 @@ def llama_cpp_logits(file: Path, text: Path, context: int) -> tuple[np.ndarray, 
         pytest.skip("llama.cpp is not built: run `python -m experiments.bench peers` once")
     out = file.with_suffix(".logits")
     subprocess.run([program, "-m", file, "-f", text, "-c", str(context), "-b", str(context), "-t",
-                    "1", "--save-all-logits", out], check=True, capture_output=True)
+                    "1", "-ctk", "f32", "-ctv", "f32", "-fa", "off", "--save-all-logits", out],
+                   check=True, capture_output=True)
     data = out.read_bytes()
     assert data[:8] == b"_logits_"
     size, vocabulary, windows = struct.unpack("<3i", data[8:20])

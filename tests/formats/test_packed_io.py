@@ -110,6 +110,7 @@ def test_bits_per_weight_are_counted_from_the_file(k, tmp_path, random_packed):
     assert found == {
         "linear_bytes": linear, "other_bytes": len(data) - linear, "weights": weights,
         "file_bytes": (folder / io.FILE).stat().st_size, "stored_bits_per_weight": nominal,
+        "bits_per_weight": pytest.approx(nominal),
         "parameters": weights + found["other_bytes"] // 2,
         "whole_model_bits_per_weight": 8 * len(data) / (weights + found["other_bytes"] // 2),
     }

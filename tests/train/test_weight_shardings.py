@@ -141,7 +141,7 @@ def test_every_device_holds_the_slice_of_its_axes(name, params, mesh):
                                      strict=True):
             whole = np.asarray(array)
             for shard in found.addressable_shards:
-                (_, place), = np.argwhere(mesh.devices == shard.device)
+                (*_, place), = np.argwhere(mesh.devices == shard.device)
                 want = wanted_shard(whole, one.axes, SPLIT[path], count, place)
                 assert shard.data.shape == want.shape, (path, one)
                 np.testing.assert_array_equal(shard.data, want)

@@ -11,9 +11,10 @@ from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, init_params
 from rabit_jax.models.engine import init_cache, step
 from rabit_jax.models.prepared import prepare
+from rabit_jax.weights.fixed import FixedWeight, fixed
 from rabit_jax.weights.mixed_stack import first_paths, stacked, unstacked
 
-CONFIG = ModelConfig(vocab_size=40, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16,
+CONFIG = ModelConfig(vocab_size=40, d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=16,
                      d_hidden=128, max_position=32)
 KS = {"q": (1, 3, 2), "k": (1, 3, 2), "v": (2, 3, 1), "o": (2, 2, 2), "gate": (1, 1, 3),
       "up": (3, 1, 3), "down": (3, 2, 1)}
@@ -132,3 +133,14 @@ def test_gradients_leave_paths_that_are_not_there_at_zero(trained):
     grads = jax.grad(lambda n: jnp.sum(n.dense() ** 3))(node)
     for g in (grads.g, grads.h):
         assert not np.asarray(g[1, 1:]).any() and np.asarray(g[0, 2]).any()
+
+
+def test_scales_train_on_a_mixed_stack_and_pack_again(folder):
+    _, params, _ = load_packed(folder)
+    again = pack(fixed(params))
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    node = kernel(fixed(params), "up").packed_weight
+    with pytest.raises(BadInput, match="up of layer 2: scale"):
+        FixedWeight(node.replace(g=node.g.at[2, 1, 3].set(0))).pack("up")

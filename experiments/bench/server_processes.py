@@ -1,0 +1,112 @@
+"""Servers that a benchmark starts and ends: ours of a model folder, llama.cpp's of a GGUF file."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rabit_jax.errors import BadInput
+from rabit_jax.formats.gguf_file import read_gguf
+from rabit_jax.progress import say
+
+WAIT_SECONDS = 600  # for a model to be loaded
+POLL_SECONDS = 0.5
+
+
+class Server(NamedTuple):
+    """How to start a server.
+
+    Attributes:
+      label: in the table.
+      command: without the port.
+      health: path that answers 200 when it is ready.
+    """
+
+    label: str
+    command: tuple[Any, ...]
+    health: str
+
+
+def ours(folder: str, slots: int, context: int) -> Server:
+    """`experiments.serve` of a model folder."""
+    command = (sys.executable, "-m", "rabit_jax.experiments.serve", "--model", folder, "--slots",
+               slots, "--context", context)
+    return Server("rabit_jax server", command, "/healthz")
+
+
+def llama_cpp(file: Path, slots: int, context: int, threads: int) -> Server:
+    """llama-server of a GGUF file, with as many slots of the same context.
+
+    Raises:
+      BadInput: no GGUF file, or a build of llama.cpp that fails.
+    """
+    from rabit_jax.experiments.bench.llama_cpp import programs
+
+    label = f"llama.cpp server {block_type(file)}"  # before a build that takes minutes
+    program = programs(("llama-server",)) / "llama-server"
+    command = (program, "-m", file, "-np", slots, "-c", slots * context, "-t", threads, "--host",
+               "127.0.0.1")
+    return Server(label, command, "/health")
+
+
+def block_type(file: Path) -> str:
+    """The type that most matrices of a GGUF file's blocks have."""
+    types = [tensor.dtype for name, tensor in read_gguf(file).tensors.items()
+             if name.startswith("blk.") and len(tensor.shape) > 1]
+    return collections.Counter(types).most_common(1)[0][0] if types else "empty"
+
+
+@contextlib.contextmanager
+def running(server: Server) -> Iterator[str]:
+    """Yields the URL of the server's API once it is ready; it is ended when the block ends.
+
+    Raises:
+      BadInput: it ends or does not answer in time; the message has its last line.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryFile() as log:
+        command = list(map(str, (*server.command, "--port", port)))
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            say(f"starting {server.label}")
+            _wait(process, f"http://127.0.0.1:{port}{server.health}", server.label, log)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(process: subprocess.Popen, url: str, label: str, log: Any) -> None:
+    """Returns when the URL answers."""
+    begun = time.monotonic()
+    while process.poll() is None and time.monotonic() - begun < WAIT_SECONDS:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(POLL_SECONDS)
+    log.seek(0)
+    lines = log.read().decode(errors="replace").strip().splitlines() or ["no output"]
+    what = "did not answer in time" if process.poll() is None else f"ended with {process.poll()}"
+    raise BadInput(f"the {label} {what}: {lines[-1][:300]}")
+
+
+def started(
+    models: Sequence[str], files: Sequence[str], slots: int, context: int, threads: int
+) -> list[Server]:
+    """The servers of model folders and of GGUF files."""
+    return [*(ours(folder, slots, context) for folder in models),
+            *(llama_cpp(Path(file), slots, context, threads) for file in files)]

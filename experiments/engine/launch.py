@@ -1,0 +1,199 @@
+"""One command as several processes: which of them this is, how they start and how they end.
+
+Where the environment names several processes the command runs in a child of this process. JAX ends
+a process in the middle of a C++ thread when another one has died, which Python cannot catch; the
+parent sees it and exits with the code for "resumable".
+
+Only the standard library and files that need no more are imported at the top: `supervised` forks
+before anything else is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+RESUMABLE = 75
+STARTED = "RABIT_JAX_STARTED"  # descriptor on which the child tells its parent that all are there
+ENDED = ("another process of this run has ended, or the network to it; the same command with "
+         "--resume continues from the last checkpoint")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where this process stands among the others.
+
+    Attributes:
+      source: "environment" for JAX's own variables, or "slurm", "ompi" as JAX names them.
+      coordinator: host and port of the first process; "" where JAX finds it.
+      processes: their number.
+      process: the number of this one, from 0.
+    """
+
+    source: str
+    coordinator: str
+    processes: int
+    process: int
+
+
+def cluster(environment: Mapping[str, str] = os.environ) -> Cluster | None:
+    """The cluster that the environment describes; None for a single process.
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID go before what SLURM (`srun`) and
+    Open MPI (`mpirun`) set.
+
+    Raises:
+      ValueError: a part of these variables is missing or is no number.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = {name: environment[name] for name in names if environment.get(name)}
+    if given:
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise ValueError(f"the environment has {', '.join(given)} but no {', '.join(missing)}: "
+                             "set all three, or none for a single process")
+        found = Cluster("environment", given[names[0]], _number(given, names[1]),
+                        _number(given, names[2]))
+    elif "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+        found = Cluster("slurm", "", _number(environment, "SLURM_STEP_NUM_TASKS"),
+                        _number(environment, "SLURM_PROCID"))
+    elif "OMPI_COMM_WORLD_SIZE" in environment:
+        found = Cluster("ompi", "", _number(environment, "OMPI_COMM_WORLD_SIZE"),
+                        _number(environment, "OMPI_COMM_WORLD_RANK"))
+    else:
+        return None
+    if found.processes < 2:
+        return None
+    if not 0 <= found.process < found.processes:
+        raise ValueError(f"the environment makes this process {found.process} of "
+                         f"{found.processes}: they are numbered from 0")
+    return found
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    if not text.isdigit():
+        raise ValueError(f"{name} is {text!r}, wanted a number")
+    return int(text)
+
+
+def supervised() -> None:
+    """Go on in a child where the environment names several processes; the parent never returns.
+
+    Called in the first line of a command. The parent hands signals on and exits with the code of
+    the child; where another process has ended the run that is 75.
+    """
+    try:
+        found = cluster()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if found is None:
+        return
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os.setpgid(0, 0)  # Ctrl-C of a terminal reaches the parent, which hands it on once
+        _end_with_parent()
+        os.environ[STARTED] = str(writer)
+        return
+    os.close(writer)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: _send(child, number))
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        os._exit(code)
+    started = os.read(reader, 1)
+    why = ENDED if started else missing(found)
+    os.write(2, f"process {found.process} of {found.processes}: {why}\n".encode())
+    os._exit(RESUMABLE if started else 2)
+
+
+def _send(child: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, number)
+
+
+def _end_with_parent() -> None:
+    """Let the system end this process when its parent is killed."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(RESUMABLE)
+
+
+def missing(found: Cluster) -> str:
+    """The sentence for processes that did not all start in time."""
+    if found.process == 0:
+        return (f"of the {found.processes} processes not all came in time: the logs of the others "
+                "say which have started; the run needs every one")
+    where = f" at {found.coordinator}" if found.coordinator else ""
+    if found.coordinator and not _listens(found.coordinator):
+        return (f"process 0 does not answer{where}: start it, or correct JAX_COORDINATOR_ADDRESS")
+    return (f"process 0{where} is there, but not all {found.processes} processes came in time: the "
+            "logs of the others say which have started")
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def start(start_timeout: int, heartbeat: int) -> None:
+    """Connect with the other processes that the environment names, if it names any.
+
+    Args:
+      start_timeout: seconds in which all of them must come.
+      heartbeat: seconds of silence after which a process counts as dead.
+    """
+    found = cluster()
+    if found is None:
+        return
+    import jax
+
+    from rabit_jax import progress
+
+    # Without one coordinator address JAX asks the scheduler that started the processes.
+    own = {"cluster_detection_method": found.source} if found.source != "environment" else {
+        "coordinator_address": found.coordinator, "num_processes": found.processes,
+        "process_id": found.process}
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    # Two programs with collectives at once can wait for each other's threads on a small CPU.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.distributed.initialize(
+        **own, initialization_timeout=start_timeout, heartbeat_timeout_seconds=heartbeat)
+    if descriptor := os.environ.get(STARTED):
+        os.write(int(descriptor), b"s")
+    if found.process:
+        progress.silence()
+
+
+def finish(code: int) -> int:
+    """The exit code of one process of several; one that failed ends here and now.
+
+    An orderly end waits for all processes, so one that ends alone must not take part in it: the
+    others then notice at once and exit with 75.
+    """
+    found = cluster()
+    if found is None or code == 0:
+        return code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if found.process == 0:
+        time.sleep(2)  # the first is the coordinator: the others still say their own sentence
+    os._exit(code)

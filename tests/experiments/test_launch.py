@@ -1,0 +1,51 @@
+"""What the environment says of a run in several processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rabit_jax.experiments.engine.launch import Cluster, cluster, missing
+
+OWN = {"JAX_COORDINATOR_ADDRESS": "one:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
+SLURM = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+
+
+@pytest.mark.parametrize("environment, wanted", [
+    ({}, None),
+    (OWN, Cluster("environment", "one:1234", 4, 2)),
+    ({**OWN, **SLURM}, Cluster("environment", "one:1234", 4, 2)),
+    (SLURM, Cluster("slurm", "", 8, 3)),
+    ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # in a batch script, outside of srun
+    (MPI, Cluster("ompi", "", 2, 1)),
+    ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
+])
+def test_the_cluster_of_an_environment(environment, wanted):
+    assert cluster(environment) == wanted
+
+
+@pytest.mark.parametrize("environment, said", [
+    ({"JAX_PROCESS_ID": "0"}, "no JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES"),
+    ({**OWN, "JAX_NUM_PROCESSES": "four"}, "'four', wanted a number"),
+    ({**OWN, "JAX_PROCESS_ID": "4"}, "this process 4 of 4"),
+])
+def test_an_environment_that_is_incomplete(environment, said):
+    with pytest.raises(ValueError, match=said):
+        cluster(environment)
+
+
+def test_a_first_process_that_does_not_answer_is_named():
+    found = Cluster("environment", "localhost:1", 2, 1)
+    assert missing(found).startswith("process 0 does not answer at localhost:1")
+
+
+def test_a_command_says_what_the_environment_lacks():
+    done = subprocess.run(
+        [sys.executable, "-m", "rabit_jax.experiments.run", "--help"], text=True,
+        env={**os.environ, "JAX_NUM_PROCESSES": "2"}, capture_output=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == ("error: the environment has JAX_NUM_PROCESSES but no "
+                           "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID: set all three, or none for a "
+                           "single process\n")

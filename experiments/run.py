@@ -7,6 +7,7 @@ score_tuned, score_packed.
     python -m experiments.run --config quickstart           a config that comes with the package
     python -m experiments.run --config my.yaml qat.steps=400 init.spec.k=3
     python -m experiments.run --config my.yaml --dry-run    resolved config and param table
+    python -m experiments.run --config my.yaml --plan h100:8    memory and time on devices not here
     python -m experiments.run --config my.yaml --resume     continue after Ctrl-C or a crash
 
 A stage whose inputs and settings have not changed since it was completed is skipped.
@@ -28,8 +29,14 @@ import sys
 import jax
 
 from rabit_jax import BadInput, convert, describe, hosts
-from rabit_jax.experiments.engine.config import SHIPPED, config_parser, dump_yaml, load_config
+from rabit_jax.experiments.engine.config import (
+    config_parser,
+    dump_yaml,
+    load_config,
+    shipped_model,
+)
 from rabit_jax.experiments.engine.console import main_guard
+from rabit_jax.experiments.engine.fitting import Measure
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.launch import finish as finished
@@ -55,7 +62,17 @@ def parser() -> argparse.ArgumentParser:
     found = config_parser("python -m experiments.run", __doc__ or "")
     add = found.add_argument
     add("--dry-run", action="store_true", help="print the resolved config and the param table")
+    add("--plan", metavar="DEVICES",
+        help="compile the run's programs for these devices, which need not be here, and print the "
+             "memory, FLOPs and time that they take: cpu:8, h100:8, a100-80gb:4, v5e:8x8; exit "
+             "code 3 where something does not fit")
+    add("--json", action="store_true", help="with --plan: one JSON object on stdout")
     add("--resume", action="store_true", help="continue an unfinished stage from its checkpoint")
+    add("--profile", nargs="?", const="11:13", metavar="FIRST:LAST",
+        help="trace these steps of each training for the JAX profiler, into profile/ of the run "
+             "folder (default 11:13, behind compilation)")
+    add("--peak-flops", type=float, metavar="FLOPS",
+        help="FLOP/s of one device, for mfu in the metrics, where the device is not a known one")
     add("--until", choices=STAGE_NAMES, metavar="STAGE",
         help="end after this stage, without summary and report")
     add("--force", action="append", default=[], choices=STAGE_NAMES, metavar="STAGE",
@@ -65,12 +82,17 @@ def parser() -> argparse.ArgumentParser:
 
 def execute(arguments: argparse.Namespace, made_by: str) -> int:
     """The run itself; `made_by` is the command that the summary names."""
+    if arguments.plan:
+        from rabit_jax.experiments.planning.plan import plan  # no run needs it
+
+        return plan(arguments.config, arguments.overrides, arguments.plan, arguments.json)
     config = load_config(RunConfig, arguments.config, arguments.overrides)
     until = arguments.until
     stages = task_stages(config, [*arguments.force, *([until] if until else [])])
     if arguments.dry_run:
         dry_run(config)
         return 0
+    measured = Measure(traced_steps(arguments.profile), arguments.peak_flops)
     start(config.hosts.start_timeout, config.hosts.heartbeat)
     folder = RunFolder(config)
 
@@ -81,6 +103,7 @@ def execute(arguments: argparse.Namespace, made_by: str) -> int:
     try:
         hosts.first_does(lock)
         with opened(config, folder) as run:
+            run.measure = measured
             hosts.first_does(lambda: folder.open(arguments.resume))
             last = until or stages[-1].name
             records = run_stages(run, stages, arguments.resume, set(arguments.force), last)
@@ -91,6 +114,20 @@ def execute(arguments: argparse.Namespace, made_by: str) -> int:
     finally:
         folder.close()
     return 0
+
+
+def traced_steps(text: str | None) -> tuple[int, int] | None:
+    """The first and last step of `FIRST:LAST`.
+
+    Raises:
+      BadInput: it has another form.
+    """
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise BadInput(f"--profile is {text!r}: give the first and the last step as in 11:13")
+    return int(first), int(last)
 
 
 def dry_run(config: RunConfig) -> None:
@@ -109,12 +146,6 @@ def dry_run(config: RunConfig) -> None:
     student = jax.eval_shape(lambda p: convert(p, config.init.rules()), params)
     print(dump_yaml(config))
     print(describe(student))
-
-
-def shipped_model(path: str) -> str:
-    """The folder under `configs/models` that holds the config.json of a hub id, or `path`."""
-    folder = SHIPPED / "models" / path
-    return str(folder) if path and (folder / "config.json").is_file() else path
 
 
 if __name__ == "__main__":

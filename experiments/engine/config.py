@@ -54,6 +54,12 @@ def load_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] 
     return build(cls, with_overrides(cls, tree, overrides))
 
 
+def shipped_model(path: str) -> str:
+    """The folder under `configs/models` that holds the config.json of a hub id, or `path`."""
+    folder = SHIPPED / "models" / path
+    return str(folder) if path and (folder / "config.json").is_file() else path
+
+
 def with_overrides(cls: type, tree: Tree, overrides: Sequence[str]) -> Tree:
     """Return a raw tree with overrides `a.b=c` of `cls`, each value read by the type of its field.
 

@@ -7,8 +7,6 @@ are not frozen, those that tuning has kept train too, which is quantisation-awar
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
@@ -47,8 +45,7 @@ NAME = "end_to_end"
 def end_to_end(job: Job, continues: bool) -> Record:
     """Distil the teacher into what the section does not freeze."""
     section, compute = job.config.end_to_end, job.config.compute
-    model = Decoder(dataclasses.replace(job.model_config, remat=compute.remat))
-    flat = {path: jnp.asarray(job.checkpoint.read(path)) for path in job.checkpoint.shapes}
+    model = Decoder(compute.applied(job.model_config))
 
     def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
         return distillation_loss(model, params, teacher, batch, section.gamma, compute.chunk)
@@ -58,15 +55,22 @@ def end_to_end(job: Job, continues: bool) -> Record:
         _student(job),
         section.optimizer,
         section.steps,
-        teacher=unflatten_dict(flat, sep="/"),
-        mesh=one_device_mesh(),
+        teacher=compute.held(_teacher(job)),
+        mesh=job.mesh or one_device_mesh(),
         accumulate=section.accumulate,
+        health=section.health,
     )
     state_bytes = leaf_bytes(trainer.state)
     state = fit(job, NAME, section, trainer, continues)
     keep(job.folder, "scales", state.trainable)
     tokens = section.steps * section.batch_size * section.length
     return {"tokens": tokens, "state_bytes": state_bytes}
+
+
+def _teacher(job: Job) -> Params:
+    """The full-precision model."""
+    flat = {path: jnp.asarray(job.checkpoint.read(path)) for path in job.checkpoint.shapes}
+    return unflatten_dict(flat, sep="/")
 
 
 def _student(job: Job) -> Params:

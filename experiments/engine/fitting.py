@@ -5,7 +5,10 @@ And what such a stage leaves for those after it: a tree of arrays, the only chec
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import jax
@@ -16,12 +19,27 @@ from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.settings import RunConfig, Training
 from rabit_jax.experiments.engine.signals import stopping_between_steps
 from rabit_jax.experiments.engine.text import Text
+from rabit_jax.experiments.planning.flops import flops_of
+from rabit_jax.experiments.planning.targets import known_chip
 from rabit_jax.progress import progress, say
 from rabit_jax.train.checkpoints import Checkpoints, abstract
-from rabit_jax.train.loop import Loop, Record, Watch, train, whole
+from rabit_jax.train.loop import Loop, Profile, Record, Watch, train, whole
 from rabit_jax.train.step import TrainState
 from rabit_jax.train.trainer import Trainer
-from rabit_jax.types import Params
+from rabit_jax.types import Batch, Params
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a command asks to be measured of its trainings.
+
+    Attributes:
+      traced: the first and the last step of each training to be traced; None traces nothing.
+      peak_flops: FLOP/s of one device, for `mfu`; None takes what is known of the device.
+    """
+
+    traced: tuple[int, int] | None = None
+    peak_flops: float | None = None
 
 
 class Trains(Protocol):
@@ -31,15 +49,18 @@ class Trains(Protocol):
     folder: RunFolder
     text: Text
     stopped: bool
+    measure: Measure
 
 
 def fit(
     run: Trains, stage: str, section: Training, trainer: Trainer, resume: bool,
     watch: Watch | None = None, notice: Callable[[Record], str | None] = lambda record: None,
+    batches: Callable[[int], Batch] | None = None,
 ) -> TrainState:
     """Train one stage with checkpoints, metrics and a progress bar.
 
-    `notice` reads the record of the first step; what it returns is printed as one line.
+    `notice` reads the record of the first step; what it returns is printed as one line. `batches`
+    are those of the training text unless others are given.
     """
     tokens = section.batch_size * section.length
     with Checkpoints(run.folder.checkpoints(stage)) as kept:
@@ -86,11 +107,40 @@ def fit(
                 watch=watch,
                 progress=shown,
                 stop=stop,
+                health=trainer.health,
             )
-            batches = run.text.batches(section, run.config.seed)
+            batches = batches or run.text.batches(section, run.config.seed)
+            if run.measure.traced:
+                first, last = run.measure.traced
+                profile = Profile(run.folder.path / "profile" / stage, first, last)
+                loop = dataclasses.replace(loop, profile=profile)
+            ideal = ideal_seconds(run.measure, trainer, state, batches)
+            loop = dataclasses.replace(loop, ideal_seconds=ideal)
             return train(
                 loop, trainer.step, state, trainer.frozen, trainer.teacher, batches, kept
             )
+
+
+def ideal_seconds(
+    measure: Measure, trainer: Trainer, state: TrainState, batches: Callable[[int], Batch]
+) -> float | None:
+    """Seconds of one step whose products run at the peak FLOP/s of their dtype on all devices.
+
+    What is computed again and what the optimiser computes is not counted. None where the peak is
+    neither given nor known; nothing is traced then.
+    """
+    chip = known_chip(jax.devices()[0].device_kind)
+    if chip is None and measure.peak_flops is None:
+        return None
+    traced = trainer.step.trace(state, trainer.frozen, trainer.teacher, batches(0))  # pyright: ignore
+    found = flops_of(traced.jaxpr.jaxpr).model
+
+    def peak(dtype: str) -> float:
+        own = chip and (chip.flops32 if "32" in dtype else chip.flops16)
+        return measure.peak_flops or own or math.inf
+
+    devices = len(jax.tree.leaves(state)[0].sharding.device_set)
+    return sum(n / peak(dtype) for dtype, n in found.items()) / devices
 
 
 def keep(folder: RunFolder, name: str, tree: Params) -> None:

@@ -18,7 +18,7 @@ from rabit_jax.atomic import write_tensors
 from rabit_jax.data.tokens import batch
 from rabit_jax.evaluate.diagnostics import Apply
 from rabit_jax.experiments.engine.config import to_dict
-from rabit_jax.experiments.engine.fitting import keep, kept
+from rabit_jax.experiments.engine.fitting import Measure, keep, kept
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.records import check_files
 from rabit_jax.experiments.engine.settings import Init, RunConfig
@@ -50,7 +50,7 @@ class Inputs:
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
         self.text = Text(config, self.mesh)
-        self.stopped = False
+        self.stopped, self.measure = False, Measure()
         rows = row_shards(self.mesh)
         for name in self._reads_text("evaluate"):
             section = getattr(config, name)
@@ -120,7 +120,6 @@ class Inputs:
     @cached_property
     def model_config(self) -> ModelConfig:
         """The teacher's shape with the run's compute settings."""
-        compute = self.config.compute
         if self.config.teacher.path:
             found = read_config(self.config.teacher.path)
         else:
@@ -131,7 +130,7 @@ class Inputs:
                 bos_id=end,
                 **dataclasses.asdict(self.config.model),
             )
-        return dataclasses.replace(found, dtype=compute.dtype or found.dtype, remat=compute.remat)
+        return self.config.compute.applied(found)
 
     @cached_property
     def model(self) -> Decoder:

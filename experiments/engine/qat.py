@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from rabit_jax import ResidualSignSpec, calibrate, convert, describe, hosts, pack
 from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.calibration.probes import Batch
 from rabit_jax.evaluate.perplexities import unigram_entropy
 from rabit_jax.evaluate.sign_statistics import disordered_share, mean_flip_rate, snapshot
+from rabit_jax.experiments.engine import taught
 from rabit_jax.experiments.engine.fitting import fit
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params, specs_of
 from rabit_jax.experiments.engine.measure import (
@@ -28,33 +30,75 @@ from rabit_jax.experiments.engine.measure import (
     watched_nats,
 )
 from rabit_jax.experiments.engine.records import Record
+from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.stages import Ids, Read, Stage
+from rabit_jax.experiments.engine.taught import kept_batches
 from rabit_jax.formats.folder import find_folder, fingerprint, read_generation
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packed
 from rabit_jax.formats.tokenizer import prompt_ids
-from rabit_jax.models.decoder import init_params
+from rabit_jax.models.decoder import Decoder, init_params
 from rabit_jax.models.generation import generate
 from rabit_jax.models.prepared import Engine, prepare
-from rabit_jax.progress import progress
+from rabit_jax.progress import progress, say
 from rabit_jax.train.loop import Record as Logged
 from rabit_jax.train.loop import Watch
 from rabit_jax.train.losses import (
     distillation_loss,
     dominant_term,
+    kept_distillation_loss,
     nested_loss,
     next_token_loss,
 )
 from rabit_jax.train.optimizer import merge
 from rabit_jax.train.sharding import batch_sharding, param_shardings
-from rabit_jax.train.step import next_tokens
-from rabit_jax.train.trainer import make_trainer
+from rabit_jax.train.step import Loss, next_tokens
+from rabit_jax.train.trainer import Trainer, make_trainer
 from rabit_jax.tree import map_leaves, match_rules, weights_of
 from rabit_jax.types import Array, Params
 from rabit_jax.weights.budget import apply_budget
 from rabit_jax.weights.description import leaf_bytes
-from rabit_jax.weights.mixed_stack import first_paths
+from rabit_jax.weights.mixed_stack import first_paths, sign_paths
 from rabit_jax.weights.rounding import round_to_nearest
+
+
+def teacher_loss(config: RunConfig, model: Decoder) -> Loss:
+    """What the stage teacher minimises."""
+
+    def loss(params: Params, _: Params, batch: Batch) -> dict[str, Array]:
+        return {"loss": next_token_loss(model, params, batch, config.compute.chunk)[0]}
+
+    return loss
+
+
+def calibration_loss(
+    config: RunConfig, model: Decoder
+) -> Callable[[Params, Batch], Float[Array, ""]]:
+    """What is differentiated to calibrate; `batch["row"]: [b]` numbers the windows."""
+
+    def loss(params: Params, batch: Batch) -> Array:
+        key = jax.random.fold_in(jax.random.key(config.seed), batch["row"][0])
+        return next_token_loss(
+            model, params, batch, config.compute.chunk, config.calibrate.labels, key)[0]
+
+    return loss
+
+
+def student_loss(config: RunConfig, model: Decoder) -> Loss:
+    """What the stage qat minimises."""
+
+    section, chunk = config.qat, config.compute.chunk
+
+    def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
+        if section.nested:
+            return nested_loss(
+                model, params, teacher, batch, section.gamma, section.prefixes, chunk)
+        return distillation_loss(model, params, teacher, batch, section.gamma, chunk)
+
+    def kept(params: Params, _: None, batch: Batch) -> dict[str, Array]:
+        return kept_distillation_loss(model, params, batch, chunk)
+
+    return kept if section.teacher_top else loss
 
 
 def teacher(run: Inputs, continues: bool) -> Record:
@@ -66,17 +110,14 @@ def teacher(run: Inputs, continues: bool) -> Record:
     params = jax.jit(lambda key: init_params(run.model_config, key), out_shardings=where)(
         jax.random.key(run.config.seed)
     )
-
-    def loss(params: Params, _: Params, batch: Batch) -> dict[str, Array]:
-        return {"loss": next_token_loss(run.model, params, batch, run.config.compute.chunk)[0]}
-
     trainer = make_trainer(
-        loss,
+        teacher_loss(run.config, run.model),
         params,
         section.optimizer,
         section.steps,
         mesh=run.mesh,
         accumulate=section.accumulate,
+        health=section.health,
         count=next_tokens,
     )
     tokens = section.batch_size * section.length
@@ -110,12 +151,6 @@ def calibration(run: Inputs, continues: bool) -> Record:
     rows_at = run.text.batches(section, seed + 1)
     size = (section.batch_size, section.length)
 
-    def loss(params: Params, batch: Batch) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed), batch["row"][0])
-        return next_token_loss(
-            run.model, params, batch, run.config.compute.chunk, section.labels, key
-        )[0]
-
     def batches() -> Iterator[Batch]:
         with progress("calibrate", count) as bar:
             for step in range(count):
@@ -127,7 +162,7 @@ def calibration(run: Inputs, continues: bool) -> Record:
                 bar.update(step + 1)
 
     stats = calibrate(
-        loss,
+        calibration_loss(run.config, run.model),
         run.teacher,
         batches(),
         run.config.init.block_rules(),
@@ -164,26 +199,23 @@ def init(run: Inputs, continues: bool) -> Record:
 
 def qat(run: Inputs, continues: bool) -> Record:
     """Distil the teacher into the quantised student."""
-    section, chunk = run.config.qat, run.config.compute.chunk
-
-    def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
-        if section.nested:
-            return nested_loss(
-                run.model, params, teacher, batch, section.gamma, section.prefixes, chunk
-            )
-        return distillation_loss(run.model, params, teacher, batch, section.gamma, chunk)
-
+    section = run.config.qat
+    # Whether steps run the teacher as it is; measurements between them do in any case.
+    as_it_is = not (section.teacher_top or run.config.compute.teacher)
     trainer = make_trainer(
-        loss,
+        student_loss(run.config, run.model),
         run.student_init,
         section.optimizer,
         section.steps,
-        teacher=run.teacher,
+        teacher=None if section.teacher_top else run.config.compute.held(run.teacher),
         mesh=run.mesh,
         accumulate=section.accumulate,
+        health=section.health,
         project=section.project_scales,
     )
-    run.forget("student_init")  # the state holds copies of what trains
+    found = {} if as_it_is or section.teacher_top else {"teacher_kl": _teacher_kl(run, trainer)}
+    dropped = ("student_init",) if as_it_is else ("student_init", "teacher")
+    run.forget(*dropped)  # the state holds copies of what trains
     tokens, state_bytes = section.batch_size * section.length, leaf_bytes(trainer.state)
 
     def after(step: int, trainable: Params, before: dict[str, Array]) -> None:
@@ -203,20 +235,38 @@ def qat(run: Inputs, continues: bool) -> Record:
                 "disordered": disordered_share(student),
             }
         )
+        run.forget(*dropped)
 
     def notice(record: Logged) -> str | None:
-        kl, hidden = float(record["kl"]), float(record["hidden_mse"])
+        kl, hidden = (float(record[name] or 0) for name in ("kl", "hidden_mse"))
         return dominant_term(kl, hidden, section.gamma)
 
     watch = Watch(section.watch_every, lambda t: snapshot(merge(t, trainer.frozen)), after)
-    state = fit(run, "qat", section, trainer, continues, watch, notice)
+    batches = kept_batches(run) if section.teacher_top else None
+    state = fit(run, "qat", section, trainer, continues, watch, notice, batches)
     run.save_student(state.trainable)
     lines = [line for line in run.folder.metrics.lines() if line["stage"] == "qat"]
     return {
         "tokens": section.steps * tokens,
         "projected_in_logged_steps": sum(line.get("projected", 0) for line in lines),
         "state_bytes": state_bytes,
+        **found,
     }
+
+
+def _teacher_kl(run: Inputs, trainer: Trainer) -> float:
+    """KL of the teacher to itself as a step holds it, in nats per token on the first batch."""
+    section, chunk = run.config.qat, run.config.compute.chunk
+
+    @jax.jit
+    def summed(held: Params, teacher: Params, batch: Batch) -> Array:
+        return distillation_loss(run.model, held, teacher, batch, 0.0, chunk)["kl"]
+
+    batch = run.text.batches(section, run.config.seed)(0)
+    total = float(summed(trainer.teacher, run.teacher, batch))
+    kl = total / (section.batch_size * section.length)
+    say(f"qat: the teacher in {run.config.compute.teacher} is {kl:.3g} nats per token from itself")
+    return kl
 
 
 def evaluate(run: Inputs, continues: bool) -> Record:
@@ -240,10 +290,11 @@ def evaluate(run: Inputs, continues: bool) -> Record:
 
 def nested_scores(run: Inputs) -> Record:
     """Scores and sizes of the models of the first paths that were trained together."""
-    found = {}
+    found, packed = {}, pack(hosts.whole(run.student))
     for n in run.config.qat.prefixes:
         small = first_paths(run.student, n)
-        size = describe(small)
+        # Under a budget it may be that no layer has so many.
+        size = describe(first_paths(packed, min(n, max(sign_paths(packed)))))
         found[str(n)] = {
             **scores(run, small, f"student, paths {n}"),
             "stored_bits_per_weight": size.stored_bits_per_weight,
@@ -289,7 +340,7 @@ def packing(run: Inputs, continues: bool) -> Record:
     sizes = packed_bytes(folder)
     return {
         **scores(run, placed, "packed"),
-        "bits_identical": all(bool((signs[path] == written[path]).all()) for path in signs)
+        "bits_identical": all(same_signs(signs[path], written[path]) for path in signs)
         and all(jax.tree.leaves(same)),
         "bits_per_weight": described.bits_per_weight,
         "stored_bits_per_weight": sizes["stored_bits_per_weight"],
@@ -297,6 +348,16 @@ def packing(run: Inputs, continues: bool) -> Record:
         "bytes": sizes["file_bytes"],
         "dense_bytes": describe(run.teacher).deployed_bytes,
     }
+
+
+def same_signs(trained: Array, written: Array) -> bool:
+    """Whether signs `[..., k, i, o]` were written as they are; a file leaves out paths that no
+    layer has, whose signs are False."""
+    k = written.shape[-3] if written.ndim > 2 else None
+    if trained.shape == written.shape or k is None:
+        return bool((trained == written).all())
+    kept, others = trained[..., :k, :, :], trained[..., k:, :, :]
+    return bool((kept == written).all()) and not bool(others.any())
 
 
 def samples(run: Inputs, continues: bool) -> Record:
@@ -379,6 +440,7 @@ STAGES = (
         _inputs("init", ("init", "seed", "evaluate"), ("held_out",), "calibrate"),
         ("checkpoints/init",),
     ),
+    taught.STAGE,
     Stage(
         "qat",
         qat,

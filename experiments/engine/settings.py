@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, TypeAlias
 
+import jax
+import jax.numpy as jnp
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from rabit_jax import LLAMA_ENDS, LLAMA_LINEARS, BadInput, ResidualSignSpec
+from rabit_jax import (
+    LLAMA_ENDS,
+    LLAMA_LINEARS,
+    BadInput,
+    ResidualSignSpec,
+    convert,
+    pack,
+)
 from rabit_jax.data.sources import DataConfig
 from rabit_jax.experiments.engine.config import ADDED
+from rabit_jax.models.config import ModelConfig
 from rabit_jax.train.block_tuning import TuningConfig
-from rabit_jax.train.optimizer import OptimizerConfig
-from rabit_jax.types import Spec
+from rabit_jax.train.health import HealthConfig
+from rabit_jax.train.optimizer import OptimizerConfig, roles
+from rabit_jax.types import Params, Spec
+from rabit_jax.weights.group_uniform import GroupUniformSpec
 
 # Bounds are checked where a config is loaded, what concerns two settings by `__post_init__`.
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -39,11 +51,42 @@ class Compute:
       dtype: dtype of the matrix products; "" takes the model's own.
       remat: recompute each block in the backward pass instead of keeping its activations.
       chunk: positions per piece of the vocabulary projection; 0 takes a sequence at once.
+      remat_keep: what `remat` keeps all the same: "nothing", or the results of matrix "products".
+      attention_block: queries per piece of attention, whose scores then take that many rows for
+        each head; 0 makes the whole matrix of scores. Results are the same.
+      teacher: what the teacher of a distillation is held in: "" as it is computed with, float32
+        here; "bfloat16", which changes nothing where products are in bfloat16; or "int8", the
+        kernels of the blocks rounded to 8 bits with a scale for each output, the rest in bfloat16.
+        Measurements between steps read the teacher as it is again.
     """
 
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     remat: bool = False
     chunk: NonNegativeInt = 256
+    remat_keep: Literal["nothing", "products"] = field(default="nothing", metadata={ADDED: True})
+    attention_block: NonNegativeInt = field(default=0, metadata={ADDED: True})
+    teacher: Literal["", "bfloat16", "int8"] = field(default="", metadata={ADDED: True})
+
+    def applied(self, config: ModelConfig) -> ModelConfig:
+        """The decoder's settings with these."""
+        return replace(
+            config, dtype=self.dtype or config.dtype, remat=self.remat, remat_keep=self.remat_keep,
+            attention_block=self.attention_block)
+
+    def held(self, teacher: Params) -> Params:
+        """The teacher's params as a distillation holds them; under `eval_shape` their shapes."""
+        if not self.teacher:
+            return teacher
+
+        if self.teacher == "int8":
+            rounded = convert(teacher, [(LLAMA_LINEARS, GroupUniformSpec(bits=8, group=0))])
+            teacher = pack(rounded)
+
+        def cast(leaf: Any, role: str) -> Any:
+            matrix = role in ("matrix", "embedding", "head")
+            return leaf.astype(jnp.bfloat16) if matrix else leaf
+
+        return jax.tree.map(cast, teacher, roles(teacher))
 
 
 @dataclass(frozen=True)
@@ -78,6 +121,7 @@ class Training:
       watch_every: steps between measurements on the evaluation text: perplexity, and for a
         quantised student diagnostics and sign flips.
       optimizer: optimiser, learning rates, what is frozen.
+      health: what a step is tested for, and what is done about a fault.
     """
 
     steps: PositiveInt = 300
@@ -88,6 +132,7 @@ class Training:
     save_every: PositiveInt = 100
     watch_every: PositiveInt = 100
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    health: HealthConfig = field(default=HealthConfig(), metadata={ADDED: True})
 
     def __post_init__(self):
         """Raises BadInput where the pieces of a batch are not equal."""
@@ -257,6 +302,10 @@ class Qat(Training):
       gamma: weight of the hidden-state error, relative to the teacher's state at every token of
         every layer; 0 leaves it out.
       project_scales: keep scales positive after every step.
+      teacher_top: how many of the teacher's likeliest tokens a stage before this one keeps on disk
+        for every position of every step, so that a step runs no teacher; 0 runs it. The KL is
+        exact on the kept tokens, all others count as one. Needs gamma 0, for hidden states are not
+        kept.
       nested: numbers of sign paths, such as [1, 2, 3], whose models are trained together: the
         packed model of k = 3 can then be read with `--paths 1` and 2 as well. A step costs a pass
         for each. Empty trains the whole model alone.
@@ -265,6 +314,7 @@ class Qat(Training):
 
     gamma: NonNegative = 1.0
     project_scales: bool = True
+    teacher_top: NonNegativeInt = field(default=0, metadata={ADDED: True})
     nested: tuple[PositiveInt, ...] = field(default=(), metadata={ADDED: True})
     nested_weights: tuple[NonNegative, ...] = field(default=(), metadata={ADDED: True})
     watch_every: PositiveInt = 50
@@ -273,8 +323,16 @@ class Qat(Training):
     )
 
     def __post_init__(self):
-        """Raises BadInput for sizes or weights of nested training that do not fit."""
+        """Raises BadInput for sizes or weights of nested training that do not fit, and where more
+        than its logits is wanted of a teacher that is not run."""
         super().__post_init__()
+        if self.teacher_top and self.gamma:
+            raise BadInput(
+                f"teacher_top is {self.teacher_top} and gamma {self.gamma:g}: only logits are "
+                "kept, so set gamma to 0, or teacher_top to 0 to run the teacher in every step"
+            )
+        if self.teacher_top and self.nested:
+            raise BadInput("teacher_top and nested do not go together: leave one of them out")
         if len(set(self.nested)) != len(self.nested):
             raise BadInput(f"nested is {list(self.nested)}: name each number of paths once")
         if self.nested_weights and len(self.nested_weights) != len(self.nested):

@@ -250,7 +250,8 @@ def to_hf(config: ModelConfig) -> Json:
     The rotary base and the dtype are written in the older spelling too: transformers 4 would ignore
     `rope_parameters` and silently compute other logits.
 
-    `from_hf(to_hf(config)) == config`, except for `remat`, which is not a property of the model.
+    `from_hf(to_hf(config)) == config`, except for `remat`, `remat_keep` and `attention_block`,
+    which are no properties of the model.
 
     Raises:
       BadInput: a family that transformers does not build with these fields, such as a Llama with
@@ -271,7 +272,8 @@ def to_hf(config: ModelConfig) -> Json:
         "max_position_embeddings": config.max_position, "dtype": config.dtype,
         **_family_to_hf(config), **_older_spelling(config),
     }
-    if from_hf(raw) != dataclasses.replace(config, remat=False):
+    if from_hf(raw) != dataclasses.replace(
+            config, remat=False, remat_keep="nothing", attention_block=0):
         raise BadInput(f"unsupported mixture: no {ARCHITECTURES[family]} of transformers has the "
                        "settings of this model, so a folder of it could not be read back")
     return raw

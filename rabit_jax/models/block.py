@@ -161,6 +161,9 @@ def rotary_attention(
                 return cached_attention(rotate(q, view), slots, view.allowed, config), slots
             k, v = (one.astype(q.dtype) if isinstance(slots.k, Codes) else one
                     for one in slots.read())
+        size = config.attention_block
+        if slots is None and 0 < size < q.shape[1]:
+            return attention_in_blocks(rotate(q, view), k, v, view.allowed, config), slots
         return attention(rotate(q, view), k, v, view.allowed, config), slots
 
 
@@ -251,6 +254,32 @@ def attention(
     y = jnp.einsum("bngts,bnsh->bngth", share, v, precision=precision,
                    preferred_element_type=jnp.float32)
     return rearrange(y.astype(q.dtype), "b n g t h -> b t (n g) h")
+
+
+def attention_in_blocks(
+    q: Float[Array, "b t ng h"], k: Float[Array, "b n s h"], v: Float[Array, "b n s h"],
+    allowed: Bool[Array, "#b 1 t s"], config: ModelConfig,
+) -> Float[Array, "b t ng h"]:
+    """`attention`, `attention_block` queries at a time, each against all keys.
+
+    Every softmax is over a whole row of scores, so nothing is approximated. Scores take
+    `[b, n, g, attention_block, s]` in the forward and in the backward pass, which makes them again.
+    """
+    size, length = config.attention_block, q.shape[1]
+    pad = -length % size
+
+    def pieces(x: Array, axis: int) -> Array:
+        x = jnp.pad(x, [(0, pad if n == axis else 0) for n in range(x.ndim)])
+        x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    @jax.checkpoint
+    def piece(one: tuple[Array, Array]) -> Array:
+        queries, seen = one
+        return attention(queries, k, v, seen, config)
+
+    y = jax.lax.map(piece, (pieces(q, 1), pieces(allowed, 2)))
+    return jnp.moveaxis(y, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
 
 
 def rms_norm(

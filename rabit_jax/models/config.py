@@ -10,6 +10,7 @@ from rabit_jax.errors import BadInput
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("silu", "gelu_tanh")
+KEEPS = ("nothing", "products")  # of the activations of a block that is recomputed
 MOST = 2**31 - 1  # of any size: token ids and positions are int32
 MOST_LAYERS = 10_000
 
@@ -62,6 +63,10 @@ class ModelConfig:
       family: Hugging Face's `model_type`, which names the class that reads what we write.
       dtype: of the matrix products; parameters may be stored in another one.
       remat: recompute each block in the backward pass instead of keeping its activations.
+      remat_keep: what is kept all the same: "nothing", or the results of matrix "products", which
+        leaves the cheap operations to be recomputed.
+      attention_block: queries per piece of attention over whole sequences; 0 takes all at once and
+        makes the whole matrix of scores. The result is the same, see `attention_in_blocks`.
 
     Raises:
       BadInput: a size that is not a positive integer, heads that do not divide into groups, an
@@ -100,6 +105,8 @@ class ModelConfig:
     family: str = "llama"
     dtype: str = "float32"
     remat: bool = False
+    remat_keep: str = "nothing"
+    attention_block: int = 0
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim",
@@ -123,6 +130,12 @@ class ModelConfig:
         if self.activation not in ACTIVATIONS:
             raise BadInput(f"unsupported activation {self.activation!r}, wanted one of "
                            f"{', '.join(ACTIVATIONS)}")
+        if self.attention_block < 0:
+            raise BadInput(f"model attention_block is {self.attention_block}, wanted a number of "
+                           "queries, or 0 for all at once")
+        if self.remat_keep not in KEEPS:
+            raise BadInput(f"unsupported remat_keep {self.remat_keep!r}, wanted one of "
+                           f"{', '.join(KEEPS)}")
         if self.dtype not in DTYPES:
             raise BadInput(f"unsupported dtype {self.dtype!r}, wanted one of {', '.join(DTYPES)}")
 

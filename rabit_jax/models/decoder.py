@@ -52,7 +52,9 @@ class Decoder(nn.Module):
         """Names the parts as the params tree names them."""
         c, init = self.config, nn.initializers.normal(self.config.initializer_range)
         self.embed = Owner({"embedding": Fresh((c.vocab_size, c.d_model), init)})
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        kept = (jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+                if c.remat_keep == "products" else None)
+        block = nn.remat(Block, prevent_cse=False, policy=kept) if c.remat else Block
         scanned = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (typed as one int)

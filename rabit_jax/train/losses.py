@@ -85,7 +85,8 @@ def summed_cross_entropy(
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * mask)
 
     mask = mask.astype(F32)
-    return chunk_sums(piece, (features, labels, mask), chunk), jnp.sum(mask)
+    with jax.named_scope("cross_entropy"):
+        return chunk_sums(piece, (features, labels, mask), chunk), jnp.sum(mask)
 
 
 def summed_kl(
@@ -113,7 +114,91 @@ def summed_kl(
         log_p = jax.nn.log_softmax(taught.astype(F32), axis=-1)
         return jnp.sum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * mask)
 
-    return chunk_sums(piece, (student, jax.lax.stop_gradient(teacher), mask.astype(F32)), chunk)
+    with jax.named_scope("kl"):
+        taught = jax.lax.stop_gradient(teacher)
+        return chunk_sums(piece, (student, taught, mask.astype(F32)), chunk)
+
+
+def likeliest(
+    head: Head, features: Float[Array, "b t d"], top: int, chunk: int = 256
+) -> dict[str, Array]:
+    """What `summed_kept_kl` needs of a teacher: its `top` likeliest tokens at each position.
+
+    Returns:
+      `ids: [b, t, k]` int32, `log_p: [b, t, k]` float32 in nats, descending, and
+      `log_rest: [b, t]` float32, the logarithm of the mass of all other tokens.
+    """
+
+    def piece(features: Array) -> dict[str, Array]:
+        logits = head(features).astype(F32)
+        log_p, ids = jax.lax.top_k(logits, top)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        return {"ids": ids.astype(jnp.int32), "log_p": log_p - total[..., None],
+                "log_rest": _log_rest(logits, ids) - total}
+
+    length = features.shape[1]
+    size = min(chunk, length) if chunk else length
+    pieces = [piece(features[:, i : i + size]) for i in range(0, length, size)]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *pieces)
+
+
+def _log_rest(logits: Float[Array, "b t v"], ids: Int[Array, "b t k"]) -> Float[Array, "b t"]:
+    """`log sum exp` of the logits that `ids` does not name; the least float32 where it names all.
+
+    The sum is over those themselves: 1 less the sum of the others would be rounding noise where
+    they have nearly all of the mass.
+    """
+    least = jnp.finfo(F32).min
+    others = jnp.put_along_axis(logits, ids, least, axis=-1, inplace=False)
+    return jnp.maximum(jax.nn.logsumexp(others, axis=-1), least)
+
+
+def summed_kept_kl(
+    head: Head, student: Float[Array, "b t d"], taught: dict[str, Array],
+    mask: Shaped[Array, "b t"], chunk: int = 256,
+) -> Float[Array, ""]:
+    """KL to a teacher of whom the k likeliest tokens are known, scalar float32 in nats.
+
+        sum_t mask_t (sum_{v in K_t} p_v (log p_v - log q_v) + r (log r - log s))
+
+    K are the kept tokens, `r = 1 - sum_{v in K} p_v` and s the student's mass outside of K. So
+    every kept term is that of the exact KL, and all other tokens count as one. The exact KL is
+    larger by `r KL(p / r || q / s)` over those, never smaller.
+
+    Args:
+      head: features `[b, c, d]` -> logits `[b, c, v]`.
+      student: features of the student.
+      taught: from `likeliest`.
+      mask: bool or float weight of each position.
+      chunk: positions per piece; 0 takes all at once.
+    """
+
+    def piece(student, ids, log_p, log_rest, mask):
+        logits = head(student).astype(F32)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        log_q = jnp.take_along_axis(logits, ids, axis=-1) - total[..., None]
+        kept = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        rest = jnp.exp(log_rest)
+        outside = rest * (log_rest - (_log_rest(logits, ids) - total))
+        return jnp.sum((kept + jnp.where(rest > 0, outside, 0)) * mask)
+
+    with jax.named_scope("kl"):
+        arrays = (student, taught["ids"], taught["log_p"], taught["log_rest"], mask.astype(F32))
+        return chunk_sums(piece, arrays, chunk)
+
+
+def kept_distillation_loss(
+    model: nn.Module, params: Params, batch: Batch, chunk: int = 256
+) -> dict[str, Float[Array, ""]]:
+    """`distillation_loss` with gamma = 0 and no teacher: `batch` holds the arrays of `likeliest`.
+
+    Returns:
+      `{"loss", "kl", "hidden_mse"}`, scalar float32 sums over real tokens; the last is 0.
+    """
+    with jax.named_scope("student"):
+        student, _ = _features(model, params, batch)
+    kl = summed_kept_kl(head_of(model, params), student, batch, _real(batch), chunk)
+    return {"loss": kl, "kl": kl, "hidden_mse": jnp.zeros((), F32)}
 
 
 def summed_hidden_error(
@@ -126,11 +211,12 @@ def summed_hidden_error(
     times larger than the others): a plain mean would be the error of those few tokens. A token
     whose y is 0 counts 0. No gradient flows to the teacher.
     """
-    y = jax.lax.stop_gradient(teacher).astype(F32)
-    size = jnp.sum(jnp.square(y), axis=-1)
-    error = jnp.sum(jnp.square(student.astype(F32) - y), axis=-1)
-    relative = jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0)
-    return jnp.sum(jnp.mean(relative, axis=0) * mask.astype(F32))
+    with jax.named_scope("hidden_error"):
+        y = jax.lax.stop_gradient(teacher).astype(F32)
+        size = jnp.sum(jnp.square(y), axis=-1)
+        error = jnp.sum(jnp.square(student.astype(F32) - y), axis=-1)
+        relative = jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0)
+        return jnp.sum(jnp.mean(relative, axis=0) * mask.astype(F32))
 
 
 def _real(batch: Batch) -> Bool[Array, "b t"]:
@@ -267,11 +353,13 @@ def _to_teacher(
 ) -> list[dict[str, Float[Array, ""]]]:
     """`distillation_loss` of several students, for which the teacher runs once."""
     mask, teacher = _real(batch), jax.lax.stop_gradient(teacher)
-    taught, taught_hidden = _features(model, teacher, batch, hidden_states=gamma > 0)
+    with jax.named_scope("teacher"):
+        taught, taught_hidden = _features(model, teacher, batch, hidden_states=gamma > 0)
     found = []
     for params in students:
         heads = head_of(model, params), head_of(model, teacher)
-        student, student_hidden = _features(model, params, batch, hidden_states=gamma > 0)
+        with jax.named_scope("student"):
+            student, student_hidden = _features(model, params, batch, hidden_states=gamma > 0)
         kl, hidden = summed_kl(*heads, student, taught, mask, chunk), jnp.zeros((), F32)
         if gamma > 0:
             hidden = summed_hidden_error(student_hidden, taught_hidden, mask)

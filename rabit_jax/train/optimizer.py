@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal, NamedTuple
 
@@ -41,6 +41,8 @@ class OptimizerConfig:
       beta2: second-moment decay of AdamW.
       freeze: roles that do not train, out of latent, scale, level, matrix, embedding, head, norm,
         bias.
+      momentum: dtype of the first moment of Muon and AdamW, "float32" or "bfloat16"; "" takes that
+        of each array.
     """
 
     name: Literal["muon", "adamw", "relative"] = "muon"
@@ -53,6 +55,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     freeze: tuple[str, ...] = ()
+    momentum: Literal["", "float32", "bfloat16"] = field(default="", metadata={"added": True})
 
     def __post_init__(self):
         """Raises BadInput for values out of range."""
@@ -159,7 +162,8 @@ def make_optimizer(
     """
     matrix = learning_rate(config, config.lr, steps)
     other = learning_rate(config, config.scale_lr or config.lr, steps)
-    adam: dict[str, Any] = {"b1": config.beta1, "b2": config.beta2}
+    held = config.momentum or None
+    adam: dict[str, Any] = {"b1": config.beta1, "b2": config.beta2, "mu_dtype": held}
     labels = jax.tree.map(lambda n: "matrix" if n in MUON_ROLES else "other", names)
     if config.name == "relative":
         move = _relative_adam(config, matrix, config.weight_decay, (-2, -1))
@@ -169,6 +173,7 @@ def make_optimizer(
             matrix,
             weight_decay=config.weight_decay,
             consistent_rms=0.2,
+            mu_dtype=held,
             muon_weight_dimension_numbers=_last_two_axes,
         ))
         rest = optax.adamw(other, weight_decay=0.0, **adam)
@@ -220,7 +225,8 @@ def _relative_adam(
 ) -> optax.GradientTransformation:
     # A relative loss over millions of weights has gradients far below the usual epsilon of 1e-8.
     return optax.chain(
-        optax.scale_by_adam(config.beta1, config.beta2, eps=1e-15),
+        optax.scale_by_adam(
+            config.beta1, config.beta2, eps=1e-15, mu_dtype=config.momentum or None),
         scale_by_size(axes),
         optax.add_decayed_weights(decay),
         optax.scale_by_learning_rate(rate),

@@ -5,7 +5,7 @@ Where params live is told by `weights.shardings`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -34,14 +35,17 @@ __all__ = [
 ]
 
 
-def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
-    """Mesh of all devices of all processes; what the axes leave is on `data`.
+def make_mesh(
+    axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Mesh of all devices of all processes, or of those given; what the axes leave is on `data`.
 
     Raises:
       BadInput: an axis is unknown, or the sizes do not multiply to the number of devices.
     """
     axes = dict(axes or {})
-    count = len(jax.devices())
+    found = jax.devices() if devices is None else devices
+    count = len(found)
     unknown = sorted(set(axes) - set(AXES))
     if unknown:
         raise BadInput(f"mesh names the axis {unknown[0]!r}: the axes are {', '.join(AXES)}")
@@ -57,7 +61,9 @@ def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
             "make the product of its sizes equal to the number of devices"
         )
     # Neighbours on tensor, the axis that talks most, are neighbours in the machine.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    # A torus of 4 x 4 x 4 is cut into 8 x 8 too, which `jax.make_mesh` refuses.
+    placed = create_device_mesh(sizes, found, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def one_device_mesh() -> Mesh:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float, PyTree
 
+from rabit_jax.train.health import Health, first_mean, next_mean, tested, unwatched, watched
 from rabit_jax.train.optimizer import apply_updates, merge, project_scales
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array, Batch, Params
@@ -28,7 +29,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, number of steps done.
       trainable: params tree with None in place of frozen arrays.
-      opt_state: optimiser state over `trainable`.
+      opt_state: optimiser state over `trainable`; a `Watched` one where spikes are looked for.
     """
 
     step: Array
@@ -40,14 +41,17 @@ class TrainState:
 Step = Callable[[TrainState, Params, Params | None, Batch], tuple[TrainState, Metrics]]
 
 
-def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    trainable: Params, optimizer: optax.GradientTransformation, health: Health | None = None
+) -> TrainState:
     """The state before the first step.
 
     It holds copies, because a step that donates its state must not delete the teacher's arrays,
     which a new student shares.
     """
     trainable = jax.tree.map(jnp.copy, trainable)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    opt_state = watched(optimizer.init(trainable), first_mean(health))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state)
 
 
 def real_tokens(batch: Batch) -> Float[Array, ""]:
@@ -112,6 +116,7 @@ def make_step(
     accumulate: int = 1,
     project: bool = True,
     count: Callable[[Batch], Float[Array, ""]] = real_tokens,
+    health: Health | None = None,
 ) -> Step:
     """Build `step(state, frozen, teacher, batch) -> (state, metrics)`, to be jitted by the caller.
 
@@ -122,21 +127,46 @@ def make_step(
       accumulate: number of pieces that the batch is cut into.
       project: keep scales positive after the update.
       count: number by which the sums of a batch are divided.
+      health: tests of each step, see `rabit_jax.train.health`; None tests nothing.
 
     Returns:
       The step function; metrics are per-token means, `grad_norm` before clipping and, with
-      `project`, `projected` (scales moved by the projection).
+      `project`, `projected` (scales moved by the projection); with `health` the scalars of
+      `health.tested`, and where steps may be skipped `skipped` (0 or 1), and where they may be
+      skipped or rolled back `updates`, how many the optimiser has made, which its schedule counts.
     """
 
     def step(
         state: TrainState, frozen: Params, teacher: Params | None, batch: Batch
     ) -> tuple[TrainState, Metrics]:
         grads, metrics = gradients(loss, state.trainable, frozen, teacher, batch, accumulate, count)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable: Params = apply_updates(state.trainable, updates, state.step)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        if project:
-            trainable, metrics["projected"] = project_scales(trainable, names)
-        return TrainState(state.step + 1, trainable, opt_state), metrics
+        with jax.named_scope("optimizer"):
+            before, mean = unwatched(state.opt_state)
+            updates, opt_state = optimizer.update(grads, before, state.trainable)
+            trainable: Params = apply_updates(state.trainable, updates, state.step)
+            metrics["grad_norm"] = optax.tree.norm(grads)
+            if project:
+                trainable, metrics["projected"] = project_scales(trainable, names)
+        done = state.step + 1
+        if health is None:
+            return TrainState(done, trainable, opt_state), metrics
+        with jax.named_scope("health"):
+            found = tested(health, metrics["loss"], mean, grads, state.trainable, trainable,
+                           frozen, names)
+            metrics |= found.metrics
+            mean = next_mean(mean, metrics["loss"], found.healthy)
+            if health.skips:
+                trainable, opt_state = jax.tree.map(
+                    lambda old, new: jnp.where(found.skip, old, new),
+                    (state.trainable, before), (trainable, opt_state))
+                metrics["skipped"] = found.skip.astype(jnp.int32)
+            if health.repairs:
+                metrics["updates"] = _updates(opt_state)
+        return TrainState(done, trainable, watched(opt_state, mean)), metrics
 
     return step
+
+
+def _updates(opt_state: optax.OptState) -> Array:
+    """The number of updates that an optimiser has made, the largest of its counts."""
+    return jnp.max(jnp.stack([n for _, n in optax.tree.get_all_with_path(opt_state, "count")]))

@@ -74,6 +74,8 @@ def to_half(
         subnormal; or a level changes by more than 0.1% of the largest level of its matrix. The
         message names the layer and the value.
     """
+    if isinstance(values, jax.core.Tracer):  # as under jax.eval_shape: there is nothing to check
+        return values.astype(SCALE_DTYPE)
     wide, half = np.asarray(values, np.float32), values.astype(SCALE_DTYPE)
     rounded = np.asarray(half, np.float32)
     finite = np.where(np.isfinite(wide), np.abs(wide), 0)

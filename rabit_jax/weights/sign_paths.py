@@ -133,16 +133,15 @@ class PackedSign(SignPaths):
 
 
 def with_layer_k(node: PackedSign) -> PackedSign:
-    """A stack with `layer_k` as its scales say it: paths behind the last that is not 0 are none.
-
-    A layer of zeros alone keeps all of its paths.
-    """
+    """A stack with the paths and the `layer_k` that its scales say, see `signs.ste.live_paths`."""
     live = live_paths(node.g, node.h)
-    ks = np.asarray(live.sum(axis=-1))
-    if ks.ndim != 1 or (ks == node.k).all():
+    ks = tuple(map(int, np.ravel(live.sum(axis=-1))))
+    if live.ndim != 2 or set(ks) == {node.k}:
         return node
-    bits = node.bits * live[..., None, None].astype(node.bits.dtype)
-    return node.replace(bits=bits, layer_k=tuple(map(int, ks)))
+    most = max(ks)
+    bits = (node.bits * live[..., None, None].astype(node.bits.dtype))[:, :most]
+    return node.replace(bits=bits, g=node.g[:, :most], h=node.h[:, :most],
+                        layer_k=None if set(ks) == {most} else ks)
 
 
 @jax.custom_vjp
@@ -204,11 +203,14 @@ def round_scales(name: str, **scales: jax.Array) -> tuple[jax.Array, ...]:
     """Balance the scales of a weight, `g=..., h=...`, and round them to float16.
 
     A path whose scales are all 0 stands for zeros, as those of a matrix of zeros do, and is kept.
+    Traced scales, as under `jax.eval_shape`, have no values that could be checked.
 
     Raises:
       BadInput: a scale is or would become 0, subnormal, infinite or NaN; the message names the
         layer and the scale.
     """
+    if any(isinstance(s, jax.core.Tracer) for s in scales.values()):
+        return tuple(s.astype(SCALE_DTYPE) for s in balance(*scales.values()))
     empty = _empty(scales)
     _check_scales(scales, empty, name, float(np.finfo(np.float32).tiny))
     rounded = tuple(s.astype(SCALE_DTYPE) for s in balance(*scales.values()))

@@ -9,6 +9,7 @@ import yaml
 
 from rabit_jax.experiments import run
 from rabit_jax.experiments.engine import config
+from rabit_jax.experiments.engine.config import shipped_model
 from rabit_jax.experiments.engine.inputs import abstract_params
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.formats.checkpoint import read_config
@@ -158,4 +159,4 @@ def test_batches_divide_over_the_mesh(file):
     data = c.mesh.get("data", 1)
     for section in (c.calibrate, c.qat, c.evaluate):
         assert section.batch_size // getattr(section, "accumulate", 1) % data == 0
-    assert read_config(run.shipped_model(c.teacher.path)).n_kv_heads % c.mesh.get("tensor", 1) == 0
+    assert read_config(shipped_model(c.teacher.path)).n_kv_heads % c.mesh.get("tensor", 1) == 0

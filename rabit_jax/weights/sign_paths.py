@@ -135,8 +135,11 @@ class PackedSign(SignPaths):
 def with_layer_k(node: PackedSign) -> PackedSign:
     """A stack with `layer_k` as its scales say it: paths behind the last that is not 0 are none.
 
-    A layer of zeros alone keeps all of its paths.
+    A layer of zeros alone keeps all of its paths, and so does every layer where the scales are
+    traced, as under `jax.eval_shape`.
     """
+    if isinstance(node.g, jax.core.Tracer):
+        return node
     live = live_paths(node.g, node.h)
     ks = np.asarray(live.sum(axis=-1))
     if ks.ndim != 1 or (ks == node.k).all():

@@ -13,7 +13,7 @@ INSTALLED_TEST := .venv/installed-test-$(VERSION)
 INSTALLED_DOCS := .venv/installed-docs-$(VERSION)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart models test test-more test-slow fuzz chaos bench-peers lint docs clean
+.PHONY: help quickstart models test test-more test-hosts test-slow fuzz chaos bench-peers lint docs clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -31,6 +31,9 @@ test: $(INSTALLED_TEST) ## all tests but the slow ones
 
 test-more: $(INSTALLED_TEST) ## heavier parity, the installed package, the notebooks
 	@$(RUN) -m pytest -n 2 --dist loadfile --durations=10 -m more
+
+test-hosts: $(INSTALLED_TEST) ## runs in several processes: killed, resumed, on other meshes
+	@$(RUN) -m pytest --durations=10 -m more tests/experiments/test_hosts.py
 
 test-slow: $(INSTALLED_TEST) ## only the tests that take minutes each
 	@$(RUN) -m pytest --durations=10 -m slow

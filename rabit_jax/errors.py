@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+LONGEST = 1500  # characters of a message
+
 
 class BadInput(ValueError):
     """Input that cannot be used: a wrong config, file, rule or shape.
 
     The message is one sentence that says what was found, what was wanted and what to do. The
     command line prints it to stderr and exits with code 2, without a traceback.
+
+    Names that a damaged file gives may be of any length and hold line breaks, and libraries quote
+    what they could not read: the message is one line all the same, of at most `LONGEST` characters.
     """
+
+    def __init__(self, message: object = ""):
+        line = " ".join(str(message).splitlines())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}...")
 
 
 class ToldByFirst(BadInput):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Sharding
 from jaxtyping import PyTree
 
 from rabit_jax.errors import BadInput, ToldByFirst
@@ -126,7 +126,7 @@ def whole(tree: PyTree, everywhere: bool = True) -> PyTree:
     return jax.tree.map(gathered, tree)
 
 
-def on_mesh(tree: PyTree, shardings: PyTree[NamedSharding] | NamedSharding) -> PyTree:
+def on_mesh(tree: PyTree, shardings: PyTree[Sharding] | Sharding) -> PyTree:
     """Arrays on the devices of their shardings, like `jax.device_put`.
 
     With several processes host arrays are the same in each of them, and each puts its own parts on
@@ -135,14 +135,14 @@ def on_mesh(tree: PyTree, shardings: PyTree[NamedSharding] | NamedSharding) -> P
     if not several():
         return jax.device_put(tree, shardings)
 
-    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    def put(leaf: Any, sharding: Sharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return leaf
         value = np.asarray(leaf)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
-    if isinstance(shardings, jax.sharding.Sharding):
+    if isinstance(shardings, Sharding):
         return jax.tree.map(lambda leaf: put(leaf, shardings), tree)
     return jax.tree.map(put, tree, shardings)

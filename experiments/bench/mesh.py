@@ -1,12 +1,12 @@
 """Bytes of a device and bytes that a training step sends, on 1, 2, 4 and 8 devices of each axis.
 
 The distillation step of a small Llama (RaBiT with two paths, AdamW) is compiled for simulated CPU
-devices; nothing is run. `state_bytes` are those of the arguments of the compiled program that train
-and of the optimiser's state on one device, `argument_bytes` those of all arguments (teacher and
-frozen parameters too), `temporary_bytes` what the step needs besides. `sent_bytes` are what a device
-sends in its collectives by the usual ring algorithms, loops over layers counted as often as they
-turn. A CPU has no reduce-scatter: it sums a gradient by an all-reduce and keeps its part, and sends
-twice what an accelerator would send there.
+devices; nothing is run. `state_bytes` are those of what trains and of the optimiser's state on one
+device, `argument_bytes` those of all arguments of the program (teacher and frozen parameters too),
+`temporary_bytes` what a step needs besides. `sent_bytes` are what a device sends in its collectives
+by the usual ring algorithms, loops over layers counted as often as they turn. A CPU has no
+reduce-scatter: it sums a gradient by an all-reduce and keeps its part, and so sends twice what an
+accelerator would send there.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,8 +130,10 @@ def students(options: argparse.Namespace, params: Any) -> Json:
         name: convert(params, [(LLAMA_LINEARS, spec)]) for name, spec in specs.items()}
 
 
-def build(options: argparse.Namespace) -> dict[str, Variant]:
-    """Compile the step of every student."""
+def build(
+    options: argparse.Namespace, names: Collection[str] = ("dense", "residual", "independent")
+) -> dict[str, Variant]:
+    """Compile the step of every student, or of those that are named."""
     config = model_config(options)
     model = Decoder(config)
     init = jax.jit(lambda key: init_params(config, key))
@@ -145,6 +147,8 @@ def build(options: argparse.Namespace) -> dict[str, Variant]:
 
     found = {}
     for name, params in students(options, init(jax.random.key(0))).items():
+        if name not in names:
+            continue
         found[name] = compile_step(loss, params, teacher, batch, options.steps + 1)
         say(f"compiled {name}")
     return found

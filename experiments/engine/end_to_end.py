@@ -46,6 +46,7 @@ def end_to_end(job: Job, continues: bool) -> Record:
     """Distil the teacher into what the section does not freeze."""
     section, compute = job.config.end_to_end, job.config.compute
     model = Decoder(compute.applied(job.model_config))
+
     def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
         return distillation_loss(model, params, teacher, batch, section.gamma, compute.chunk)
 
@@ -55,7 +56,7 @@ def end_to_end(job: Job, continues: bool) -> Record:
         section.optimizer,
         section.steps,
         teacher=compute.held(_teacher(job)),
-        mesh=one_device_mesh(),
+        mesh=job.mesh or one_device_mesh(),
         accumulate=section.accumulate,
         health=section.health,
     )

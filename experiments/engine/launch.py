@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-RESUMABLE = 75
+RESUMABLE = 75  # exit code: stopped, the same command goes on or begins again
 STARTED = "RABIT_JAX_STARTED"  # descriptor on which the child tells its parent that all are there
 ENDED = ("another process of this run has ended, or the network to it; the same command with "
          "--resume continues from the last checkpoint")
@@ -169,14 +169,22 @@ def start(start_timeout: int, heartbeat: int) -> None:
     from rabit_jax import progress
 
     # Without one coordinator address JAX asks the scheduler that started the processes.
-    own = {"cluster_detection_method": found.source} if found.source != "environment" else {
-        "coordinator_address": found.coordinator, "num_processes": found.processes,
-        "process_id": found.process}
+    ours = found.source == "environment"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    # Two programs with collectives at once can wait for each other's threads on a small CPU.
+    # On a CPU a collective holds a thread, and XLA has as many as cores: with few of them, programs
+    # that run at once can wait for each other's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
+        # Process 0 alone may find its program in the cache; a program of the cache and one that was
+        # compiled anew have been seen to wait for each other in their first collective.
+        jax.config.update("jax_enable_compilation_cache", False)
     jax.distributed.initialize(
-        **own, initialization_timeout=start_timeout, heartbeat_timeout_seconds=heartbeat)
+        coordinator_address=found.coordinator if ours else None,
+        num_processes=found.processes if ours else None,
+        process_id=found.process if ours else None,
+        cluster_detection_method=None if ours else found.source,
+        initialization_timeout=start_timeout, heartbeat_timeout_seconds=heartbeat)
     if descriptor := os.environ.get(STARTED):
         os.write(int(descriptor), b"s")
     if found.process:

@@ -58,6 +58,7 @@ from rabit_jax.formats.packed_model import load_packed, packed_bytes, save_packe
 from rabit_jax.formats.tokenizer import read_tokenizer
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.progress import progress
+from rabit_jax.train.sharding import make_mesh, row_shards
 from rabit_jax.tree import layer_keys, leaves, match_rules
 from rabit_jax.types import Array, Json, Params, Spec
 from rabit_jax.weights.budget import (
@@ -96,6 +97,17 @@ class Job:
         self.text = Text(config, None)
         self.blocks, self.tuned = Pieces(folder.path / "blocks"), Pieces(folder.path / "tune")
         self.stopped, self.measure = False, Measure()
+        # Not on all devices unless asked: blocks of a small model are faster on one.
+        self.mesh = make_mesh(config.mesh) if config.mesh else None
+
+    def _check_rows(self) -> None:
+        """Raises BadInput where a batch does not divide over the mesh."""
+        parts = row_shards(self.mesh) if self.mesh else 1
+        for name in ("calibrate", "tune", "end_to_end", "evaluate"):
+            size = getattr(self.config, name).batch_size
+            if size % parts:
+                raise BadInput(f"{name}.batch_size is {size} for {parts} parts of the mesh (data x "
+                               f"fsdp): make it a multiple of {parts}")
 
     def check(self) -> None:
         """Read the text and refuse what cannot work, before anything is written.
@@ -108,6 +120,7 @@ class Job:
         if self.config.init.budget:
             check_budget(self.config.init.budget, self.specs, self.shapes)
         check_teacher(self.config.teacher.path)
+        self._check_rows()
         config, lengths = self.config, {}
         if config.calibrate.mode != "none":
             self.text.rows(config.calibrate, 0, config.seed + 1)
@@ -189,7 +202,7 @@ class Job:
         steps = range(-(-section.sequences // size))
         found = np.concatenate([self.text.rows(section, step, seed) for step in steps])
         return Sweep(self.model_config, FromCheckpoint(self.checkpoint), pieces,
-                     *padded(found[: section.sequences], size), size, prefix)
+                     *padded(found[: section.sequences], size), size, prefix, self.mesh)
 
     def texts(self) -> dict[str, TokenText]:
         """The texts that models are scored on."""
@@ -299,6 +312,7 @@ def _quantise_block(
     """Block n from its params on disk to its packed file; returns its mean relative error."""
     with job.step("init", n, sweep.tokens.size if sweep else 0) as fields:
         params = FromCheckpoint(job.checkpoint).block(n)
+        params = sweep.placed(params) if sweep else params
         begin = time.perf_counter()
         stats = _statistics(job, sweep, n, params)
         fields["calibrate_seconds"] = time.perf_counter() - begin
@@ -520,7 +534,7 @@ def _perplexity(
     text = job.texts()[name]
     rows, size = job.text.windows(text), job.config.evaluate.batch_size
     tokens, mask = padded(rows, size)
-    sweep = Sweep(job.model_config, source(job), pieces, tokens, mask, size, f"{name}-")
+    sweep = Sweep(job.model_config, source(job), pieces, tokens, mask, size, f"{name}-", job.mesh)
     states = [sweep.name("x", n) for n in range(job.model_config.n_layers + 1)]
     if not any(map(pieces.has, states)):
         sweep.embed()

@@ -12,19 +12,22 @@ take seconds, and signals are watched before them.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from rabit_jax.experiments.engine.launch import RESUMABLE, STARTED
 from rabit_jax.workspaces import remove_workspaces
 
-RESUMABLE = 75  # exit code: stopped, the same command goes on or begins again
 AGAIN = "stopped; the same command starts again, nothing was written"
 CELLS = "stopped; the same command goes on from there"
 CONTINUE = "stopped; the same command with --resume continues from the last checkpoint"
+TOGETHER = 1.0  # seconds: a scheduler signals a command and its parent, which hands it on
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -61,9 +64,12 @@ def watch(message: str) -> None:
 
 def _wait(reader: int) -> None:
     """The thread: one byte comes for every signal, its number."""
+    last = -math.inf
     while found := os.read(reader, 1):
-        if found[0] in SIGNALS:
+        now = time.monotonic()
+        if found[0] in SIGNALS and (now - last > TOGETHER or STARTED not in os.environ):
             _answer()
+            last = now
 
 
 def _answer() -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 
 from rabit_jax import Stats
 from rabit_jax.calibration.blockwise import Block, block_sums
@@ -29,7 +30,11 @@ from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.signs.ste import F32
 from rabit_jax.train.block_tuning import Block as TunedBlock
 from rabit_jax.train.losses import features_loss
+from rabit_jax.train.sharding import batch_sharding, param_shardings
 from rabit_jax.types import Array, Batch, Params
+from rabit_jax.weights.shardings import gather_when_used, split_rows
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -127,6 +132,7 @@ class Sweep:
       mask: bool `[n, t]`, True for real tokens.
       batch_size: rows of a batch.
       prefix: of the names of states.
+      mesh: devices that share rows and params; None for one device.
     """
 
     config: ModelConfig
@@ -136,6 +142,16 @@ class Sweep:
     mask: np.ndarray
     batch_size: int
     prefix: str = ""
+    mesh: Mesh | None = None
+
+    def placed(self, params: Params) -> Params:
+        """Params where they live on the mesh; without one they stay."""
+        if self.mesh is None:
+            return params
+        return jax.device_put(params, param_shardings(params, self.mesh))
+
+    def _ends(self, *names: str) -> Params:
+        return self.placed(self.source.ends(*names))
 
     def name(self, kind: str, n: int) -> str:
         """Name of a state: `kind` is x or dx."""
@@ -143,13 +159,14 @@ class Sweep:
 
     def embed(self) -> None:
         """Makes `x-000`."""
-        ends = self.source.ends("embed")
+        ends = self._ends("embed")
         with self.pieces.writing(self.name("x", 0)) as write:
             for batch in self._batches():
                 write(_embed(self.config, ends, batch["tokens"]))
 
     def forward(self, n: int, params: Params) -> None:
         """Makes `x-<n + 1>` from `x-<n>`."""
+        params = self.placed(params)
         with self.pieces.writing(self.name("x", n + 1)) as write:
             for batch, x in zip(self._batches(), self._states("x", n), strict=True):
                 write(_forward(self.config, params, x, self.local(n), batch["mask"]))
@@ -158,7 +175,7 @@ class Sweep:
         self, n: int, params: Params, paths: Collection[str], clip: float
     ) -> dict[str, Stats]:
         """Makes `x-<n + 1>` and returns the statistics of block n with `s_out = 1`."""
-        total = None
+        total, params = None, self.placed(params)
         with self.pieces.writing(self.name("x", n + 1)) as write:
             for batch, x in zip(self._batches(), self._states("x", n), strict=True):
                 y, sums = _forward_sums(
@@ -170,7 +187,7 @@ class Sweep:
 
     def head_gradient(self, chunk: int, labels: str, key: jax.Array) -> None:
         """Makes `dx-<l>` from `x-<l>`; batch by batch the key is folded with its first row."""
-        last, ends = self.config.n_layers, self.source.ends(*head_names(self.config))
+        last, ends = self.config.n_layers, self._ends(*head_names(self.config))
         with self.pieces.writing(self.name("dx", last)) as write:
             states = zip(self._batches(), self._states("x", last), strict=True)
             for step, (batch, x) in enumerate(states):
@@ -181,7 +198,7 @@ class Sweep:
         self, n: int, params: Params, paths: Collection[str], clip: float
     ) -> dict[str, Stats]:
         """Makes `dx-<n>` from `x-<n>` and `dx-<n + 1>`; returns the statistics of block n."""
-        total = None
+        total, params = None, self.placed(params)
         with self.pieces.writing(self.name("dx", n)) as write:
             states = zip(
                 self._batches(), self._states("x", n), self._states("dx", n + 1), strict=True
@@ -196,7 +213,7 @@ class Sweep:
 
     def nats(self, chunk: int) -> float:
         """Summed cross-entropy of the rows that have real tokens, from `x-<l>`, in float64."""
-        last, ends = self.config.n_layers, self.source.ends(*head_names(self.config))
+        last, ends = self.config.n_layers, self._ends(*head_names(self.config))
         states = zip(self._batches(), self._states("x", last), strict=True)
         return sum(float(_nats(self.config, ends, x, batch, chunk)) for batch, x in states)
 
@@ -210,15 +227,20 @@ class Sweep:
         shape = (*self.tokens.shape, self.config.d_model)
         return self.pieces.mapped(self.name(kind, n), shape, compute_dtype(self.config))
 
-    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
+    def _batches(self) -> Iterator[dict[str, Any]]:
         for begin in range(0, len(self.tokens), self.batch_size):
             rows = slice(begin, begin + self.batch_size)
-            yield {"tokens": self.tokens[rows], "mask": self.mask[rows]}
+            yield self._rows({"tokens": self.tokens[rows], "mask": self.mask[rows]})
 
-    def _states(self, kind: str, n: int) -> Iterator[np.ndarray]:
+    def _states(self, kind: str, n: int) -> Iterator[np.ndarray | Array]:
         shape = (self.batch_size, self.tokens.shape[1], self.config.d_model)
         self.pieces.check_size(self.name(kind, n), self.state_bytes())
-        return self.pieces.reading(self.name(kind, n), shape, compute_dtype(self.config))
+        found = self.pieces.reading(self.name(kind, n), shape, compute_dtype(self.config))
+        return map(self._rows, found)
+
+    def _rows(self, batch: T) -> T:
+        """A batch split by rows over the mesh."""
+        return batch if self.mesh is None else jax.device_put(batch, batch_sharding(self.mesh))
 
     def local(self, n: int) -> np.ndarray:
         """Whether block n attends to a window only, a bool scalar."""
@@ -241,7 +263,8 @@ def _block(config: ModelConfig, local: Array, mask: Array) -> Block:
     view = make_context(config, mask).view(local)
 
     def run(params: Params, x: Array) -> Array:
-        return block(params["layers"], x, view, config)[0]
+        own = gather_when_used(params)
+        return split_rows(block(own["layers"], split_rows(x), view, config)[0])
 
     return run
 

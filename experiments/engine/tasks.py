@@ -31,8 +31,6 @@ def task_stages(config: RunConfig, named: Collection[str]) -> list[Stage[Any]]:
     """
     if config.task == "ptq" and not config.teacher.path:
         raise BadInput("task ptq trains nothing: set teacher.path to the model to be packed")
-    if config.task == "ptq" and config.mesh:
-        raise BadInput("task ptq runs on one device: leave mesh empty")
     if config.task == "ptq" and hosts.several():
         raise BadInput("task ptq runs in one process: start it without the others")
     stages = [stage for stage in TASKS[config.task] if stage.wanted(config)]

@@ -181,9 +181,9 @@ class Text:
             if where is None or not hosts.several():
                 return jax.device_put({"tokens": self.rows(section, step, seed)}, where)
             # Each process reads the rows of its own devices.
-            shape = (section.batch_size, section.length)
             return {"tokens": jax.make_array_from_callback(
-                shape, where, lambda index: self.rows(section, step, seed, index[0])[:, index[1]])}
+                (section.batch_size, section.length), where,
+                lambda index: self.rows(section, step, seed, (index or (slice(None),))[0]))}
 
         return at
 

@@ -84,7 +84,7 @@ def _tune_block(job: Job, teacher: Sweep, student: Sweep, n: int, bar: Progress)
 
         tuned = tune_block(
             tuned_block(job.model_config),
-            _trainable(job, n),
+            teacher.placed(_trainable(job, n)),
             inputs.mapped("x", n)[: section.sequences],
             teacher.mapped("x", n + 1)[: section.sequences],
             section,
@@ -92,6 +92,7 @@ def _tune_block(job: Job, teacher: Sweep, student: Sweep, n: int, bar: Progress)
             seed=job.config.seed + n,
             extra={"local": jnp.asarray(teacher.local(n))},
             done=done,
+            mesh=job.mesh,
         )
         _write(job, n, tuned)
         fields |= {"before": tuned.before, "after": tuned.after, "epochs": len(tuned.losses)}

@@ -21,11 +21,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.train.losses import summed_hidden_error
 from rabit_jax.train.optimizer import OptimizerConfig, make_optimizer, merge, partition, roles
+from rabit_jax.train.sharding import batch_sharding, like_params, replicated, row_shards
 from rabit_jax.train.step import Metrics, TrainState, init_state, make_step
 from rabit_jax.types import Array, Batch, Params
 
@@ -88,6 +90,7 @@ def tune_block(
     seed: int = 0,
     extra: Mapping[str, Array] | None = None,
     done: Callable[[int, float], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Tuned:
     """Trains the weight nodes of one block, with its norms, so that `block(params, x)` comes to y.
 
@@ -105,6 +108,7 @@ def tune_block(
       seed: of the order of windows.
       extra: what else `block` reads from a batch, the same for all.
       done: called after each step with the number of steps done and the loss on held-out windows.
+      mesh: that `params` lie on, with batches by rows; None for one device.
 
     Raises:
       BadInput: settings that leave nothing to train or nothing held out, or a loss that is not
@@ -125,11 +129,15 @@ def tune_block(
     if not jax.tree.leaves(trainable):
         raise BadInput(f"freeze {list(freeze)} leaves nothing of a block to train")
     state = _start(config, steps, trainable, frozen)
+    if mesh is not None:
+        where = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+        opt_state = like_params(state.opt_state, trainable, where, mesh)
+        state = jax.device_put(state, TrainState(replicated(mesh), where, opt_state))  # pyright: ignore
 
     def held_out_loss(trainable: Params) -> float:
         starts = range(train, len(x), config.batch_size)
         rows = (slice(start, start + config.batch_size) for start in starts)
-        sums = [_error(block, merge(trainable, frozen), _batch(x, y, r, extra)) for r in rows]
+        sums = [_error(block, merge(trainable, frozen), _batch(x, y, r, extra, mesh)) for r in rows]
         return float(sum(sums)) / (held_out * x.shape[1])
 
     best, losses = trainable, []
@@ -138,7 +146,7 @@ def tune_block(
     count, stale = 0, 0
     for epoch in range(config.epochs):
         for rows in _epoch(train, config.batch_size, seed, epoch):
-            batch = _batch(x, y, rows, extra)
+            batch = _batch(x, y, rows, extra, mesh)
             state, _ = _step(block, config, steps, state, frozen, batch)
             count += 1
             if done is not None:
@@ -181,8 +189,15 @@ def _epoch(count: int, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]
         yield np.sort(list(itertools.islice(endless, size)))
 
 
-def _batch(x: np.ndarray, y: np.ndarray, rows: slice | np.ndarray, extra: Batch) -> Batch:
-    return {"x": jnp.asarray(x[rows]), "y": jnp.asarray(y[rows]), **extra}
+def _batch(
+    x: np.ndarray, y: np.ndarray, rows: slice | np.ndarray, extra: Batch, mesh: Mesh | None
+) -> Batch:
+    own = {"x": x[rows], "y": y[rows]}
+    if mesh is None:
+        return {**jax.tree.map(jnp.asarray, own), **extra}
+    # The last batch held out may have a number of rows that the mesh does not divide.
+    even = len(own["x"]) % row_shards(mesh) == 0
+    return {**jax.device_put(own, batch_sharding(mesh) if even else replicated(mesh)), **extra}
 
 
 def relative_error(block: Block, params: Params, batch: Batch) -> Float[Array, ""]:

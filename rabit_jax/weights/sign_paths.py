@@ -133,19 +133,20 @@ class PackedSign(SignPaths):
 
 
 def with_layer_k(node: PackedSign) -> PackedSign:
-    """A stack with `layer_k` as its scales say it: paths behind the last that is not 0 are none.
+    """A stack with the paths and the `layer_k` that its scales say, see `signs.ste.live_paths`.
 
-    A layer of zeros alone keeps all of its paths, and so does every layer where the scales are
-    traced, as under `jax.eval_shape`.
+    Traced scales, as under `jax.eval_shape`, say nothing: all paths stay.
     """
     if isinstance(node.g, jax.core.Tracer):
         return node
     live = live_paths(node.g, node.h)
-    ks = np.asarray(live.sum(axis=-1))
-    if ks.ndim != 1 or (ks == node.k).all():
+    ks = tuple(map(int, np.ravel(live.sum(axis=-1))))
+    if live.ndim != 2 or set(ks) == {node.k}:
         return node
-    bits = node.bits * live[..., None, None].astype(node.bits.dtype)
-    return node.replace(bits=bits, layer_k=tuple(map(int, ks)))
+    most = max(ks)
+    bits = (node.bits * live[..., None, None].astype(node.bits.dtype))[:, :most]
+    return node.replace(bits=bits, g=node.g[:, :most], h=node.h[:, :most],
+                        layer_k=None if set(ks) == {most} else ks)
 
 
 @jax.custom_vjp

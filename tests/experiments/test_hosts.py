@@ -12,7 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import yaml
 
@@ -21,7 +23,7 @@ from tests.experiments.conftest import settings, story
 
 pytestmark = pytest.mark.more
 WORKER = Path(__file__).with_name("hosts_worker.py")
-SAVED = 4  # the last step that is saved before the death at step 5
+ROOT = WORKER.parents[2]
 
 
 def free_port():
@@ -37,13 +39,13 @@ def started(place, processes, *arguments, kill=None, devices=2, name="tiny"):
         cluster = {} if processes == 1 else {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(n)}
-        flags = {"JAX_PLATFORMS": "cpu",
+        flags = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
                  "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         command = [sys.executable, str(WORKER), str(5 if kill == n else 0), "--config",
                    str(place / "config.yaml"), f"name={name}", *arguments]
         running.append(subprocess.Popen(
             command, env={**os.environ, **flags, **cluster}, text=True, stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, cwd=WORKER.parents[2]))
+            stdout=subprocess.DEVNULL, cwd=ROOT))
     errors = [process.communicate(timeout=900)[1] for process in running]
     return [process.returncode for process in running], errors
 
@@ -93,6 +95,7 @@ def killed(base):
     folder = copied(base, "tiny", "killed")
     codes, errors = started(base, 2, "--until", "qat", kill=1, name="killed")
     assert codes == [75, 75] and "another process of this run has ended" in errors[0]
+    assert list(losses(folder)) == [1, 2, 3, 4] and resumed_at(folder) >= 2, errors[0]
     return folder
 
 
@@ -104,16 +107,10 @@ def losses(folder):
 
 
 def student(folder):
-    """What training has left, as arrays on this process's devices."""
-    with Checkpoints(folder / "checkpoints" / "student") as kept:
-        item = kept.manager.item_metadata(0)
-        assert item is not None
-    files = sorted(p for p in (folder / "checkpoints" / "student").rglob("*") if p.is_file())
-    assert files
-    import orbax.checkpoint as ocp
-    tree = ocp.StandardCheckpointer().restore(
-        (folder / "checkpoints" / "student" / "0" / "default").absolute())
-    return tree["state"]
+    """What training has left, as arrays of this process."""
+    place = folder / "checkpoints" / "student" / "0" / "default"
+    with ocp.StandardCheckpointer() as reader:
+        return jax.tree.map(np.asarray, reader.restore(place.absolute())["state"])
 
 
 def resumed_at(folder):
@@ -134,10 +131,7 @@ def test_killed_and_resumed_on_the_same_mesh_it_is_bitwise_the_same(base, undist
     done(base, 2, "--resume", "--until", "qat", name="resumed")
     folder = base / "runs" / "resumed"
     assert losses(folder) == losses(undisturbed)
-    import jax
-    found, wanted = student(folder), student(undisturbed)
-    assert jax.tree.all(jax.tree.map(
-        lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), found, wanted))
+    assert jax.tree.all(jax.tree.map(np.array_equal, student(folder), student(undisturbed)))
 
 
 @pytest.mark.parametrize("processes, devices", [

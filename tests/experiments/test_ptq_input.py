@@ -18,7 +18,7 @@ from rabit_jax.formats.tokenizer import load_tokenizer
         (("task=ptg",), "wanted one of 'qat', 'ptq'"),
         (("teacher.path=",), "set teacher.path"),
         (("teacher.path=/no/such/folder",), "no model folder /no/such/folder"),
-        (("mesh.data=2",), "one device"),
+        (("mesh.data=3",), "8 devices"),
         (("--force", "init"), "no stages"),
         (("task=qat", "calibrate.mode=none"), "task qat needs 'full'"),
         (("calibrate.mode=activation",), "calibrate.mode"),

@@ -32,6 +32,9 @@ from rabit_jax.formats.gguf_writing import save_gguf
 from rabit_jax.formats.packed_model import save_packed
 from rabit_jax.models.config import ModelConfig, RopeScaling
 from rabit_jax.models.decoder import Decoder, param_shapes
+from rabit_jax.tree import is_weight, map_leaves, pytree_dataclass
+from rabit_jax.types import Array
+from rabit_jax.weights.leaves import WeightNode, leaf
 
 LLAMA = ModelConfig(
     vocab_size=300, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, d_hidden=256,
@@ -230,22 +233,44 @@ def llama_cpp_logits(file: Path, text: Path, context: int) -> tuple[np.ndarray, 
     return tokens, head[..., 1:] + head[..., :1] * rows[..., 4 : 4 + vocabulary]
 
 
+@pytree_dataclass
+class Rounded(WeightNode):
+    """A matrix that multiplies as llama.cpp multiplies blocks of integers: by activations that are
+    rounded to 8 bits, in blocks of 32 with a 16-bit scale."""
+
+    kernel: Array = leaf("latent", "i o")
+
+    def dense(self):
+        """The matrix."""
+        return self.kernel
+
+    def matmul(self, x):
+        """`round(x) W`."""
+        blocks = x.reshape(*x.shape[:-1], -1, 32)
+        scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / 127
+        whole = jnp.round(blocks / jnp.where(scale > 0, scale, 1))
+        return (whole * scale.astype(jnp.float16)).reshape(x.shape) @ self.kernel
+
+
 @pytest.mark.more
-@pytest.mark.parametrize(("config", "spec", "kind", "tolerance"), [
-    (LLAMA, None, "f32", 2e-3),
-    (GEMMA, None, "f32", 2e-3),
-    # llama.cpp rounds activations to 8 bits for products with blocks of integers.
-    (LLAMA, UniformResidualSpec(k=1, rounds=1, group=128), "Q1_0", 0.1),
-    (LLAMA, UniformResidualSpec(k=2, rounds=1, group=32), "Q4_0", 0.1),
-    (GEMMA, UniformResidualSpec(k=1, rounds=1, group=128), "Q1_0", 0.1),
+@pytest.mark.parametrize(("config", "spec", "kind"), [
+    (LLAMA, None, "f32"),
+    (GEMMA, None, "f32"),
+    (LLAMA, UniformResidualSpec(k=1, rounds=1, group=128), "Q1_0"),
+    (LLAMA, UniformResidualSpec(k=2, rounds=1, group=32), "Q4_0"),
+    (GEMMA, UniformResidualSpec(k=1, rounds=1, group=128), "Q1_0"),
 ], ids=["llama f32", "gemma f32", "llama Q1_0", "llama Q4_0", "gemma Q1_0"])
-def test_llama_cpp_computes_our_logits(config, spec, kind, tolerance, tmp_path, tokenizer):
+def test_llama_cpp_computes_our_logits(config, spec, kind, tmp_path, tokenizer):
     params = packed_of(config, spec) if spec else params_of(config)
     save_gguf(tmp_path / "m.gguf", config, params, tokenizer, kind)
     (tmp_path / "text.txt").write_text(TEXT)
     tokens, found = llama_cpp_logits(tmp_path / "m.gguf", tmp_path / "text.txt", 32)
-    wanted = jax.jit(Decoder(config).apply)({"params": dense(params)}, tokens)
+    tokens, found = tokens[:8], found[:8]
+    params = map_leaves(lambda _, w: Rounded(w.dense()) if is_weight(w) else w, params)
+    wanted = jax.jit(Decoder(config).apply)({"params": params}, tokens)
     wanted = np.asarray(jax.nn.log_softmax(wanted)[:, 16:31], np.float64)
     seen = wanted > wanted.max(axis=-1, keepdims=True) - 10  # others are cut off in that file
-    assert seen.mean() > 0.5
-    assert np.abs(found - wanted)[seen].max() < tolerance * max(1.0, wanted[seen].std())
+    assert seen.mean() > 0.2
+    off = np.abs(found - wanted)[seen] / max(1.0, wanted[seen].std())
+    # An activation that lies between two integers may be rounded to either.
+    assert np.quantile(off, 0.99) < (2e-3 if spec is None else 0.03), off.max()

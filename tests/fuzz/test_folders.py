@@ -99,6 +99,7 @@ def test_folders_of_shards(shards, fuzz):
             for stored in checkpoint.tensors.values():
                 assert stored.file.parent == shards
 
+    use()  # imports count for no input
     accepted, refused = fuzz(3, make, use, 64)
     assert accepted and refused
 
@@ -199,6 +200,7 @@ def test_packed_folders_that_mean_harm(packed, fuzz):
         arrays = jax.tree.leaves(params)
         assert sum(a.nbytes for a in arrays) <= 4 * sum(map(len, originals.values()))
 
+    use()
     accepted, refused = fuzz(6, make, use, 64)
     assert refused
     shutil.rmtree(packed)

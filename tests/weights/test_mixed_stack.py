@@ -144,3 +144,15 @@ def test_scales_train_on_a_mixed_stack_and_pack_again(folder):
     node = kernel(fixed(params), "up").packed_weight
     with pytest.raises(BadInput, match="up of layer 2: scale"):
         FixedWeight(node.replace(g=node.g.at[2, 1, 3].set(0))).pack("up")
+
+
+def test_paths_that_no_layer_has_are_not_packed():
+    w = jax.random.normal(jax.random.key(0), (3, 64, 64))
+    node = ResidualSignSpec(k=3, rounds=1).init(w)
+    zeros = node.replace(g=node.g.at[:, 2].set(0), h=node.h.at[:, 2].set(0))
+    packed = zeros.pack("w")
+    assert packed.k == 2 and packed.layer_k is None
+    np.testing.assert_array_equal(packed.positive(), zeros.positive()[:, :2])
+    assert not zeros.positive()[:, 2].any()
+    pruned = ResidualSignSpec(k=2).init(jnp.zeros((2, 64, 64))).pack("zeros")
+    assert pruned.k == 2 and pruned.layer_k is None

@@ -7,6 +7,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels.layout import unpack_bits
@@ -74,7 +75,7 @@ def to_half(
         subnormal; or a level changes by more than 0.1% of the largest level of its matrix. The
         message names the layer and the value.
     """
-    if isinstance(values, jax.core.Tracer):  # as under jax.eval_shape: there is nothing to check
+    if isinstance(values, Tracer):  # as under jax.eval_shape: there is nothing to check
         return values.astype(SCALE_DTYPE)
     wide, half = np.asarray(values, np.float32), values.astype(SCALE_DTYPE)
     rounded = np.asarray(half, np.float32)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 from jaxtyping import Float
 
 from rabit_jax.errors import BadInput, check_choice
@@ -133,7 +134,12 @@ class PackedSign(SignPaths):
 
 
 def with_layer_k(node: PackedSign) -> PackedSign:
-    """A stack with the paths and the `layer_k` that its scales say, see `signs.ste.live_paths`."""
+    """A stack with the paths and the `layer_k` that its scales say, see `signs.ste.live_paths`.
+
+    Traced scales, as under `jax.eval_shape`, say nothing: all paths stay.
+    """
+    if isinstance(node.g, Tracer):
+        return node
     live = live_paths(node.g, node.h)
     ks = tuple(map(int, np.ravel(live.sum(axis=-1))))
     if live.ndim != 2 or set(ks) == {node.k}:
@@ -209,7 +215,7 @@ def round_scales(name: str, **scales: jax.Array) -> tuple[jax.Array, ...]:
       BadInput: a scale is or would become 0, subnormal, infinite or NaN; the message names the
         layer and the scale.
     """
-    if any(isinstance(s, jax.core.Tracer) for s in scales.values()):
+    if any(isinstance(s, Tracer) for s in scales.values()):
         return tuple(s.astype(SCALE_DTYPE) for s in balance(*scales.values()))
     empty = _empty(scales)
     _check_scales(scales, empty, name, float(np.finfo(np.float32).tiny))

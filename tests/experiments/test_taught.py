@@ -51,7 +51,9 @@ def test_a_trace_names_the_blocks(kept):
         assert len(files) == 1 and files[0].stat().st_size > 1000
 
 
-def test_a_stopped_stage_goes_on_and_a_damaged_piece_is_named(place, run, monkeypatch, capsys):
+def test_a_stopped_stage_goes_on_and_a_damaged_piece_is_made_again(
+    kept, place, run, monkeypatch, capsys
+):
     folder = place / "runs" / "again"
     written, write = [], taught.Pieces.write_arrays
 
@@ -73,8 +75,9 @@ def test_a_stopped_stage_goes_on_and_a_damaged_piece_is_named(place, run, monkey
     content = bytearray(piece.read_bytes())
     content[-9] ^= 1
     piece.write_bytes(bytes(content))
-    assert run(place, *KEPT, "name=again", "--until", "qat") == 2
-    assert "step-0000005" in capsys.readouterr().err
+    assert run(place, *KEPT, "name=again", "--until", "qat") == 0
+    assert "step-0000005 is damaged" in capsys.readouterr().err
+    assert lines(folder, "qat")[-1]["kl"] == lines(place / "runs" / "tiny", "qat")[-1]["kl"]
 
 
 def test_hidden_states_of_a_teacher_that_is_not_run_are_refused(place, run, capsys):

@@ -108,9 +108,11 @@ def losses(folder):
 
 def student(folder):
     """What training has left, as arrays of this process."""
-    place = folder / "checkpoints" / "student" / "0" / "default"
-    with ocp.StandardCheckpointer() as reader:
-        return jax.tree.map(np.asarray, reader.restore(place.absolute())["state"])
+    place = (folder / "checkpoints" / "student" / "0" / "default").absolute()
+    with ocp.PyTreeCheckpointer() as reader:
+        shapes = reader.metadata(place).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        return reader.restore(place, ocp.args.PyTreeRestore(restore_args=as_numpy))["state"]
 
 
 def resumed_at(folder):

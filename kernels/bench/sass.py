@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rabit_jax.types import Json
-
 LANES = 32
 # Instructions by what they do; the first part of the name decides, and anything else is "other".
 CLASSES = {
@@ -183,7 +181,7 @@ def load_bits(instructions: Sequence[Instruction]) -> int:
     return min((width for width, bits in widths.items() if 16 * bits >= total), default=0)
 
 
-def measure(compiled: Compiled, signs: float) -> Json:
+def measure(compiled: Compiled, signs: float) -> dict[str, Any]:
     """The numbers of a kernel whose tensor instructions multiply `signs` packed signs each.
 
     Returns:

@@ -84,6 +84,7 @@ class Chaos:
         except subprocess.TimeoutExpired:
             code = self._kill(process, number)
             self.kills += 1
+            self.seconds *= 1.03
             if code and self.random.random() < 0.5:
                 self._tear()
         else:
@@ -91,6 +92,8 @@ class Chaos:
                 raise Disagreement(
                     f"{self._where()}, it ended by itself with {code}: {_log(self.folder)}"
                 )
+            # Other work on the machine comes and goes: some five kills to one run that ends.
+            self.seconds *= 0.85
         self._ended(code)
 
     def _ended(self, code: int) -> None:

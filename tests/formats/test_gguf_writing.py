@@ -68,7 +68,7 @@ def tokenizer():
 
 def params_of(config, seed=0):
     rng = np.random.default_rng(seed)
-    flat = {path: jnp.asarray(rng.normal(size=shape) * (0.1 if path.endswith("kernel") else 0.5)
+    flat = {path: jnp.asarray(rng.normal(size=shape) * (0.5 if path.endswith("scale") else 0.1)
                               + (path.endswith("scale")), jnp.float16).astype(jnp.float32)
             for path, shape in param_shapes(config).items()}
     return unflatten_dict(flat, sep="/")
@@ -272,5 +272,6 @@ def test_llama_cpp_computes_our_logits(config, spec, kind, tmp_path, tokenizer):
     seen = wanted > wanted.max(axis=-1, keepdims=True) - 10  # others are cut off in that file
     assert seen.mean() > 0.2
     off = np.abs(found - wanted)[seen] / max(1.0, wanted[seen].std())
-    # An activation that lies between two integers may be rounded to either.
-    assert np.quantile(off, 0.99) < (2e-3 if spec is None else 0.03), off.max()
+    # An activation that lies between two integers may be rounded to either; without the rounding
+    # the quantile is about .15 of Gemma's.
+    assert np.quantile(off, 0.99) < (2e-3 if spec is None else 0.1), off.max()

@@ -128,7 +128,7 @@ def test_bytes_by_part_are_the_arguments_of_the_compiled_program():
 def test_the_plan_of_a_shipped_config_in_json(capsys):
     code = run.main(["--config", "quickstart", *SMALL, "--plan", "cpu:2", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert code == 0 and found["mesh"] == {"data": 2, "tensor": 1}
+    assert code == 0 and found["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
     by_name = {one["program"]: one for one in found["programs"]}
     assert list(by_name) == ["teacher", "calibrate", "qat", "decode"]
     for one in found["programs"]:

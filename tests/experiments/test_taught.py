@@ -45,7 +45,7 @@ def test_metrics_have_the_figures_of_the_machine(kept):
         assert found["tokens_per_second"] > 0
 
 
-def test_a_trace_names_the_blocks(kept):
+def test_a_trace_is_written_for_each_training(kept):
     for stage in ("teacher", "qat"):
         files = list((kept / "profile" / stage).rglob("*.xplane.pb"))
         assert len(files) == 1 and files[0].stat().st_size > 1000

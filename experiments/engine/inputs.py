@@ -162,10 +162,10 @@ class Inputs:
         except (OSError, SafetensorError) as error:
             raise BadInput(f"cannot read {file}: --force calibrate makes it again") from error
         paths = sorted({name.rsplit(".", 1)[0] for name in arrays})
-        found = {p: Stats(arrays[f"{p}.s_in"], arrays[f"{p}.s_out"]) for p in paths}
         if hosts.several():
-            return hosts.on_mesh(found, replicated(self.mesh))
-        return jax.tree.map(jax.numpy.asarray, found)
+            arrays = hosts.on_mesh(arrays, replicated(self.mesh))
+        arrays = jax.tree.map(jax.numpy.asarray, arrays)
+        return {p: Stats(arrays[f"{p}.s_in"], arrays[f"{p}.s_out"]) for p in paths}
 
     def save_stats(self, stats: dict[str, Stats]) -> None:
         """Write what `stats` reads."""

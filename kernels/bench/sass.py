@@ -104,13 +104,14 @@ def compile_ir(text: str, arch: int, warps: int, stages: int) -> Compiled:
 
 
 def _compile(source: Any, arch: int, warps: int, stages: int) -> Compiled:
-    from triton import compile, knobs
+    import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
 
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
         knobs.cache.dir = folder
-        made = compile(source, target=GPUTarget("cuda", arch, LANES), options=options)
+        made = triton.compile(source, target=GPUTarget("cuda", arch, LANES), options=options)
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(made.asm["cubin"])
         code, usage = _dump(cubin, "-sass"), _dump(cubin, "-res-usage")

@@ -180,7 +180,7 @@ class Sign:
         raise AssertionError("saving multiplies by no weight")
 
     def dense(self):
-        return self.scale[:, None, None] * self.b.astype(jnp.float32)
+        return self.scale[..., None, None] * self.b.astype(jnp.float32)
 
 
 def test_weight_nodes_are_saved_dense(tmp_path, model, params):

@@ -141,6 +141,7 @@ HEADERS = {
     "dual_binary": {"in": 40, "out": 24, "group": 16},
     "codebook": {"in": 40, "out": 24, "stages": 2, "bits": 4, "dim": 4},
     "grouped_sign": {"in": 40, "out": 24, "k": 2, "group": 16},
+    "uniform_sign": {"in": 40, "out": 24, "k": 2, "group": 16},
 }
 HEADERS["scaled"] = {"in": 40, "out": 24, "inner": HEADERS["sign"] | {"type": "sign"}}
 HEADERS["sum"] = {"in": 40, "out": 24, "terms": [HEADERS["sign"] | {"type": "sign"}]}

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 GPU = os.environ.get("RABIT_GPU_TESTS") == "1"
 
@@ -45,6 +46,16 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="RABIT_GPU_TESTS=1 runs it on a GPU"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+    """Forget compiled programs before they fill the process's table of memory maps: each takes four
+    or more, Linux allows 65,530, and LLVM ends in a segmentation fault beyond."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 def _llama(layers, width, hidden, vocabulary=32000):

@@ -61,8 +61,10 @@ class RandomParam:
     std: float
     seed: int
 
-    def __getitem__(self, layers: slice) -> np.ndarray:
-        """Layers of a stack, float32."""
+    def __getitem__(self, layers: int | slice) -> np.ndarray:
+        """One layer or several of a stack, float32."""
+        if isinstance(layers, int):
+            return self._draw(layers, self.shape[1:])
         return np.stack([self._draw(n, self.shape[1:]) for n in range(self.shape[0])[layers]])
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:

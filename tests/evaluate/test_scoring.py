@@ -55,7 +55,7 @@ def agree(found, wanted):
     assert [f.greedy for f in found] == [w[1] for w in wanted]
 
 
-@pytest.mark.parametrize("batch_size, chunk, grid", [(4, 6, None), (ROWS, 256, (4, 2))])
+@pytest.mark.parametrize("batch_size, chunk, grid", [(4, 6, None), (ROWS, 256, (2, 2, 2))])
 def test_against_hand_computation(model, teacher, requests, batch_size, chunk, grid):
     # Two more: what the model itself says after the first request, and the wrong end of it.
     start = np.zeros((ROWS, 40), np.int32)

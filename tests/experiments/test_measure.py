@@ -18,7 +18,7 @@ def test_a_last_batch_that_is_not_full_counts(devices, size):
     run = SimpleNamespace(
         text=SimpleNamespace(windows=lambda: rows), config=SimpleNamespace(
             evaluate=Evaluate(batch_size=size)),
-        mesh=Mesh(np.asarray(jax.devices()[:devices]).reshape(-1, 1), AXES),
+        mesh=Mesh(np.asarray(jax.devices()[:devices]).reshape(-1, 1, 1), AXES),
     )
     for count in (50, 33, 3):
         batches = list(measure._windows(run, count))

@@ -15,7 +15,7 @@ SPARE = 32 << 20  # bytes beside the multiple of the input that reading may take
 PEAK = 384 << 20  # bytes by which no input may raise the peak of the whole process
 
 
-@pytest.fixture(params=[pytest.param(150), pytest.param(10_000, marks=pytest.mark.slow)],
+@pytest.fixture(params=[pytest.param(60), pytest.param(10_000, marks=pytest.mark.slow)],
                 ids=["some", "all"])
 def count(request):
     """How many inputs a test tries."""

@@ -145,7 +145,7 @@ GREEDY = {"until": [" the"], "max_gen_toks": 16}
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
 def test_a_mesh_changes_nothing(place, ours, shape):
     mesh = Mesh(np.asarray(jax.devices()[:2]).reshape(shape), AXES)
     meshed = HarnessModel(*load_hf(place / "model"), batch_size=4, mesh=mesh)

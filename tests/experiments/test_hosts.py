@@ -95,7 +95,9 @@ def killed(base):
     folder = copied(base, "tiny", "killed")
     codes, errors = started(base, 2, "--until", "qat", kill=1, name="killed")
     assert codes == [75, 75] and "another process of this run has ended" in errors[0]
-    assert list(losses(folder)) == [1, 2, 3, 4] and resumed_at(folder) >= 2, errors[0]
+    # Whether the fifth line is written is a matter of which process is faster.
+    assert list(losses(folder))[:4] == [1, 2, 3, 4] and len(losses(folder)) < 8, errors[0]
+    assert 2 <= resumed_at(folder) <= 4, errors[0]
     return folder
 
 

@@ -139,6 +139,7 @@ def test_the_plan_of_a_shipped_config_in_json(capsys):
     assert by_name["teacher"]["flops"] > 6 * (linears + 32 * 512) * 8 * 15 / 2
 
 
+@pytest.mark.more
 def test_what_does_not_fit_is_said_with_the_options_that_make_it_fit(monkeypatch, capsys):
     config = load_config(RunConfig, "quickstart", [*SMALL, "teacher.path="])
     full = {one.program: one for one in planned(config, find_target("cpu:1"))}

@@ -10,6 +10,8 @@ from rabit_jax.experiments.engine import taught
 from rabit_jax.experiments.engine.settings import Compute
 from rabit_jax.experiments.planning.targets import known_chip
 
+pytestmark = pytest.mark.more
+
 KEPT = ("qat.gamma=0", "qat.teacher_top=40")
 
 

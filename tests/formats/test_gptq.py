@@ -85,7 +85,10 @@ CASES = {  # bits, group, symmetric, checkpoint_format, tolerance
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=() if case in ("two bits", "codes of 2") else pytest.mark.more)
+    for case in CASES
+])
 def test_the_matrices_are_ours(case, tmp_path, capsys):
     spec, (bits, group, symmetric, version), tolerance = CASES[case]
     params = packed_of(spec)

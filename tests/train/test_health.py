@@ -102,6 +102,7 @@ def test_a_skipped_step_leaves_the_state_bit_for_bit_and_counts_the_data(
     assert steps == [n for n in range(1, STEPS + 1) if n != 5]
 
 
+@pytest.mark.more
 def test_skipping_is_resumed_bit_for_bit(faulty, tmp_path):
     settings = {"nonfinite": "skip", "spike": "skip"}
     whole, _, _ = faulty(tmp_path / "whole", {5: "loss", 8: "gradient"}, **settings)
@@ -112,7 +113,8 @@ def test_skipping_is_resumed_bit_for_bit(faulty, tmp_path):
     assert same(whole, again)
 
 
-@pytest.mark.parametrize("step", [5, 6, STEPS])
+@pytest.mark.parametrize("step", [5, *(pytest.param(n, marks=pytest.mark.more)
+                                       for n in (6, STEPS))])
 def test_a_rollback_goes_on_from_the_last_checkpoint_behind_the_fault(faulty, tmp_path, step):
     final, lines, states = faulty(tmp_path, {step: "gradient"}, nonfinite="rollback")
     (line,) = of_health(lines)
@@ -144,6 +146,7 @@ def test_without_a_checkpoint_or_with_endless_faults_the_run_stops(faulty, tmp_p
         faulty(tmp_path / "b", every, nonfinite="skip", patience=2)
 
 
+@pytest.mark.more
 def test_a_spike_is_found_once_enough_steps_were_seen(faulty, tmp_path):
     _, lines, states = faulty(
         tmp_path, {20: "spike", 55: "spike"}, steps=57, spike="skip", spike_factor=5.0)

@@ -14,7 +14,8 @@ from tests.experiments.conftest import settings, story
 
 TEACHER = "training"  # the kind of run whose teacher the block-wise run takes
 # Of a line of metrics.jsonl: what depends on the machine.
-CLOCKS = ("tokens_per_second", "seconds", "calibrate_seconds", "peak_memory_bytes")
+CLOCKS = ("tokens_per_second", "seconds", "calibrate_seconds", "peak_memory_bytes", "mfu",
+          "input_wait", "device_memory")
 
 
 @dataclass(frozen=True)

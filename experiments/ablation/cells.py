@@ -210,8 +210,8 @@ def _row(
     if not search:
         return Row(label, slug, single, {None: config}, {})
     # The tuning of blocks has epochs, and too few to be cut: its trials are as long as its cells.
-    short = [f"qat.steps={max(1, round(search.steps * config.qat.steps))}"]
-    short = short if config.task == "qat" else []
+    steps = max(1, round(search.steps * config.qat.steps))
+    short = [f"qat.steps={steps}"] if config.task == "qat" else []
     choices = _choices(search).items()
     full: dict[float | None, RunConfig] = {
         value: resolve(where, (*settings, choice)) for value, choice in choices

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import jax
 
+from rabit_jax.data.conversations import Messages
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.experiments.engine.continuing import Text, Writer
 from rabit_jax.formats.tokenizer import check_ids, encode
@@ -20,7 +21,6 @@ from rabit_jax.types import Tokenizer
 # Every turn reads the whole conversation again; its length is rounded up to a multiple of this, or
 # each turn would be compiled anew.
 MULTIPLE = 64
-Messages = list[dict[str, str]]
 
 
 def chat(writer: Writer, tokenizer: Tokenizer, system: str | None) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+from jinja2 import TemplateError
+
 from rabit_jax.errors import BadInput
 from rabit_jax.types import Tokenizer
 
@@ -49,16 +51,11 @@ def rendering(tokenizer: Tokenizer) -> Render:
     where roles do not alternate.
 
     Raises:
-      BadInput: a tokenizer without a chat template, or without jinja2, which renders it.
+      BadInput: a tokenizer without a chat template.
     """
     if not tokenizer.chat_template:
         raise BadInput("a part of data.mix holds conversations and the tokenizer of the teacher has"
                        " no chat template; take a chat model, or leave the part out")
-    try:
-        from jinja2.exceptions import TemplateError
-    except ImportError:
-        raise BadInput("the model's chat template is rendered with jinja2, which is not "
-                       "installed: pip install jinja2") from None
 
     def render(held: object) -> str | None:
         messages = messages_of(held)

@@ -70,12 +70,17 @@ def tensor_bytes():
     return count
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
+def write_texts(folder):
+    """The texts that `settings(folder)` names."""
     (folder / "train.txt").write_text(story(0, 1500))
     (folder / "eval.txt").write_text(story(1, 150))
     (folder / "unseen.txt").write_text(story(2, 150).upper())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_texts(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings(folder)))
     return folder
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from rabit_jax.train.checkpoints import Checkpoints
-from tests.experiments.conftest import settings, story
+from tests.experiments.conftest import settings, write_texts
 
 pytestmark = pytest.mark.more
 WORKER = Path(__file__).with_name("hosts_worker.py")
@@ -60,9 +60,7 @@ def done(place, processes, *arguments, **options):
 def base(tmp_path_factory):
     """A run of two processes up to the student as initialised."""
     place = tmp_path_factory.mktemp("hosts")
-    (place / "train.txt").write_text(story(0, 1500))
-    (place / "eval.txt").write_text(story(1, 150))
-    (place / "unseen.txt").write_text(story(2, 150).upper())
+    write_texts(place)
     config = settings(place)
     config["mesh"] = {"fsdp": 2}
     config["model"] |= {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16,

@@ -1,7 +1,8 @@
 """Packed decoding and prefill against llama.cpp, in turns in one run, with as many threads.
 
-Both sides have random weights of the same sizes. In every round each of them runs once, in turn,
-so that whatever disturbs the machine disturbs all alike; tokens_per_second is the median of the
+Both sides have random weights of the same sizes, or are files of one real model: --packed names
+folders of ours and --gguf files of llama.cpp. In every round each of them runs once, in turn, so
+that whatever disturbs the machine disturbs all alike; tokens_per_second is the median of the
 rounds, best the fastest. bytes_per_token counts weights and the cache that one step reads;
 bandwidth_share is their rate over that of a big copy, which is measured in turns as well. llama.cpp
 is built from the sources in the package llama-cpp-python, into .cache/llama.cpp. Its rows share
@@ -28,16 +29,22 @@ from rabit_jax.errors import BadInput
 from rabit_jax.experiments.bench import llama_cpp
 from rabit_jax.experiments.bench.decode import decode_tokens, random_engine, tree_bytes
 from rabit_jax.experiments.bench.shapes import model_config, numbers, positive
+from rabit_jax.formats.gguf import hf_config
+from rabit_jax.formats.gguf_file import read_gguf
+from rabit_jax.formats.hf_config import from_hf
+from rabit_jax.formats.packed_model import load_packed
 from rabit_jax.kernels.bench.machine import Copy, last_level_cache
 from rabit_jax.kernels.cpu.library import status
+from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.engine import init_cache, step
-from rabit_jax.models.prepared import Engine
+from rabit_jax.models.prepared import Engine, prepare
 from rabit_jax.progress import progress, say
 from rabit_jax.types import Json
 
 EXAMPLES = """examples:
   python -m experiments.bench peers --save
   python -m experiments.bench peers --model smollm2-135m --types TQ2_0 --batch 1,4 --context 128
+  python -m experiments.bench peers --packed runs/mine/packed --gguf mine-Q2_K.gguf --batch 1
 """
 BASE = "TQ2_0"  # what ratios are to, where it runs
 COLUMNS = {
@@ -61,6 +68,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="tokens before those that are generated (default 128,2048)")
     add("--prefill", type=int, default=512, help="tokens of the prompt (default 512)")
     add("--k", type=int, default=2, help="our sign paths, 1 to 4 (default 2)")
+    add("--packed", default="", metavar="DIR,DIR",
+        help="packed model folders in place of random weights")
+    add("--gguf", default="", metavar="FILE,FILE",
+        help="llama.cpp's files of the same model, in place of random weights")
     add("--tokens", type=int, default=16, help="generated in each round (default 16)")
     add("--rounds", type=int, default=5, help="turns of each (default 5)")
     add("--dense", action="store_true", help="also our dense float32 and bfloat16 models")
@@ -74,9 +85,14 @@ class Ours:
     engine: Engine
     speeds: dict[tuple[str, int, int], list[float]] = field(default_factory=dict)
 
+    @property
+    def config(self) -> ModelConfig:
+        """The decoder's."""
+        return self.engine.config
+
     def decode(self, batch: int, context: int, tokens: int) -> None:
         """Generate `tokens` tokens in each row after `context` random ones."""
-        c = self.engine.config
+        c = self.config
         slots = context + tokens
         cache = init_cache(c, batch, slots)
         cache |= {"valid": jnp.asarray(np.tile(np.arange(slots) < context, (batch, 1))),
@@ -112,25 +128,32 @@ class Theirs:
 
     name: str
     file: Path
-    threads: int
-    cache_bytes: int  # of the keys and values of one token, in 16 bits
+    config: ModelConfig
     speeds: dict[tuple[str, int, int], list[float]] = field(default_factory=dict)
 
     def decode(self, batch: int, context: int, tokens: int) -> None:
         """As `Ours.decode`."""
-        (found,) = llama_cpp.speed(self.file, self.threads, context, tokens, [batch])
+        (found,) = llama_cpp.speed(self.file, threads(), context, tokens, [batch])
         self.speeds.setdefault(("decode", batch, context), []).append(found["speed_tg"])
 
     def prefill(self, tokens: int) -> None:
         """As `Ours.prefill`."""
-        (found,) = llama_cpp.speed(self.file, self.threads, tokens, 1, [1])
+        (found,) = llama_cpp.speed(self.file, threads(), tokens, 1, [1])
         self.speeds.setdefault(("prefill", 1, tokens), []).append(found["speed_pp"])
 
     def bytes(self, phase: str, batch: int, context: int) -> int | None:
         """As `Ours.bytes`; the embedding, of which single rows are read, is counted too."""
         if phase != "decode":
             return None
-        return (self.file.stat().st_size + self.cache_bytes * context) // batch
+        c = self.config
+        cache = 2 * 2 * c.n_layers * c.n_kv_heads * c.head_dim  # of one token, in 16 bits
+        return (self.file.stat().st_size + cache * context) // batch
+
+
+def theirs(model: str, config: ModelConfig, types: Sequence[str]) -> list[Theirs]:
+    """Files of llama.cpp with random weights of the same sizes, one for each of its types."""
+    return [Theirs(f"llama.cpp {name}", llama_cpp.model_file(model, config, name), config)
+            for name in types]
 
 
 @jax.jit
@@ -146,30 +169,54 @@ def measure(options: argparse.Namespace) -> list[Json]:
     Raises:
       BadInput: an option out of its range, or llama.cpp cannot be built or run.
     """
-    config = model_config(options.model)
+    folders, files = (list(filter(None, text.split(",")))
+                      for text in (options.packed, options.gguf))
     types = options.types.split(",")
     for name in types:
         if name not in llama_cpp.MIXES:
             raise BadInput(f"--types has {name!r}: choose {', '.join(llama_cpp.MIXES)}")
+    real = [*map(packed_folder, folders), *map(gguf_file, files)]
+    config = real[0].config if real else model_config(options.model)
     batches = numbers("batch", options.batch, 256)
     contexts = numbers("context", options.context, config.max_position)
     rounds, tokens = positive("rounds", options.rounds), positive("tokens", options.tokens)
+    k = positive("k", options.k)
     llama_cpp.programs()
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    say(f"ours: {status()}; {threads} threads each")
-    cache_bytes = 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim
-    sides: list[Ours | Theirs] = [
-        *ours(config, positive("k", options.k), options.dense),
-        *(Theirs(f"llama.cpp {name}", llama_cpp.model_file(options.model, config, name),
-                 threads or 1, cache_bytes) for name in types)]
+    say(f"ours: {status()}; {threads()} threads each")
+    sides = real or [*ours(config, k, options.dense), *theirs(options.model, config, types)]
     cases = [("decode", batch, contexts[0]) for batch in batches]
     cases += [("decode", 1, context) for context in contexts[1:]]
     cases += [("prefill", 1, options.prefill)] if options.prefill else []
-    copies = take_turns(sides, cases, rounds, tokens)
-    return rows(options.model, sides, cases, statistics.median(copies))
+    bandwidth = statistics.median(take_turns(sides, cases, rounds, tokens))
+    return rows(",".join([*folders, *files]) or options.model, sides, cases, bandwidth)
 
 
-def ours(config: Any, k: int, dense: bool) -> list[Ours]:
+def packed_folder(folder: str) -> Ours:
+    """The engine of a packed folder, as `generate` runs it.
+
+    Raises:
+      BadInput: not a packed model.
+    """
+    model, params, _ = load_packed(folder)
+    return Ours(f"rabit_jax {folder}", prepare(model.config, params))
+
+
+def gguf_file(file: str) -> Theirs:
+    """A file of llama.cpp.
+
+    Raises:
+      BadInput: not a GGUF file of a model family that we know.
+    """
+    path = Path(file)
+    return Theirs(f"llama.cpp {path.name}", path, from_hf(hf_config(read_gguf(path))))
+
+
+def threads() -> int:
+    """As many as this process has cores, which XLA takes too."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ours(config: ModelConfig, k: int, dense: bool) -> list[Ours]:
     """Our engines by name: of a bfloat16 model, as most are published, and of a float32 one, whose
     prompts are multiplied in float32; their heads are rounded to 8 bits, where no other is named.
     """
@@ -213,7 +260,7 @@ def rows(
     bandwidth: float,
 ) -> list[Json]:
     """A row of each case and side; `bandwidth` in bytes per second."""
-    base = next((side for side in sides if side.name == f"llama.cpp {BASE}"), sides[-1])
+    base = next((side for side in sides if side.name.startswith(f"llama.cpp {BASE}")), sides[-1])
     found = []
     for case in cases:
         phase, batch, context = case

@@ -3,12 +3,16 @@
 import json
 
 import gguf
+import jax
 import numpy as np
 import pytest
 
-from rabit_jax import BadInput
+from rabit_jax import LLAMA_LINEARS, BadInput, ResidualSignSpec, convert, pack
 from rabit_jax.experiments.bench import __main__ as bench
 from rabit_jax.experiments.bench import llama_cpp, shapes
+from rabit_jax.formats import save_packed
+from rabit_jax.models import init_params
+from rabit_jax.tree import leaves
 
 TINY = {"d_model": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 1, "head_dim": 64,
         "d_hidden": 512, "vocab_size": 64, "max_position": 64}
@@ -59,7 +63,33 @@ def test_rows_by_contract(monkeypatch, capsys, tmp_path):
     assert speeds["decode", 2, 8, "llama.cpp TQ2_0"] == 20
 
 
+def test_files_of_one_model_take_the_place_of_random_weights(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(llama_cpp, "programs", lambda: tmp_path)
+    monkeypatch.setattr(llama_cpp, "speed", lambda file, threads, prompt, tokens, batches: [
+        {"speed_tg": 10.0, "speed_pp": 100.0}])
+    header = llama_cpp._header
+    monkeypatch.setattr(llama_cpp, "_header", lambda writer, c: (
+        header(writer, c), writer.add_token_list([f"t{i}" for i in range(c.vocab_size)])))
+    config = shapes.model_config("tiny", tied_head=True)
+    params = init_params(config, jax.random.key(0))
+    packed = pack(convert(params, [(LLAMA_LINEARS, ResidualSignSpec(k=3))]))
+    save_packed(tmp_path / "mine", config, packed)
+    file = llama_cpp.model_file("tiny", config, "Q2_K")
+    bench.run(["peers", "--packed", str(tmp_path / "mine"), "--gguf", str(file), "--batch", "2",
+               "--context", "8", "--prefill", "0", "--tokens", "2", "--rounds", "1", "--json"])
+    ours, theirs = json.loads(capsys.readouterr().out)["rows"]
+    assert ours["impl"] == f"rabit_jax {tmp_path}/mine"
+    assert theirs["impl"] == f"llama.cpp {file.name}"
+    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 8  # numbers of 8 tokens
+    assert theirs["bytes_per_token"] == (file.stat().st_size + 2 * cache) // 2
+    # Three paths of signs and 16-bit scales, the tied table in float32, the cache of both rows.
+    signs = 3 * sum(w.size for path, w in leaves(params) if "kernel" in path) / 8
+    assert ours["bytes_per_token"] > (signs + 4 * 64 * 256 + 2 * 4 * cache) / 2
+    assert ours["ratio"] == ours["tokens_per_second"] / theirs["tokens_per_second"]
+
+
 @pytest.mark.parametrize("arguments, message", [
+    ("--packed nowhere", "nowhere"), ("--gguf nowhere.gguf", "nowhere.gguf"),
     ("--types Q9", "--types has 'Q9': choose TQ2_0"), ("--batch 0", "--batch has '0'"),
     ("--rounds 0", "--rounds is 0"), ("--model x", "model is 'x'"),
 ])

@@ -23,6 +23,7 @@ import numpy as np
 
 BLOCK = 256
 BLOCK_BYTES = 32
+WORD = 32  # inputs of a word
 TAIL = 64
 TILE = 16  # outputs that the native CPU kernel multiplies together
 
@@ -131,8 +132,37 @@ def from_tiles(tiles: jax.Array, rows: tuple[int, ...]) -> jax.Array:
                             for start, n in zip(starts, rows, strict=False)], axis=-2)
 
 
+def in_groups(x: jax.Array, group: int) -> jax.Array:
+    """`[..., i]` in an order in which `pack_bits` gives whole words to each group of inputs.
+
+    A word of rb256 holds inputs of all eight parts of its block, so of several groups where these
+    are smaller than a block. Here input `4 (p v + j) + b` of a group of `v` words lies where
+    bit 8 b + p of word j of these v is.
+
+    Args:
+      x: anything along the inputs; what is missing at the end is 0.
+      group: inputs of a group, a multiple of 32.
+
+    Returns:
+      `[..., 256 ceil(n v / 8)]` for n groups.
+    """
+    words, lead = group // WORD, x.shape[:-1]
+    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, -x.shape[-1] % group)])
+    x = jnp.moveaxis(x.reshape(*lead, -1, 8, words, 4), -3, -2).reshape(*lead, -1, 8, 4)
+    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, -x.shape[-3] % 8), (0, 0), (0, 0)])
+    return jnp.swapaxes(x.reshape(*lead, -1, 8, 8, 4), -3, -2).reshape(*lead, -1)
+
+
+def from_groups(x: jax.Array, group: int, inputs: int) -> jax.Array:
+    """The inverse of `in_groups`, `[..., i]`."""
+    words, lead = group // WORD, x.shape[:-1]
+    x = jnp.swapaxes(x.reshape(*lead, -1, 8, 8, 4), -3, -2).reshape(*lead, -1, 8, 4)
+    x = x[..., : -(-inputs // group) * words, :, :].reshape(*lead, -1, words, 8, 4)
+    return jnp.moveaxis(x, -3, -2).reshape(*lead, -1)[..., :inputs]
+
+
 def to_table_tiles(table: jax.Array) -> jax.Array:
-    """int8 `[o, i]` -> int8 `[t, ceil(i / 4), 16, 4]`, padded with 0."""
-    o, i = table.shape
-    padded = jnp.pad(table, ((0, -o % TILE), (0, -i % 4)))
-    return padded.reshape(-1, TILE, padded.shape[1] // 4, 4).swapaxes(1, 2)
+    """int8 `[..., o, i]` -> int8 `[..., t, ceil(i / 4), 16, 4]`, padded with 0."""
+    *lead, o, i = table.shape
+    padded = jnp.pad(table, [(0, 0)] * len(lead) + [(0, -o % TILE), (0, -i % 4)])
+    return padded.reshape(*lead, -1, TILE, padded.shape[-1] // 4, 4).swapaxes(-3, -2)

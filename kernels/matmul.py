@@ -274,7 +274,8 @@ def table_matmul(x: jax.Array, table: jax.Array, scale: jax.Array, limbs: int = 
         return y * scale.astype(jnp.float32)
     from rabit_jax.kernels.cpu import calls
 
-    y = calls.table_matmul(x.reshape(-1, x.shape[-1]).astype(jnp.float32), table, scale, limbs)
+    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    y = calls.table_matmul(flat, table[None], scale[None, None], limbs)
     return y.reshape(*x.shape[:-1], -1)
 
 

@@ -1,6 +1,7 @@
 """The calls of the native CPU kernel: sign products and products with int8 tables.
 
-Axes: b batch, l layers, k paths, m members, i in, o out, t tiles of 16 outputs, w words.
+Axes: b batch, l layers, k paths, m members, n groups of inputs, i in, o out, t tiles of 16 outputs,
+w words.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ INTEGERS, FLOAT32, BFLOAT16 = 0, 1, 2
 Cached: TypeAlias = jax.Array | tuple[jax.Array, jax.Array]  # codes and their scales
 # Rows up to which integers are taken where they cost no more; floats are the more exact ones.
 INTEGER_ROWS = 64
+GROUP_END_WORDS = 2
 
 
 class Costs(NamedTuple):
@@ -43,7 +45,9 @@ NARROW = Costs(7.8, 14.5, 14.5, 65.0)
 COSTS = {"avx512": WIDE, "avxvnni": VNNI, "neon": VNNI, "avx2": NARROW, "portable": NARROW}
 
 
-def arithmetic(batch: int, inputs: int, k: int, limbs: int, short: bool, isa: str) -> int:
+def arithmetic(
+    batch: int, inputs: int, k: int, limbs: int, short: bool, isa: str, group: int = 0
+) -> int:
     """How the kernel multiplies fastest: `INTEGERS`, `FLOAT32` or `BFLOAT16`.
 
     Args:
@@ -53,11 +57,14 @@ def arithmetic(batch: int, inputs: int, k: int, limbs: int, short: bool, isa: st
       limbs: bytes of fixed point.
       short: whether x is bfloat16, in which many rows are then multiplied too.
       isa: the instruction set, one of `COSTS`.
+      group: words of a group of inputs that has its own scales; 0 where there is one group.
     """
     cost = COSTS[isa]
+    # A sum of integers ends with each group, which takes as long as so many words.
+    ends = 1 + GROUP_END_WORDS / group if group else 1
     floats = cost.expand * k + batch * (cost.bfloat16 if short else cost.float32)
     if inputs <= PLANE_INPUTS and batch <= INTEGER_ROWS:
-        if cost.integer * k * limbs * batch <= floats:
+        if cost.integer * ends * k * limbs * batch <= floats:
             return INTEGERS
     return BFLOAT16 if short else FLOAT32
 
@@ -65,23 +72,26 @@ def arithmetic(batch: int, inputs: int, k: int, limbs: int, short: bool, isa: st
 def signs_matmul(
     x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array | None, layer: jax.Array,
     rows: tuple[int, ...], limbs: int, how: int = INTEGERS, isa: str | None = None,
+    group: int = 0,
 ) -> jax.Array:
-    """`y[b, o] = sum_k g[k, o] sum_i B[layer, k, o, i] h[k, m(o), i] x[b, k, i]`.
+    """`y[b, o] = sum_k sum_n g[k, n, o] sum_{i in n} B[layer, k, o, i] h[k, m(o), i] x[b, k, i]`.
 
     As integers: with `scale_k` and the integers `v_k` of `activations.bit_planes` of `x h_k`, in
-    this order of float32 operations, `y += (g_k scale_k) float(sum_i B v_k)`. As floats: W_hat in
-    float32 or bfloat16, sums in float32.
+    this order of float32 operations, `y += (g_kn scale_k) float(sum_{i in n} B v_k)`. As floats:
+    W_hat in float32 or bfloat16, sums in float32.
 
     Args:
       x: float32 `[b, i]`, or `[b, k, i]` where each path has its own; then only as integers.
       bits: uint8 `[l, k, o, bytes]`, or uint32 `[l, t, k, w, 16]` from `layout.to_tiles`.
-      g: float16 or float32 `[l, k, o]`.
+      g: float16 or float32 `[l, k, o]`, or `[l, k, n, o]` where groups of inputs have their own.
       h: the same dtype `[l, k, m, i]`; None stands for ones, then only as integers.
       layer: int32 scalar.
       rows: outputs of each of the m members.
       limbs: bytes of fixed point, 1 to 3.
       how: `INTEGERS`, `FLOAT32` or `BFLOAT16`.
       isa: an instruction set of `library().isas`; None takes the one in use.
+      group: words of each group, whose inputs lie as `layout.in_groups` says, in tiles only; 0
+        stands for one group of all inputs.
 
     Returns:
       float32 `[b, o]`.
@@ -89,32 +99,39 @@ def signs_matmul(
     one = _library()
     if how == INTEGERS and x.shape[-1] > PLANE_INPUTS:
         raise BadInput(f"integers got {x.shape[-1]} inputs and sum {PLANE_INPUTS} exactly at most")
+    g = g[:, :, None] if g.ndim == 3 else g
     h = jnp.zeros((*g.shape[:2], len(rows), 0), g.dtype) if h is None else h
     y = jax.ShapeDtypeStruct((x.shape[0], g.shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(SIGNS + one.suffix, y, vmap_method="sequential")
     return call(x, bits, g, h, jnp.asarray(layer, jnp.int32), rows=np.asarray(rows, np.int64),
-                limbs=np.int64(limbs), arithmetic=np.int64(how), isa=_isa(one, isa))
+                limbs=np.int64(limbs), group=np.int64(group), arithmetic=np.int64(how),
+                isa=_isa(one, isa))
 
 
 def table_matmul(
-    x: jax.Array, tiles: jax.Array, scale: jax.Array, limbs: int = 2, isa: str | None = None
+    x: jax.Array, tiles: jax.Array, scale: jax.Array, limbs: int = 2, isa: str | None = None,
+    group: int = 0, layer: jax.Array | int = 0,
 ) -> jax.Array:
-    """`y[b, o] = (scale[o] scale_x[b]) sum_i W[o, i] v[b, i]`, `v` the integers of x.
+    """`y[b, o] = sum_n (scale[n, o] scale_x[b]) sum_{i in n} W[layer, o, i] v[b, i]`, `v` the
+    integers of x.
 
     Args:
       x: float32 `[b, i]`, made fixed point as by `activations.limbs`.
-      tiles: int8 `[t, ceil(i / 4), 16, 4]` from `layout.to_table_tiles`.
-      scale: float16 or float32 `[o]`.
+      tiles: int8 `[l, t, ceil(i / 4), 16, 4]` from `layout.to_table_tiles`.
+      scale: float16 or float32 `[l, n, o]`.
       limbs: bytes of fixed point, 1 to 3.
       isa: as for `signs_matmul`.
+      group: inputs of each group, a multiple of 4; 0 stands for one group of all.
+      layer: int32 scalar.
 
     Returns:
       float32 `[b, o]`.
     """
     one = _library()
-    y = jax.ShapeDtypeStruct((x.shape[0], scale.shape[0]), jnp.float32)
+    y = jax.ShapeDtypeStruct((x.shape[0], scale.shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(TABLE + one.suffix, y, vmap_method="sequential")
-    return call(x, tiles, scale, limbs=np.int64(limbs), isa=_isa(one, isa))
+    return call(x, tiles, scale, jnp.asarray(layer, jnp.int32), limbs=np.int64(limbs),
+                group=np.int64(group // 4), isa=_isa(one, isa))
 
 
 def attention(

@@ -247,11 +247,11 @@ def _wrong(found: Library) -> str:
     signs = order.reshape(o, -1)[:, :i] * 2.0 - 1.0
     x = rng.standard_normal((batch, i)).astype(np.float32)
     want, y = x @ signs.T, jax.ShapeDtypeStruct((batch, o), jnp.float32)
-    ones = np.ones((1, 1, o), np.float32), np.ones((1, 1, 1, i), np.float32)
+    ones = np.ones((1, 1, 1, o), np.float32), np.ones((1, 1, 1, i), np.float32)
     for n, isa in enumerate(found.isas):
         for arithmetic in (0, 1):
             settings = {"rows": np.array([o]), "limbs": np.int64(2), "isa": np.int64(n),
-                        "arithmetic": np.int64(arithmetic)}
+                        "group": np.int64(0), "arithmetic": np.int64(arithmetic)}
             call = jax.ffi.ffi_call(SIGNS + found.suffix, y)
             run = jax.jit(partial(call, **settings))
             arrays = x, bits, *ones, np.int32(0)

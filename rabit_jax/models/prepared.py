@@ -285,4 +285,5 @@ def _ends(
         return table, for_device(head.astype(config.dtype), platform)
     head = lay([jax.tree.map(lambda a: a[None], head)], platform) or head
     # The rows of codes serve both, so that the table is held once.
-    return head if config.tied_head and isinstance(head, LaidCodes) else table, head
+    tied = config.tied_head and isinstance(head, LaidCodes | LaidGroupedSign)
+    return head if tied else table, head

@@ -121,10 +121,12 @@ class LaidCodes:
     One of a single layer is also the table of an embedding, whose rows `lookup` reads.
 
     Attributes:
-      codes: uint8 `[l, o, bytes]`, rows of `kernels.codes.lay_codes`.
+      codes: uint8 `[l, o, bytes]`, rows of `kernels.codes.lay_codes`, or on a CPU what
+        `laid_codes` makes of them.
       s, c: float16 or float32 `[l, ceil(i / group), o]`, steps and lowest levels.
       group: inputs that share a step and a lowest level.
       inputs: `i`.
+      limbs: bytes of fixed point per activation.
     """
 
     codes: jax.Array
@@ -132,20 +134,22 @@ class LaidCodes:
     c: jax.Array
     group: int = struct.field(pytree_node=False)
     inputs: int = struct.field(pytree_node=False)
+    limbs: int = struct.field(pytree_node=False, default=2)
 
     def matmul_at(self, x: jax.Array, layer: jax.Array | int) -> jax.Array:
         """`x @ [W_1 ... W_m]` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
         from rabit_jax.kernels.codes import codes_matmul
 
-        return codes_matmul(x, self.codes, self.s, self.c, group=self.group, layer=layer)
+        return codes_matmul(x, self.codes, self.s, self.c, group=self.group, layer=layer,
+                            limbs=self.limbs)
 
     def lookup(self, tokens: jax.Array) -> jax.Array:
         """Rows `W_hat[:, tokens]` of the first layer, `[*tokens, i]` float32; a token without a row
         reads NaN."""
-        from rabit_jax.kernels.codes import rows_of_codes
+        from rabit_jax.kernels.codes import rows_at, rows_of_codes
 
         flat = tokens.reshape(-1)
-        codes = self.codes.at[0, flat].get(mode="fill")
+        codes = rows_at(self.codes, flat, self.inputs)
         s, c = (v.at[0, :, flat].get(mode="fill").T for v in (self.s, self.c))
         rows = rows_of_codes(codes, s, c, self.inputs, self.group)
         return rows.reshape(*tokens.shape, self.inputs)
@@ -153,25 +157,44 @@ class LaidCodes:
 
 @pytree_dataclass
 class LaidGroupedSign:
-    """A `PackedGroupedSign` of stacked layers as it is stored.
+    """Sign paths of stacked layers with scales of groups of inputs.
+
+    A `PackedGroupedSign`; or on a CPU, joined along their outputs, matrices of at most 16 evenly
+    spaced levels, one of a single layer being a table too.
 
     Attributes:
-      bits: uint8 `[l, k, o, bytes]`.
-      g: float16 `[l, k, n, o]`.
-      h: float16 `[l, k, i]`.
+      bits: uint8 `[l, k, o, bytes]`, or on a CPU what `laid_grouped_signs` makes of them.
+      g: float16 or float32 `[l, k, n, o]`.
+      h: float16 `[l, k, i]`, or None for ones.
+      c: float32 `[l, n, o]`, what is added to each weight of a group, or None for zeros.
       group: inputs that share an output scale.
+      inputs: `i`.
+      limbs, short: as of `LaidSign`.
     """
 
     bits: jax.Array
     g: jax.Array
-    h: jax.Array
+    h: jax.Array | None
+    c: jax.Array | None
     group: int = struct.field(pytree_node=False)
+    inputs: int = struct.field(pytree_node=False)
+    limbs: int = struct.field(pytree_node=False, default=2)
+    short: bool = struct.field(pytree_node=False, default=False)
 
     def matmul_at(self, x: jax.Array, layer: jax.Array | int) -> jax.Array:
-        """`x @ W_hat` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
+        """`x @ [W_1 ... W_m]` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
         from rabit_jax.kernels.grouped_signs import grouped_signs_matmul
 
-        return grouped_signs_matmul(x, self.bits, self.g, self.h, group=self.group, layer=layer)
+        return grouped_signs_matmul(x, self.bits, self.g, self.h, self.c, group=self.group,
+                                    layer=layer, limbs=self.limbs, short=self.short)
+
+    def lookup(self, tokens: jax.Array) -> jax.Array:
+        """As that of `LaidCodes`."""
+        from rabit_jax.kernels.grouped_signs import rows_at
+
+        rows = rows_at(self.bits, self.g, self.h, self.c, tokens.reshape(-1), self.inputs,
+                       self.group)
+        return rows.reshape(*tokens.shape, self.inputs)
 
 
 Laid: TypeAlias = LaidSign | LaidLowRank | LaidCodes | LaidGroupedSign
@@ -202,7 +225,7 @@ def lay(
       the same k, or `PackedGroupUniform` or `PackedUniformSign` of the same bits and group, or a
       node of another type.
     """
-    from rabit_jax.kernels.codes import lay_codes
+    from rabit_jax.kernels.grouped_signs import laid_grouped_signs
     from rabit_jax.kernels.matmul import laid_bits
 
     first = nodes[0]
@@ -215,12 +238,11 @@ def lay(
         return LaidSign(laid_bits(bits, rows, platform), g, h, rows, limbs, short)
     evenly = isinstance(first, PackedGroupUniform | PackedUniformSign)
     if evenly and all(joins(n) == joins(first) for n in nodes):
-        parts = [_planes_and_levels(n) for n in nodes]
-        codes = [_codes(planes, first.inputs, lay_codes) for planes, _, _ in parts]
-        s, c = (jnp.concatenate([part[n] for part in parts], axis=-1) for n in (1, 2))
-        return LaidCodes(jnp.concatenate(codes, axis=-2), s, c, first.group, first.inputs)
+        return _lay_evenly(nodes, platform, limbs, short)
     if len(nodes) == 1 and isinstance(first, PackedGroupedSign):
-        return LaidGroupedSign(first.bits, first.g, first.h, first.group)
+        inputs = first.shape[-2]
+        bits = laid_grouped_signs(first.bits, inputs, first.group, platform)
+        return LaidGroupedSign(bits, first.g, first.h, None, first.group, inputs, limbs, short)
     if len(nodes) == 1 and isinstance(first, PackedLowRank):
         lead, width = first.u_bits.shape[:-3], first.u_bits.shape[-1]
         u_bits = first.u_bits.reshape(*lead, 1, first.k * first.rank, width)
@@ -229,6 +251,24 @@ def lay(
         v_bits = laid_bits(v_bits, first.shape[-1:], platform)
         return LaidLowRank(u_bits, v_bits, first.h, first.l, first.g, limbs)
     return None
+
+
+def _lay_evenly(
+    nodes: Sequence[Any], platform: str, limbs: int, short: bool
+) -> LaidCodes | LaidGroupedSign:
+    """Evenly spaced levels: sign paths where the kernel of a CPU takes so many, else codes."""
+    from rabit_jax.kernels.codes import laid_codes, lay_codes
+    from rabit_jax.kernels.grouped_signs import evenly_spaced, laid_grouped_signs, takes
+
+    inputs, group = nodes[0].inputs, nodes[0].group
+    planes, s, c = (jnp.concatenate(parts, axis=axis) for axis, parts in zip(
+        (-2, -1, -1), zip(*map(_planes_and_levels, nodes), strict=True), strict=True))
+    if takes(planes.shape[-3], inputs, group, platform):
+        bits, g, c = evenly_spaced(planes, s, c)
+        return LaidGroupedSign(laid_grouped_signs(bits, inputs, group, platform), g, None, c, group,
+                               inputs, limbs, short)
+    codes = laid_codes(_codes(planes, inputs, lay_codes), inputs, group, platform)
+    return LaidCodes(codes, s, c, group, inputs, limbs)
 
 
 def _planes_and_levels(

@@ -73,13 +73,17 @@ void fixed_point(const Isa& isa, const Isa& plain) {
       const Scales h{half ? static_cast<const void*>(h16.data()) : h32.data(), half};
       std::vector<float> work(3 * padded);
       std::vector<int32_t> one(padded / 4 * limbs), two(one);
-      Fixed a, b;
-      isa.fix(x.data(), h, inputs, padded, limbs, signs, work.data(), one.data(), limbs, &a);
-      plain.fix(x.data(), h, inputs, padded, limbs, signs, work.data(), two.data(), limbs, &b);
-      expect(one == two && a.scale == b.scale && a.total == b.total, isa.name, "fix", limbs, kind);
+      const int64_t group = padded / 16;  // four groups of positions
+      std::vector<int32_t> first(4 * limbs), second(first);
+      Fixed a{0.0f, first.data()}, b{0.0f, second.data()};
+      isa.fix(x.data(), h, inputs, padded, limbs, signs, group, work.data(), one.data(), limbs,
+              &a);
+      plain.fix(x.data(), h, inputs, padded, limbs, signs, group, work.data(), two.data(), limbs,
+                &b);
+      expect(one == two && a.scale == b.scale && first == second, isa.name, "fix", limbs, kind);
       std::vector<float> y = y32, z = y32;
-      isa.add(one.data(), limbs, a, signs, h, 13, y.data());
-      plain.add(two.data(), limbs, b, signs, h, 13, z.data());
+      isa.add(one.data(), limbs, a.scale, a.total(1, limbs), signs, h, 13, y.data());
+      plain.add(two.data(), limbs, b.scale, b.total(1, limbs), signs, h, 13, z.data());
       expect(y == z, isa.name, "add", limbs, kind);
     }
 }
@@ -88,11 +92,12 @@ void float_loops(const Isa& isa, const Isa& plain) {
   const int inputs = 96, group = isa.group;
   for (int k = 1; k <= 4; ++k) {
     const auto w = words(k * 8 * kTile);
-    const auto g = floats(k * kTile), h = floats(k * kBlock);
+    const int64_t g_stride = k * kTile;  // each word has scales of its own
+    const auto g = floats(8 * g_stride), h = floats(k * kBlock);
     std::vector<uint32_t> one(inputs * group * kTile), two(inputs * kTile);
-    isa.float32.expand(w.data(), 8 * kTile, k, g.data(), h.data(), kBlock, inputs, group,
+    isa.float32.expand(w.data(), 8 * kTile, k, g.data(), g_stride, h.data(), kBlock, inputs, group,
                        one.data());
-    plain.float32.expand(w.data(), 8 * kTile, k, g.data(), h.data(), kBlock, inputs, 1,
+    plain.float32.expand(w.data(), 8 * kTile, k, g.data(), g_stride, h.data(), kBlock, inputs, 1,
                          two.data());
     for (int i = 0; i < inputs; ++i)
       expect(!std::memcmp(&one[i * group * kTile], &two[i * kTile], 4 * kTile), isa.name, "expand",

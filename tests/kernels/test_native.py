@@ -6,9 +6,24 @@ import numpy as np
 import pytest
 
 from rabit_jax.errors import BadInput
+from rabit_jax.kernels.codes import codes_matmul, laid_codes
+from rabit_jax.kernels.codes import rows_at as codes_rows
 from rabit_jax.kernels.cpu import calls
 from rabit_jax.kernels.cpu.library import library
-from rabit_jax.kernels.layout import from_tiles, pack_bits, to_table_tiles, to_tiles
+from rabit_jax.kernels.grouped_signs import (
+    evenly_spaced,
+    grouped_signs_matmul,
+    laid_grouped_signs,
+    rows_at,
+)
+from rabit_jax.kernels.layout import (
+    from_groups,
+    from_tiles,
+    in_groups,
+    pack_bits,
+    to_table_tiles,
+    to_tiles,
+)
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no native CPU kernel on this machine")
 ISAS = library().isas if library() else ()
@@ -115,7 +130,8 @@ def test_tables_are_those_of_numpy_bit_by_bit(isa, i, o, limbs):
         x = rng.standard_normal((batch, i)).astype(F32)
         v, one = fixed(x, largest)
         want = scale.astype(F32) * one[:, None] * (v @ table.T.astype(np.int64)).astype(F32)
-        y = calls.table_matmul(x, to_table_tiles(jnp.asarray(table)), scale, limbs, isa)
+        tiles = to_table_tiles(jnp.asarray(table))[None]
+        y = calls.table_matmul(x, tiles, scale[None, None], limbs, isa)
         np.testing.assert_array_equal(y, want)
 
 
@@ -123,12 +139,12 @@ def test_the_largest_sums_do_not_overflow():
     x = np.full((2, 32768), 1.0, F32)
     ones = to_tiles(pack_bits(jnp.ones((1, 1, 1, 32768), bool)), (1,))
     g, h = np.ones((1, 1, 1), F32), np.ones((1, 1, 1, 32768), F32)
-    table = to_table_tiles(jnp.full((1, 32768), -128, jnp.int8))
+    table = to_table_tiles(jnp.full((1, 1, 32768), -128, jnp.int8))
     for isa in ISAS:
         for limbs in (1, 2, 3):
             y = calls.signs_matmul(x, ones, g, h, 0, (1,), limbs, isa=isa)
             assert np.abs(np.asarray(y) - 32768).max() < 0.01
-            y = calls.table_matmul(x, table, g[0, 0], limbs, isa)
+            y = calls.table_matmul(x, table, g, limbs, isa)
             assert np.abs(np.asarray(y) + 128 * 32768).max() < 1
 
 
@@ -219,3 +235,105 @@ def code(rng, shape, bits):
     step, low = (np.repeat(np.float64(part), h // 2, axis=-1) for part in np.split(both, 2, -1))
     packed = codes[..., : h // 2] | codes[..., h // 2 :] << 4
     return (packed, both.view(np.uint16)), np.float64(codes) * step + low
+
+
+def grouped(i, group, k, batch, o=41, layers=2):
+    """x, signs `[l, k, o, i]`, g `[l, k, n, o]`, h `[l, k, i]`, c `[l, n, o]` at random."""
+    x, signs, _, h = made(i, (o,), k, batch, layers)
+    rng, n = np.random.default_rng(group), -(-i // group)
+    g = rng.uniform(0.5, 1.5, (layers, k, n, o)).astype(np.float16)
+    return x, signs, g, h[:, :, 0], rng.standard_normal((layers, n, o)).astype(F32)
+
+
+GROUPS = [(576, 64, 2), (300, 32, 1), (1000, 128, 4), (513, 96, 3), (600, 256, 2), (1100, 512, 2)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("i, group, k", GROUPS)
+def test_groups_are_integers_of_numpy_bit_by_bit(isa, i, group, k):
+    for batch in (1, 3, 9):
+        x, signs, g, h, _ = grouped(i, group, k, batch)
+        tiles = laid_grouped_signs(pack_bits(jnp.asarray(signs)), i, group, "cpu")
+        want = np.zeros((batch, g.shape[-1]), F32)
+        for path in range(k):
+            v, scale = fixed(x * h[1, path].astype(F32), 2**15 - 1)
+            for n, start in enumerate(range(0, i, group)):
+                part = slice(start, start + group)
+                sums = v[:, part] @ (2 * signs[1, path, :, part].astype(np.int64) - 1).T
+                want += g[1, path, n].astype(F32) * scale[:, None] * sums.astype(F32)
+        y = calls.signs_matmul(in_groups(jnp.asarray(x), group), tiles, g,
+                               in_groups(jnp.asarray(h), group)[:, :, None], 1, (41,), 2, isa=isa,
+                               group=group // 32)
+        np.testing.assert_array_equal(y, want)
+
+
+@pytest.mark.parametrize("i, group, k", [*GROUPS, (300, 1000, 2), (300, 300, 3)])
+@pytest.mark.parametrize("with_h, with_c", [(True, False), (False, True)])
+def test_groups_in_tiles_are_those_of_float64(i, group, k, with_h, with_c):
+    for batch, bound in ((1, 1e-4), (13, 1e-4), (200, 1e-6)):  # fixed point, then floats
+        x, signs, g, h, c = grouped(i, group, k, batch)
+        size, low = (np.repeat(v[1].astype(float), group, axis=-2)[..., :i, :] for v in (g, c))
+        w = np.einsum("koi,kio->kio", 2.0 * signs[1] - 1, size)
+        w = (w * h[1].astype(float)[..., None] if with_h else w).sum(axis=0) + with_c * low
+        bits = pack_bits(jnp.asarray(signs))
+        tiles = laid_grouped_signs(bits, i, group, "cpu")
+        given = (g, h if with_h else None, c if with_c else None)
+        assert tiles.dtype == jnp.uint32 and bits.dtype == jnp.uint8
+        room = np.abs(x) @ np.abs(w)
+        for laid in (tiles, bits):
+            y = grouped_signs_matmul(jnp.asarray(x), laid, *given, group=group, layer=1)
+            # Fixed point is exact to half a step of the largest activation.
+            step = np.abs(x).max(axis=1, keepdims=True) * np.abs(w).sum(axis=0) * 2e-5
+            assert (np.abs(y - x.astype(float) @ w) <= 3 * (bound * room + step) + 1e-30).all()
+            rows = rows_at(laid[1:], *(None if v is None else jnp.asarray(v[1:]) for v in given),
+                           jnp.array([3, 40]), i, group)
+            np.testing.assert_allclose(rows, w.T[[3, 40]], rtol=1e-6, atol=1e-6)
+
+
+def test_groups_have_words_of_their_own_and_turn_back():
+    places = np.asarray(in_groups(jnp.arange(1, 577), 64)).reshape(3, 8, 8, 4)  # c, p, m, b
+    words = places.transpose(0, 2, 1, 3).reshape(24, 32)
+    for word, inputs in enumerate(words[:18]):
+        assert ((inputs - 1) // 64 == word // 2).all()
+    assert (words[18:] == 0).all()
+    np.testing.assert_array_equal(from_groups(jnp.asarray(places.reshape(-1)), 64, 576),
+                                  np.arange(1, 577))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("i, group", [(1001, 64), (576, 576), (300, 32), (5, 100)])
+def test_grouped_codes_of_a_byte_are_those_of_float64(isa, i, group):
+    rng = np.random.default_rng(i)
+    o, n = 35, -(-i // group)
+    codes = rng.integers(0, 256, (2, o, i)).astype(np.uint8)
+    s, c = (rng.standard_normal((2, n, o)).astype(np.float16) for _ in range(2))
+    x = rng.standard_normal((3, i)).astype(F32)
+    step, low = (np.repeat(v[1].astype(float), group, axis=0)[:i] for v in (s, c))
+    w = step * codes[1].T + low
+    tiles = laid_codes(jnp.asarray(codes), i, group, "cpu")
+    assert tiles.dtype == jnp.int8
+    y = codes_matmul(jnp.asarray(x), tiles, s, c, group=group, layer=1)
+    np.testing.assert_allclose(y, x @ w, atol=2e-4 * np.abs(x @ w).max())
+    np.testing.assert_array_equal(codes_rows(tiles[1:], jnp.array([0, 34]), i), codes[1][[0, 34]])
+    # The table alone, bit by bit.
+    v, scale = fixed(x, 127 * 256 - 128)
+    want = np.zeros((3, o), F32)
+    for m, start in enumerate(range(0, i, group)):
+        part = slice(start, start + group)
+        sums = v[:, part] @ (codes[1][:, part].astype(np.int64) - 128).T
+        want += s[1, m].astype(F32) * scale[:, None] * sums.astype(F32)
+    found = calls.table_matmul(x, tiles, s, isa=isa, group=group if n > 1 else 0, layer=1)
+    np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_levels_as_signs_are_the_same_matrix(bits):
+    rng = np.random.default_rng(bits)
+    i, o, group = 96, 20, 32
+    codes = rng.integers(0, 2**bits, (1, o, i))
+    s, c = (rng.standard_normal((1, 3, o)).astype(np.float16) for _ in range(2))
+    planes = pack_bits(jnp.asarray(np.stack([codes >> p & 1 for p in range(bits)], 1).astype(bool)))
+    step, low = (np.repeat(v[0].astype(float), group, axis=0) for v in (s, c))
+    signs, g, offset = evenly_spaced(planes, jnp.asarray(s), jnp.asarray(c))
+    rows = rows_at(signs, g, None, offset, jnp.arange(o), i, group)
+    np.testing.assert_allclose(rows, (step * codes[0].T + low).T, rtol=1e-5, atol=1e-5)

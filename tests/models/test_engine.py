@@ -23,7 +23,7 @@ from rabit_jax.models import engine as engine_module
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.engine import init_cache, step
 from rabit_jax.models.prepared import prepare
-from rabit_jax.weights.laid import LaidCodes, LaidLowRank, LaidSign
+from rabit_jax.weights.laid import LaidCodes, LaidGroupedSign, LaidLowRank, LaidSign
 from rabit_jax.weights.low_rank_sign import PackedLowRank
 from rabit_jax.weights.residual_sign import ResidualSign
 from rabit_jax.weights.table import Table
@@ -127,11 +127,14 @@ TABLES = {
     "8-bit rows": (GroupUniformSpec(bits=8, group=0), LaidCodes, LaidCodes),
     "4 bits": (GroupUniformSpec(bits=4, group=16), LaidCodes, LaidCodes),
     "signs": (ResidualSignSpec(k=3, rounds=1), Table, LaidSign),
+    "signs in groups": (ResidualSignSpec(k=2, rounds=1, group=32), LaidGroupedSign,
+                        LaidGroupedSign),
 }
 
 
 @pytest.mark.parametrize(("kind", "tied"), [
     ("8-bit rows", True), ("8-bit rows", False), ("4 bits", True), ("signs", True),
+    ("signs in groups", True),
     pytest.param("signs", False, marks=pytest.mark.more),
 ])
 def test_a_packed_embedding(small, tokens, apply, random_params, kind, tied):
@@ -144,7 +147,8 @@ def test_a_packed_embedding(small, tokens, apply, random_params, kind, tied):
     assert isinstance(engine.embed, embed if tied else Table) and isinstance(engine.head, head)
     whole = apply(Decoder(c), dense(packed), tokens)
     np.testing.assert_allclose(apply(Decoder(c), packed, tokens), whole, atol=1e-4)
-    atol = 1e-4 if head is LaidCodes else 1e-3 * float(whole.std())
+    # Packed products round activations to 16 bits on a CPU.
+    atol = 1e-3 * float(whole.std())
     np.testing.assert_allclose(token_by_token(engine, tokens), whole[:, 4:], atol=atol)
 
 

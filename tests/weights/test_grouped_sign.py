@@ -112,7 +112,7 @@ def test_the_product_is_that_of_float64(k, i, o, group, monkeypatch):
     for layer in range(2):
         want = x.astype(np.float64) @ dense[layer]
         assert np.linalg.norm(run(layer) - want) < 1e-6 * np.linalg.norm(want)
-    with pytest.raises(BadInput, match="do not fit x"):
+    with pytest.raises(BadInput, match="does not fit x"):
         grouped_signs_matmul(x, bits, g[:, :, :, 1:], h, group=group)
 
 

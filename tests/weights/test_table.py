@@ -23,6 +23,7 @@ from rabit_jax import (
     residual,
     scaled,
 )
+from rabit_jax.kernels.cpu.library import library
 from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import make_mesh, param_shardings
@@ -140,7 +141,9 @@ def test_laid_codes_multiply_and_look_up_as_the_table_does(kind):
     node = table(SPECS[kind]).pack("embed")
     laid = lay([jax.tree.map(lambda a: a[None], node.T)], "cpu")
     x = np.random.default_rng(3).normal(size=(4, D)).astype(np.float32)
-    np.testing.assert_allclose(laid.matmul_at(x, 0), x @ np.asarray(node.dense()).T, atol=2e-5)
+    want = x @ np.asarray(node.dense()).T
+    atol = 2e-5 if library() is None else 1e-3 * want.std()  # activations of 16 bits
+    np.testing.assert_allclose(laid.matmul_at(x, 0), want, atol=atol)
     np.testing.assert_allclose(laid.lookup(TOKENS), node.lookup(TOKENS), atol=1e-6)
     assert np.isnan(np.asarray(laid.lookup(jnp.asarray([V])))).all()
 

@@ -35,7 +35,7 @@ void signs_dot(const uint32_t* w, const int32_t* a, int64_t steps, const int32_t
       // 64 sums of two bytes, 64 * 2 * 255 at most, fit int16.
       __m256i acc[n];
       RB_UNROLL for (int j = 0; j < n; ++j) acc[j] = _mm256_setzero_si256();
-      for (int i = 0; i < 8; ++i, word += kTile, v += 8 * n) {
+      for (int64_t i = s; i < s + 8 && i < steps; ++i, word += kTile, v += 8 * n) {
         if (half == 0) V::prefetch(word);
         __m256i bits = V::load(word);
         RB_UNROLL for (int p = 0; p < 8; ++p) {

@@ -52,27 +52,30 @@ bool scales_fit(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
          (a.element_type() == ffi::F16 || a.element_type() == ffi::F32);
 }
 
-// x [b, i] or [b, k, i]; w [l, tile, k, word, 16] uint32 or [l, k, o, byte] uint8; g [l, k, o];
-// h [l, k, m, i], of size 0 for none; layer -> y [b, o]
+// x [b, i] or [b, k, i]; w [l, tile, k, word, 16] uint32 or [l, k, o, byte] uint8;
+// g [l, k, n, o], n groups of `group` words, one of all where that is 0; h [l, k, m, i], of size 0
+// for none; layer -> y [b, o]
 ffi::Error signs_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
                         ffi::AnyBuffer g, ffi::AnyBuffer h, ffi::Buffer<ffi::S32> layer,
                         ffi::Result<ffi::Buffer<ffi::F32>> y, ffi::Span<const int64_t> rows,
-                        int64_t limbs, int64_t arithmetic, int64_t isa) {
+                        int64_t limbs, int64_t group, int64_t arithmetic, int64_t isa) {
   const char* call = "rabit_signs_matmul";
   const auto xs = x.dimensions(), ws = w.dimensions(), gs = g.dimensions(), hs = h.dimensions();
   const bool w_rows = w.element_type() == ffi::U8, x_paths = xs.size() == 3;
-  if (xs.size() < 2 || xs.size() > 3 || gs.size() != 3 || hs.size() != 4 ||
+  if (xs.size() < 2 || xs.size() > 3 || gs.size() != 4 || hs.size() != 4 ||
       ws.size() != (w_rows ? 4u : 5u))
     return wrong(call, "wrong number of axes");
   int64_t outputs = 0, tiles = 0;
   for (int64_t n : rows) outputs += n, tiles += (n + kTile - 1) / kTile;
   const int64_t inputs = xs[xs.size() - 1], words = (inputs + 255) / 256 * 8;
-  const int64_t l = gs[0], k = gs[1], at = layer.typed_data()[0];
+  const int64_t l = gs[0], k = gs[1], n = gs[2], at = layer.typed_data()[0];
+  const int64_t group_steps = group ? group : words;
   const bool has_h = h.element_count() > 0;
   const bool w_fits = w_rows ? ws[1] == k && ws[2] == outputs && ws[3] == words * 4
                              : w.element_type() == ffi::U32 && ws[1] == tiles && ws[2] == k &&
                                    ws[3] == words && ws[4] == kTile;
-  const bool fits = ws[0] == l && w_fits && gs[2] == outputs && k >= 1 && k <= 4 &&
+  const bool fits = ws[0] == l && w_fits && gs[3] == outputs && k >= 1 && k <= 4 && n >= 1 &&
+                    group_steps >= 1 && (n - 1) * group_steps < words && (n == 1 || !w_rows) &&
                     scales_fit(g, h) && limbs >= 1 && limbs <= kMaxLimbs &&
                     y->dimensions()[0] == xs[0] && y->dimensions()[1] == outputs &&
                     (!x_paths || xs[1] == k) && at >= 0 && at < l;
@@ -88,32 +91,39 @@ ffi::Error signs_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
   return run(call,
              {x.typed_data(), x_paths,
               static_cast<const uint32_t*>(w.untyped_data()) + at * layer_words, w_rows,
-              Scales{g.untyped_data(), half}.from(at * k * outputs),
+              Scales{g.untyped_data(), half}.from(at * k * n * outputs),
               has_h ? h_all.from(at * k * hs[2] * inputs) : Scales{nullptr, half}, true, xs[0],
-              inputs, words * 32, k, outputs, static_cast<int>(limbs),
+              inputs, words * 32, k, outputs, static_cast<int>(limbs), n, group_steps,
               {rows.begin(), rows.end()}, y->typed_data()},
              arithmetic, isa, pool);
 }
 
-// x [b, i]; w int8 [tile, step, 16, 4]; g [o] -> y [b, o]
+// x [b, i]; w int8 [l, tile, step, 16, 4]; g [l, n, o], n groups of `group` steps, one of all where
+// that is 0; layer -> y [b, o]
 ffi::Error table_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
-                        ffi::AnyBuffer g, ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t limbs,
+                        ffi::AnyBuffer g, ffi::Buffer<ffi::S32> layer,
+                        ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t limbs, int64_t group,
                         int64_t isa) {
   const char* call = "rabit_table_matmul";
   const auto xs = x.dimensions(), ws = w.dimensions(), gs = g.dimensions();
-  if (xs.size() != 2 || ws.size() != 4 || gs.size() != 1)
+  if (xs.size() != 2 || ws.size() != 5 || gs.size() != 3)
     return wrong(call, "wrong number of axes");
-  const bool fits = ws[0] == (gs[0] + kTile - 1) / kTile && ws[1] == (xs[1] + 3) / 4 &&
-                    ws[2] == kTile && ws[3] == 4 && limbs >= 1 && limbs <= kMaxLimbs &&
-                    y->dimensions()[0] == xs[0] && y->dimensions()[1] == gs[0] &&
-                    scales_fit(g, g);
+  const int64_t l = gs[0], n = gs[1], outputs = gs[2], at = layer.typed_data()[0];
+  const int64_t steps = ws[2], group_steps = group ? group : steps;
+  const bool fits = ws[0] == l && ws[1] == (outputs + kTile - 1) / kTile &&
+                    steps == (xs[1] + 3) / 4 && ws[3] == kTile && ws[4] == 4 && n >= 1 &&
+                    group_steps >= 1 && (n - 1) * group_steps < steps && limbs >= 1 &&
+                    limbs <= kMaxLimbs && y->dimensions()[0] == xs[0] &&
+                    y->dimensions()[1] == outputs && scales_fit(g, g) && at >= 0 && at < l;
   if (!fits) return wrong(call, "shapes or dtypes do not fit");
   if (xs[1] > 32768) return wrong(call, "more than 32768 inputs");
   const bool half = g.element_type() == ffi::F16;
   return run(call,
-             {x.typed_data(), false, reinterpret_cast<const uint32_t*>(w.typed_data()), false,
-              Scales{g.untyped_data(), half}, Scales{nullptr, half}, false, xs[0], xs[1],
-              ws[1] * 4, 1, gs[0], static_cast<int>(limbs), {gs[0]}, y->typed_data()},
+             {x.typed_data(), false,
+              reinterpret_cast<const uint32_t*>(w.typed_data()) + at * ws[1] * steps * kTile, false,
+              Scales{g.untyped_data(), half}.from(at * n * outputs), Scales{nullptr, half}, false,
+              xs[0], xs[1], steps * 4, 1, outputs, static_cast<int>(limbs), n, group_steps,
+              {outputs}, y->typed_data()},
              kIntegers, isa, pool);
 }
 
@@ -198,6 +208,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rabit_signs_matmul, rabit::signs_matmul,
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<xla::ffi::Span<const int64_t>>("rows")
                                   .Attr<int64_t>("limbs")
+                                  .Attr<int64_t>("group")
                                   .Attr<int64_t>("arithmetic")
                                   .Attr<int64_t>("isa"));
 
@@ -207,8 +218,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rabit_table_matmul, rabit::table_matmul,
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S8>>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int64_t>("limbs")
+                                  .Attr<int64_t>("group")
                                   .Attr<int64_t>("isa"));
 
 // Name of the n-th best instruction set that this machine has, or null.

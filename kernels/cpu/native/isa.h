@@ -31,11 +31,17 @@ constexpr int kMaxGroup = 2;          // tiles, in one call of a float loop
 constexpr int kBlock = 256;           // inputs that are expanded at a time: one block of rb256
 constexpr int kWordsPerBlock = kBlock / 32;
 
-// One row of activations as integers.
+// One row of activations as integers, and the sums of each limb over every group of inputs.
 struct Fixed {
   float scale;
-  int64_t total;                // sum of v
-  int32_t totals[kMaxLimbs];    // and of each limb
+  int32_t* totals;  // [group][limb]
+
+  // The sum of v over a group of inputs.
+  int64_t total(int64_t group, int limbs) const {
+    int64_t sum = 0;
+    for (int l = 0; l < limbs; ++l) sum = sum * 256 + totals[group * limbs + l];
+    return sum;
+  }
 };
 
 // 16-bit or 32-bit floats, as the scales of weights are stored.
@@ -54,22 +60,25 @@ using Dot = void (*)(const uint32_t* w, const int32_t* a, int64_t steps, const i
                      int32_t* sums);
 
 // The integers of one row u = x * h (h.data may be null); limb l of the four inputs of position p
-// goes to out[p * stride + l]. `work` holds 3 * padded floats.
+// goes to out[p * stride + l]; `group` positions share totals. `work` holds 3 * padded floats.
 using Fix = void (*)(const float* x, Scales h, int64_t inputs, int64_t padded, int limbs,
-                     bool signs, float* work, int32_t* out, int64_t stride, Fixed* fixed);
+                     bool signs, int64_t group, float* work, int32_t* out, int64_t stride,
+                     Fixed* fixed);
 
 // y[o] += (g[o] scale) float(signs ? 2 sum - total : sum), sum = sum_l 256^(n - 1 - l) sums[l].
-using Add = void (*)(const int32_t* sums, int limbs, const Fixed& fixed, bool signs, Scales g,
-                     int outputs, float* y);
+using Add = void (*)(const int32_t* sums, int limbs, float scale, int64_t total, bool signs,
+                     Scales g, int outputs, float* y);
 
 // Floats of n scales.
 using Widen = void (*)(Scales from, int64_t n, float* to);
 
 // W_hat of `inputs` (at most kBlock) inputs of one tile, from its words in that block:
-//   words: path k at words + k * stride, [8][16]; g: floats [k][16]; h: floats, path k at
-//   h + k * h_stride; to: [steps][group][16] dwords, of which this tile's are written.
+//   words: path k at words + k * stride, [8][16]; g: floats [k][16], those of word m at
+//   g + m * g_stride; h: floats, path k at h + k * h_stride; to: [steps][group][16] dwords, of
+//   which this tile's are written.
 using Expand = void (*)(const uint32_t* words, int64_t stride, int k, const float* g,
-                        const float* h, int64_t h_stride, int inputs, int group, uint32_t* to);
+                        int64_t g_stride, const float* h, int64_t h_stride, int inputs, int group,
+                        uint32_t* to);
 
 // y[r][o] += sum_s w[s][o] x[s][r] for one panel of rows and one group of tiles.
 using Multiply = void (*)(const uint32_t* w, const uint32_t* x, int64_t steps, float* y);

@@ -100,9 +100,23 @@ void widen(Scales from, int64_t n, float* to) {
     std::memcpy(to, from.data, n * sizeof(float));
 }
 
+// Sums of the bytes of `group` dwords after another.
+inline void group_totals(const int32_t* dwords, int64_t count, int64_t stride, int64_t group,
+                         bool negative, int32_t* totals, int64_t totals_stride) {
+  for (int64_t p = 0; p < count; ++p, dwords += stride) {
+    if (p % group == 0) totals[p / group * totals_stride] = 0;
+    int32_t sum = 0;
+    for (int b = 0; b < 4; ++b) {
+      const uint8_t byte = static_cast<uint8_t>(static_cast<uint32_t>(*dwords) >> (8 * b));
+      sum += negative ? static_cast<int8_t>(byte) : byte;
+    }
+    totals[p / group * totals_stride] += sum;
+  }
+}
+
 // By reciprocals, as XLA divides by a constant and by a broadcast scalar.
 void fix(const float* x, Scales h, int64_t inputs, int64_t padded, int limbs, bool signs,
-         float* work, int32_t* out, int64_t stride, Fixed* fixed) {
+         int64_t group, float* work, int32_t* out, int64_t stride, Fixed* fixed) {
   float* u = work;
   int32_t* v = reinterpret_cast<int32_t*>(work + padded);
   uint8_t* bytes = reinterpret_cast<uint8_t*>(work + 2 * padded);
@@ -132,11 +146,8 @@ void fix(const float* x, Scales h, int64_t inputs, int64_t padded, int limbs, bo
     const int32_t negative = bits_as<int32_t>(q) >> 31;
     v[i] = (rounded ^ negative) - negative;
   }
-  int64_t total = 0;
-  for (int64_t i = 0; i < inputs; ++i) total += v[i];
   std::memset(v + inputs, 0, sizeof(int32_t) * (padded - inputs));
   fixed->scale = scale;
-  fixed->total = total;
   for (int l = limbs - 1; l >= 0; --l) {
     const int32_t shift = signs ? 0 : 128, mask = l == 0 ? -1 : 255, back = l == 0 ? 0 : shift;
     int32_t sum = 0;
@@ -146,33 +157,36 @@ void fix(const float* x, Scales h, int64_t inputs, int64_t padded, int limbs, bo
       bytes[i] = static_cast<uint8_t>(low);
       v[i] = (v[i] - low) >> 8;
     }
-    fixed->totals[l] = sum;
     int32_t* to = out + l;
     for (int64_t p = 0; p < padded / 4; ++p, to += stride) {
       // Word m of a block of 64 dwords has its eight parts 8 dwords apart.
       const int64_t from = signs ? (p & ~63) | (p & 7) << 3 | (p >> 3 & 7) : p;
       std::memcpy(to, bytes + 4 * from, 4);
     }
+    if (group >= padded / 4)
+      fixed->totals[l] = sum;
+    else
+      group_totals(out + l, padded / 4, stride, group, l == 0 || !signs, fixed->totals + l, limbs);
   }
 }
 
-void add(const int32_t* sums, int limbs, const Fixed& fixed, bool signs, Scales g, int outputs,
-         float* y) {
+void add(const int32_t* sums, int limbs, float scale, int64_t total, bool signs, Scales g,
+         int outputs, float* y) {
   float size[kTile] = {0};
   widen(g, outputs, size);
-  for (int o = 0; o < kTile; ++o) size[o] *= fixed.scale;
+  for (int o = 0; o < kTile; ++o) size[o] *= scale;
   if (signs && limbs == 2) {  // fits 32 bits, which vectors convert everywhere
-    const uint32_t total = static_cast<uint32_t>(fixed.total);
+    const uint32_t all = static_cast<uint32_t>(total);
     for (int o = 0; o < kTile; ++o) {
       const uint32_t sum = static_cast<uint32_t>(sums[o]) * 256u + sums[kTile + o];
-      y[o] += size[o] * static_cast<float>(static_cast<int32_t>(2u * sum - total));
+      y[o] += size[o] * static_cast<float>(static_cast<int32_t>(2u * sum - all));
     }
     return;
   }
   for (int o = 0; o < kTile; ++o) {
     int64_t sum = sums[o];
     for (int l = 1; l < limbs; ++l) sum = sum * 256 + sums[l * kTile + o];
-    y[o] += size[o] * static_cast<float>(signs ? 2 * sum - fixed.total : sum);
+    y[o] += size[o] * static_cast<float>(signs ? 2 * sum - total : sum);
   }
 }
 
@@ -224,13 +238,14 @@ RB_INLINE typename V::F multiply_add(typename V::F w, typename V::F x, typename 
 }
 
 template <int K, bool Bfloat16>
-void expand_paths(const uint32_t* words, int64_t stride, const float* g, const float* h,
-                  int64_t h_stride, int inputs, int group, uint32_t* to) {
+void expand_paths(const uint32_t* words, int64_t stride, const float* g, int64_t g_stride,
+                  const float* h, int64_t h_stride, int inputs, int group, uint32_t* to) {
   for (int part = 0; part < kParts; ++part) {
-    typename V::F scales[K];
-    RB_UNROLL for (int k = 0; k < K; ++k) scales[k] = V::loadf(g + k * kTile + part * kLanes);
-    for (int first = 0; first < inputs; first += 32) {
-      for (int m = 0; m < 8; ++m) {
+    for (int m = 0; m < 8; ++m) {
+      typename V::F scales[K];
+      RB_UNROLL for (int k = 0; k < K; ++k)
+        scales[k] = V::loadf(g + m * g_stride + k * kTile + part * kLanes);
+      for (int first = 0; first < inputs; first += 32) {
         const int i = first + 4 * m;
         typename V::F w[4];
         four_inputs<K>(words + m * kTile + part * kLanes, stride, first / 32, scales, h + i,
@@ -243,12 +258,12 @@ void expand_paths(const uint32_t* words, int64_t stride, const float* g, const f
 }
 
 template <bool Bfloat16>
-void expand(const uint32_t* words, int64_t stride, int k, const float* g, const float* h,
-            int64_t h_stride, int inputs, int group, uint32_t* to) {
+void expand(const uint32_t* words, int64_t stride, int k, const float* g, int64_t g_stride,
+            const float* h, int64_t h_stride, int inputs, int group, uint32_t* to) {
   constexpr auto one = expand_paths<1, Bfloat16>, two = expand_paths<2, Bfloat16>,
                  three = expand_paths<3, Bfloat16>, four = expand_paths<4, Bfloat16>;
-  (k == 1 ? one : k == 2 ? two : k == 3 ? three : four)(words, stride, g, h, h_stride, inputs,
-                                                       group, to);
+  (k == 1 ? one : k == 2 ? two : k == 3 ? three : four)(words, stride, g, g_stride, h, h_stride,
+                                                       inputs, group, to);
 }
 
 template <int R, bool Bfloat16>

@@ -1,5 +1,6 @@
-// y[b, o] = sum_k g[k, o] sum_i W[k, o, i] h[k, m(o), i] x[b, k, i] of one layer, by the loops of
-// an instruction set: as integers tile by tile, or as floats through an expanded tile.
+// y[b, o] = sum_k sum_n g[k, n, o] sum_{i in n} W[k, o, i] h[k, m(o), i] x[b, k, i] of one layer, by
+// the loops of an instruction set: as integers tile by tile, or as floats through an expanded tile.
+// The groups n are runs of steps of a tile; most matrices have one.
 
 #pragma once
 
@@ -21,15 +22,18 @@ struct Product {
   bool x_paths;
   const uint32_t* w;    // [tile, k, step, 16]; or rows of bytes [k, o, words]
   bool w_rows;
-  Scales g;             // [k, o]
+  Scales g;             // [k, n, o]
   Scales h;             // [k, m, i], or null
   bool signs;           // else a table of int8
   int64_t batch, inputs, padded, k, outputs;
   int limbs;
+  int64_t groups;       // n
+  int64_t group_steps;  // of each; steps beyond the last group hold nothing
   std::vector<int64_t> members;  // outputs of each
   float* y;             // [b, o]
 
   int64_t steps() const { return padded / (signs ? 32 : 4); }
+  int64_t step_dwords() const { return signs ? 8 : 1; }  // of activations
   const float* row(int64_t b, int64_t path) const {
     return x + (x_paths ? b * k + path : b) * inputs;
   }
@@ -91,12 +95,15 @@ inline std::vector<Rows> row_blocks(int64_t rows, int64_t largest) {
 inline void integer_product(const Product& p, const Isa& isa, xla::ffi::ThreadPool& pool) {
   thread_local std::vector<int32_t> held_a;
   thread_local std::vector<Fixed> held_fixed;
+  thread_local std::vector<int32_t> held_totals;
   const int64_t members = p.members.size(), dwords = p.padded / 4, limbs = p.limbs;
   const Tiles tiles(p.members);
   const std::vector<Rows> blocks = row_blocks(p.batch, isa.largest_rows);
   // a: [k, m, block][position][row of block][limb]
   int32_t* a = scratch(held_a, p.k * members * p.batch * limbs * dwords);
   Fixed* fixed = scratch(held_fixed, p.k * members * p.batch);
+  const int64_t group = p.group_steps * p.step_dwords(), parts = (dwords + group - 1) / group;
+  int32_t* totals = scratch(held_totals, p.k * members * p.batch * parts * limbs);
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
 
   const int64_t fix_items = p.k * members * p.batch;
@@ -108,7 +115,8 @@ inline void integer_product(const Product& p, const Isa& isa, xla::ffi::ThreadPo
     });
     int32_t* out = a + ((km * p.batch + block->start) * dwords + (b - block->start)) * limbs;
     const Scales h = p.h.data ? p.h.from(km * p.inputs) : p.h;
-    isa.fix(p.row(b, km / members), h, p.inputs, p.padded, p.limbs, p.signs,
+    fixed[item].totals = totals + item * parts * limbs;
+    isa.fix(p.row(b, km / members), h, p.inputs, p.padded, p.limbs, p.signs, group,
             scratch(held, 3 * p.padded), out, block->size * limbs, fixed + item);
   };
 
@@ -122,20 +130,27 @@ inline void integer_product(const Product& p, const Isa& isa, xla::ffi::ThreadPo
       std::memset(y, 0, sizeof(float) * (end - begin) * kTile);
       for (int64_t k = 0; k < p.k; ++k) {
         const uint32_t* w = words_of(p, tiles, tile, k, held);
-        const Scales g = p.g.from(k * p.outputs + at.output);
         const int64_t km = k * members + at.member;
         for (const Rows& block : blocks) {
           if (block.start < begin || block.start >= end) continue;
           const int size = block.size >= 8 ? 3 : block.size >= 4 ? 2 : block.size - 1;
           const Dot dot = (p.signs ? isa.signs : isa.table)[size][limbs - 1];
           const Fixed* here = fixed + km * p.batch + block.start;
-          int32_t totals[kMaxRows * kMaxLimbs];
-          for (int64_t r = 0; r < block.size; ++r)
-            for (int64_t l = 0; l < limbs; ++l) totals[r * limbs + l] = here[r].totals[l];
-          dot(w, a + (km * p.batch + block.start) * limbs * dwords, p.steps(), totals, sums);
-          for (int64_t r = 0; r < block.size; ++r)
-            isa.add(sums + r * limbs * kTile, p.limbs, here[r], p.signs, g, at.outputs,
-                    y + (block.start - begin + r) * kTile);
+          const int32_t* of_block = a + (km * p.batch + block.start) * limbs * dwords;
+          for (int64_t n = 0; n < p.groups; ++n) {
+            const Scales g = p.g.from((k * p.groups + n) * p.outputs + at.output);
+            const int64_t first = n * p.group_steps;
+            int32_t sums_of_a[kMaxRows * kMaxLimbs];
+            for (int64_t r = 0; r < block.size; ++r)
+              for (int64_t l = 0; l < limbs; ++l)
+                sums_of_a[r * limbs + l] = here[r].totals[n * limbs + l];
+            dot(w + first * kTile, of_block + first * p.step_dwords() * block.size * limbs,
+                std::min(p.group_steps, p.steps() - first), sums_of_a, sums);
+            for (int64_t r = 0; r < block.size; ++r)
+              isa.add(sums + r * limbs * kTile, p.limbs, here[r].scale,
+                      here[r].total(n, p.limbs), p.signs, g, at.outputs,
+                      y + (block.start - begin + r) * kTile);
+          }
         }
       }
       for (int64_t b = begin; b < end; ++b)
@@ -210,7 +225,8 @@ inline void float_product(const Product& p, const Isa& isa, const Floats& loops,
     float* y = scratch(held_y, here * own * panel_size);
     std::memset(y, 0, sizeof(float) * here * own * panel_size);
     const int64_t word_stride = p.steps() * kTile;
-    alignas(64) float g[4 * kTile];
+    alignas(64) float g[kWordsPerBlock * 4 * kTile];
+    const int64_t g_stride = p.groups > 1 ? p.k * kTile : 0;  // words share the scales of one group
     for (int64_t block = 0; block < blocks; ++block) {
       const int inputs = static_cast<int>(
           std::min<int64_t>(kBlock, (p.inputs - block * kBlock + 31) / 32 * 32));
@@ -235,9 +251,14 @@ inline void float_product(const Product& p, const Isa& isa, const Floats& loops,
             words = to;
           }
           std::memset(g, 0, sizeof g);
-          for (int64_t k = 0; k < p.k; ++k)
-            isa.widen(p.g.from(k * p.outputs + at.output), at.outputs, g + k * kTile);
-          loops.expand(words, stride, static_cast<int>(p.k), g,
+          for (int64_t m = 0; m < (g_stride ? kWordsPerBlock : 1); ++m) {
+            const int64_t own_group = (block * kWordsPerBlock + m) / p.group_steps;
+            if (own_group >= p.groups) continue;  // steps that hold nothing
+            for (int64_t k = 0; k < p.k; ++k)
+              isa.widen(p.g.from((k * p.groups + own_group) * p.outputs + at.output), at.outputs,
+                        g + m * g_stride + k * kTile);
+          }
+          loops.expand(words, stride, static_cast<int>(p.k), g, g_stride,
                        h + at.member * p.padded + block * kBlock, members * p.padded, inputs,
                        static_cast<int>(group), w + t * kTile);
         }

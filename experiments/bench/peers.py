@@ -188,7 +188,7 @@ def measure(options: argparse.Namespace) -> list[Json]:
     cases += [("decode", 1, context) for context in contexts[1:]]
     cases += [("prefill", 1, options.prefill)] if options.prefill else []
     bandwidth = statistics.median(take_turns(sides, cases, rounds, tokens))
-    return rows(",".join([*folders, *files]) or options.model, sides, cases, bandwidth)
+    return rows("files" if real else options.model, sides, cases, bandwidth)
 
 
 def packed_folder(folder: str) -> Ours:

@@ -117,11 +117,12 @@ def prepare(
 ) -> Engine:
     """The params of a decoder, laid out for `step`.
 
-    Packed signs of one k that read the same input become one `LaidSign` (q, k, v; gate, up), and
-    evenly spaced levels of the same bits and group one `LaidCodes`; other such weights,
-    `PackedGroupedSign` and `PackedLowRank` are laid alone; dense matrices that read the same input
-    are joined too. All others keep their form, one node per layer. An embedding that is a `Table`
-    is looked up as it is stored, and laid where the head is tied to it.
+    Packed signs of one k that read the same input become one `LaidSign` (q, k, v; gate, up),
+    and evenly spaced levels of the same bits and group one `LaidCodes` or `LaidGroupedSign`;
+    other such weights, `PackedGroupedSign` and `PackedLowRank` are laid alone; dense matrices
+    that read the same input are joined too. All others keep their form, one node per layer. An
+    embedding that is a `Table` is looked up as it is stored, and laid where the head is tied to
+    it.
 
     Args:
       config: of the decoder.

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 from math import prod
-from typing import Any, cast
 
 import jax
 import numpy as np
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.ste import F32, disordered, flips
-from rabit_jax.tree import per_layer, weights_of
-from rabit_jax.types import Json, Params
+from rabit_jax.tree import leaves, per_layer, weights_of
+from rabit_jax.types import Json, Params, Weight
 
 Signs = Mapping[str, jax.Array]
 
@@ -23,7 +22,7 @@ def snapshot(params: Params) -> dict[str, jax.Array]:
     return _positive({path: w for path, w in weights_of(params).items() if _has_signs(w)})
 
 
-def _has_signs(node: Any) -> bool:
+def _has_signs(node: Weight) -> bool:
     terms = getattr(node, "terms", None)
     return any(map(_has_signs, terms)) if terms else hasattr(node, "positive")
 
@@ -72,7 +71,7 @@ def disordered_share(params: Params) -> float | None:
     """
     nodes = {
         path: (w.g, w.h)
-        for path, w in cast(dict[str, Any], weights_of(params)).items()
+        for path, w in leaves(params)
         if all(hasattr(w, name) for name in ("signs", "g", "h", "k")) and w.g.ndim == w.h.ndim
     }
     shapes = {path: weights_of(params)[path].shape for path in nodes}
@@ -86,7 +85,7 @@ def _disordered(nodes):
     }
 
 
-def _weighted(shares: list[tuple[Any, int]]) -> float | None:
+def _weighted(shares: list[tuple[np.floating, int]]) -> float | None:
     total = sum(size for _, size in shares)
     return float(sum(share * (size / total) for share, size in shares)) if total else None
 
@@ -124,13 +123,13 @@ def weight_histogram(
 
 
 def _one_layer(params: Params, path: str, layer: int | None) -> list[np.ndarray]:
-    nodes: dict[str, Any] = weights_of(params)
-    if path not in nodes or not all(hasattr(nodes[path], name) for name in ("latent", "g", "h")):
+    nodes, names = weights_of(params), ("latent", "g", "h")
+    if path not in nodes or not all(hasattr(nodes[path], name) for name in names):
         raise BadInput(
             f"no weight with a latent and scales at {path!r}: the weights are "
             f"{', '.join(nodes) or 'none'}"
         )
-    arrays = [nodes[path].latent, nodes[path].g, nodes[path].h]
+    arrays = [getattr(nodes[path], name) for name in names]
     layers = len(arrays[0]) if arrays[0].ndim == 3 else None
     if layer is not None if layers is None else layer is None or not 0 <= layer < layers:
         raise BadInput(f"{path} is {list(arrays[0].shape)}: layer {layer} does not select a matrix")

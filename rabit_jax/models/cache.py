@@ -8,12 +8,12 @@ Axes: l layers, b batch, n key heads, s slots, h head_dim, t time, m groups of a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig
@@ -212,6 +212,6 @@ def kinds(config: ModelConfig) -> list[Layer]:
     return [Layer(n, flag, sum(one == flag for one in flags[:n])) for n, flag in enumerate(flags)]
 
 
-def cache_bytes(tree: Any) -> int:
+def cache_bytes(tree: PyTree[Array | jax.ShapeDtypeStruct]) -> int:
     """Bytes of all arrays of a cache, or of its outline."""
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))

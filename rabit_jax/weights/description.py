@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jaxtyping import PyTree
 
 from rabit_jax.kernels.cpu.library import status
 from rabit_jax.tree import is_weight, leaves
+from rabit_jax.types import Param
 from rabit_jax.weights.conversion import LLAMA_ENDS
 
 
@@ -157,7 +157,7 @@ def describe(params: PyTree) -> Description:
     return Description(tuple(_row(path, leaf) for path, leaf in leaves(params)))
 
 
-def _row(path: str, leaf: Any) -> Row:
+def _row(path: str, leaf: Param) -> Row:
     size = prod(leaf.shape)
     trained = leaf_bytes(leaf)
     if not is_weight(leaf):

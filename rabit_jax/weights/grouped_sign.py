@@ -15,13 +15,15 @@ from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.groups import group_count, spread
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import per_layer, pytree_dataclass
-from rabit_jax.types import Array, Shape
+from rabit_jax.types import Array, Shape, Spec
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import Sizes, leaf, part, size, static
 from rabit_jax.weights.sign_paths import SignPaths, pack_positive
 
 
-def grouped(spec: Any, w: jax.Array, stats: Stats | None, key: jax.Array | None) -> GroupedSign:
+def grouped(
+    spec: Spec, group: int, w: Float[Array, "... i o"], stats: Stats | None, key: Array | None
+) -> GroupedSign:
     """The node of a spec of sign paths for a kernel `[..., i, o]`, group by group of its inputs.
 
     Scales `h[k, i]`, `g[k, m, o]` with `m = floor(i / group)` tie no group to another: each is a
@@ -29,13 +31,14 @@ def grouped(spec: Any, w: jax.Array, stats: Stats | None, key: jax.Array | None)
     zeros, which have no part in the fit.
 
     Args:
-      spec: with its own `group` left out of account by `ungrouped()`.
+      spec: of the matrix of one group.
+      group: inputs of a group.
       w: float `[..., i, o]`.
       stats: calibration statistics `[..., i]`, `[..., o]`, or None.
       key: for specs that draw random numbers.
     """
     *lead, i, o = w.shape
-    n, group = group_count(i, spec.group), spec.group
+    n = group_count(i, group)
     pad = [(0, 0)] * len(lead) + [(0, n * group - i)]
     blocks = jnp.pad(w, [*pad, (0, 0)]).reshape(*lead, n, group, o)
     if stats is not None:
@@ -44,7 +47,7 @@ def grouped(spec: Any, w: jax.Array, stats: Stats | None, key: jax.Array | None)
         real = jnp.arange(n * group) < i
         s_in = jnp.where(real, jnp.pad(stats.s_in, pad), mean).reshape(*lead, n, group)
         stats = Stats(s_in, jnp.broadcast_to(stats.s_out[..., None, :], (*lead, n, o)))
-    return GroupedSign(spec.ungrouped().init(blocks, stats, key), i)
+    return GroupedSign(spec.init(blocks, stats, key), i)
 
 
 @pytree_dataclass

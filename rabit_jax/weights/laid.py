@@ -7,7 +7,7 @@ Made from packed weights by `lay`, never stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -177,7 +177,7 @@ class LaidGroupedSign:
 Laid: TypeAlias = LaidSign | LaidLowRank | LaidCodes | LaidGroupedSign
 
 
-def joins(node: Any) -> Any:
+def joins(node: object) -> Hashable:
     """What packed weights have in common that `lay` can join; None for any other weight."""
     if isinstance(node, PackedSign):
         return node.k

@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,9 @@ from rabit_jax.weights.costs import Cost
 
 Role = Literal["latent", "scale", "level", "sign", "code"]
 Sizes = dict[str, int]
+Node = TypeVar("Node", bound="WeightNode")
 Header = Mapping[str, Any]
+ReadPart = Callable[[Header], "WeightNode"]  # makes the node of a part from its header
 
 # What the packed form stores each role in.
 PACKED_DTYPES = {"sign": jnp.uint8, "code": jnp.uint8, "scale": jnp.float16, "level": jnp.float16}
@@ -99,7 +101,7 @@ def leaf(role: Role, axes: str) -> Any:
     return struct.field(metadata={"leaf": Leaf(role, axes)})
 
 
-def size(axis: str, **default: Any) -> Any:
+def size(axis: str, **default: int) -> Any:
     """A static field of a weight node that holds the size of an axis which no array has."""
     return struct.field(pytree_node=False, metadata={"axis": axis}, **default)
 
@@ -165,6 +167,7 @@ class WeightNode(AxisMetadata[Array]):
       header_sizes: of a packed class, the axes whose sizes its header holds, by name and in order.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
     packed: ClassVar[type[WeightNode] | None] = None
     header_type: ClassVar[str] = ""
     header_sizes: ClassVar[Mapping[str, str]] = {}
@@ -175,9 +178,9 @@ class WeightNode(AxisMetadata[Array]):
             if "choices" in field.metadata:
                 check_choice(field.name, getattr(self, field.name), field.metadata["choices"]())
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: object) -> Self:
         """The node with other values in some fields."""
-        return dataclasses.replace(self, **changes)  # pyright: ignore
+        return dataclasses.replace(self, **changes)
 
     def __jax_array__(self) -> Array:
         """A weight node is no array; JAX calls this where one is used as if it were.
@@ -192,7 +195,7 @@ class WeightNode(AxisMetadata[Array]):
         """`dense()`, which a Linen layer gets for its parameter."""
         return self.dense()
 
-    def __getitem__(self, index: Any) -> Array:
+    def __getitem__(self, index: object) -> Array:
         """`node[...]` is `dense()`, as an NNX layer reads its variable.
 
         Raises:
@@ -203,11 +206,11 @@ class WeightNode(AxisMetadata[Array]):
         raise BadInput(f"a {type(self).__name__} is no array and has no parts to index: index its "
                        "matrix, node.dense()[...]")
 
-    def replace_boxed(self, val: Any) -> Self:
+    def replace_boxed(self, val: object) -> Self:
         """Raises BadInput: no layer writes a matrix into a weight node."""
         raise BadInput(f"a {type(self).__name__} takes no other matrix: convert the model again")
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> Self:
+    def add_axis(self, index: int, params: dict) -> Self:
         """Itself, whose arrays a lifted transformation has stacked along axis `index`.
 
         Raises:
@@ -218,7 +221,7 @@ class WeightNode(AxisMetadata[Array]):
                            "wanted the first: variable_axes={'params': 0}")
         return self
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> Self:
+    def remove_axis(self, index: int, params: dict) -> Self:
         """Itself, of whose arrays a lifted transformation has taken one layer; raises as
         `add_axis`."""
         return self.add_axis(index, params)
@@ -302,7 +305,7 @@ class WeightNode(AxisMetadata[Array]):
         return {"type": self.header_type, "in": i, "out": o, **own, **held}
 
     @classmethod
-    def abstract(cls, header: Header, read: Callable[[Header], Any] | None = None) -> Self:
+    def abstract(cls, header: Header, read: ReadPart | None = None) -> Self:
         """The packed node of one matrix as shapes and dtypes, from its `header`.
 
         Args:
@@ -314,7 +317,7 @@ class WeightNode(AxisMetadata[Array]):
         """
         named = {"in": "i", "out": "o"} | dict(cls.header_sizes)
         sizes = {axis: _checked_size(name, header[name]) for name, axis in named.items()}
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for field in _fields(cls):
             if "leaf" in field.metadata:
                 values[field.name] = field.metadata["leaf"].outline(sizes)
@@ -368,7 +371,7 @@ def row_signs(node: Weight) -> PyTree[int]:
     return node.replace(**found)
 
 
-def columns(node: Any, index: Array) -> Any:
+def columns(node: Weight, index: Array) -> WeightNode | None:
     """The node of some columns `W_hat[:, index]`: its arrays gathered along their axis o.
 
     Args:
@@ -380,7 +383,7 @@ def columns(node: Any, index: Array) -> Any:
     """
     if not isinstance(node, WeightNode):
         return None
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for field in _fields(node):
         held = getattr(node, field.name)
         if "leaf" in field.metadata and held is not None:
@@ -403,11 +406,11 @@ def _outputs(axis: str) -> bool:
     return axis.removesuffix("/8").split("//")[0] == "o"
 
 
-def _none_or_weight(held: Any) -> bool:
+def _none_or_weight(held: object) -> bool:
     return held is None or is_weight(held)
 
 
-def _declared(node: WeightNode, field: dataclasses.Field) -> Any:
+def _declared(node: WeightNode, field: dataclasses.Field) -> PyTree[Leaf]:
     if "leaf" in field.metadata:
         return field.metadata["leaf"]
     if not _holds_parts(field):
@@ -424,7 +427,7 @@ def parts(node: WeightNode) -> list[WeightNode]:
     return jax.tree.leaves(held, is_leaf=is_weight)
 
 
-def _fields(node: Any) -> tuple[dataclasses.Field, ...]:
+def _fields(node: WeightNode | type[WeightNode]) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(node)
 
 
@@ -432,13 +435,15 @@ def _holds_parts(field: dataclasses.Field) -> bool:
     return "many" in field.metadata
 
 
-def _read_parts(field: dataclasses.Field, held: Any, read: Callable[[Header], Any] | None) -> Any:
+def _read_parts(
+    field: dataclasses.Field, held: Header | list[Header], read: ReadPart | None
+) -> WeightNode | tuple[WeightNode, ...]:
     if read is None or isinstance(held, list) != field.metadata["many"]:
         raise ValueError(f"{field.name} is {held!r}")
-    return tuple(map(read, held)) if field.metadata["many"] else read(held)
+    return tuple(map(read, held)) if isinstance(held, list) else read(held)
 
 
-def _arrays(node: WeightNode) -> Iterator[tuple[Any, Leaf]]:
+def _arrays(node: WeightNode) -> Iterator[tuple[Array, Leaf]]:
     """The declared arrays of a node; None, where a tree was partitioned, is left out."""
     for field in _fields(node):
         if "leaf" in field.metadata and getattr(node, field.name) is not None:
@@ -450,11 +455,11 @@ def _packed_leaves(node: WeightNode) -> list[Leaf]:
     return [field.metadata["leaf"] for field in fields if "leaf" in field.metadata]
 
 
-def _listed(held: Any) -> Any:
+def _listed(held: PyTree[WeightNode]) -> PyTree[WeightNode]:
     return list(held) if isinstance(held, tuple) else held
 
 
-def _checked_size(name: str, found: Any) -> int:
+def _checked_size(name: str, found: object) -> int:
     if type(found) is not int or found < 1:
         raise ValueError(f"{name} is {found!r}")
     return found

@@ -66,10 +66,6 @@ class ResidualSignSpec(SignFit):
             raise BadInput(f"group is {self.group}: a group must hold at least 1 input, or be 0 "
                            "for all of them")
 
-    def ungrouped(self) -> ResidualSignSpec:
-        """The spec of one group."""
-        return dataclasses.replace(self, group=0)
-
     def init(
         self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> ResidualSign | GroupedSign:
@@ -85,7 +81,8 @@ class ResidualSignSpec(SignFit):
           of such nodes.
         """
         if self.group:
-            return grouped(self, w, stats, key)
+            own = dataclasses.replace(self, group=0)
+            return grouped(own, self.group, w, stats, key)
         latent = jnp.array(w, self.latent_dtype, copy=True)
         return ResidualSign(latent, *self.scales(latent, stats), self.ste)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,9 @@ from rabit_jax.signs.ste import (
     with_sign,
 )
 from rabit_jax.tree import per_layer, pytree_dataclass
-from rabit_jax.types import Array, Json
+from rabit_jax.types import Array, Json, Shape
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import PACKED_DTYPES, Header, Sizes, WeightNode, leaf
+from rabit_jax.weights.leaves import PACKED_DTYPES, Header, ReadPart, Sizes, WeightNode, leaf
 
 
 class SignPaths(WeightNode):
@@ -67,6 +67,7 @@ def plus_minus(positive: jax.Array) -> jax.Array:
     return positive.astype(jnp.int8) * 2 - 1
 
 
+T = TypeVar("T")
 SCALE_DTYPE = PACKED_DTYPES["scale"]
 
 
@@ -125,7 +126,7 @@ class PackedSign(SignPaths):
         return super().header() | ({} if self.limbs is None else {"limbs": self.limbs})
 
     @classmethod
-    def abstract(cls, header: Header, read: Callable[[Header], Any] | None = None) -> Self:
+    def abstract(cls, header: Header, read: ReadPart | None = None) -> Self:
         """As of every weight; raises ValueError for limbs that are neither 2 nor 3."""
         limbs = header.get("limbs")
         if limbs not in (None, 2, 3):
@@ -295,7 +296,9 @@ def _svid_scales(fit: SignFit, w: jax.Array, d_in: jax.Array, d_out: jax.Array) 
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def fit_layers(method: Callable, fit: Any, w: jax.Array, stats: Stats | None) -> Any:
+def fit_layers(
+    method: Callable[..., T], fit: SignFit, w: Float[Array, "... i o"], stats: Stats | None
+) -> T:
     """`method(fit, w, d_in, d_out)` of every matrix of a stack, one layer at a time.
 
     Args:
@@ -304,16 +307,15 @@ def fit_layers(method: Callable, fit: Any, w: jax.Array, stats: Stats | None) ->
       w: `[..., i, o]` float.
       stats: calibration statistics `[..., i]`, `[..., o]`; None gives importances of 1.
     """
-    d_in, d_out = importances(fit, w.shape, stats)
+    d_in, d_out = importances(w.shape, stats, fit.a_in, fit.a_out, fit.shrinkage)
     return per_layer(partial(method, fit), w, d_in, d_out)
 
 
 def importances(
-    fit: Any, shape: tuple[int, ...], stats: Stats | None
-) -> tuple[jax.Array, jax.Array]:
-    """The diagonals `d_in: [..., i]`, `d_out: [..., o]` float32 of a spec's preconditioner."""
+    shape: Shape, stats: Stats | None, a_in: float, a_out: float, shrinkage: float
+) -> tuple[Float[Array, "... i"], Float[Array, "... o"]]:
+    """The diagonals `d_in: [..., i]`, `d_out: [..., o]` float32 of a preconditioner."""
     *lead, i, o = shape
     if stats is None:
         stats = Stats(jnp.ones((*lead, i)), jnp.ones((*lead, o)))
-    d_in = importance(stats.s_in, fit.a_in, fit.shrinkage)
-    return d_in, importance(stats.s_out, fit.a_out, fit.shrinkage)
+    return importance(stats.s_in, a_in, shrinkage), importance(stats.s_out, a_out, shrinkage)

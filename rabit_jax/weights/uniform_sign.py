@@ -31,7 +31,7 @@ def odd_integers(positive: jax.Array) -> jax.Array:
 
 
 def fit_group_scales(
-    fit: Any, w: jax.Array, d_in: jax.Array, d_out: jax.Array
+    fit: Any, w: Float[Array, "i o"], d_in: Float[Array, " i"], d_out: Float[Array, " o"]
 ) -> Float[Array, "n o"]:
     """`s: [n, o]` of one matrix `w: [i, o]`, by alternating least squares.
 

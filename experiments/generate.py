@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -99,7 +98,7 @@ def _run(args: argparse.Namespace) -> None:
         say(f"bits per weight: {size}")
 
 
-def _load(args: argparse.Namespace) -> tuple[Writer, Any, str]:
+def _load(args: argparse.Namespace) -> tuple[Writer, Tokenizer, str]:
     """The model, ready to write, its tokenizer, and the bits per weight of a packed one."""
     with loading(args.model) as done:
         model, params, tokenizer = load_model(args.model, done, args.paths)

@@ -14,11 +14,10 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from rabit_jax.experiments.bench.decode import decode_tokens, random_engine, tre
 from rabit_jax.experiments.bench.shapes import model_config, numbers, positive
 from rabit_jax.kernels.bench.machine import Copy, last_level_cache
 from rabit_jax.kernels.cpu.library import status
+from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.engine import init_cache, step
 from rabit_jax.models.prepared import Engine
 from rabit_jax.progress import progress, say
@@ -100,7 +100,7 @@ class Ours:
                               if self.engine.head is None else self.engine.head))
         return (weights + tree_bytes((cache["k"], cache["v"]))) // batch
 
-    def _time(self, key: tuple[str, int, int], tokens: int, call: Any) -> None:
+    def _time(self, key: tuple[str, int, int], tokens: int, call: Callable[[], object]) -> None:
         begin = time.perf_counter()
         jax.block_until_ready(call())
         self.speeds.setdefault(key, []).append(tokens / (time.perf_counter() - begin))
@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace) -> list[Json]:
     return rows(options.model, sides, cases, statistics.median(copies))
 
 
-def ours(config: Any, k: int, dense: bool) -> list[Ours]:
+def ours(config: ModelConfig, k: int, dense: bool) -> list[Ours]:
     """Our engines by name: of a bfloat16 model, as most are published, and of a float32 one, whose
     prompts are multiplied in float32; their heads are rounded to 8 bits, where no other is named.
     """

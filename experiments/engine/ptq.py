@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ from rabit_jax.models.config import ModelConfig
 from rabit_jax.progress import progress
 from rabit_jax.train.sharding import make_mesh, row_shards
 from rabit_jax.tree import layer_keys, leaves, match_rules
-from rabit_jax.types import Array, Json, Params, Spec
+from rabit_jax.types import Array, Params, Spec, Tokenizer
 from rabit_jax.weights.budget import (
     Option,
     check_budget,
@@ -69,6 +69,7 @@ from rabit_jax.weights.budget import (
     share_out,
     stored_bits,
 )
+from rabit_jax.weights.leaves import WeightNode
 from rabit_jax.weights.mixed_stack import stacked
 
 
@@ -179,7 +180,7 @@ class Job:
         )
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer | None:
         """The model's tokeniser; None where the folder has none and no text is read."""
         return read_tokenizer(self.checkpoint.folder, self.checkpoint.config)
 
@@ -481,7 +482,7 @@ def stacked_stats(job: Job) -> dict[str, Stats]:
     return jax.tree.map(lambda *s: jnp.stack(s), *found)
 
 
-def _stacked(packed: list[Json], path: str) -> Any:
+def _stacked(packed: list[Params], path: str) -> WeightNode:
     """The node `[l, i, o]` of a kernel; the layers are taken out of `packed`, or memory would hold
     them twice."""
     return stacked([jax.tree.map(lambda a: a[0], one.pop(path)) for one in packed])

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, SchemaValidator, core_schema
 
 from rabit_jax.errors import BadInput
-from rabit_jax.types import Spec
+from rabit_jax.types import Json, Spec
 from rabit_jax.weights.representations import specs, type_name
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Annotation: TypeAlias = Any  # what stands behind the colon of a field; Python has no type for it
-Tree: TypeAlias = dict[str, Any]  # what YAML gives
+Tree: TypeAlias = Json  # what YAML gives
 MISSING = dataclasses.MISSING
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNKNOWN = "unexpected_keyword_argument"  # pydantic's names of errors
@@ -104,7 +104,7 @@ def child(wanted: Annotation, name: str) -> Annotation:
     return next((hints(s)[name] for s in sections if is_section(s) and name in hints(s)), None)
 
 
-def default(wanted: Annotation, name: str, base: object = None) -> Any:
+def default(wanted: Annotation, name: str, base: object = None) -> object:
     """Return what a field is when left out: that of the section `base`, else the class's own.
 
     MISSING where it has to be given.
@@ -119,7 +119,7 @@ def default(wanted: Annotation, name: str, base: object = None) -> Any:
     return MISSING
 
 
-def _fill(wanted: Annotation, tree: Any, base: object) -> Any:
+def _fill(wanted: Annotation, tree: object, base: object) -> object:
     """Return the raw tree with all that its sections leave out, from `base` or the classes."""
     kind, optional = unwrap(wanted)
     if typing.get_origin(kind) is tuple and isinstance(tree, list):

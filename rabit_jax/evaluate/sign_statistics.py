@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 from math import prod
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -12,9 +13,18 @@ import numpy as np
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.ste import F32, disordered, flips
 from rabit_jax.tree import leaves, per_layer, weights_of
-from rabit_jax.types import Json, Params, Weight
+from rabit_jax.types import Params, Weight
 
 Signs = Mapping[str, jax.Array]
+
+
+class Histogram(TypedDict):
+    """Weights of one layer in units of their scale: counts, bin edges (one more), levels."""
+
+    layer: str
+    weights: list[int]
+    edges: list[float]
+    levels: list[float]
 
 
 def snapshot(params: Params) -> dict[str, jax.Array]:
@@ -92,7 +102,7 @@ def _weighted(shares: list[tuple[np.floating, int]]) -> float | None:
 
 def weight_histogram(
     params: Params, path: str, layer: int | None = None, bins: int = 120
-) -> Json:
+) -> Histogram:
     """Histogram of one latent over its first scale product, `W / a`, `a = h_1 g_1^T` elementwise.
 
     Args:

@@ -13,13 +13,11 @@ from flax.traverse_util import unflatten_dict
 
 from rabit_jax import pack
 from rabit_jax.experiments.engine.fitting import fit, keep, kept
-from rabit_jax.experiments.engine.ptq import (
-    Job,
-    block_name,
+from rabit_jax.experiments.engine.job import Job, block_name, trained
+from rabit_jax.experiments.engine.packing import (
     sizes,
     stacked_blocks,
     stacked_stats,
-    trained,
     write_packed,
 )
 from rabit_jax.experiments.engine.records import Record

@@ -13,8 +13,8 @@ from rabit_jax.atomic import write_text
 from rabit_jax.evaluate.gap import gap_closed
 from rabit_jax.evaluate.sign_statistics import Histogram, weight_histogram
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
+from rabit_jax.experiments.engine.job import Job
 from rabit_jax.experiments.engine.machine import peak_memory
-from rabit_jax.experiments.engine.ptq import Job
 from rabit_jax.experiments.engine.stages import Record
 from rabit_jax.experiments.report.page import (
     ResultRow,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.hosts import on_mesh
@@ -53,7 +54,7 @@ class Meter:
         """Shape `[..., i, o]` of the kernel."""
         return self.teacher.shape
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, "b t i"]) -> Float[Array, "b t o"]:
         """`x @ W` of the driving weight, `x: [b, t, i]` -> `[b, t, o]`.
 
         The gradient by x is zero: only moments, which need none, are ever taken from it.
@@ -66,7 +67,7 @@ class Meter:
         weights = (self.teacher, self.student)
         return _metered(x, weights, self.moments, self.mask, self.drive, x.shape[-1])
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """The driving matrix, `[..., i, o]`."""
         return self.teacher if self.drive == "teacher" else self.student.dense()
 

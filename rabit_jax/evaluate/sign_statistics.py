@@ -9,11 +9,12 @@ from typing import TypedDict
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.ste import F32, disordered, flips
 from rabit_jax.tree import leaves, per_layer, weights_of
-from rabit_jax.types import Params, Weight
+from rabit_jax.types import Array, Params, Weight
 
 Signs = Mapping[str, jax.Array]
 
@@ -27,7 +28,7 @@ class Histogram(TypedDict):
     levels: list[float]
 
 
-def snapshot(params: Params) -> dict[str, jax.Array]:
+def snapshot(params: Params) -> dict[str, Bool[Array, ...]]:
     """The signs of every weight that has them: `{path: bool [..., k, i, o]}`, True for +1."""
     return _positive({path: w for path, w in weights_of(params).items() if _has_signs(w)})
 
@@ -42,7 +43,7 @@ def _positive(nodes):
     return {path: node.positive() for path, node in nodes.items()}
 
 
-def flip_rate(before: Signs, after: Signs) -> dict[str, jax.Array]:
+def flip_rate(before: Signs, after: Signs) -> dict[str, Float[Array, "... k"]]:
     """Share of signs that differ between two snapshots: `{path: float32 [..., k]}`.
 
     Raises:

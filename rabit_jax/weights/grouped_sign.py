@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.signs.channel_importance import Stats
@@ -76,11 +76,11 @@ class PackedGroupedSign(SignPaths):
         one = (array[None] for array in (self.bits, self.g, self.h))
         return grouped_signs_matmul(x, *one, group=self.group)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return jnp.swapaxes(unpack_bits(self.bits, self.shape[-2]), -1, -2).astype(bool)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         signs = self.signs()
         for k in range(self.k):
@@ -126,11 +126,11 @@ class GroupedSign(SignPaths):
         group, o = self.blocks.shape[-2:]
         return {"k": self.blocks.k, "i": self.inputs, "o": o, "group": group}
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return jnp.moveaxis(self._joined(jnp.moveaxis(self.blocks.positive(), -3, 0)), 0, -3)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return map(self._joined, self.blocks.paths())
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.core.meta import AxisMetadata
-from jaxtyping import Float, PyTree
+from jaxtyping import Float, Int, PyTree
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import packed_bytes, stored_bytes
@@ -371,7 +371,7 @@ def row_signs(node: Weight) -> PyTree[int]:
     return node.replace(**found)
 
 
-def columns(node: Weight, index: Array) -> WeightNode | None:
+def columns(node: Weight, index: Int[Array, " n"]) -> WeightNode | None:
     """The node of some columns `W_hat[:, index]`: its arrays gathered along their axis o.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
-import jax
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
@@ -60,17 +60,17 @@ class Reshaped(WeightNode):
         """Those of the matrix; no attribute where it is no sum."""
         return self.matrix.terms
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, ...]) -> Float[Array, ...]:
         """`[..., *inputs]` -> `[..., *outputs]` in `x.dtype`."""
         lead = x.shape[: x.ndim - len(self.inputs)]
         y = self.matrix.matmul(x.reshape(*lead, prod(self.inputs)))
         return y.reshape(*lead, *self.outputs)
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, ...]:
         """The kernel, float32 `[..., *inputs, *outputs]`."""
         return self.matrix.dense().reshape(self.shape)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, ...]]:
         """The paths of the matrix, each in the shape of the kernel."""
         return (path.reshape(self.shape) for path in self.matrix.paths())
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.signs.channel_importance import Stats
@@ -117,12 +117,12 @@ class ResidualSign(SignPaths):
         """`W_hat`, float32 `[..., i, o]`."""
         return effective_weight(self.latent, self.g, self.h, ste=self.ste)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1; False in paths that a layer lacks."""
         live = live_paths(self.g, self.h)
         return coupled_signs(self.latent, self.g, self.h) & live[..., None, None]
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return (term for _, term in coupled(self.latent, self.g, self.h))
 

@@ -114,7 +114,7 @@ class ScaledWeight(WeightNode):
         """The scaled matrix, float32 `[..., i, o]`."""
         return self.inner.dense() * self._scale()
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """The scaled paths of the inner weight, float32 `[..., i, o]`."""
         return (path * self._scale() for path in self.inner.paths())
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.core import Tracer
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float16, Int8, UInt8
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import pack_bits, unpack_bits
@@ -39,7 +39,7 @@ class SignPaths(WeightNode):
     They all pack into the same form, so costs follow from the shape and k alone.
     """
 
-    def positive(self) -> Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         raise NotImplementedError(f"{type(self).__name__} does not derive its signs")
 
@@ -48,7 +48,7 @@ class SignPaths(WeightNode):
         """Number of sign paths."""
         return self.sizes()["k"]
 
-    def signs(self) -> jax.Array:
+    def signs(self) -> Int8[Array, "... k i o"]:
         """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
         return plus_minus(self.positive())
 
@@ -62,7 +62,7 @@ class SignPaths(WeightNode):
         return Cost(paths * (i + o), paths * i * o, 0, self.deployed_bytes())
 
 
-def plus_minus(positive: jax.Array) -> jax.Array:
+def plus_minus(positive: Bool[Array, "*n"]) -> Int8[Array, "*n"]:
     """Bool, True for +1 -> int8, each -1 or +1."""
     return positive.astype(jnp.int8) * 2 - 1
 
@@ -106,11 +106,11 @@ class PackedSign(SignPaths):
 
         return packed_matmul(x, self.bits, self.g, self.h, limbs=self.limbs or 2)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return jnp.swapaxes(unpack_bits(self.bits, self.shape[-2]), -1, -2).astype(bool)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         signs = self.signs()
         for i in range(self.k):
@@ -152,7 +152,9 @@ def with_layer_k(node: PackedSign) -> PackedSign:
 
 
 @jax.custom_vjp
-def scaled_signs(bits: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
+def scaled_signs(
+    bits: UInt8[Array, "... k o n"], g: Float[Array, "... k o"], h: Float[Array, "... k i"]
+) -> Float[Array, "... i o"]:
     """`sum_i diag(h_i) B_i diag(g_i)` of packed signs, float32 `[..., i, o]`.
 
     Backward, with `G = dL/dW_hat`: `dL/dg_i[o] = sum_in G B_i h_i`, `dL/dh_i[in] = sum_out G B_i
@@ -187,13 +189,13 @@ def _backward(residuals, cotangent):
 scaled_signs.defvjp(_forward, _backward)
 
 
-def pack_positive(positive: jax.Array) -> jax.Array:
+def pack_positive(positive: Bool[Array, "... i o"]) -> UInt8[Array, "... o n"]:
     """Bool `[..., i, o]`, True for +1 -> `rb256` bits, uint8 `[..., o, 32 ceil(i / 256)]`."""
     return per_layer(lambda one: pack_bits(one.T), positive)
 
 
 @jax.jit
-def balance(*scales: jax.Array) -> tuple[jax.Array, ...]:
+def balance(*scales: Float[Array, ...]) -> tuple[Float[Array, ...], ...]:
     """Give the scales of each path equal geometric means; their product is unchanged.
 
     The 16-bit range then serves all of them equally. float32, such as `g: [..., k, o]`,
@@ -206,7 +208,7 @@ def balance(*scales: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(s * jnp.exp(wanted - m) for s, m in zip(scales, log_means, strict=True))
 
 
-def round_scales(name: str, **scales: jax.Array) -> tuple[jax.Array, ...]:
+def round_scales(name: str, **scales: Float[Array, ...]) -> tuple[Float16[Array, ...], ...]:
     """Balance the scales of a weight, `g=..., h=...`, and round them to float16.
 
     A path whose scales are all 0 stands for zeros, as those of a matrix of zeros do, and is kept.

@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
@@ -94,11 +94,11 @@ class SumWeight(WeightNode):
         """`W_hat`, float32 `[..., i, o]`."""
         return summed(term.dense() for term in self.terms)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """The paths of the terms, one term after another, float32 `[..., i, o]`."""
         return chain.from_iterable(term.paths() for term in self.terms)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... 1 1 n"]:
         """The signs of all terms that have them, flattened per layer: bool `[..., 1, 1, n]`."""
         lead = self.shape[:-2]
         found = [getattr(term, "positive", None) for term in self.terms]

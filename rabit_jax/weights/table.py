@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
@@ -73,7 +72,7 @@ class Table(WeightNode):
         """`E`, float32 `[..., v, d]`."""
         return jnp.swapaxes(self.matrix.dense(), -1, -2)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """The paths of the matrix, each as `[..., v, d]`."""
         return (jnp.swapaxes(path, -1, -2) for path in self.matrix.paths())
 

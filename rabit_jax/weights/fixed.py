@@ -11,9 +11,10 @@ from jaxtyping import Float
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import map_leaves, pytree_dataclass
 from rabit_jax.types import Array, Param, Params
+from rabit_jax.weights.axes import Leaf
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.group_levels import to_half
-from rabit_jax.weights.leaves import Leaf, WeightNode, declaration, part
+from rabit_jax.weights.leaves import WeightNode, declaration, part
 from rabit_jax.weights.mixed_stack import stacked, unstacked
 from rabit_jax.weights.representations import is_packed_node
 from rabit_jax.weights.table import Table

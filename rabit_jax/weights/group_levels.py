@@ -12,8 +12,9 @@ from jaxtyping import Float, Float16, UInt8
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.types import Array
+from rabit_jax.weights.axes import axis_size
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import WeightNode, axis_size
+from rabit_jax.weights.leaves import WeightNode
 from rabit_jax.weights.sign_paths import SCALE_DTYPE, pack_positive
 
 

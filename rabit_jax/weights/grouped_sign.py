@@ -16,8 +16,9 @@ from rabit_jax.signs.groups import group_count, spread
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array, Shape, Spec
+from rabit_jax.weights.axes import Sizes
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import Sizes, leaf, part, size, static
+from rabit_jax.weights.leaves import leaf, part, size, static
 from rabit_jax.weights.sign_paths import SignPaths, pack_positive
 
 

@@ -27,8 +27,9 @@ from jaxtyping import Float, PyTree
 from rabit_jax.kernels.layout import BLOCK_BYTES
 from rabit_jax.tree import is_weight, map_leaves, pytree_dataclass
 from rabit_jax.types import Array, Param, Params, Shape, Weight
+from rabit_jax.weights.axes import Leaf
 from rabit_jax.weights.grouped_sign import GroupedSign
-from rabit_jax.weights.leaves import Leaf, WeightNode, declaration, static
+from rabit_jax.weights.leaves import WeightNode, declaration, static
 from rabit_jax.weights.reshaped import Reshaped
 from rabit_jax.weights.seam import linear
 from rabit_jax.weights.table import Table

@@ -29,8 +29,9 @@ from rabit_jax.signs.ste import (
 )
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array, Json, Shape
+from rabit_jax.weights.axes import PACKED_DTYPES, Sizes
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import PACKED_DTYPES, Header, ReadPart, Sizes, WeightNode, leaf
+from rabit_jax.weights.leaves import Header, ReadPart, WeightNode, leaf
 
 
 class SignPaths(WeightNode):

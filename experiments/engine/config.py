@@ -14,21 +14,17 @@ from typing import Any, TypeVar
 import yaml
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import EXIT_CODES, common_options
-from rabit_jax.experiments.engine.validation import (
+from rabit_jax.experiments.engine.annotations import (
     Annotation,
-    Tree,
-    build,
     child,
     default,
-    did_you_mean,
     is_section,
-    shown,
-    unknown,
     unwrap,
     variants,
-    wrong,
 )
+from rabit_jax.experiments.engine.console import EXIT_CODES, common_options
+from rabit_jax.experiments.engine.refusals import did_you_mean, shown, unknown, wrong
+from rabit_jax.experiments.engine.validation import Tree, build
 
 T = TypeVar("T")
 ADDED = "added"  # in the metadata of a field that came after 0.1

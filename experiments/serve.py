@@ -27,13 +27,13 @@ from rabit_jax.experiments.engine.console import (
     main_guard,
     paths_option,
 )
+from rabit_jax.experiments.engine.continuing import load_for_text
 from rabit_jax.experiments.engine.signals import SIGNALS, handling
 from rabit_jax.experiments.serving.app import Served, application
 from rabit_jax.experiments.serving.worker import Worker
-from rabit_jax.formats.packed_model import load_model
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.prepared import prepare
-from rabit_jax.progress import loading, progress, say
+from rabit_jax.progress import progress, say
 from rabit_jax.types import Tokenizer
 
 KEY_VARIABLE = "RABIT_API_KEY"
@@ -170,11 +170,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _loaded(args: argparse.Namespace) -> tuple[Decoder, Tokenizer, Worker]:
     """The model, its tokenizer, and the worker with its programs compiled."""
-    with loading(args.model) as done:
-        model, params, tokenizer = load_model(args.model, done, args.paths)
-    if tokenizer is None:
-        raise BadInput(f"{args.model} holds no tokenizer, so text cannot be read or written: put "
-                       "the model's tokenizer.json and tokenizer_config.json there")
+    model, params, tokenizer = load_for_text(args.model, args.paths)
     positions = model.config.max_position
     if (args.context or positions) > positions:
         raise BadInput(f"--context is {args.context}, the model has {positions} positions: ask for "

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, dataclass_transform
 
 import jax
@@ -92,6 +93,11 @@ def map_leaves(function: Callable[..., T], params: PyTree, *rest: PyTree) -> PyT
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaf: function(path_name(path), *leaf), params, *rest, is_leaf=is_weight
     )
+
+
+def tree_bytes(tree: PyTree[Array | jax.ShapeDtypeStruct]) -> int:
+    """Bytes of all arrays of a tree, or of its outline."""
+    return sum(prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 def weights_of(params: Params) -> dict[str, Weight]:

@@ -44,7 +44,8 @@ from rabit_jax.models.engine import Cache, head_logits, over_layers, step
 from rabit_jax.models.prepared import Engine, layer_at, multiply, prepare
 from rabit_jax.models.rotary import seen_from
 from rabit_jax.progress import progress, say
-from rabit_jax.types import Array, Json, Shape
+from rabit_jax.tree import tree_bytes
+from rabit_jax.types import Json, Shape
 from rabit_jax.weights.sign_paths import PackedSign
 
 T = TypeVar("T")
@@ -274,11 +275,6 @@ def clock(function: Callable[..., T], *arguments: PyTree) -> tuple[float, T]:
     begin = time.perf_counter()
     result = jax.block_until_ready(function(*arguments))
     return time.perf_counter() - begin, result
-
-
-def tree_bytes(tree: PyTree[Array | jax.ShapeDtypeStruct]) -> int:
-    """Bytes of all arrays of a tree, or of what `jax.eval_shape` gives for it."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def rows_of(cases: dict[str, Decoding], tokens: int) -> list[Json]:

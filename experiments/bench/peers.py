@@ -25,7 +25,7 @@ import numpy as np
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.bench import llama_cpp
-from rabit_jax.experiments.bench.decode import decode_tokens, random_engine, tree_bytes
+from rabit_jax.experiments.bench.decode import decode_tokens, random_engine
 from rabit_jax.experiments.bench.shapes import model_config, numbers, positive
 from rabit_jax.kernels.bench.machine import Copy, last_level_cache
 from rabit_jax.kernels.cpu.library import status
@@ -33,6 +33,7 @@ from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.engine import init_cache, step
 from rabit_jax.models.prepared import Engine
 from rabit_jax.progress import progress, say
+from rabit_jax.tree import tree_bytes
 from rabit_jax.types import Json
 
 EXAMPLES = """examples:

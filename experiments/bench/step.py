@@ -33,8 +33,8 @@ from rabit_jax.progress import Progress, progress, say
 from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.optimizer import OptimizerConfig, make_optimizer, partition, roles
 from rabit_jax.train.step import Loss, TrainState, init_state, make_step
+from rabit_jax.tree import tree_bytes
 from rabit_jax.types import Batch, Json, Params
-from rabit_jax.weights.description import leaf_bytes
 
 EXAMPLES = """examples:
   python -m experiments.bench step
@@ -194,7 +194,7 @@ def rows_of(variants: dict[str, Variant]) -> list[Json]:
     """The rows of measured variants; "dense" must be among them."""
 
     def figures(variant: Variant) -> tuple[float, float, int]:
-        return statistics.median(variant.seconds), min(variant.seconds), leaf_bytes(variant.state)
+        return statistics.median(variant.seconds), min(variant.seconds), tree_bytes(variant.state)
 
     dense = figures(variants["dense"])
     rows = []

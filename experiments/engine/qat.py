@@ -46,10 +46,9 @@ from rabit_jax.train.optimizer import merge
 from rabit_jax.train.sharding import batch_sharding, param_shardings
 from rabit_jax.train.step import Loss, next_tokens
 from rabit_jax.train.trainer import Trainer, make_trainer
-from rabit_jax.tree import match_rules
+from rabit_jax.tree import match_rules, tree_bytes
 from rabit_jax.types import Array, Params
 from rabit_jax.weights.budget import apply_budget
-from rabit_jax.weights.description import leaf_bytes
 
 
 def teacher_loss(config: RunConfig, model: Decoder) -> Loss:
@@ -206,7 +205,7 @@ def qat(run: Inputs, continues: bool) -> Record:
     found = {} if as_it_is or section.teacher_top else {"teacher_kl": _teacher_kl(run, trainer)}
     dropped = ("student_init",) if as_it_is else ("student_init", "teacher")
     run.forget(*dropped)  # the state holds copies of what trains
-    tokens, state_bytes = section.batch_size * section.length, leaf_bytes(trainer.state)
+    tokens, state_bytes = section.batch_size * section.length, tree_bytes(trainer.state)
 
     def after(step: int, trainable: Params, before: dict[str, Array]) -> None:
         student = merge(trainable, trainer.frozen)

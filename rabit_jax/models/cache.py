@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, PyTree
+from jaxtyping import Bool, Float, Int
 
 from rabit_jax.errors import BadInput
 from rabit_jax.models.config import ModelConfig
@@ -210,8 +210,3 @@ def kinds(config: ModelConfig) -> list[Layer]:
     flags = [windowed(config) and flag for flag in config.local_layers or ()]
     flags = flags or [False] * config.n_layers
     return [Layer(n, flag, sum(one == flag for one in flags[:n])) for n, flag in enumerate(flags)]
-
-
-def cache_bytes(tree: PyTree[Array | jax.ShapeDtypeStruct]) -> int:
-    """Bytes of all arrays of a cache, or of its outline."""
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))

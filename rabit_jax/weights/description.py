@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from rabit_jax.kernels.cpu.library import status
-from rabit_jax.tree import is_weight, leaves
+from rabit_jax.tree import is_weight, leaves, tree_bytes
 from rabit_jax.types import Param
 from rabit_jax.weights.conversion import LLAMA_ENDS
 
@@ -140,11 +140,6 @@ def _size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def leaf_bytes(tree: PyTree) -> int:
-    """Bytes of all arrays (or abstract arrays) of a tree."""
-    return sum(prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
-
-
 def describe(params: PyTree) -> Description:
     """Path, representation, shape, k, bits per weight and bytes of every parameter.
 
@@ -159,7 +154,7 @@ def describe(params: PyTree) -> Description:
 
 def _row(path: str, leaf: Param) -> Row:
     size = prod(leaf.shape)
-    trained = leaf_bytes(leaf)
+    trained = tree_bytes(leaf)
     if not is_weight(leaf):
         return Row(
             path,

@@ -24,6 +24,7 @@ from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.engine import init_cache, step
 from rabit_jax.models.generation import generate
 from rabit_jax.models.prepared import prepare
+from rabit_jax.tree import tree_bytes
 
 STEP = jax.jit(step)
 

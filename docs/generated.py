@@ -20,8 +20,8 @@ from pydantic import TypeAdapter
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.ablation.config import Ablation
+from rabit_jax.experiments.engine.annotations import MISSING, hints, is_section, unwrap, variants
 from rabit_jax.experiments.engine.settings import RunConfig
-from rabit_jax.experiments.engine.validation import MISSING, hints, is_section, unwrap, variants
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent

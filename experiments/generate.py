@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -21,11 +20,10 @@ from rabit_jax.experiments.engine.console import (
     main_guard,
     paths_option,
 )
-from rabit_jax.experiments.engine.continuing import Text, Writer
-from rabit_jax.formats.packed_model import load_model
+from rabit_jax.experiments.engine.continuing import Text, Writer, load_for_text
 from rabit_jax.formats.tokenizer import prompt_ids
 from rabit_jax.models.prepared import prepare
-from rabit_jax.progress import loading, say
+from rabit_jax.progress import say
 from rabit_jax.types import Tokenizer
 from rabit_jax.weights.description import describe
 
@@ -99,13 +97,9 @@ def _run(args: argparse.Namespace) -> None:
         say(f"bits per weight: {size}")
 
 
-def _load(args: argparse.Namespace) -> tuple[Writer, Any, str]:
+def _load(args: argparse.Namespace) -> tuple[Writer, Tokenizer, str]:
     """The model, ready to write, its tokenizer, and the bits per weight of a packed one."""
-    with loading(args.model) as done:
-        model, params, tokenizer = load_model(args.model, done, args.paths)
-    if tokenizer is None:
-        raise BadInput(f"{args.model} holds no tokenizer, so text cannot be read or written: put "
-                       "the model's tokenizer.json and tokenizer_config.json there")
+    model, params, tokenizer = load_for_text(args.model, args.paths)
     count = args.max_new_tokens
     if count is None:
         count = NEW_TOKENS_CHAT if args.chat else NEW_TOKENS

@@ -16,7 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Protocol
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.console import (
@@ -26,12 +27,14 @@ from rabit_jax.experiments.engine.console import (
     main_guard,
     paths_option,
 )
+from rabit_jax.experiments.engine.continuing import load_for_text
 from rabit_jax.experiments.engine.signals import SIGNALS, handling
 from rabit_jax.experiments.serving.app import Served, application
 from rabit_jax.experiments.serving.worker import Worker
-from rabit_jax.formats.packed_model import load_model
+from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.prepared import prepare
-from rabit_jax.progress import loading, progress, say
+from rabit_jax.progress import progress, say
+from rabit_jax.types import Tokenizer
 
 KEY_VARIABLE = "RABIT_API_KEY"
 EXAMPLES = """\
@@ -50,7 +53,7 @@ class Server(Protocol):
     started: bool
     should_exit: bool
     force_exit: bool
-    capture_signals: Callable[[], contextlib.AbstractContextManager[Any]]
+    capture_signals: Callable[[], contextlib.AbstractContextManager[None]]
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer requests until `should_exit`."""
@@ -132,7 +135,7 @@ def _check(args: argparse.Namespace) -> None:
             raise BadInput(f"--{option.replace('_', '-')} is {value}, wanted {least} to {most}")
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     """uvicorn, which Starlette's applications run on."""
     try:
         importlib.import_module("starlette")
@@ -165,13 +168,9 @@ def _bound(host: str, port: int) -> socket.socket:
     return sock
 
 
-def _loaded(args: argparse.Namespace) -> tuple[Any, Any, Worker]:
+def _loaded(args: argparse.Namespace) -> tuple[Decoder, Tokenizer, Worker]:
     """The model, its tokenizer, and the worker with its programs compiled."""
-    with loading(args.model) as done:
-        model, params, tokenizer = load_model(args.model, done, args.paths)
-    if tokenizer is None:
-        raise BadInput(f"{args.model} holds no tokenizer, so text cannot be read or written: put "
-                       "the model's tokenizer.json and tokenizer_config.json there")
+    model, params, tokenizer = load_for_text(args.model, args.paths)
     positions = model.config.max_position
     if (args.context or positions) > positions:
         raise BadInput(f"--context is {args.context}, the model has {positions} positions: ask for "

@@ -20,7 +20,7 @@ the Pallas kernels from stacks of 2 to 4 GiB, whose offsets they cannot hold.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, cast
+from typing import NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -330,7 +330,9 @@ def chosen(batch: int, inputs: int, words: bool) -> str:
     return choose(*where, b1_works=False, triton_works=triton_int8.works(where[1]))
 
 
-def _check(x: Any, bits: Any, g: Any, h: Any, rows: tuple[int, ...], limbs: int) -> None:
+def _check(
+    x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array, rows: tuple[int, ...], limbs: int
+) -> None:
     """`bits [l, k, o, bytes]`, `[l, k, w, o]` or `[l, t, k, w, 16]`; `g`, `h [l, k, m, i]`."""
     i, (layers, k, o) = x.shape[-1], g.shape
     words, tiles = packed_bytes(i) // 4, sum(-(-n // TILE) for n in rows)
@@ -360,6 +362,6 @@ def _identity(x: jax.Array) -> jax.Array:
 
 
 @_identity.defjvp
-def _refuse(primals: Any, tangents: Any) -> Any:
+def _refuse(primals: tuple, tangents: tuple) -> NoReturn:
     raise BadInput("packed signs cannot be differentiated: train a ResidualSign or another "
                    "trainable weight, and pack it afterwards")

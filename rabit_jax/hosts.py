@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from rabit_jax.errors import BadInput, ToldByFirst
+from rabit_jax.types import Json
 
 T = TypeVar("T")
 
@@ -62,7 +64,7 @@ def first_does(work: Callable[[], T]) -> T:
     """
     if not several():
         return work()
-    told: dict[str, Any] = {}
+    told: Json = {}
     failed: BaseException | None = None
     if first():
         try:
@@ -93,7 +95,7 @@ def first_before_others(work: Callable[[], T]) -> T:
     return result[0] if first() else work()
 
 
-def _from_first(value: dict[str, Any]) -> dict[str, Any]:
+def _from_first(value: Json) -> Json:
     """A JSON object of the first process, in all of them."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
@@ -115,7 +117,7 @@ def whole(tree: PyTree, everywhere: bool = True) -> PyTree:
     if not several():
         return tree
 
-    def gathered(leaf: Any) -> Any:
+    def gathered(leaf: object) -> object:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
             return leaf
         if leaf.is_fully_replicated:
@@ -135,7 +137,7 @@ def on_mesh(tree: PyTree, shardings: PyTree[Sharding] | Sharding) -> PyTree:
     if not several():
         return jax.device_put(tree, shardings)
 
-    def put(leaf: Any, sharding: Sharding) -> jax.Array:
+    def put(leaf: ArrayLike, sharding: Sharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)
         if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):

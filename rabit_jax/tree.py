@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeGuard, TypeVar, dataclass_transform
+from math import prod
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,13 @@ from flax import struct
 from jaxtyping import PyTree
 
 from rabit_jax.errors import BadInput
-from rabit_jax.types import Array, Params, Shape, Spec, Weight
+from rabit_jax.types import Array, Param, Params, Shape, Spec, Weight
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 Rules: TypeAlias = Sequence[tuple[str, Spec | None]]
+T = TypeVar("T")
 Class = TypeVar("Class", bound=type)
 
 
@@ -46,14 +51,14 @@ def pytree_dataclass(cls: Class) -> Class:
     statics = [f.name for f in fields if f.name not in children]
     keys = [jax.tree_util.GetAttrKey(name) for name in children]
 
-    def values(node: Any) -> tuple[list[Any], tuple]:
+    def values(node: object) -> tuple[list, tuple]:
         return [getattr(node, n) for n in children], tuple(getattr(node, n) for n in statics)
 
-    def with_keys(node: Any) -> tuple[list[tuple[Any, Any]], tuple]:
+    def with_keys(node: object) -> tuple[list[tuple], tuple]:
         found, aux = values(node)
         return list(zip(keys, found, strict=True)), aux
 
-    def build(aux: tuple, found: Iterable[Any]) -> Any:
+    def build(aux: tuple, found: Iterable[object]) -> object:
         # JAX fills trees with placeholders, so no __post_init__ may look at the children.
         node = object.__new__(data)
         for names, parts in ((children, found), (statics, aux)):
@@ -67,7 +72,7 @@ def pytree_dataclass(cls: Class) -> Class:
     return data
 
 
-def is_weight(x: Any) -> TypeGuard[Weight]:
+def is_weight(x: object) -> TypeIs[Weight]:
     """Whether `x` is a weight node: the test that stops tree functions from entering it."""
     return hasattr(type(x), "matmul") and hasattr(type(x), "dense")
 
@@ -77,17 +82,22 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def leaves(params: PyTree) -> Iterator[tuple[str, Any]]:
+def leaves(params: PyTree[T]) -> Iterator[tuple[str, T]]:
     """`(path, leaf)` of a params tree; a weight node is one leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)
     return ((path_name(path), leaf) for path, leaf in flat)
 
 
-def map_leaves(function: Callable[..., Any], params: PyTree, *rest: PyTree) -> PyTree:
+def map_leaves(function: Callable[..., T], params: PyTree, *rest: PyTree) -> PyTree[T]:
     """Apply `function(path, leaf, ...)` to every array and weight node of the tree."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaf: function(path_name(path), *leaf), params, *rest, is_leaf=is_weight
     )
+
+
+def tree_bytes(tree: PyTree[Array | jax.ShapeDtypeStruct]) -> int:
+    """Bytes of all arrays of a tree, or of its outline."""
+    return sum(prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 def weights_of(params: Params) -> dict[str, Weight]:
@@ -95,7 +105,7 @@ def weights_of(params: Params) -> dict[str, Weight]:
     return {path: leaf for path, leaf in leaves(params) if is_weight(leaf)}
 
 
-def per_layer(function: Callable, *arrays: Any) -> Any:
+def per_layer(function: Callable[..., T], *arrays: Array) -> T:
     """Apply a function of one matrix over all leading axes, one layer at a time.
 
     `lax.map`, not `vmap`: the peak memory is that of one layer. The number of leading axes is read
@@ -137,7 +147,7 @@ def match_rules(params: Params, rules: Rules) -> dict[str, Spec]:
     return selected
 
 
-def _pairs(rules: Any) -> list[tuple[str, Spec | None]]:
+def _pairs(rules: object) -> list[tuple[str, Spec | None]]:
     """The rules, each a regex and a spec or None."""
     wanted = "wanted a list of pairs (regex, spec), such as [(r'layers/.*/kernel', spec)]"
     if not isinstance(rules, Sequence) or isinstance(rules, str):
@@ -156,7 +166,7 @@ def _fullmatch(pattern: str, path: str) -> bool:
         raise BadInput(f"rule {pattern!r} is no regular expression: {error}") from None
 
 
-def _check_matrix(path: str, leaf: Any) -> None:
+def _check_matrix(path: str, leaf: Param) -> None:
     if is_weight(leaf):
         raise BadInput(
             f"{path} is a {type(leaf).__name__} already: convert the full-precision params"
@@ -170,7 +180,7 @@ def _check_matrix(path: str, leaf: Any) -> None:
         )
 
 
-def _no_match(pattern: str, found: Mapping[str, Any]) -> str:
+def _no_match(pattern: str, found: Mapping[str, Param]) -> str:
     unstacked = re.sub(
         r"(?<=[A-Za-z])_\d+(?=/)", "", re.sub(r"/(\\d\+|\[[\d-]+\]|\d+)(?=/)", "", pattern)
     )

@@ -16,6 +16,8 @@ Shape: TypeAlias = tuple[int, ...]
 Tokens: TypeAlias = jax.Array  # int32 `[b, t]`
 Params: TypeAlias = dict[str, Any]  # nested dicts whose leaves are arrays and weight nodes
 Batch: TypeAlias = dict[str, Array]  # `tokens: [b, t]` int32, often `mask: [b, t]` bool
+Param: TypeAlias = "Array | Weight"  # a leaf of such a tree
+Device: TypeAlias = Any  # a `jax.Device`, which is no class to type checkers
 Json: TypeAlias = dict[str, Any]  # a JSON object
 Tokenizer: TypeAlias = "PreTrainedTokenizerFast"
 
@@ -67,7 +69,7 @@ class Weight(Protocol):
         ...
 
     def cost(self) -> Any:
-        """Operations and bytes per token once packed, a `weights.cost.Cost`; from the shapes."""
+        """Operations and bytes per token once packed, a `weights.costs.Cost`; from the shapes."""
         ...
 
 

@@ -17,7 +17,7 @@ DATA = WEIGHTS | {"calibration", "models", "formats", "data"}
 MAY = {
     "errors": set(), "types": set(), "workspaces": set(),
     "atomic": {"errors", "workspaces"}, "locks": {"errors"},
-    "hosts": {"errors"},
+    "hosts": {"errors", "types"},
     "progress": {"errors", "types"},
     "tree": {"errors", "types"},
     "kernels": {"errors", "atomic", "progress"},

@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rabit_jax import BadInput
 from rabit_jax.experiments.ablation.config import Ablation, Overrides, Search
 from rabit_jax.experiments.engine.config import difference, dump_yaml, read_yaml, with_overrides
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.validation import build
+from rabit_jax.types import Json
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def make_plan(file: str | Path, overrides: Sequence[str] = ()) -> Plan:
     return Plan(ablation, rows)
 
 
-def _check_kind(file: str | Path, tree: Mapping[str, Any]) -> None:
+def _check_kind(file: str | Path, tree: Json) -> None:
     """Raise BadInput for the config of a run: other keys, and no row."""
     own = {f.name for f in dataclasses.fields(Ablation)}
     run = {f.name for f in dataclasses.fields(RunConfig)} - own

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rabit_jax import BadInput
+from rabit_jax.experiments.engine.refusals import nearest
 from rabit_jax.experiments.engine.settings import RunConfig, check_folder_name
-from rabit_jax.experiments.engine.validation import nearest
 
 Overrides = tuple[str, ...]
 

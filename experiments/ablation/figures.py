@@ -7,7 +7,7 @@ the yellow that is too pale for lines left out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from rabit_jax.types import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.typing import LineStyleType
 
 COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9", "#7a4b2a",
@@ -160,7 +161,7 @@ def _quality_against_size(results: Results) -> str:
     return svg_with_legend("Quality against size", draw, points, SIZE)
 
 
-def _look(place: int) -> tuple[str, Any, str]:
+def _look(place: int) -> tuple[str, LineStyleType, str]:
     """Colour, dashes and marker of the row at a place; the first 50 rows all differ."""
     return (
         COLOURS[place % len(COLOURS)],

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rabit_jax import BadInput
 from rabit_jax.atomic import remove, write_text
@@ -26,12 +25,12 @@ from rabit_jax.experiments.engine.signals import RESUMABLE, handling
 from rabit_jax.formats.folder import fingerprint
 from rabit_jax.locks import locked as held
 from rabit_jax.progress import number, progress, say
+from rabit_jax.types import Json
 
 RUN = (sys.executable, "-m", "rabit_jax.experiments.run")
 LOG = "log.txt"
 POLL_SECONDS = 0.05
-# The `summary.json` of a run as it is read: nested dicts of numbers, strings and nulls.
-Summary = Mapping[str, Any]
+Summary = Json  # `summary.json` as it is read: nested dicts of numbers, strings and nulls
 
 
 def complete(cell: Cell) -> bool:

@@ -13,7 +13,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rabit_jax.experiments.bench import (
     cache,
@@ -36,7 +35,7 @@ from rabit_jax.experiments.engine.console import (
 from rabit_jax.experiments.engine.machine import report
 from rabit_jax.kernels.bench import aot
 from rabit_jax.kernels.bench.machine import driver
-from rabit_jax.progress import say
+from rabit_jax.progress import Value, say
 from rabit_jax.types import Json
 
 # Each is a module with EXAMPLES, add_options(parser), measure(options) -> rows, COLUMNS (key of a
@@ -109,7 +108,7 @@ def show(name: str, result: Json) -> None:
         print(line)
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: Value | list) -> Value:
     return "x".join(map(str, value)) if isinstance(value, list) else value
 
 

@@ -24,11 +24,12 @@ from rabit_jax.experiments.bench.shapes import numbers, positive
 from rabit_jax.experiments.engine.evaluation import load_subject
 from rabit_jax.formats.tokenizer import check_ids
 from rabit_jax.models.block import native_attention, rms_norm
-from rabit_jax.models.cache import PIECE, cache_bytes, check_bits, of_kind
+from rabit_jax.models.cache import PIECE, check_bits, of_kind
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.engine import Cache, advance, head_logits, init_cache, step
 from rabit_jax.models.prepared import Engine, prepare
 from rabit_jax.progress import progress
+from rabit_jax.tree import tree_bytes
 from rabit_jax.types import Array, Json
 
 EXAMPLES = """examples:
@@ -90,7 +91,7 @@ def measure(options: argparse.Namespace) -> list[Json]:
             rows.append({
                 "model": str(options.model), "cache_bits": one, "context": context,
                 "windows": len(nats), "nats_per_token": loss, "ppl": float(np.exp(loss)),
-                "bytes": cache_bytes((cache["k"], cache["v"])),
+                "bytes": tree_bytes((cache["k"], cache["v"])),
                 "milliseconds": 1e3 * token_seconds(own, cache, context, repeats),
                 "repeats": repeats, "attention": how(own, cache),
             })

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +26,7 @@ from rabit_jax.data.tokens import batch, tokenise
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.bench import step
 from rabit_jax.progress import progress, say
+from rabit_jax.types import Json
 
 EXAMPLES = """examples:
   python -m experiments.bench data
@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--batches", type=int, default=50, help="timed batches of each shape (default 50)")
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Json]:
     """Measure; one row per shape of a batch.
 
     Raises:
@@ -110,7 +110,7 @@ def tokenise_speed() -> float:
     return size / 1e6 / seconds
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Json]) -> list[str]:
     """The largest share, and whether it is below what it may be."""
     worst = max(row["share_of_step"] for row in rows)
     how = "at most" if worst <= MOST_SHARE else "MORE THAN"

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jaxtyping import PyTree
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.bench import random_weights
@@ -39,13 +40,15 @@ from rabit_jax.models.cache import (
 )
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
-from rabit_jax.models.engine import head_logits, over_layers, step
+from rabit_jax.models.engine import Cache, head_logits, over_layers, step
 from rabit_jax.models.prepared import Engine, layer_at, multiply, prepare
 from rabit_jax.models.rotary import seen_from
 from rabit_jax.progress import progress, say
-from rabit_jax.types import Json
+from rabit_jax.tree import tree_bytes
+from rabit_jax.types import Json, Shape
 from rabit_jax.weights.sign_paths import PackedSign
 
+T = TypeVar("T")
 EXAMPLES = """examples:
   python -m experiments.bench decode --model tinyllama-1.1b --batch 1,2,4,8,16 --save
   python -m experiments.bench decode --model llama2-7b --layers 4 --context 128
@@ -103,7 +106,7 @@ def random_engine(config: ModelConfig, k: int | None, head_bits: int | None = No
       k: sign paths of the packed block linears; None means dense ones.
       head_bits: as for `prepare`.
     """
-    found: dict[Any, jax.Array] = {}
+    found: dict[tuple[Shape, np.dtype], jax.Array] = {}
 
     def fill(leaf):
         kind = leaf.shape, leaf.dtype
@@ -266,17 +269,12 @@ def random_stores(config: ModelConfig, batch: int, context: int, bits: int) -> S
         lambda one: encode(one, bits), x), donate_argnums=0)(a), stores)
 
 
-def clock(function: Callable, *arguments: Any) -> tuple[float, Any]:
+def clock(function: Callable[..., T], *arguments: PyTree) -> tuple[float, T]:
     """Seconds of a call until its result is there, and the result."""
     jax.block_until_ready(arguments)
     begin = time.perf_counter()
     result = jax.block_until_ready(function(*arguments))
     return time.perf_counter() - begin, result
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree, or of what `jax.eval_shape` gives for it."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def rows_of(cases: dict[str, Decoding], tokens: int) -> list[Json]:
@@ -317,7 +315,7 @@ def remarks(rows: Sequence[Json]) -> list[str]:
 
 
 @partial(jax.jit, static_argnums=3, donate_argnums=2)
-def decode_tokens(engine: Engine, token: jax.Array, cache: Any, count: int) -> tuple:
+def decode_tokens(engine: Engine, token: jax.Array, cache: Cache, count: int) -> tuple:
     """`count` more tokens, the likeliest each: the last `[b]`, and the cache."""
     def one(_, state):
         logits, cache = step(engine, state[0][:, None], state[1])

@@ -20,7 +20,6 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +38,13 @@ from rabit_jax.experiments.bench.shapes import (
 from rabit_jax.kernels.bench import torch_cases
 from rabit_jax.kernels.bench.case import Case, activations
 from rabit_jax.kernels.bench.machine import Copy, call_seconds, free_memory, last_level_cache
+from rabit_jax.kernels.bench.torch_cases import TorchCase
 from rabit_jax.kernels.layout import to_words
 from rabit_jax.kernels.matmul import IMPLS, chosen, laid_bits
-from rabit_jax.models.prepared import multiply
+from rabit_jax.models.prepared import Rows, multiply
 from rabit_jax.progress import progress, say
-from rabit_jax.types import Json
+from rabit_jax.types import Array, Json
+from rabit_jax.weights.laid import LaidLowRank, LaidSign
 
 EXAMPLES = """examples:
   python -m experiments.bench kernels --shapes llama2-7b --batch 1,2,4,8
@@ -195,11 +196,13 @@ def layout_of(impl: str, on_cpu: bool) -> random_weights.Lay:
     return jax.jit(partial(laid_bits, platform="cpu"), static_argnums=1)
 
 
-def _at(x: jax.Array, weight: Any, layer: jax.Array, impl: str | None) -> jax.Array:
+def _at(
+    x: jax.Array, weight: LaidSign | LaidLowRank, layer: jax.Array, impl: str | None
+) -> jax.Array:
     return weight.matmul_at(x, layer, impl)
 
 
-def _dense(x: jax.Array, weight: Any, layer: jax.Array) -> jax.Array:
+def _dense(x: jax.Array, weight: Array | Rows, layer: jax.Array) -> jax.Array:
     return multiply(x, weight)
 
 
@@ -209,8 +212,8 @@ def resolve(impl: str, batch: int, inputs: int, words: bool) -> str:
 
 
 def group_rows(
-    shape: Shape, batch: int, cases: Sequence[Any], cache: int, copy: Copy, repeats: int,
-    tell: Callable,
+    shape: Shape, batch: int, cases: Sequence[Case | TorchCase], cache: int, copy: Copy,
+    repeats: int, tell: Callable,
 ) -> list[Json]:
     """Check, rotate and time the cases of one shape and batch, taking turns with the copy."""
     able, refused = [], {}
@@ -240,7 +243,7 @@ def group_rows(
     return rows
 
 
-def row(case: Any, bandwidth: float, medians: dict[str, float]) -> Json:
+def row(case: Case | TorchCase, bandwidth: float, medians: dict[str, float]) -> Json:
     """The figures of one measured case; `bandwidth` in bytes per second, `medians` in seconds."""
     seconds = statistics.median(case.seconds)
     lower, upper = np.percentile(case.seconds, (25, 75))
@@ -255,7 +258,7 @@ def row(case: Any, bandwidth: float, medians: dict[str, float]) -> Json:
     }
 
 
-def rotate(cases: Sequence[Any], cache: int) -> None:
+def rotate(cases: Sequence[Case | TorchCase], cache: int) -> None:
     """Give each case its rotation, see `copies_of`; say where memory did not allow it."""
     products = [len(case.xs) for case in cases]
     wanted, given = copies_of([case.bytes for case in cases], products, cache, free_memory())
@@ -296,7 +299,7 @@ def copies_of(
 
 
 def time_cases(
-    cases: Sequence[Any], copy: Copy, repeats: int, tell: Callable
+    cases: Sequence[Case | TorchCase], copy: Copy, repeats: int, tell: Callable
 ) -> list[float]:
     """Run all cases and the copy in turns after one round that is not counted.
 

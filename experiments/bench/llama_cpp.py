@@ -15,7 +15,7 @@ import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import gguf
 import numpy as np
@@ -101,7 +101,7 @@ def _sources() -> Path:
     return source
 
 
-def _call(command: Sequence[Any], out: Any = None) -> None:
+def _call(command: Sequence[str | int | Path], out: IO | None = None) -> None:
     done = subprocess.run(list(map(str, command)), stdout=out, stderr=out)
     if done.returncode:
         where = f"; see {out.name}" if out else ""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +28,7 @@ from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.optimizer import OptimizerConfig
 from rabit_jax.train.sharding import AXES
 from rabit_jax.train.trainer import Trainer, make_trainer
-from rabit_jax.types import Params
+from rabit_jax.types import Json, Params
 
 EXAMPLES = """examples:
   python -m experiments.bench mesh
@@ -68,7 +67,7 @@ def check(options: argparse.Namespace) -> None:
                        f"{max(SIZES)}: run it in a process of its own")
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Json]:
     """Compile the step for every mesh; one row each.
 
     Raises:
@@ -82,7 +81,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     teacher = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
     student = convert(teacher, [(LLAMA_LINEARS, ResidualSignSpec(k=2, rounds=1))])
     places = [(axis, n) for axis in AXES for n in SIZES if n > 1 or axis == AXES[0]]
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     with progress("mesh", len(places)) as bar:
         for axis, n in places:
             trainer = _trainer(options, config, teacher, student, axis, n)
@@ -118,6 +117,6 @@ def _figures(options: argparse.Namespace, trainer: Trainer, devices: int) -> dic
             "temporary_bytes": plan.temp_size_in_bytes, "sent_bytes": round(sent)}
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Json]) -> list[str]:
     """The line below the table."""
     return ["bytes of one device, by the program that XLA compiles for simulated CPU devices"]

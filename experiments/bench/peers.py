@@ -15,11 +15,10 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ import numpy as np
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.bench import llama_cpp
-from rabit_jax.experiments.bench.decode import decode_tokens, random_engine, tree_bytes
+from rabit_jax.experiments.bench.decode import decode_tokens, random_engine
 from rabit_jax.experiments.bench.shapes import model_config, numbers, positive
 from rabit_jax.formats.gguf import hf_config
 from rabit_jax.formats.gguf_file import read_gguf
@@ -39,6 +38,7 @@ from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.engine import init_cache, step
 from rabit_jax.models.prepared import Engine, prepare
 from rabit_jax.progress import progress, say
+from rabit_jax.tree import tree_bytes
 from rabit_jax.types import Json
 
 EXAMPLES = """examples:
@@ -116,7 +116,7 @@ class Ours:
                               if self.engine.head is None else self.engine.head))
         return (weights + tree_bytes((cache["k"], cache["v"]))) // batch
 
-    def _time(self, key: tuple[str, int, int], tokens: int, call: Any) -> None:
+    def _time(self, key: tuple[str, int, int], tokens: int, call: Callable[[], object]) -> None:
         begin = time.perf_counter()
         jax.block_until_ready(call())
         self.speeds.setdefault(key, []).append(tokens / (time.perf_counter() - begin))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,20 @@ import numpy as np
 
 from rabit_jax.experiments.bench.shapes import Shape
 from rabit_jax.kernels.layout import BLOCK_BYTES, as_rows, pack_bits, packed_bytes
-from rabit_jax.models.prepared import for_device
+from rabit_jax.models.prepared import Rows, for_device
+from rabit_jax.types import Array
 from rabit_jax.weights.laid import LaidLowRank, LaidSign
 from rabit_jax.weights.low_rank_sign import rank_for_bits
 
 # How rows of bits are laid: `(uint8 [1, k, o, bytes], outputs of each matrix) -> bits`.
 Lay: TypeAlias = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+T = TypeVar("T")
 COPIES = 2  # of a low-rank weight, as LittleBit has with its residual twin
 SPREAD = 0.3  # standard deviation of the logarithm of a scale
 SMALL = 0.05
 
 
-def dense(i: int, o: int, dtype: str) -> Any:
+def dense(i: int, o: int, dtype: str) -> Array | Rows:
     """A normal matrix of variance `1 / i` in the form in which the decode engine multiplies it.
 
     Returns:
@@ -91,14 +93,14 @@ def random_like(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return normal(leaf.shape, SMALL, leaf.dtype)
 
 
-def another(weight: Any) -> Any:
+def another(weight: T) -> T:
     """The same values in buffers of their own."""
     return jax.tree.map(lambda a: jnp.array(a, copy=True), weight)
 
 
-def exact_dense(w: Any, x: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+def exact_dense(w: Array | Rows, x: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """`x W` of `dense` in float64: `x: [b, i]` -> `[b, s]` for the outputs `[s]`."""
-    columns = w.rows[outputs].T if hasattr(w, "rows") else w[:, outputs]
+    columns = w.rows[outputs].T if isinstance(w, Rows) else w[:, outputs]
     return x @ np.asarray(columns, np.float64)
 
 
@@ -128,7 +130,7 @@ def exact_low_rank(w: LaidLowRank, x: np.ndarray, outputs: np.ndarray) -> np.nda
     return total
 
 
-def unpack(bits: Any, inputs: int, rows: np.ndarray) -> np.ndarray:
+def unpack(bits: Array, inputs: int, rows: np.ndarray) -> np.ndarray:
     """Signs of some rows, -1 or 1 in float64 `[s, i]`, by NumPy and from the layout's text alone.
 
     `bits`: uint8 `[o, bytes]`; `rows`: `[s]`.

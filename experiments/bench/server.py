@@ -21,7 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.bench.server_processes import running, started
@@ -142,7 +142,7 @@ def _stream(options: argparse.Namespace, url: str, number: int) -> Stream:
     return Stream(tokens, first)
 
 
-def _events(options: argparse.Namespace, url: str, prompt: str) -> Iterator[dict[str, Any]]:
+def _events(options: argparse.Namespace, url: str, prompt: str) -> Iterator[Json]:
     """The server-sent events of one completion."""
     body = {"prompt": prompt, "max_tokens": options.tokens, "temperature": 0, "stream": True,
             "stream_options": {"include_usage": True}}

@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple
 
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.gguf_file import read_gguf
@@ -32,7 +32,7 @@ class Server(NamedTuple):
     """
 
     label: str
-    command: tuple[Any, ...]
+    command: tuple[str | int | Path, ...]
     health: str
 
 
@@ -91,7 +91,7 @@ def running(server: Server) -> Iterator[str]:
                 process.wait()
 
 
-def _wait(process: subprocess.Popen, url: str, label: str, log: Any) -> None:
+def _wait(process: subprocess.Popen, url: str, label: str, log: IO[bytes]) -> None:
     """Returns when the URL answers."""
     begun = time.monotonic()
     while process.poll() is None and time.monotonic() - begun < WAIT_SECONDS:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rabit_jax.errors import BadInput
 from rabit_jax.models.block import linear_shapes
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.prepared import GROUPS
+from rabit_jax.types import Json
 
 # Sizes as published in each model's config.json. Gemma 3 has other activations and norms than the
 # decoder of this framework; the shapes of its linears, its head and its cache are its own.
-MODELS: dict[str, dict[str, Any]] = {
+MODELS: dict[str, Json] = {
     "llama2-7b": {
         "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "head_dim": 128,
         "d_hidden": 11008, "vocab_size": 32000, "max_position": 4096,
@@ -66,7 +67,7 @@ class Shape(NamedTuple):
         return sum(self.rows)
 
 
-def model_config(name: str, **changes: Any) -> ModelConfig:
+def model_config(name: str, **changes: object) -> ModelConfig:
     """The `ModelConfig` of a name of `MODELS`, with `changes`.
 
     Raises:

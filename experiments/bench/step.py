@@ -22,7 +22,6 @@ import statistics
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -33,9 +32,9 @@ from rabit_jax.models.decoder import Decoder, init_params
 from rabit_jax.progress import Progress, progress, say
 from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.optimizer import OptimizerConfig, make_optimizer, partition, roles
-from rabit_jax.train.step import Loss, init_state, make_step
-from rabit_jax.types import Json
-from rabit_jax.weights.description import leaf_bytes
+from rabit_jax.train.step import Loss, TrainState, init_state, make_step
+from rabit_jax.tree import tree_bytes
+from rabit_jax.types import Batch, Json, Params
 
 EXAMPLES = """examples:
   python -m experiments.bench step
@@ -92,8 +91,8 @@ class Variant:
       seconds: one entry per timed step.
     """
 
-    step: Any
-    state: Any
+    step: jax.stages.Compiled
+    state: TrainState
     rest: tuple
     seconds: list[float]
 
@@ -122,7 +121,7 @@ def model_config(options: argparse.Namespace) -> ModelConfig:
         n_kv_heads=heads, head_dim=HEAD_DIM, d_hidden=hidden, dtype=options.dtype)
 
 
-def students(options: argparse.Namespace, params: Any) -> Json:
+def students(options: argparse.Namespace, params: Params) -> dict[str, Params]:
     """The three params trees, all from `params`; the scales' fit is short, values cost no time."""
     fit = {"k": options.k, "rounds": 1}
     specs = {"residual": ResidualSignSpec(**fit), "independent": IndependentSignSpec(**fit)}
@@ -154,7 +153,9 @@ def build(
     return found
 
 
-def compile_step(loss: Loss, params: Any, teacher: Any, batch: dict, steps: int) -> Variant:
+def compile_step(
+    loss: Loss, params: Params, teacher: Params | None, batch: Batch, steps: int
+) -> Variant:
     """The step of one student, as training runs it: Muon and AdamW, its state donated."""
     names = roles(params)
     trainable, frozen = partition(params, names, OPTIMIZER.freeze)
@@ -193,7 +194,7 @@ def rows_of(variants: dict[str, Variant]) -> list[Json]:
     """The rows of measured variants; "dense" must be among them."""
 
     def figures(variant: Variant) -> tuple[float, float, int]:
-        return statistics.median(variant.seconds), min(variant.seconds), leaf_bytes(variant.state)
+        return statistics.median(variant.seconds), min(variant.seconds), tree_bytes(variant.state)
 
     dense = figures(variants["dense"])
     rows = []

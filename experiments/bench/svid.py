@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from rabit_jax.progress import say
 from rabit_jax.signs.iterative_svid import Svid, svid
 from rabit_jax.types import Json
 
+T = TypeVar("T")
 EXAMPLES = """examples:
   python -m experiments.bench svid
   python -m experiments.bench svid --json > svid.json
@@ -88,7 +89,7 @@ def reference(w: np.ndarray, k: int, rounds: int) -> float:
     return float(left.sum() / np.square(w, dtype=np.float64).sum())
 
 
-def timed(function: Any, *arguments: Any) -> tuple[float, Any]:
+def timed(function: Callable[..., T], *arguments: object) -> tuple[float, T]:
     """Seconds of a call, and its result."""
     begin = time.perf_counter()
     result = function(*arguments)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import jax
+from jinja2 import TemplateError
 
 from rabit_jax.data.conversations import Messages
 from rabit_jax.errors import BadInput, first_line
@@ -34,8 +35,8 @@ def chat(writer: Writer, tokenizer: Tokenizer, system: str | None) -> None:
       system: what opens every conversation, or None.
 
     Raises:
-      BadInput: a tokenizer without a chat template, a template that refuses the conversation, no
-        jinja2 to render it, text that is not UTF-8, or logits that are not finite.
+      BadInput: a tokenizer without a chat template, a template that refuses the conversation,
+        text that is not UTF-8, or logits that are not finite.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise BadInput("the model's tokenizer has no chat template, so it cannot be talked to: "
@@ -97,14 +98,9 @@ def template_ids(tokenizer: Tokenizer, messages: Messages, vocab_size: int) -> l
     """Token ids of the conversation up to where the answer begins.
 
     Raises:
-      BadInput: a template that refuses the conversation or cannot be applied, no jinja2, or a token
-        that the model does not have.
+      BadInput: a template that refuses the conversation or cannot be applied, or a token that the
+        model does not have.
     """
-    try:
-        from jinja2 import TemplateError
-    except ImportError:
-        raise BadInput("the model's chat template is rendered with jinja2, which is not "
-                       "installed: pip install jinja2") from None
     try:
         # The template writes the special tokens itself, so the tokenizer adds none.
         text = str(tokenizer.apply_chat_template(

@@ -14,21 +14,17 @@ from typing import Any, TypeVar
 import yaml
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import EXIT_CODES, common_options
-from rabit_jax.experiments.engine.validation import (
+from rabit_jax.experiments.engine.annotations import (
     Annotation,
-    Tree,
-    build,
     child,
     default,
-    did_you_mean,
     is_section,
-    shown,
-    unknown,
     unwrap,
     variants,
-    wrong,
 )
+from rabit_jax.experiments.engine.console import EXIT_CODES, common_options
+from rabit_jax.experiments.engine.refusals import did_you_mean, shown, unknown, wrong
+from rabit_jax.experiments.engine.validation import Tree, build
 
 T = TypeVar("T")
 ADDED = "added"  # in the metadata of a field that came after 0.1
@@ -107,7 +103,7 @@ def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return found
 
 
-def to_dict(config: Any, recorded: bool = False) -> Any:
+def to_dict(config: object, recorded: bool = False) -> Any:
     """Return dataclasses, nested in whatever way, as the dicts, lists and scalars of JSON.
 
     Args:
@@ -126,13 +122,13 @@ def to_dict(config: Any, recorded: bool = False) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
-def dump_yaml(config: Any) -> str:
+def dump_yaml(config: object) -> str:
     """Return the YAML that `load_config` reads back to an equal config."""
     tree = to_dict(config, recorded=True)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
-def difference(a: Any, b: Any) -> str:
+def difference(a: object, b: object) -> str:
     """Return one line `dotted.key: value in a -> value in b` per value that differs, "" if none."""
     left, right = dict(_flat(to_dict(a))), dict(_flat(to_dict(b)))
     lines = []
@@ -143,7 +139,7 @@ def difference(a: Any, b: Any) -> str:
     return "\n".join(lines)
 
 
-def section_hash(*objects: Any) -> str:
+def section_hash(*objects: object) -> str:
     """Return the SHA-256 (hex) of the JSON form of dataclasses, dicts, sequences and scalars.
 
     The same on every machine and Python; the order of dict keys does not matter, that of the
@@ -173,7 +169,7 @@ class _Loader(yaml.SafeLoader):
             raise _TooDeep
         return super().add_indent(column)
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
         try:
             return super().construct_object(node, deep)
         # PyYAML lets pass what int(), date() and its own tables raise of a malformed scalar.
@@ -182,7 +178,7 @@ class _Loader(yaml.SafeLoader):
             problem = f"{shown(node.value)} is no {kind} (put it in quotes if it is text)"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -289,7 +285,7 @@ def _parse_override(text: str, wanted: Annotation, override: str) -> Any:
     return text
 
 
-def _flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(tree: object, key: str = "") -> Iterator[tuple[str, object]]:
     if not isinstance(tree, dict) or (key and not tree):
         yield key, tree
         return

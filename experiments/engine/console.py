@@ -196,7 +196,7 @@ class _Version(argparse.Action):
     """Prints what a report of a fault should name."""
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object,
         option_string: str | None = None,
     ) -> None:
         from rabit_jax.experiments.engine.machine import version_lines

@@ -12,10 +12,27 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
+from rabit_jax.errors import BadInput
+from rabit_jax.formats.packed_model import load_model
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.generation import stream
 from rabit_jax.models.prepared import Engine
-from rabit_jax.types import Tokenizer
+from rabit_jax.progress import loading
+from rabit_jax.types import Params, Tokenizer
+
+
+def load_for_text(path: str, paths: int | None) -> tuple[Decoder, Params, Tokenizer]:
+    """The model of a folder or hub id, with a bar while it is read, and its tokenizer.
+
+    Raises:
+      BadInput: no such model, or one without a tokenizer.
+    """
+    with loading(path) as done:
+        model, params, tokenizer = load_model(path, done, paths)
+    if tokenizer is None:
+        raise BadInput(f"{path} holds no tokenizer, so text cannot be read or written: put "
+                       "the model's tokenizer.json and tokenizer_config.json there")
+    return model, params, tokenizer
 
 
 @dataclass

@@ -13,13 +13,11 @@ from flax.traverse_util import unflatten_dict
 
 from rabit_jax import pack
 from rabit_jax.experiments.engine.fitting import fit, keep, kept
-from rabit_jax.experiments.engine.ptq import (
-    Job,
-    block_name,
+from rabit_jax.experiments.engine.job import Job, block_name, trained
+from rabit_jax.experiments.engine.packing import (
     sizes,
     stacked_blocks,
     stacked_stats,
-    trained,
     write_packed,
 )
 from rabit_jax.experiments.engine.records import Record
@@ -33,9 +31,8 @@ from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import one_device_mesh
 from rabit_jax.train.trainer import make_trainer
-from rabit_jax.tree import map_leaves, weights_of
+from rabit_jax.tree import map_leaves, tree_bytes, weights_of
 from rabit_jax.types import Array, Batch, Params, Weight
-from rabit_jax.weights.description import leaf_bytes
 from rabit_jax.weights.fixed import fixed
 from rabit_jax.weights.mixed_stack import stacked
 
@@ -60,7 +57,7 @@ def end_to_end(job: Job, continues: bool) -> Record:
         accumulate=section.accumulate,
         health=section.health,
     )
-    state_bytes = leaf_bytes(trainer.state)
+    state_bytes = tree_bytes(trainer.state)
     state = fit(job, NAME, section, trainer, continues)
     keep(job.folder, "scales", state.trainable)
     tokens = section.steps * section.batch_size * section.length

@@ -34,8 +34,13 @@ from rabit_jax.formats.tokenizer import check_ids
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.progress import loading, progress, say
 from rabit_jax.train.sharding import batch_sharding, make_mesh, param_shardings
-from rabit_jax.types import Params, Tokenizer
+from rabit_jax.types import Json, Params, Tokenizer
 from rabit_jax.weights.mixed_stack import first_paths
+
+# What lm-eval, an optional package, has no types for: a task or group, and the manager with those
+# that it loaded.
+Task: TypeAlias = Any
+Loaded: TypeAlias = tuple[Any, list[Task]]
 
 RESAMPLES = 1000
 Row: TypeAlias = dict[str, str | int | float | None]
@@ -80,7 +85,7 @@ def load_subject(path: str, paths: int | None = None) -> Subject:
     return Subject(path, model, placed, tokenizer, mesh)
 
 
-def _load(path: str, paths: int | None) -> tuple[Decoder, Params, Any]:
+def _load(path: str, paths: int | None) -> tuple[Decoder, Params, Tokenizer | None]:
     if not is_run_folder(Path(path).expanduser()):
         with loading(path) as done:
             return load_model(path, done, paths)
@@ -149,7 +154,7 @@ def perplexity_rows(
             for metric, value in figures.items() if value is not None]
 
 
-def load_tasks(names: Sequence[str], include_path: str | None) -> tuple[Any, list[Any]]:
+def load_tasks(names: Sequence[str], include_path: str | None) -> Loaded:
     """The harness's task manager, and tasks and groups of names or patterns, with their data.
 
     Raises:
@@ -179,7 +184,7 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> tuple[Any, lis
     return manager, _outermost(tasks)
 
 
-def _loaded(manager: Any, name: str) -> list[Any]:
+def _loaded(manager: Any, name: str) -> list[Task]:
     """A group and all in it, or the tasks of a name."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -196,7 +201,7 @@ def _loaded(manager: Any, name: str) -> list[Any]:
     return list(found.get("groups", {}).values()) or list(found["tasks"].values())
 
 
-def _outermost(items: Sequence[Any]) -> list[Any]:
+def _outermost(items: Sequence[Task]) -> list[Task]:
     """Tasks and groups without those that a group among them holds: the harness takes each once.
 
     A group's results have rows of all that it holds.
@@ -218,12 +223,12 @@ def _outermost(items: Sequence[Any]) -> list[Any]:
     return list(kept.values())
 
 
-def _name(item: Any) -> str:
+def _name(item: Task) -> str:
     return getattr(item, "task_name", None) or item.name
 
 
 def task_rows(
-    subject: Subject, loaded: tuple[Any, list[Any]], *, batch_size: int, max_length: int | None,
+    subject: Subject, loaded: Loaded, *, batch_size: int, max_length: int | None,
     num_fewshot: int | None, limit: int | None, chat: bool,
 ) -> list[Row]:
     """Every metric of every task and group that `load_tasks` loaded, and the mean accuracy where
@@ -251,7 +256,7 @@ def task_rows(
     return rows
 
 
-def _metric_rows(name: str, metrics: Mapping[str, Any], shots: int | None) -> list[Row]:
+def _metric_rows(name: str, metrics: Json, shots: int | None) -> list[Row]:
     """A row for each metric of one task or group; the harness's keys are "metric,filter"."""
     rows = []
     for key, value in metrics.items():
@@ -263,7 +268,7 @@ def _metric_rows(name: str, metrics: Mapping[str, Any], shots: int | None) -> li
     return rows
 
 
-def _check_generation(tasks: Mapping[str, Any], max_length: int) -> None:
+def _check_generation(tasks: Mapping[str, Task], max_length: int) -> None:
     """Refuses settings of generation before anything is scored, not in the middle of it."""
     from rabit_jax.evaluate.batched_generation import settings_of
 

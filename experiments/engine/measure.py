@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from rabit_jax.progress import progress
 from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.sharding import batch_sharding, row_shards
 from rabit_jax.tree import is_weight, map_leaves, weights_of
-from rabit_jax.types import Params
+from rabit_jax.types import Param, Params
 
 
 def scores(run: Inputs, params: Params, label: str) -> dict:
@@ -119,7 +118,7 @@ def reconstruction_errors(teacher: Params, student: Params) -> dict[str, list[fl
 def diagnostics(run: Inputs, student: Params, drive: str = "teacher") -> dict:
     """Inter-path adaptation of a student's blocks on the evaluation windows."""
 
-    def plain(path: str, leaf: Any) -> Any:
+    def plain(path: str, leaf: Param) -> Param:
         return leaf.dense() if is_weight(leaf) and re.fullmatch(LLAMA_ENDS, path) else leaf
 
     student = map_leaves(plain, student)

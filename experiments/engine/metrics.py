@@ -13,11 +13,12 @@ from rabit_jax import hosts
 from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
 from rabit_jax.progress import say
+from rabit_jax.types import Json
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
-Line: TypeAlias = dict[str, Any]  # a line of metrics.jsonl: stage, step, tokens and numbers
+Line: TypeAlias = Json  # a line of metrics.jsonl: stage, step, tokens and numbers
 
 
 class Metrics:
@@ -119,7 +120,7 @@ class WandbLog:
     Lines between the last checkpoint and a stop are sent again by a resumed run.
     """
 
-    def __init__(self, folder: Path, project: str, config: dict[str, Any], resume: bool):
+    def __init__(self, folder: Path, project: str, config: Json, resume: bool):
         """Nothing is sent yet; raises BadInput where wandb is not installed."""
         try:
             self.wandb = importlib.import_module("wandb")

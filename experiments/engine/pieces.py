@@ -20,7 +20,7 @@ from rabit_jax.atomic import remove, replacing, write_tensors, write_text
 from rabit_jax.errors import first_line
 from rabit_jax.experiments.engine.records import Record, read_record, write_record
 from rabit_jax.formats.packed_file import checksum, named_parts, part_names, text_checksum
-from rabit_jax.types import Array
+from rabit_jax.types import Array, Json, Params
 from rabit_jax.weights.representations import abstract_packed
 
 _PLAIN = "plain"  # the part of a path that is an array and no packed node
@@ -155,7 +155,7 @@ class Pieces:
         packed: Mapping[str, Any],
         stats: Mapping[str, Stats] | None,
         record: Record,
-        plain: Mapping[str, Any] | None = None,
+        plain: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Keep the packed nodes `[1, i, o]` of a block, its statistics `[i]`, `[o]`, a record for
         JSON, and `plain` arrays `[1, ...]` such as norms that were tuned."""
@@ -168,7 +168,7 @@ class Pieces:
         metadata = {"headers": json.dumps(headers), "record": json.dumps(record)}
         self.write_arrays(name, arrays, metadata)
 
-    def read_block(self, name: str) -> tuple[dict[str, Any], dict[str, Stats] | None, Record]:
+    def read_block(self, name: str) -> tuple[Params, dict[str, Stats] | None, Record]:
         """What `write_block` kept: nodes and plain arrays by path, statistics (None where there
         were none), and the record.
 
@@ -198,7 +198,7 @@ class Pieces:
         texts["sha256"] = json.dumps({**sums, **_sums(texts)})
         write_tensors(self.folder / name, dict(arrays), texts)
 
-    def read_arrays(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def read_arrays(self, name: str) -> tuple[dict[str, Any], Json]:
         """What `write_arrays` kept, the texts parsed.
 
         Raises:

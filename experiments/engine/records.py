@@ -10,16 +10,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from rabit_jax import BadInput
 from rabit_jax.atomic import digest, free_name, write_text
 from rabit_jax.progress import say
+from rabit_jax.types import Json
 
-Record: TypeAlias = dict[str, Any]  # what JSON holds
+Record: TypeAlias = Json
 
 
-def write_record(file: Path, record: Mapping[str, Any]) -> None:
+def write_record(file: Path, record: Record) -> None:
     """Write a record together with its checksum."""
     content = {name: value for name, value in record.items() if name != "sha256"}
     write_text(file, json.dumps({**content, "sha256": _checksum(content)}, indent=1))
@@ -52,7 +53,7 @@ def read_record(file: Path, wanted: Mapping[str, type] | None = None) -> Record 
     return None
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
+def _checksum(content: Record) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

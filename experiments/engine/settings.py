@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from rabit_jax.models.config import ModelConfig
 from rabit_jax.train.block_tuning import TuningConfig
 from rabit_jax.train.health import HealthConfig
 from rabit_jax.train.optimizer import OptimizerConfig, roles
-from rabit_jax.types import Params, Spec
+from rabit_jax.types import Array, Params, Spec
 from rabit_jax.weights.group_uniform import GroupUniformSpec
 
 # Bounds are checked where a config is loaded, what concerns two settings by `__post_init__`.
@@ -82,7 +82,7 @@ class Compute:
             rounded = convert(teacher, [(LLAMA_LINEARS, GroupUniformSpec(bits=8, group=0))])
             teacher = pack(rounded)
 
-        def cast(leaf: Any, role: str) -> Any:
+        def cast(leaf: Array, role: str) -> Array:
             matrix = role in ("matrix", "embedding", "head")
             return leaf.astype(jnp.bfloat16) if matrix else leaf
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from rabit_jax import BadInput, hosts
 from rabit_jax.atomic import remove
@@ -49,7 +49,7 @@ class Read:
     """
 
     label: str
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     flat: bool = False
     changed: str = ""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -227,7 +227,7 @@ class Sweep:
         shape = (*self.tokens.shape, self.config.d_model)
         return self.pieces.mapped(self.name(kind, n), shape, compute_dtype(self.config))
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
+    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
         for begin in range(0, len(self.tokens), self.batch_size):
             rows = slice(begin, begin + self.batch_size)
             yield self._rows({"tokens": self.tokens[rows], "mask": self.mask[rows]})

@@ -7,14 +7,15 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from rabit_jax import BadInput, hosts
-from rabit_jax.experiments.engine import end_to_end, ptq, qat, tuning
+from rabit_jax.experiments.engine import end_to_end, ptq, qat, scores, tuning
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs
+from rabit_jax.experiments.engine.job import Job
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.stages import Stage
 from rabit_jax.formats.checkpoint import open_checkpoint
 
-PTQ = (ptq.QUANTISE, ptq.START, tuning.STAGE, end_to_end.STAGE, end_to_end.PACK, *ptq.SCORES)
+PTQ = (ptq.QUANTISE, ptq.START, tuning.STAGE, end_to_end.STAGE, end_to_end.PACK, *scores.SCORES)
 TASKS: dict[str, tuple[Stage[Any], ...]] = {"qat": qat.STAGES, "ptq": PTQ}
 STAGE_NAMES = tuple(dict.fromkeys(stage.name for stages in TASKS.values() for stage in stages))
 
@@ -44,7 +45,7 @@ def task_stages(config: RunConfig, named: Collection[str]) -> list[Stage[Any]]:
 
 
 @contextlib.contextmanager
-def opened(config: RunConfig, folder: RunFolder) -> Iterator[Inputs | ptq.Job]:
+def opened(config: RunConfig, folder: RunFolder) -> Iterator[Inputs | Job]:
     """What the stages of a task share, once its text and settings have been checked.
 
     Raises:
@@ -56,6 +57,6 @@ def opened(config: RunConfig, folder: RunFolder) -> Iterator[Inputs | ptq.Job]:
         yield run
         return
     with open_checkpoint(config.teacher.path) as checkpoint:
-        job = ptq.Job(config, folder, checkpoint)
+        job = Job(config, folder, checkpoint)
         job.check()
         yield job

@@ -16,7 +16,7 @@ import numpy as np
 
 from rabit_jax import BadInput
 from rabit_jax.calibration.blockwise import block_nodes
-from rabit_jax.experiments.engine.ptq import Job, block_name
+from rabit_jax.experiments.engine.job import Job, block_name
 from rabit_jax.experiments.engine.records import Record
 from rabit_jax.experiments.engine.signals import stopping_between_steps
 from rabit_jax.experiments.engine.stages import Ids, Read, Stage

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jaxtyping import PyTree
 
 KINDS = ("model", "recomputed", "optimizer")
 # What JAX and the training step call the scopes that are not the model's own work.
@@ -45,7 +46,7 @@ class Flops:
         return sum(getattr(self, kind).total() for kind in KINDS)
 
 
-def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
+def count_flops(function: Callable[..., object], *arguments: PyTree) -> Flops:
     """FLOPs of `function(*arguments)`, whose arguments may be shapes.
 
     A product `[m, k] [k, n]` counts `2 m n k`; everything else counts nothing. The body of a scan
@@ -54,7 +55,7 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
     return flops_of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def flops_of(jaxpr: Any, kind: str = "model") -> Flops:
+def flops_of(jaxpr: core.Jaxpr, kind: str = "model") -> Flops:
     """FLOPs of a jaxpr, which count as `kind` where no scope in it says otherwise."""
     total = Flops()
     for equation in jaxpr.eqns:
@@ -82,7 +83,7 @@ def _of_equation(equation: Any, kind: str) -> tuple[Flops, int]:
     return total, params["length"] if name == "scan" else 1
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
+def _inner(params: dict) -> Iterator[core.Jaxpr]:
     """The jaxprs that an equation calls. The rules of a custom derivative are functions, and are
     not among them: by then they have been applied."""
     for value in params.values():

@@ -23,6 +23,7 @@ from jax.experimental import topologies
 
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.progress import say
+from rabit_jax.types import Device, Json
 
 GB = 10**9
 GIB = 2**30
@@ -79,9 +80,9 @@ def _nvidia(
     return Chip("gpu", usable, flops16, flops32, bandwidth, link, text)
 
 
-_HOPPER: dict[str, Any] = {"capability": (9, 0), "processors": 132, "clock": 1.98, "shared": 228,
+_HOPPER: Json = {"capability": (9, 0), "processors": 132, "clock": 1.98, "shared": 228,
                            "cache": 50, "flops16": 989e12, "flops32": 494e12, "link": 450e9}
-_AMPERE: dict[str, Any] = {"capability": (8, 0), "processors": 108, "clock": 1.41, "shared": 164,
+_AMPERE: Json = {"capability": (8, 0), "processors": 108, "clock": 1.41, "shared": 164,
                            "cache": 40, "flops16": 312e12, "flops32": 156e12, "link": 300e9}
 CHIPS = {
     "cpu": Chip("cpu", 0, 1e11, 1e11, 3e10, 1e10),
@@ -119,7 +120,7 @@ class Target:
     kind: str
     count: int
     memory: int
-    devices: Sequence[Any] = field(repr=False)
+    devices: Sequence[Device] = field(repr=False)
     compiler: str
 
     @property
@@ -176,7 +177,7 @@ def _host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cpu_devices(count: int) -> Sequence[Any]:
+def _cpu_devices(count: int) -> Sequence[Device]:
     """That many devices, simulated on this machine."""
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -191,7 +192,7 @@ def _cpu_devices(count: int) -> Sequence[Any]:
     return found[:count]
 
 
-def _tpu_devices(kind: str, sides: list[int]) -> Sequence[Any]:
+def _tpu_devices(kind: str, sides: list[int]) -> Sequence[Device]:
     """The chips of a TPU topology, by libtpu."""
     if importlib.util.find_spec("libtpu") is None:
         raise BadInput("a plan for a TPU is compiled by libtpu, which is not installed: "
@@ -221,7 +222,7 @@ def _square(count: int) -> list[int]:
     return [side, count // side]
 
 
-def _gpu_devices(chip: Chip, count: int) -> Sequence[Any] | None:
+def _gpu_devices(chip: Chip, count: int) -> Sequence[Device] | None:
     """That many GPUs of one host, by XLA's CUDA plugin; None where that cannot be loaded."""
     # JAX has no public way to a topology of a plugin whose devices are not there.
     from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]

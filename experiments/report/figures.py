@@ -10,13 +10,15 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rabit_jax.evaluate.sign_statistics import Histogram
 from rabit_jax.types import Json
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e6e9ed"
@@ -48,7 +50,7 @@ _STYLE = {
     "legend.fontsize": 9,
 }
 # Lines of metrics.jsonl as they are read, and points of a curve: (x, y).
-Lines = Sequence[Mapping[str, Any]]
+Lines = Sequence[Json]
 Curve = tuple[Sequence[float], Sequence[float]]
 ByLayer = Mapping[str, Mapping[str, Sequence[float | None]]]
 LEGEND_LINE = 0.2  # inches that a line of the legend takes
@@ -61,7 +63,7 @@ def svg(
     import matplotlib
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": title, "axes.titlepad": pad}
+    style: dict = {**_STYLE, "svg.hashsalt": title, "axes.titlepad": pad}
     with matplotlib.rc_context(style), io.StringIO() as out:
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
@@ -73,7 +75,7 @@ def svg(
 
 def svg_with_legend(
     title: str,
-    draw: Callable[[Axes], Mapping[str, Any]],
+    draw: Callable[[Axes], Mapping[str, Artist]],
     labels: Iterable[str],
     size: tuple[float, float] = (4.6, 2.9),
 ) -> str:
@@ -176,7 +178,7 @@ def _across(place: int, layers: int) -> np.ndarray:
     return place + (np.linspace(-0.34, 0.34, layers) if layers > 1 else np.zeros(1))
 
 
-def weight_histogram(title: str, data: Mapping[str, Any]) -> str:
+def weight_histogram(title: str, data: Histogram) -> str:
     """Return the share of a layer's weights per bin, with the levels they are rounded to.
 
     `data`: `weights` (counts), `edges` (one more) and `levels`, all in units of the scale.

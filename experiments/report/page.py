@@ -6,12 +6,13 @@ page says stands in `templates/report.html.j2`; the numbers and figures are chos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from rabit_jax.atomic import write_text
 from rabit_jax.evaluate.gap import gap_closed
+from rabit_jax.evaluate.sign_statistics import Histogram
 from rabit_jax.experiments.report.figures import (
     DIAGNOSTICS,
     Lines,
@@ -22,10 +23,10 @@ from rabit_jax.experiments.report.figures import (
 )
 from rabit_jax.formats.rendering import environment
 from rabit_jax.progress import number
+from rabit_jax.types import Json
 
 TEMPLATES = Path(__file__).with_name("templates")
-# `summary.json` as it is read: nested dicts of numbers, strings and nulls.
-Summary = Mapping[str, Any]
+Summary = Json  # `summary.json` as it is read: nested dicts of numbers, strings and nulls
 Panel = tuple[str, str, str]  # key of the metrics lines, title, unit
 
 _STAGES = {
@@ -76,15 +77,6 @@ class ResultRow(TypedDict):
     ppl_over_teacher: float
     bits_per_weight: float
     whole_model_bits_per_weight: float | None
-
-
-class Histogram(TypedDict):
-    """Weights of one layer in units of their scale: counts, bin edges (one more), levels."""
-
-    layer: str
-    weights: Sequence[float]
-    edges: Sequence[float]
-    levels: Sequence[float]
 
 
 class Sample(TypedDict):

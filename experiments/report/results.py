@@ -8,8 +8,8 @@ from rabit_jax import cost, describe
 from rabit_jax.atomic import write_text
 from rabit_jax.experiments.engine.console import table
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
+from rabit_jax.experiments.engine.job import Job, trained
 from rabit_jax.experiments.engine.machine import device, peak_memory, versions
-from rabit_jax.experiments.engine.ptq import Job, trained
 from rabit_jax.experiments.engine.stages import Record
 from rabit_jax.experiments.report.run_card import write_card
 from rabit_jax.experiments.report.summary import (

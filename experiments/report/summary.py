@@ -11,13 +11,12 @@ from pathlib import Path
 from rabit_jax import ResidualSign, cost
 from rabit_jax.atomic import write_text
 from rabit_jax.evaluate.gap import gap_closed
-from rabit_jax.evaluate.sign_statistics import weight_histogram
+from rabit_jax.evaluate.sign_statistics import Histogram, weight_histogram
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
+from rabit_jax.experiments.engine.job import Job
 from rabit_jax.experiments.engine.machine import peak_memory
-from rabit_jax.experiments.engine.ptq import Job
 from rabit_jax.experiments.engine.stages import Record
 from rabit_jax.experiments.report.page import (
-    Histogram,
     ResultRow,
     Sample,
     Summary,
@@ -188,4 +187,4 @@ def _histogram(run: Inputs) -> Histogram | None:
                  if path.startswith("layers/") and isinstance(node, ResidualSign)), None)
     if path is None:
         return None
-    return Histogram(**weight_histogram(run.student, path, run.model_config.n_layers // 2))
+    return weight_histogram(run.student, path, run.model_config.n_layers // 2)

@@ -17,7 +17,8 @@ from rabit_jax.experiments.engine.chat import template_ids
 from rabit_jax.experiments.serving.answers import Answer, fault
 from rabit_jax.experiments.serving.bodies import Chat, Common, Completion, read_body
 from rabit_jax.experiments.serving.settings import Failure, Piece, Settings
-from rabit_jax.experiments.serving.worker import Choice, Full, Prompt, Worker
+from rabit_jax.experiments.serving.texts import Choice, Prompt
+from rabit_jax.experiments.serving.worker import Full, Worker
 from rabit_jax.formats.tokenizer import check_ids, prompt_ids
 from rabit_jax.types import Json, Tokenizer
 

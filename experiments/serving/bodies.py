@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,7 +19,7 @@ HARMLESS = frozenset({
     "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "service_tier", "parallel_tool_calls"})
 # Fields that are not implemented, and their values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "echo": (False,),
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
@@ -119,7 +119,7 @@ class Chat(Common):
 Body = TypeVar("Body", Completion, Chat)
 
 
-def read_body(kind: type[Body], raw: Any) -> Body:
+def read_body(kind: type[Body], raw: object) -> Body:
     """The body of a request from its JSON.
 
     Raises:

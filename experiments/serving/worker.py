@@ -12,13 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rabit_jax.experiments.serving.settings import Failure, Piece, Settings, Tell, Token
+from rabit_jax.experiments.serving.settings import Failure, Settings
+from rabit_jax.experiments.serving.texts import Choice, Prompt, Row
 from rabit_jax.experiments.serving.writing import Writing
 from rabit_jax.models import serving
 from rabit_jax.models.prepared import Engine
@@ -36,60 +37,6 @@ class Full(Exception):
     def __init__(self, seconds: int) -> None:
         super().__init__(f"the queue is full, try again in {seconds} s")
         self.seconds = seconds
-
-
-class Choice:
-    """One text that a request wants.
-
-    Args:
-      settings: how it is made.
-      tell: called by the worker with each `Piece`, or with the `Failure` that ends it.
-    """
-
-    def __init__(self, settings: Settings, tell: Tell) -> None:
-        self.settings, self.tell = settings, tell
-        self.cancelled = self.over = False
-
-    @property
-    def wanted(self) -> bool:
-        """Whether somebody still waits for more of it."""
-        return not (self.cancelled or self.over)
-
-    def fail(self, failure: Failure) -> None:
-        """End it."""
-        self.over = True
-        self.tell(failure)
-
-
-@dataclass
-class Prompt:
-    """The ids of a prompt, and the texts that continue it."""
-
-    ids: list[int]
-    choices: list[Choice]
-
-
-@dataclass
-class Row:
-    """A text that has a row of the batch.
-
-    Attributes:
-      choice: whose text it is.
-      writing: its text.
-      ends: tokens that end it.
-      length: tokens in the cache.
-      made: new tokens.
-      told: tokens to be reported with the next piece, and how many were made.
-    """
-
-    choice: Choice
-    writing: Writing
-    ends: frozenset[int]
-    length: int
-    made: int = 0
-    told: list[Token] = field(default_factory=list)
-    untold: int = 0
-    began: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -311,8 +258,9 @@ class Worker:
                     np.int32(length), sampling_of(choice.settings),
                     np.int32(choice.settings.max_tokens), self.ends)
                 stop = choice.settings.stop
-                row = Row(choice, Writing(self.tokenizer, reading.prompt.ids, stop),
-                          frozenset(self.special[s] for s in stop if s in self.special), length)
+                ends = self.eos_ids.union(self.special[s] for s in stop if s in self.special)
+                writing = Writing(self.tokenizer, reading.prompt.ids, stop)
+                row = Row(choice, writing, ends, length)
                 with self._changed:
                     choices.pop(0)
                     self._held[number] = row
@@ -344,41 +292,18 @@ class Worker:
             new = [n for n, token in enumerate(made.tokens[index]) if token != serving.NOTHING]
             finish = None
             for n in new:
-                finish = finish or self._written(row, made, index, n)
+                finish = finish or row.add(made, index, n)
             if made.broken[index]:
                 row.choice.fail(Failure(
                     500, "the logits hold NaN or infinity: the model's weights are damaged or "
                          f"overflow {self.engine.config.dtype}, pack or load them again"))
                 self._free(number, stopped=True)
             elif finish:
-                self._tell(row, row.writing.rest() if not row.writing.stopped else "", finish)
+                row.tell(row.writing.rest() if not row.writing.stopped else "", finish)
                 row.choice.over = True
                 taken = time.monotonic() - row.began
                 self._seconds += 0.2 * (taken - self._seconds)
                 self._free(number)
-
-    def _written(self, row: Row, made: serving.Made, index: int, n: int) -> str | None:
-        """Adds a token to a text; why the text ends there, or None."""
-        token, settings = int(made.tokens[index][n]), row.choice.settings
-        row.made += 1
-        row.untold += 1
-        if token in self.eos_ids or token in row.ends:
-            return "stop"
-        if settings.alternatives is not None:
-            shown = zip(made.top[index][n].tolist(), made.top_logprobs[index][n].tolist(),
-                        strict=True)
-            top = tuple(shown)[: settings.alternatives]
-            row.told.append(Token(token, float(made.logprob[index][n]), top))
-        text = row.writing.add(token)
-        if text:
-            self._tell(row, text, None)
-        if row.writing.stopped:
-            return "stop"
-        return "length" if row.made == settings.max_tokens else None
-
-    def _tell(self, row: Row, text: str, finish: str | None) -> None:
-        row.choice.tell(Piece(text, tuple(row.told), row.untold, finish))
-        row.told, row.untold = [], 0
 
     def _free(self, number: int, stopped: bool = False) -> None:
         if not stopped:

@@ -14,13 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels.bench import sass
+from rabit_jax.kernels.bench.sass import Row
 from rabit_jax.kernels.layout import packed_bytes
 
 INPUTS, OUTPUTS, LAYERS, PATHS = 22272, 4096, 2, 2
@@ -42,17 +42,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="architectures to compile for (default sm_89,sm_90)")
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Row]:
     """The rows of `report` for the architectures of the command line."""
     return report(options.archs.split(","))
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Row]) -> list[str]:
     """The line below the table."""
     return ["per bit and lane: instructions of a warp * 32 / packed signs that it multiplies"]
 
 
-def report(archs: Sequence[str]) -> list[dict[str, Any]]:
+def report(archs: Sequence[str]) -> list[Row]:
     """Rows of every kernel and architecture.
 
     Args:
@@ -95,11 +95,11 @@ def compile_triton(impl: str, limbs: int, arch: int, batch: int = 1) -> sass.Com
     return sass.compile_kernel(kernel, {**TYPES, **made}, constants, arch, warps, stages)
 
 
-def _triton(impl: str, limbs: int, signs: float, arch: int) -> dict[str, Any]:
+def _triton(impl: str, limbs: int, signs: float, arch: int) -> Row:
     return sass.measure(compile_triton(impl, limbs, arch), signs)
 
 
-def _pallas(impl: str, limbs: int, signs: float, arch: int) -> dict[str, Any]:
+def _pallas(impl: str, limbs: int, signs: float, arch: int) -> Row:
     from importlib import import_module
 
     module = import_module(f"rabit_jax.kernels.gpu.{impl}")
@@ -159,7 +159,7 @@ def _some_gpu() -> Iterator[None]:
 # With the signs that one tensor instruction multiplies. One-bit: 8 rows of 256 inputs for 16 planes
 # in Triton, 16 rows for 8 planes in Pallas. Int8: 16 rows of 32 inputs; one row of activations
 # fills no more of its columns with 3 limbs than with 2.
-KERNELS: dict[str, Callable[[int], dict[str, Any]]] = {
+KERNELS: dict[str, Callable[[int], Row]] = {
     "triton_b1 limbs=2": partial(_triton, "triton_b1", 2, 8 * 256),
     "triton_b1 limbs=3": partial(_triton, "triton_b1", 3, 8 * 256 / 2),
     "triton_int8 limbs=2": partial(_triton, "triton_int8", 2, 16 * 32),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from rabit_jax.kernels.bench.machine import device_seconds
 
@@ -41,7 +42,7 @@ class Case:
     k: int | None
     product: Callable
     exact: Callable
-    weight: Any
+    weight: PyTree[jax.Array]
     xs: tuple[jax.Array, ...]
     stacked: bool
     traced: bool = False
@@ -119,6 +120,6 @@ def activations(batch: int, inputs: int, dtype: jax.typing.DTypeLike, seed: int)
     return jnp.array(x.astype(dtype))
 
 
-def relative_error(y: Any, exact: np.ndarray) -> float:
+def relative_error(y: ArrayLike, exact: np.ndarray) -> float:
     """`|y - exact| / |exact|` in float64; NaN where y has one."""
     return float(np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact))

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +110,7 @@ class Copy:
         return self._target
 
 
-def device_seconds(call: Callable[[], Any]) -> float:
+def device_seconds(call: Callable[[], object]) -> float:
     """Seconds that the GPU's kernels of a call take together, without the gaps between them.
 
     Starting a program with many arguments takes a host longer than a packed product takes a large

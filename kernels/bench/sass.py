@@ -15,10 +15,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+Row: TypeAlias = dict[str, Any]  # of a table, by column
 LANES = 32
 # Instructions by what they do; the first part of the name decides, and anything else is "other".
 CLASSES = {
@@ -70,7 +71,7 @@ class Compiled(NamedTuple):
 
 
 def compile_kernel(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int, warps: int,
+    kernel: Any, types: dict[str, str], constants: Mapping[str, object], arch: int, warps: int,
     stages: int,
 ) -> Compiled:
     """A `triton.jit` function for a compute capability such as 90.
@@ -103,7 +104,7 @@ def compile_ir(text: str, arch: int, warps: int, stages: int) -> Compiled:
         return _compile(str(path), arch, warps, stages)
 
 
-def _compile(source: Any, arch: int, warps: int, stages: int) -> Compiled:
+def _compile(source: object, arch: int, warps: int, stages: int) -> Compiled:
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -182,7 +183,7 @@ def load_bits(instructions: Sequence[Instruction]) -> int:
     return min((width for width, bits in widths.items() if 16 * bits >= total), default=0)
 
 
-def measure(compiled: Compiled, signs: float) -> dict[str, Any]:
+def measure(compiled: Compiled, signs: float) -> Row:
     """The numbers of a kernel whose tensor instructions multiply `signs` packed signs each.
 
     Returns:

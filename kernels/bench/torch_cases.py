@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -21,14 +22,16 @@ LIBRARIES = ("gemlite", "humming")
 GROUP = 128
 PRODUCTS = 16  # in one graph
 
+Tensor: TypeAlias = Any  # of torch, which only some machines have
+
 
 class Linear(NamedTuple):
     """A packed linear: `call(x)`, the bytes of its tensors, and the matrix `[o, i]` it stands for,
     a tensor of torch."""
 
-    call: Callable[[Any], Any]
+    call: Callable[[Tensor], Tensor]
     bytes: int
-    matrix: Any
+    matrix: Tensor
 
 
 def missing() -> dict[str, str]:
@@ -51,7 +54,7 @@ def cases(inputs: int, outputs: int, batch: int) -> list[TorchCase]:
             for impl, (make, bits) in found.items()]
 
 
-def _torch() -> Any:
+def _torch() -> ModuleType:
     """torch, which only some machines have; imported by name, so that type checkers need not."""
     return import_module("torch")
 

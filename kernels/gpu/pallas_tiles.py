@@ -8,7 +8,7 @@ that columns which another step has taken meet zeros.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,9 @@ def tiles(rows: tuple[int, ...], tile: int) -> int:
     return sum(-(-n // tile) for n in rows)
 
 
-def place(index: jax.Array, rows: tuple[int, ...], tile: int) -> tuple[Any, Any, Any]:
+def place(
+    index: jax.Array, rows: tuple[int, ...], tile: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """First row, member and end row of the member of tile number `index`, int32 scalars.
 
     A chain of selections, because a table in memory would delay the first load of bits.
@@ -123,7 +125,7 @@ def on_gpu(x: jax.Array, impl: str) -> jax.Array:
     return _on_gpu.bind(x, impl=impl)
 
 
-def _refuse(ctx: Any, x: Any, *, impl: str) -> Any:
+def _refuse(ctx: mlir.LoweringRuleContext, x: object, *, impl: str) -> NoReturn:
     found = ", ".join(ctx.module_context.platforms)
     raise BadInput(f"{impl} runs on NVIDIA GPUs only and the device is of platform {found}: take "
                    "impl 'cpu', 'unpacked' or 'reference' there")

@@ -12,7 +12,6 @@ activations' bit planes go to the instruction as they were loaded.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 
@@ -21,6 +20,7 @@ from rabit_jax.kernels.activations import PLANE_INPUTS
 from rabit_jax.kernels.gpu.device import capability, passes
 from rabit_jax.kernels.gpu.triton_activations import PLANE_BYTES, plane_fragments
 from rabit_jax.kernels.gpu.triton_tiles import (
+    Constants,
     block_start,
     count,
     jit,
@@ -97,7 +97,7 @@ def product(
 
 def plan(
     batch: int, bits: tuple[int, ...], rows: tuple[int, ...], limbs: int
-) -> tuple[dict[str, Any], tuple[int, int, int]]:
+) -> tuple[Constants, tuple[int, int, int]]:
     """The kernel's constants and its grid for bits of shape `[l, k, o, bytes]`."""
     row_tiles = sum(-(-n // (8 * WARPS)) for n in rows)
     parts = splits(row_tiles * bits[1], -(-bits[3] // PLANE_BYTES))

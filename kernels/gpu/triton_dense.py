@@ -11,13 +11,12 @@ those of a prompt, it is nearly free, and the tensor cores do the rest.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from rabit_jax.kernels.gpu.device import capability
 from rabit_jax.kernels.gpu.triton_tiles import (
+    Constants,
     call,
     count,
     jit,
@@ -71,7 +70,7 @@ def dense_tile(
 
 def plan(
     bits: tuple[int, ...], inputs: int, rows: tuple[int, ...]
-) -> tuple[dict[str, Any], tuple[int, int, int]]:
+) -> tuple[Constants, tuple[int, int, int]]:
     """The kernel's constants and its grid for bits of shape `[l, k, o, bytes]`."""
     constants = {"ROWS": rows, "ROW_BYTES": bits[3], "PATHS": bits[1], "INPUTS": inputs,
                  "TILE": TILE}

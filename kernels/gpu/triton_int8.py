@@ -12,7 +12,7 @@ nearly so. Each row of the batch takes one column of the tensor instruction per 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -20,6 +20,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.kernels.gpu.device import capability, passes
 from rabit_jax.kernels.gpu.triton_activations import limb_columns, limb_parts
 from rabit_jax.kernels.gpu.triton_tiles import (
+    Constants,
     block_start,
     count,
     jit,
@@ -124,7 +125,7 @@ def product(
 
 def plan(
     batch: int, bits: tuple[int, ...], rows: tuple[int, ...], limbs: int
-) -> tuple[Tiles, dict[str, Any], tuple[int, int, int]]:
+) -> tuple[Tiles, Constants, tuple[int, int, int]]:
     """Tiles, the kernel's constants and its grid for bits of shape `[l, k, o, bytes]`."""
     cut = tiles(batch, limbs, bits[3])
     row_tiles = sum(-(-n // cut.tile) for n in rows)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ except ModuleNotFoundError:  # Modules with kernels import without Triton; calli
 
     jit = static = _as_it_is
 
+# Arguments of a kernel that are known when it is compiled.
+Constants: TypeAlias = dict[str, int | bool | tuple[int, ...]]
 # Programs per matrix that keep the largest devices busy: 8 on each of about 132 processors.
 PROGRAMS = 1056
 # Partial sums up to which each is added on its own, which compilers do within what reads the sum.
@@ -52,8 +54,8 @@ def splits(programs: int, blocks: int) -> int:
 
 
 def partial_sums(
-    kernel: Any, arrays: Sequence[jax.Array], shape: tuple[int, ...], grid: tuple[int, int, int],
-    warps: int, stages: int, version: int, constants: dict[str, Any],
+    kernel: Callable, arrays: Sequence[jax.Array], shape: tuple[int, ...],
+    grid: tuple[int, int, int], warps: int, stages: int, version: int, constants: Constants,
 ) -> jax.Array:
     """`sum_z y[z]` of what a kernel writes, `y: [z, ...]` float32 of a shape, in a fixed order."""
     out = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -64,8 +66,8 @@ def partial_sums(
 
 
 def call(
-    kernel: Any, arrays: Sequence[jax.Array], outs: Sequence[jax.ShapeDtypeStruct],
-    grid: tuple[int, int, int], warps: int, stages: int, version: int, constants: dict[str, Any],
+    kernel: Callable, arrays: Sequence[jax.Array], outs: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, int, int], warps: int, stages: int, version: int, constants: Constants,
 ) -> list[jax.Array]:
     """What a kernel writes: one array for each of `outs`, which follow `arrays` as its arguments.
 

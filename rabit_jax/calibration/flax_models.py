@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -107,7 +107,9 @@ def calibrate_flax(
     return stats
 
 
-def _split(model: Any) -> tuple[PyTree, Params, Callable[[PyTree, Mapping[str, Tap]], Any]]:
+def _split(
+    model: PyTree,
+) -> tuple[PyTree, Params, Callable[[PyTree, Mapping[str, Tap]], PyTree]]:
     """`(arrays, params, place)`; `place(arrays, taps)` is the model with the taps inserted."""
     if not isinstance(model, nnx.Module):
         return model, model, _in_params
@@ -146,8 +148,9 @@ def _in_params(params: Params, taps: Mapping[str, Tap]) -> Params:
 
 
 def _intercept(
-    next_function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
-) -> Any:
+    next_function: Callable[..., object], args: tuple, kwargs: dict,
+    context: nn.module.InterceptorContext,
+) -> object:
     """Run a layer whose kernel is a tap with the kernel itself, and measure it."""
     layer = context.module
     mine = dict(layer.variables.get("params", {})) if layer.scope is not None else {}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32
-from rabit_jax.tree import map_leaves
-from rabit_jax.types import Array, Params
+from rabit_jax.tree import is_weight, map_leaves
+from rabit_jax.types import Array, Param, Params, Weight
 from rabit_jax.weights.reshaped import Reshaped
 from rabit_jax.weights.scaled_weight import ScaledWeight
 from rabit_jax.weights.sign_paths import PackedSign
@@ -47,13 +46,13 @@ def record_limbs(packed: Params, stats: Mapping[str, Stats]) -> Params:
       >>> packed = record_limbs(pack(student), stats)
     """
 
-    def choose(path: str, leaf: Any) -> Any:
-        return _chosen(leaf, stats[path].s_in) if path in stats else leaf
+    def choose(path: str, leaf: Param) -> Param:
+        return _chosen(leaf, stats[path].s_in) if path in stats and is_weight(leaf) else leaf
 
     return map_leaves(choose, packed)
 
 
-def _chosen(node: Any, s_in: Any) -> Any:
+def _chosen(node: Weight, s_in: Float[Array, "... i"]) -> Weight:
     """The node with `limbs` set, or those of its parts."""
     if isinstance(node, SumWeight):
         return SumWeight(tuple(_chosen(term, s_in) for term in node.terms))

@@ -11,22 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import combinations
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.hosts import on_mesh
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import is_weight, leaves, map_leaves, pytree_dataclass, weights_of
-from rabit_jax.types import Json, Params, Weight
+from rabit_jax.types import Array, Batch, Json, Params, Weight
 from rabit_jax.weights.seam import linear
 
-Batch = Mapping[str, Any]
-Apply = Callable[[Any, Batch], jax.Array]
+Apply = Callable[[Params, Batch], Array]
 NAMES = ("path_correlation", "residual_alignment", "slope", "relative_mse")
 
 
@@ -55,7 +54,7 @@ class Meter:
         """Shape `[..., i, o]` of the kernel."""
         return self.teacher.shape
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, "b t i"]) -> Float[Array, "b t o"]:
         """`x @ W` of the driving weight, `x: [b, t, i]` -> `[b, t, o]`.
 
         The gradient by x is zero: only moments, which need none, are ever taken from it.
@@ -68,7 +67,7 @@ class Meter:
         weights = (self.teacher, self.student)
         return _metered(x, weights, self.moments, self.mask, self.drive, x.shape[-1])
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, "... i o"]:
         """The driving matrix, `[..., i, o]`."""
         return self.teacher if self.drive == "teacher" else self.student.dense()
 
@@ -196,7 +195,7 @@ def diagnose(
     return {"mean": {name: _mean(layers, name) for name in NAMES}, "layers": layers}
 
 
-def _check(teacher: Any, student: Any, drive: str) -> None:
+def _check(teacher: Params, student: Params, drive: str) -> None:
     if drive not in ("teacher", "student"):
         raise BadInput(f"drive is {drive!r}: choose 'teacher' or 'student'")
     nodes, kernels = weights_of(student), dict(leaves(teacher))
@@ -261,6 +260,6 @@ def _plain(values: np.ndarray) -> list[float | None]:
     return [float(v) if np.isfinite(v) else None for v in values]
 
 
-def _mean(layers: Mapping[str, Any], name: str) -> float | None:
+def _mean(layers: Mapping[str, Json], name: str) -> float | None:
     found = [v for layer in layers.values() for v in layer[name] or () if v is not None]
     return float(np.mean(found)) if found else None

@@ -5,25 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 from math import prod
-from typing import Any, cast
+from typing import TypedDict
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.ste import F32, disordered, flips
-from rabit_jax.tree import per_layer, weights_of
-from rabit_jax.types import Json, Params
+from rabit_jax.tree import leaves, per_layer, weights_of
+from rabit_jax.types import Array, Params, Weight
 
 Signs = Mapping[str, jax.Array]
 
 
-def snapshot(params: Params) -> dict[str, jax.Array]:
+class Histogram(TypedDict):
+    """Weights of one layer in units of their scale: counts, bin edges (one more), levels."""
+
+    layer: str
+    weights: list[int]
+    edges: list[float]
+    levels: list[float]
+
+
+def snapshot(params: Params) -> dict[str, Bool[Array, ...]]:
     """The signs of every weight that has them: `{path: bool [..., k, i, o]}`, True for +1."""
     return _positive({path: w for path, w in weights_of(params).items() if _has_signs(w)})
 
 
-def _has_signs(node: Any) -> bool:
+def _has_signs(node: Weight) -> bool:
     terms = getattr(node, "terms", None)
     return any(map(_has_signs, terms)) if terms else hasattr(node, "positive")
 
@@ -33,7 +43,7 @@ def _positive(nodes):
     return {path: node.positive() for path, node in nodes.items()}
 
 
-def flip_rate(before: Signs, after: Signs) -> dict[str, jax.Array]:
+def flip_rate(before: Signs, after: Signs) -> dict[str, Float[Array, "... k"]]:
     """Share of signs that differ between two snapshots: `{path: float32 [..., k]}`.
 
     Raises:
@@ -72,7 +82,7 @@ def disordered_share(params: Params) -> float | None:
     """
     nodes = {
         path: (w.g, w.h)
-        for path, w in cast(dict[str, Any], weights_of(params)).items()
+        for path, w in leaves(params)
         if all(hasattr(w, name) for name in ("signs", "g", "h", "k")) and w.g.ndim == w.h.ndim
     }
     shapes = {path: weights_of(params)[path].shape for path in nodes}
@@ -86,14 +96,14 @@ def _disordered(nodes):
     }
 
 
-def _weighted(shares: list[tuple[Any, int]]) -> float | None:
+def _weighted(shares: list[tuple[np.floating, int]]) -> float | None:
     total = sum(size for _, size in shares)
     return float(sum(share * (size / total) for share, size in shares)) if total else None
 
 
 def weight_histogram(
     params: Params, path: str, layer: int | None = None, bins: int = 120
-) -> Json:
+) -> Histogram:
     """Histogram of one latent over its first scale product, `W / a`, `a = h_1 g_1^T` elementwise.
 
     Args:
@@ -124,13 +134,13 @@ def weight_histogram(
 
 
 def _one_layer(params: Params, path: str, layer: int | None) -> list[np.ndarray]:
-    nodes: dict[str, Any] = weights_of(params)
-    if path not in nodes or not all(hasattr(nodes[path], name) for name in ("latent", "g", "h")):
+    nodes, names = weights_of(params), ("latent", "g", "h")
+    if path not in nodes or not all(hasattr(nodes[path], name) for name in names):
         raise BadInput(
             f"no weight with a latent and scales at {path!r}: the weights are "
             f"{', '.join(nodes) or 'none'}"
         )
-    arrays = [nodes[path].latent, nodes[path].g, nodes[path].h]
+    arrays = [getattr(nodes[path], name) for name in names]
     layers = len(arrays[0]) if arrays[0].ndim == 3 else None
     if layer is not None if layers is None else layer is None or not 0 <= layer < layers:
         raise BadInput(f"{path} is {list(arrays[0].shape)}: layer {layer} does not select a matrix")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -256,7 +256,7 @@ class _Reader:
                            "file cannot hold: fetch it again")
         return name, tuple(shape[::-1]), kind, offset
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int) -> object:
         """A value of the numbered type."""
         if kind == _STRING:
             return self.string()
@@ -285,7 +285,7 @@ class _Reader:
         self.fits(length, 1)
         return self.file.read(length).decode("utf-8", errors="replace")
 
-    def numbers(self, code: str) -> tuple[Any, ...]:
+    def numbers(self, code: str) -> tuple[int, ...]:
         """Numbers by a struct code."""
         data = self.file.read(struct.calcsize("<" + code))
         try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.formats.folder import parse_json
 from rabit_jax.kernels.layout import from_stored, stored_bytes, to_stored
 from rabit_jax.tree import is_weight
-from rabit_jax.types import Array, Json, Params, Weight
+from rabit_jax.types import Array, Json, Param, Params, Weight
 from rabit_jax.weights.leaves import WeightNode, row_signs
 from rabit_jax.weights.representations import abstract_packed, is_packed_node
 from rabit_jax.weights.sign_paths import PackedSign
@@ -54,7 +54,7 @@ class PackedFile:
     config: Json
     modules: dict[str, Json]
     sha256: dict[str, str]
-    tensors: Any
+    tensors: safe_open
 
     def read(self, name: str) -> np.ndarray:
         """One tensor.
@@ -342,7 +342,7 @@ def load_packed_params(file: str | Path) -> Params:
       BadInput: no such file, a truncated or altered one, another format or version, or the file of
         a packed language model.
     """
-    params: dict[str, Any] = {}
+    params: Params = {}
     with open_packed(Path(file)) as packed:
         paths = packed.config.get("params")
         if paths is None:
@@ -355,7 +355,7 @@ def load_packed_params(file: str | Path) -> Params:
     return params
 
 
-def _key(entry: Any) -> str | int:
+def _key(entry: object) -> str | int:
     key = getattr(entry, "key", None)
     if not isinstance(entry, jax.tree_util.DictKey) or not isinstance(key, str | int):
         raise BadInput(f"the params have the entry {entry}, wanted nested dicts with keys that are "
@@ -363,7 +363,7 @@ def _key(entry: Any) -> str | int:
     return key
 
 
-def _read_params(packed: PackedFile, name: str) -> Any:
+def _read_params(packed: PackedFile, name: str) -> Param:
     try:
         if name not in packed.modules:
             return jnp.asarray(packed.read(name))

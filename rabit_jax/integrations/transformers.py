@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,17 @@ from rabit_jax.formats.packed_file import (
     part_names,
 )
 from rabit_jax.types import Json
-from rabit_jax.weights.leaves import row_signs
+from rabit_jax.weights.leaves import WeightNode, row_signs
 from rabit_jax.weights.representations import abstract_packed
 from rabit_jax.weights.table import Table
 
 if TYPE_CHECKING:
     import torch
+    from transformers.core_model_loading import WeightConverter
+
+
+# Tensors of a file by name, as transformers hands them to a conversion.
+Given: TypeAlias = Mapping[str, "torch.Tensor | list[torch.Tensor]"]
 
 
 @register_quantization_config(METHOD)
@@ -49,7 +54,7 @@ class RabitConfig(QuantizationConfigMixin):
       fields: the entries of config.json.
     """
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, **fields: object) -> None:
         """Raises BadInput for another format or version than the one that is read here."""
         check_version(fields, "quantization_config of config.json")
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  (an enum there)
@@ -64,7 +69,7 @@ class RabitQuantizer(HfQuantizer):
     sha256: dict[str, str]
     version: int
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+    def validate_environment(self, *args: object, **kwargs: object) -> None:
         """Raises BadInput where the model is not packed but is to be quantised on the way."""
         if not self.pre_quantized:
             raise BadInput("transformers cannot quantise by the method 'rabit': pack the model by "
@@ -77,7 +82,7 @@ class RabitQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: object, checkpoint_files: list[str] | None = None, **kwargs: object
     ) -> None:
         """Reads the header of the packed file."""
         if not checkpoint_files or len(checkpoint_files) != 1:
@@ -85,11 +90,13 @@ class RabitQuantizer(HfQuantizer):
         with open_packed(Path(checkpoint_files[0])) as file:
             self.modules, self.sha256, self.version = file.modules, file.sha256, file.version
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightConverter], model: object
+    ) -> list[WeightConverter]:
         """The model's own conversions, and for each packed module that of its arrays."""
         return [*weight_conversions, *map(self._conversion, self.modules)]
 
-    def _conversion(self, module: str) -> Any:
+    def _conversion(self, module: str) -> WeightConverter:
         from transformers.core_model_loading import WeightConverter
 
         names = _part_list(self.modules[module])
@@ -119,11 +126,11 @@ class _Unpack:
         self.hf_quantizer: Any = hf_quantizer
         self.module, self.names = module, names
 
-    def __deepcopy__(self, memo: Any) -> _Unpack:
+    def __deepcopy__(self, memo: object) -> _Unpack:
         return self  # transformers copies it for every tensor
 
     def convert(
-        self, input_dict: Mapping[str, Any], model: Any = None, **kwargs: Any
+        self, input_dict: Given, model: torch.nn.Module, **kwargs: object
     ) -> dict[str, torch.Tensor]:
         """`{name of the weight: W_hat^T [o, i]}` in the dtype of the model's parameter.
 
@@ -142,7 +149,7 @@ class _Unpack:
         target = f"{self.module}.weight"
         return {target: torch.from_numpy(dense).to(model.get_parameter(target).dtype)}
 
-    def _array(self, given: Mapping[str, Any], name: str) -> np.ndarray:
+    def _array(self, given: Given, name: str) -> np.ndarray:
         found = given.get(name)
         found = found[0] if isinstance(found, list) else found
         if found is None:
@@ -159,7 +166,7 @@ def _part_list(header: Json) -> list[str]:
     return jax.tree.leaves(part_names(abstract_packed(header)))
 
 
-def _filled(header: Json, arrays: Mapping[str, np.ndarray], version: int) -> Any:
+def _filled(header: Json, arrays: Mapping[str, np.ndarray], version: int) -> WeightNode:
     """The packed node of a header with its arrays, from a file of that version."""
     node = abstract_packed(header)
     return jax.tree.map(

@@ -29,7 +29,7 @@ from rabit_jax.models.cache import Codes, Store, decoded, like
 from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.rotary import Context, View, rotate
 from rabit_jax.tree import is_weight
-from rabit_jax.types import Array, Params, Shape
+from rabit_jax.types import Array, Param, Params, Shape
 from rabit_jax.weights.seam import linear
 from rabit_jax.weights.shardings import gather_when_used, split_rows
 
@@ -374,7 +374,7 @@ class Owner(nn.Module):
         return {name: self._leaf(name, part) if isinstance(part, Fresh)
                 else Owner(part, name=name)() for name, part in self.declared.items()}
 
-    def _leaf(self, name: str, fresh: Fresh) -> Any:
+    def _leaf(self, name: str, fresh: Fresh) -> Param:
         if self.is_initializing():
             self.param(name, fresh.init, fresh.shape)
         leaf, path = self.get_variable("params", name), "/".join((*self.path, name))

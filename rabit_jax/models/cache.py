@@ -8,7 +8,7 @@ Axes: l layers, b batch, n key heads, s slots, h head_dim, t time, m groups of a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -210,8 +210,3 @@ def kinds(config: ModelConfig) -> list[Layer]:
     flags = [windowed(config) and flag for flag in config.local_layers or ()]
     flags = flags or [False] * config.n_layers
     return [Layer(n, flag, sum(one == flag for one in flags[:n])) for n, flag in enumerate(flags)]
-
-
-def cache_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a cache, or of its outline."""
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -136,7 +136,7 @@ def embed(
         return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
-def check_tokens(tokens: Any, vocab_size: int) -> None:
+def check_tokens(tokens: object, vocab_size: int) -> None:
     """Raises BadInput for tokens that are no integers `[b, t]` from 0 to `vocab_size - 1`.
 
     The values of traced tokens are not known and not checked.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from rabit_jax.errors import BadInput
@@ -229,7 +230,7 @@ def _fetch(engine: Engine, new: Array, state: State) -> tuple[np.ndarray, int, b
 
 
 def _prompt(
-    model: Decoder, tokens: Any, mask: Any, max_new_tokens: int
+    model: Decoder, tokens: ArrayLike, mask: ArrayLike | None, max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The prompts and their mask as `[b, t]` int32 and bool, checked."""
     c = model.config

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,14 @@ from rabit_jax.models.cache import check_bits
 from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.decoder import check_params, param_shapes
 from rabit_jax.tree import is_weight, leaves, pytree_dataclass
-from rabit_jax.types import Array, Json, Params
+from rabit_jax.types import Array, Json, Param, Params, Weight
 from rabit_jax.weights.laid import (
     Laid,
     LaidCodes,
     LaidGroupedSign,
     LaidLowRank,
     LaidSign,
+    LaidTable,
     joins,
     lay,
     lay_table,
@@ -41,6 +42,11 @@ from rabit_jax.weights.sign_paths import PackedSign
 # kernels: that of `down` has outliers hundreds of times its mean, so it gets three.
 GROUPS = {("q", "k", "v"): 2, ("o",): 2, ("gate", "up"): 2, ("down",): 3}
 LAID = (LaidSign, LaidLowRank, LaidCodes, LaidGroupedSign)
+
+P = TypeVar("P")
+Kernel: TypeAlias = "Param | At | Beside | Rows"  # of one layer
+Kernels: TypeAlias = "Laid | tuple[Kernel, ...]"  # of all layers
+Head: TypeAlias = "Param | Laid | LaidTable | Rows"
 
 
 @pytree_dataclass
@@ -63,7 +69,7 @@ class Engine:
     embed: Any
     layers: Params
     final_norm: Array
-    head: Any
+    head: Head | None
     config: ModelConfig = struct.field(pytree_node=False)
     cache_bits: int = struct.field(pytree_node=False, default=16)
 
@@ -166,7 +172,7 @@ def prepare(
 
 def layer_at(engine: Engine, layer: int | Array) -> Params:
     """The params of one layer, as `block` reads them with `multiply`."""
-    def at(leaf: Any) -> Any:
+    def at(leaf: Kernels) -> Kernel:
         if isinstance(leaf, tuple):
             return leaf[layer]
         if isinstance(leaf, LAID):
@@ -176,7 +182,7 @@ def layer_at(engine: Engine, layer: int | Array) -> Params:
     return jax.tree.map(at, engine.layers, is_leaf=lambda leaf: isinstance(leaf, (tuple, *LAID)))
 
 
-def multiply(x: Float[Array, "... i"], w: Any) -> Float[Array, "... o"]:
+def multiply(x: Float[Array, "... i"], w: Kernel) -> Float[Array, "... o"]:
     """`x W` in `x.dtype` of a kernel of `layer_at`: `At`, `Beside`, `Rows`, array or weight."""
     if isinstance(w, At):
         return w.weight.matmul_at(x, w.layer)
@@ -189,7 +195,8 @@ def _joined(part: Params, config: ModelConfig, platform: str) -> Params:
     found = {name: own for name, own in part.items() if name not in kernels}
     for group, limbs in GROUPS.items():
         for names in _alike([name for name in group if name in kernels], kernels):
-            own = {"kernel": _product([kernels[name] for name in names], config, platform, limbs)}
+            product = _product([kernels[name] for name in names], config, platform, limbs)
+            own: dict[str, Kernels | Array] = {"kernel": product}
             biases = [part[name]["bias"].astype(config.dtype)
                       for name in names if "bias" in part[name]]
             if biases:
@@ -198,9 +205,9 @@ def _joined(part: Params, config: ModelConfig, platform: str) -> Params:
     return found
 
 
-def _alike(group: Sequence[str], kernels: Mapping[str, Any]) -> list[list[str]]:
+def _alike(group: Sequence[str], kernels: Mapping[str, Param]) -> list[list[str]]:
     """The names of a group in sets that can be joined: dense, packed alike, or one."""
-    sets: dict[Any, list[str]] = {}
+    sets: dict[Hashable, list[str]] = {}
     for name in group:
         node = kernels[name]
         kind = "mixed" if _mixed(node) else (joins(node) or name) if is_weight(node) else "dense"
@@ -208,7 +215,7 @@ def _alike(group: Sequence[str], kernels: Mapping[str, Any]) -> list[list[str]]:
     return list(sets.values())
 
 
-def _product(nodes: list[Any], config: ModelConfig, platform: str, limbs: int) -> Any:
+def _product(nodes: list[Any], config: ModelConfig, platform: str, limbs: int) -> Kernels:
     """The joined weights of all layers: laid, or a tuple of one matrix or node for each layer."""
     short = config.dtype == "bfloat16"
     if _mixed(nodes[0]):
@@ -224,12 +231,12 @@ def _product(nodes: list[Any], config: ModelConfig, platform: str, limbs: int) -
     return tuple(for_device(matrix, platform) for matrix in matrices)
 
 
-def _mixed(node: Any) -> bool:
+def _mixed(node: object) -> bool:
     """Whether the layers of a packed stack have different numbers of paths."""
     return isinstance(node, PackedSign) and node.layer_k is not None
 
 
-def _beside(nodes: Sequence[Any], platform: str, limbs: int, short: bool) -> At | Beside:
+def _beside(nodes: Sequence[PackedSign], platform: str, limbs: int, short: bool) -> At | Beside:
     """The laid weights of one layer `[i, o]` that read the same input; those of one k that follow
     each other are joined."""
     found = []
@@ -239,9 +246,9 @@ def _beside(nodes: Sequence[Any], platform: str, limbs: int, short: bool) -> At 
     return found[0] if len(found) == 1 else Beside(tuple(found))
 
 
-def _with_default(node: Any, limbs: int) -> Any:
+def _with_default(node: Weight, limbs: int) -> Weight:
     """The node with `limbs` in those packed signs within it that have none of their own."""
-    def is_sign(n: Any) -> bool:
+    def is_sign(n: object) -> bool:
         return isinstance(n, PackedSign)
 
     return jax.tree.map(lambda n: n.replace(limbs=n.limbs or limbs) if is_sign(n) else n, node,
@@ -249,7 +256,7 @@ def _with_default(node: Any, limbs: int) -> Any:
 
 
 @jax.jit
-def _index(node: Any, layer: int | Array) -> Any:
+def _index(node: P, layer: int | Array) -> P:
     """One layer of an array or a weight node whose leaves have a leading axis of layers."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), node)
 
@@ -270,8 +277,8 @@ def _turned(matrix: Array, platform: str) -> bool:
 
 
 def _ends(
-    params: Any, config: ModelConfig, platform: str, head_bits: int | None
-) -> tuple[Any, Any]:
+    params: Params, config: ModelConfig, platform: str, head_bits: int | None
+) -> tuple[Head, Head | None]:
     """The embedding and the head of an engine."""
     table: Any = params["embed"]["embedding"]
     table = table if is_weight(table) else table.astype(config.dtype)

@@ -57,7 +57,7 @@ def outer(h: Float[Array, "*l i"], g: Float[Array, "*l o"]) -> Float[Array, "*l 
     return h.astype(F32)[..., :, None] * g.astype(F32)[..., None, :]
 
 
-def summed(terms: Iterable[Array]) -> Array:
+def summed(terms: Iterable[Float[Array, "*n"]]) -> Float[Array, "*n"]:
     """The sum of at least one array, added in order."""
     return functools.reduce(operator.add, terms)
 

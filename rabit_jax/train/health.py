@@ -11,9 +11,9 @@ step that is to be skipped is skipped on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,10 @@ from jaxtyping import Bool, Float, Int, PyTree
 
 from rabit_jax.errors import BadInput
 from rabit_jax.tree import is_weight, leaves, path_name, pytree_dataclass
-from rabit_jax.types import Array, Params
+from rabit_jax.types import Array, Params, Weight
 
 F32 = jnp.float32
+T = TypeVar("T")
 Action: TypeAlias = Literal["ignore", "warn", "skip", "rollback", "stop"]
 Kind: TypeAlias = Literal["nonfinite", "spike", "scale", "flips"]
 SEVERITY = ("stop", "rollback", "skip", "warn")  # the gravest fault of a step decides
@@ -326,12 +327,12 @@ def _arrays(tree: PyTree) -> list[tuple[str, Array]]:
     return [(path_name(path), leaf) for path, leaf in flat]
 
 
-def _layers(path: str, leaf: Any) -> int:
+def _layers(path: str, leaf: Array) -> int:
     """Number of stacked layers of an array; 0 where it is not stacked."""
     return leaf.shape[0] if path.startswith("layers/") and leaf.ndim else 0
 
 
-def _by_layer(path: str, x: Array, function: Any) -> Array:
+def _by_layer(path: str, x: Array, function: Callable[..., Array]) -> Array:
     """A reduction of an array, layer by layer where it is stacked: `[l]` or a scalar."""
     return function(x, axis=tuple(range(1, x.ndim))) if _layers(path, x) else function(x)
 
@@ -341,9 +342,9 @@ def _scales(tree: Params, names: PyTree[str]) -> list[tuple[str, Array]]:
     return [(path, leaf) for (path, leaf), name in named if name == "scale"]
 
 
-def _moving_signs(trainable: Params, names: PyTree[str]) -> list[tuple[str, Any]]:
+def _moving_signs(trainable: Params, names: PyTree[str]) -> list[tuple[str, Weight]]:
     """Weight nodes that have signs and latents that train."""
-    flat: Mapping[str, Any] = dict(leaves(names))
+    flat = dict(leaves(names))
     return [(path, node) for path, node in leaves(trainable)
             if is_weight(node) and hasattr(node, "positive")
             and "latent" in jax.tree.leaves(flat[path])]
@@ -355,7 +356,7 @@ def _flips(
     """The largest share of flipped signs of any path: of each layer, by path of the node."""
     fixed = dict(leaves(frozen))
 
-    def share(pair: tuple[Any, Any]) -> Array:
+    def share(pair: Sequence[Any]) -> Array:
         # Of every path [..., k, i, o]; a node of several parts gives a tree of them.
         changed = jax.tree.map(jnp.not_equal, *(node.positive() for node in pair))
         rates = [jnp.max(jnp.mean(one, axis=(-2, -1), dtype=F32))
@@ -370,7 +371,7 @@ def _flips(
     return found
 
 
-def _filled(node: Any, frozen: Any) -> Any:
+def _filled(node: T, frozen: T) -> T:
     """A node with its frozen arrays in the holes."""
     return jax.tree.map(lambda a, b: b if a is None else a, node, frozen,
                         is_leaf=lambda x: x is None)

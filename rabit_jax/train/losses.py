@@ -121,7 +121,7 @@ def summed_kl(
 
 def likeliest(
     head: Head, features: Float[Array, "b t d"], top: int, chunk: int = 256
-) -> dict[str, Array]:
+) -> dict[str, Shaped[Array, "b t *k"]]:
     """What `summed_kept_kl` needs of a teacher: its `top` likeliest tokens at each position.
 
     Returns:
@@ -154,7 +154,7 @@ def _log_rest(logits: Float[Array, "b t v"], ids: Int[Array, "b t k"]) -> Float[
 
 
 def summed_kept_kl(
-    head: Head, student: Float[Array, "b t d"], taught: dict[str, Array],
+    head: Head, student: Float[Array, "b t d"], taught: Mapping[str, Shaped[Array, "b t *k"]],
     mask: Shaped[Array, "b t"], chunk: int = 256,
 ) -> Float[Array, ""]:
     """KL to a teacher of whom the k likeliest tokens are known, scalar float32 in nats.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from rabit_jax.errors import BadInput
 from rabit_jax.tree import is_weight, map_leaves
-from rabit_jax.types import Array, Params
+from rabit_jax.types import Array, Json, Param, Params
 
 ROLES = ("latent", "scale", "level", "matrix", "embedding", "head", "norm", "bias")
 FIXED = ("sign", "code")  # bits and integers: no gradient reaches them
@@ -85,7 +85,7 @@ def roles(params: Params) -> Params:
     "embedding", "head", "norm" (a vector), "bias", otherwise "matrix".
     """
 
-    def name(path: str, leaf: Any) -> Any:
+    def name(path: str, leaf: Param) -> PyTree[str]:
         if is_weight(leaf):
             return leaf.roles()
         last, place = path.rpartition("/")[2], _place(path)
@@ -118,7 +118,7 @@ def partition(
     """
     kept = (*freeze, *FIXED)
 
-    def held(path: str, leaf: Any, name: Any) -> Any:
+    def held(path: str, leaf: Param, name: PyTree[str]) -> PyTree[bool]:
         place = _place(path)
         whole = is_weight(leaf) and place != "matrix" and place in freeze
         return jax.tree.map(lambda n: whole or n in kept, name)
@@ -163,7 +163,7 @@ def make_optimizer(
     matrix = learning_rate(config, config.lr, steps)
     other = learning_rate(config, config.scale_lr or config.lr, steps)
     held = config.momentum or None
-    adam: dict[str, Any] = {"b1": config.beta1, "b2": config.beta2, "mu_dtype": held}
+    adam: Json = {"b1": config.beta1, "b2": config.beta2, "mu_dtype": held}
     labels = jax.tree.map(lambda n: "matrix" if n in MUON_ROLES else "other", names)
     if config.name == "relative":
         move = _relative_adam(config, matrix, config.weight_decay, (-2, -1))
@@ -211,10 +211,12 @@ def scale_by_size(axes: tuple[int, ...]) -> optax.GradientTransformation:
         squares = jnp.square(x.astype(jnp.float32))
         return jnp.sqrt(jnp.mean(squares, axis=axes, keepdims=True))
 
-    def init(params: Any) -> SizeState:
+    def init(params: PyTree[Array]) -> SizeState:
         return SizeState(jax.tree.map(size, params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, SizeState]:
+    def update(
+        updates: PyTree[Array], state: PyTree, params: PyTree[Array] = None
+    ) -> tuple[PyTree[Array], SizeState]:
         return jax.tree.map(jnp.multiply, updates, state.sizes), state
 
     return optax.GradientTransformation(init, update)
@@ -233,7 +235,7 @@ def _relative_adam(
     )
 
 
-def _last_two_axes(params: Any) -> Any:
+def _last_two_axes(params: PyTree[Array]) -> PyTree[MuonDimensionNumbers]:
     return jax.tree.map(lambda x: MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from rabit_jax.errors import BadInput
-from rabit_jax.types import Params, Shape
+from rabit_jax.types import Array, Device, Params, Shape
 from rabit_jax.weights.shardings import (
     AXES,
     ROWS,
@@ -34,9 +34,12 @@ __all__ = [
     "one_device_mesh", "param_shardings", "replicated", "row_shards", "weight_shardings",
 ]
 
+# Shape and sharding of every parameter by its path.
+Placed: TypeAlias = dict[str, tuple[Shape, NamedSharding]]
+
 
 def make_mesh(
-    axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None
+    axes: Mapping[str, int] | None = None, devices: Sequence[Device] | None = None
 ) -> Mesh:
     """Mesh of all devices of all processes, or of those given; what the axes leave is on `data`.
 
@@ -116,7 +119,7 @@ def layer_by_layer(
         return transform
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
-        def spec(path: tuple, leaf: Any) -> PartitionSpec:
+        def spec(path: tuple, leaf: Array) -> PartitionSpec:
             found = _found(placed, path, leaf)
             return found.spec if found else PartitionSpec()
 
@@ -176,14 +179,14 @@ def _in_parts(mesh: Mesh, x: jax.Array, spec: PartitionSpec, shape: Shape) -> ja
     return x if len(shape) == 2 else x[: prod(shape[:-2])].reshape(*shape[:-2], *x.shape[-2:])
 
 
-def _by_path(params: Params, shardings: PyTree[NamedSharding]) -> dict[str, tuple[Any, Any]]:
+def _by_path(params: Params, shardings: PyTree[NamedSharding]) -> Placed:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     placed = jax.tree.leaves(shardings)
     return {jax.tree_util.keystr(path): (leaf.shape, s)
             for (path, leaf), s in zip(flat, placed, strict=True)}
 
 
-def _found(placed: dict[str, tuple[Any, Any]], path: tuple, leaf: Any) -> NamedSharding | None:
+def _found(placed: Placed, path: tuple, leaf: Array) -> NamedSharding | None:
     """The sharding of the parameter whose path ends this one, and whose shape the leaf has."""
     for start in range(len(path)):
         shape, sharding = placed.get(jax.tree_util.keystr(path[start:]), (None, None))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ F32 = jnp.float32
 
 Metrics = dict[str, Float[Array, ""]]
 # loss(params, teacher, batch) -> {"loss": sum over tokens, other sums ...}; the teacher may be None
-Loss = Callable[[Params, Any, Batch], Metrics]
+Loss = Callable[[Params, PyTree, Batch], Metrics]
 
 
 @pytree_dataclass

@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats, importance
@@ -129,7 +129,7 @@ def _power_of_two(x: jax.Array) -> jax.Array:
     return jnp.where(bits > 0, jax.lax.bitcast_convert_type(bits, F32), 1)
 
 
-def draw(x: jax.Array, count: int, key: jax.Array) -> jax.Array:
+def draw(x: Float[Array, "m o d"], count: int, key: jax.Array) -> Float[Array, "n d"]:
     """`count` of the vectors `x: [m, o, d]`, one from each of as many equal stretches of them."""
     m, o, d = x.shape
     first = np.arange(count, dtype=np.int64) * (m * o) // count
@@ -138,8 +138,12 @@ def draw(x: jax.Array, count: int, key: jax.Array) -> jax.Array:
 
 
 def kmeans(
-    x: jax.Array, weight_in: jax.Array, weight_out: jax.Array, start: jax.Array, iterations: int
-) -> tuple[jax.Array, jax.Array]:
+    x: Float[Array, "m o d"],
+    weight_in: Float[Array, "m d"],
+    weight_out: Float[Array, " o"],
+    start: Float[Array, "n d"],
+    iterations: int,
+) -> tuple[Int[Array, "m o"], Float[Array, "n d"]]:
     """Lloyd's iteration on `sum_{m,o,j} weight_in[m,j] weight_out[o] (x[m,o,j] - c[j])^2`.
 
     Every vector goes to the entry with the least error, every entry to the weighted mean of its
@@ -150,11 +154,11 @@ def kmeans(
       x: float32 `[m, o, d]`.
       weight_in: float32 `[m, d]`, not negative.
       weight_out: float32 `[o]`, not negative.
-      start: float32 `[entries, d]`.
+      start: float32 `[n, d]`, the entries.
       iterations: how often the entries are moved.
 
     Returns:
-      `(codes, entries)`: int32 `[m, o]`, the nearest of the entries returned, and `[entries, d]`.
+      `(codes, entries)`: int32 `[m, o]`, the nearest of the entries returned, and `[n, d]`.
     """
     m, o, _ = x.shape
     rows = min(m, max(1, SCORES // (o * len(start))))
@@ -220,7 +224,7 @@ class CodebookSum(WeightNode):
         """`W_hat`, float32 `[..., i, o]`; differentiable in `codebooks` and `g`."""
         return self.g[..., None, :].astype(F32) * summed(self._terms())
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """What each stage adds, `g C_s`, float32 `[..., i, o]`."""
         return (self.g[..., None, :].astype(F32) * term for term in self._terms())
 
@@ -257,11 +261,11 @@ class PackedCodebook(CodebookSum):
     header_type = "codebook"
     header_sizes = {"stages": "s", "bits": "b", "dim": "d"}
 
-    def codes(self) -> jax.Array:
+    def codes(self) -> UInt8[Array, "... s m o"]:
         """uint8 `[..., stages, m, o]`."""
         return unpack_codes(self.bits, vectors(self.inputs, self.codebooks.shape[-1]))
 
-    def _terms(self) -> Iterator[jax.Array]:
+    def _terms(self) -> Iterator[Float[Array, "... i o"]]:
         return codebook_terms(self.codes(), self.codebooks.astype(F32), self.inputs)
 
 
@@ -275,10 +279,12 @@ def code_bits(entries: int) -> int:
     return (entries - 1).bit_length()
 
 
-def codebook_terms(codes: jax.Array, codebooks: jax.Array, inputs: int) -> Iterator[jax.Array]:
-    """`C_s[code_s[i // d, o], i mod d]` for each stage, float32 `[..., i, o]`.
+def codebook_terms(
+    codes: UInt8[Array, "... s m o"], codebooks: Float[Array, "... s n d"], inputs: int
+) -> Iterator[Float[Array, "... i o"]]:
+    """`C_s[code_s[i // d, o], i mod d]` for each of the stages s, float32 `[..., i, o]`.
 
-    `codes: [..., stages, m, o]` uint8, `codebooks: [..., stages, entries, d]` float32.
+    `codes: [..., s, m, o]` uint8, `codebooks: [..., s, n, d]` float32.
     """
     read = jnp.vectorize(lambda book, code: book[code], signature="(e,d),(m,o)->(m,o,d)")
     for s in range(codes.shape[-3]):
@@ -324,5 +330,5 @@ class Codebook(CodebookSum):
         planes = per_layer(lambda codes: pack_codes(codes, bits), self.codes)
         return PackedCodebook(planes, books, g, self.inputs)
 
-    def _terms(self) -> Iterator[jax.Array]:
+    def _terms(self) -> Iterator[Float[Array, "... i o"]]:
         return codebook_terms(self.codes, self.codebooks.astype(F32), self.inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jaxtyping import PyTree
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.tree import Rules, is_weight, layer_keys, leaves, map_leaves, match_rules
-from rabit_jax.types import Array
+from rabit_jax.types import Array, Param
 from rabit_jax.weights.reshaped import in_shape, matrix_shape
 from rabit_jax.weights.table import Table, is_table
 
@@ -66,8 +65,8 @@ def convert(
     shapes = {p: matrix_shape(p, found[p].shape, own[p]) for p in selected}
     keys = {} if key is None else layer_keys(key, {p: shapes[p][:-2] for p in selected})
 
-    def replace(path: str, leaf: Any) -> Any:
-        if path not in selected:
+    def replace(path: str, leaf: Param) -> Param:
+        if path not in selected or is_weight(leaf):  # no rule selects a weight node
             return leaf
         spec, one_key = selected[path], keys.get(path)
         if is_table(path):

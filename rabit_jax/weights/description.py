@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from rabit_jax.kernels.cpu.library import status
-from rabit_jax.tree import is_weight, leaves
+from rabit_jax.tree import is_weight, leaves, tree_bytes
+from rabit_jax.types import Param
 from rabit_jax.weights.conversion import LLAMA_ENDS
 
 
@@ -140,11 +140,6 @@ def _size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def leaf_bytes(tree: PyTree) -> int:
-    """Bytes of all arrays (or abstract arrays) of a tree."""
-    return sum(prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
-
-
 def describe(params: PyTree) -> Description:
     """Path, representation, shape, k, bits per weight and bytes of every parameter.
 
@@ -157,9 +152,9 @@ def describe(params: PyTree) -> Description:
     return Description(tuple(_row(path, leaf) for path, leaf in leaves(params)))
 
 
-def _row(path: str, leaf: Any) -> Row:
+def _row(path: str, leaf: Param) -> Row:
     size = prod(leaf.shape)
-    trained = leaf_bytes(leaf)
+    trained = tree_bytes(leaf)
     if not is_weight(leaf):
         return Row(
             path,

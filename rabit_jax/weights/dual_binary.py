@@ -130,7 +130,7 @@ class PackedDualBinary(TwoPlanes):
     header_type = "dual_binary"
     header_sizes = {"group": "group"}
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`a_1 b_1` and `a_2 b_2`, float32 `[..., i, o]`."""
         for j in range(2):
             level = spread(self.a[..., j, :, :].astype(F32), self.group, self.inputs)
@@ -165,7 +165,7 @@ class DualBinary(TwoPlanes):
         """`W_hat`, float32 `[..., i, o]`."""
         return dual_binary(self.latent, self.a, self.group)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`a_1 b_1` and `a_2 b_2`, float32 `[..., i, o]`."""
         return (term for _, term in _terms(self.latent, self.a, self.group))
 
@@ -200,7 +200,9 @@ def _terms(latent: jax.Array, a: jax.Array, group: int) -> Iterator[tuple]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def dual_binary(latent: jax.Array, a: jax.Array, group: int = 128, dtype=F32) -> jax.Array:
+def dual_binary(
+    latent: Float[Array, "... i o"], a: Float[Array, "... 2 n o"], group: int = 128, dtype=F32
+) -> Float[Array, "... i o"]:
     """`W_hat = a_1 b_1 + a_2 b_2` with the planes of `DualBinary`.
 
     Backward, with `G = dL/dW_hat` and the planes constant:

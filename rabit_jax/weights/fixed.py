@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,8 @@ from jaxtyping import Float
 
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import map_leaves, pytree_dataclass
-from rabit_jax.types import Array, Params
+from rabit_jax.types import Array, Param, Params
+from rabit_jax.weights.axes import Leaf
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.group_levels import to_half
 from rabit_jax.weights.leaves import WeightNode, declaration, part
@@ -39,7 +39,7 @@ class FixedWeight(WeightNode):
       PackedSign(bits='sign', g='scale', h='scale', limbs=None)
     """
 
-    packed_weight: Any = part()
+    packed_weight: WeightNode = part()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ class FixedWeight(WeightNode):
         """The paths of the packed weight, float32 `[..., i, o]`."""
         return self.packed_weight.paths()
 
-    def pack(self, name: str) -> Any:
+    def pack(self, name: str) -> WeightNode:
         """The packed weight with its scales and levels rounded to 16 bits.
 
         Raises:
@@ -67,7 +67,7 @@ class FixedWeight(WeightNode):
                       for n, one in enumerate(unstacked(self.packed_weight))]
             return stacked(layers)
 
-        def rounded(declared: Any, array: Array) -> Array:
+        def rounded(declared: Leaf, array: Array) -> Array:
             if declared.role not in TRAINED:
                 return array
             return to_half(array, declared.role, name, lead, declared.role == "scale")
@@ -86,7 +86,7 @@ def fixed(params: Params) -> Params:
       >>> student = fixed(load_packed("runs/mine/packed")[1])
     """
 
-    def leaf(path: str, node: Any) -> Any:
+    def leaf(path: str, node: Param) -> Param:
         if not is_packed_node(node):
             return node
         if isinstance(node, Table):  # which stays one that is looked up

@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rabit_jax.errors import check_choice
 from rabit_jax.signs.channel_importance import Stats
@@ -88,11 +88,11 @@ class FrozenPath(SignPaths):
         """`W_hat`, float32 `[..., i, o]`."""
         return frozen_weight(self.frozen, self.latent, self.g, self.h, self.ste)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return jnp.stack(list(_positive(self.frozen, self.latent)), axis=-3)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return _terms(self.frozen, self.latent, self.g, self.h)
 
@@ -125,13 +125,13 @@ def _terms(frozen: jax.Array, latent: jax.Array, g: jax.Array, h: jax.Array) -> 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def frozen_weight(
-    frozen: jax.Array,
-    latent: jax.Array,
-    g: jax.Array,
-    h: jax.Array,
+    frozen: Bool[Array, "... k-1 i o"],
+    latent: Float[Array, "... i o"],
+    g: Float[Array, "... k o"],
+    h: Float[Array, "... k i"],
     ste: str = "identity",
     dtype=F32,
-) -> jax.Array:
+) -> Float[Array, "... i o"]:
     """`W_hat` of `FrozenPath`, summed path by path, sign(0) = +1.
 
     Backward, with `G = dL/dW_hat` and all `B_i` constant for the scales:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from math import prod
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Float, Float16, UInt8
 
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels.layout import unpack_bits
+from rabit_jax.types import Array
+from rabit_jax.weights.axes import axis_size
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import WeightNode, axis_size
+from rabit_jax.weights.leaves import WeightNode
 from rabit_jax.weights.sign_paths import SCALE_DTYPE, pack_positive
 
 
@@ -38,12 +40,12 @@ class GroupedPlanes(WeightNode):
         return Cost(layers * 2 * n * o, additions, 0, self.deployed_bytes())
 
 
-def pack_codes(codes: jax.Array, bits: int) -> jax.Array:
+def pack_codes(codes: UInt8[Array, "... i o"], bits: int) -> UInt8[Array, "... b o n"]:
     """Codes below `2^bits`, uint8 `[..., i, o]` -> planes `[..., bits, o, 32 ceil(i / 256)]`."""
     return jnp.stack([pack_positive((codes >> p & 1).astype(bool)) for p in range(bits)], axis=-3)
 
 
-def unpack_codes(bits: jax.Array, inputs: int) -> jax.Array:
+def unpack_codes(bits: UInt8[Array, "... b o n"], inputs: int) -> UInt8[Array, "... i o"]:
     """Planes uint8 `[..., bits, o, 32 ceil(i / 256)]` -> codes uint8 `[..., i, o]`."""
     planes = (unpack_bits(bits[..., p, :, :], inputs) << p for p in range(bits.shape[-3]))
     return jnp.swapaxes(sum(planes), -1, -2)
@@ -52,7 +54,7 @@ def unpack_codes(bits: jax.Array, inputs: int) -> jax.Array:
 SMALLEST = 1e-4  # float16 is normal from 6.1e-5
 
 
-def storable(scales: jax.Array) -> jax.Array:
+def storable(scales: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Scales of one matrix, raised to 1e-4, which 16 bits can hold, or to a quarter of the largest.
 
     The lesser of the two is the floor: only groups of small weights in a matrix of larger ones are
@@ -62,8 +64,8 @@ def storable(scales: jax.Array) -> jax.Array:
 
 
 def to_half(
-    values: jax.Array, label: str, name: str, lead: int = 0, scale: bool = False
-) -> jax.Array:
+    values: Float[Array, "*n"], label: str, name: str, lead: int = 0, scale: bool = False
+) -> Float16[Array, "*n"]:
     """Round to float16 and check that 16 bits hold the values.
 
     The first `lead` axes are those of stacked layers. Zeros of a matrix that has nothing else are

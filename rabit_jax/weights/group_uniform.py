@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
@@ -116,7 +116,7 @@ class PackedGroupUniform(GroupedPlanes):
     header_type = "group_uniform"
     header_sizes = {"bits": "b", "group": "group"}
 
-    def codes(self) -> jax.Array:
+    def codes(self) -> UInt8[Array, "... i o"]:
         """`q`, uint8 `[..., i, o]`, 0 to `2^bits - 1`."""
         return unpack_codes(self.bits, self.inputs)
 
@@ -125,7 +125,7 @@ class PackedGroupUniform(GroupedPlanes):
         s, c = (spread(v.astype(F32), self.group, self.inputs) for v in (self.s, self.c))
         return s * self.codes() + c
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat` as its only term, float32 `[..., i, o]`."""
         yield self.dense()
 
@@ -158,11 +158,11 @@ class GroupUniform(GroupedPlanes):
         """`W_hat`, float32 `[..., i, o]`."""
         return group_uniform(self.latent, self.s, self.c, self.group, self.bits)
 
-    def codes(self) -> jax.Array:
+    def codes(self) -> UInt8[Array, "... i o"]:
         """`q`, uint8 `[..., i, o]`, 0 to `2^bits - 1`."""
         return _codes(self.latent, self.s, self.c, self.group, self.bits).astype(jnp.uint8)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat` as its only term, float32 `[..., i, o]`."""
         yield self.dense()
 
@@ -212,8 +212,13 @@ def _codes(latent: jax.Array, s: jax.Array, c: jax.Array, group: int, bits: int)
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def group_uniform(
-    latent: jax.Array, s: jax.Array, c: jax.Array, group: int = 128, bits: int = 2, dtype=F32
-) -> jax.Array:
+    latent: Float[Array, "... i o"],
+    s: Float[Array, "... n o"],
+    c: Float[Array, "... n o"],
+    group: int = 128,
+    bits: int = 2,
+    dtype=F32,
+) -> Float[Array, "... i o"]:
     """`W_hat = s q + c` with `q = clip(round((W - c) / s), 0, 2^bits - 1)`.
 
     Backward, with `G = dL/dW_hat` and the codes constant:

@@ -8,20 +8,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.groups import group_count, spread
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import per_layer, pytree_dataclass
-from rabit_jax.types import Array, Shape
+from rabit_jax.types import Array, Shape, Spec
+from rabit_jax.weights.axes import Sizes
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import Sizes, leaf, part, size, static
+from rabit_jax.weights.leaves import leaf, part, size, static
 from rabit_jax.weights.sign_paths import SignPaths, pack_positive
 
 
-def grouped(spec: Any, w: jax.Array, stats: Stats | None, key: jax.Array | None) -> GroupedSign:
+def grouped(
+    spec: Spec, group: int, w: Float[Array, "... i o"], stats: Stats | None, key: Array | None
+) -> GroupedSign:
     """The node of a spec of sign paths for a kernel `[..., i, o]`, group by group of its inputs.
 
     Scales `h[k, i]`, `g[k, m, o]` with `m = floor(i / group)` tie no group to another: each is a
@@ -29,13 +32,14 @@ def grouped(spec: Any, w: jax.Array, stats: Stats | None, key: jax.Array | None)
     zeros, which have no part in the fit.
 
     Args:
-      spec: with its own `group` left out of account by `ungrouped()`.
+      spec: of the matrix of one group.
+      group: inputs of a group.
       w: float `[..., i, o]`.
       stats: calibration statistics `[..., i]`, `[..., o]`, or None.
       key: for specs that draw random numbers.
     """
     *lead, i, o = w.shape
-    n, group = group_count(i, spec.group), spec.group
+    n = group_count(i, group)
     pad = [(0, 0)] * len(lead) + [(0, n * group - i)]
     blocks = jnp.pad(w, [*pad, (0, 0)]).reshape(*lead, n, group, o)
     if stats is not None:
@@ -44,7 +48,7 @@ def grouped(spec: Any, w: jax.Array, stats: Stats | None, key: jax.Array | None)
         real = jnp.arange(n * group) < i
         s_in = jnp.where(real, jnp.pad(stats.s_in, pad), mean).reshape(*lead, n, group)
         stats = Stats(s_in, jnp.broadcast_to(stats.s_out[..., None, :], (*lead, n, o)))
-    return GroupedSign(spec.ungrouped().init(blocks, stats, key), i)
+    return GroupedSign(spec.init(blocks, stats, key), i)
 
 
 @pytree_dataclass
@@ -73,11 +77,11 @@ class PackedGroupedSign(SignPaths):
         one = (array[None] for array in (self.bits, self.g, self.h))
         return grouped_signs_matmul(x, *one, group=self.group)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return jnp.swapaxes(unpack_bits(self.bits, self.shape[-2]), -1, -2).astype(bool)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         signs = self.signs()
         for k in range(self.k):
@@ -123,11 +127,11 @@ class GroupedSign(SignPaths):
         group, o = self.blocks.shape[-2:]
         return {"k": self.blocks.k, "i": self.inputs, "o": o, "group": group}
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return jnp.moveaxis(self._joined(jnp.moveaxis(self.blocks.positive(), -3, 0)), 0, -3)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return map(self._joined, self.blocks.paths())
 

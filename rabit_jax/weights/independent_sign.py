@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rabit_jax.errors import check_choice
 from rabit_jax.signs.channel_importance import Stats
@@ -67,7 +67,9 @@ class IndependentSignSpec(SignFit):
 
 
 @jax.jit
-def residuals(w: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
+def residuals(
+    w: Float[Array, "... i o"], g: Float[Array, "... k o"], h: Float[Array, "... k i"]
+) -> Float[Array, "... k i o"]:
     """What each path of the coupled forward takes the sign of: float32 `[..., k, i, o]`."""
 
     def layer(w, g, h):
@@ -107,11 +109,11 @@ class IndependentSign(SignPaths):
         """`W_hat`, float32 `[..., i, o]`."""
         return independent_weight(self.latents, self.g, self.h, self.ste)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return self.latents >= 0
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return _terms(self.latents, self.g, self.h)
 
@@ -146,8 +148,12 @@ def _terms(latents: jax.Array, g: jax.Array, h: jax.Array) -> Iterator[jax.Array
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def independent_weight(
-    latents: jax.Array, g: jax.Array, h: jax.Array, ste: str = "identity", dtype=F32
-) -> jax.Array:
+    latents: Float[Array, "... k i o"],
+    g: Float[Array, "... k o"],
+    h: Float[Array, "... k i"],
+    ste: str = "identity",
+    dtype=F32,
+) -> Float[Array, "... i o"]:
     """`W_hat = sum_i diag(h_i) sign(V_i) diag(g_i)` with sign(0) = +1, summed path by path.
 
     Backward, with `G = dL/dW_hat`, and `B_i = sign(V_i)` constant for the scales:

@@ -7,15 +7,17 @@ Made from packed weights by `lay`, never stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Float, Int
 
 from rabit_jax.tree import per_layer, pytree_dataclass
+from rabit_jax.types import Array
 from rabit_jax.weights.group_uniform import PackedGroupUniform
 from rabit_jax.weights.grouped_sign import PackedGroupedSign
 from rabit_jax.weights.low_rank_sign import PackedLowRank
@@ -43,7 +45,9 @@ class LaidSign:
     limbs: int = struct.field(pytree_node=False, default=2)
     short: bool = struct.field(pytree_node=False, default=False)
 
-    def matmul_at(self, x: jax.Array, layer: jax.Array, impl: str | None = None) -> jax.Array:
+    def matmul_at(
+        self, x: Float[Array, "... i"], layer: Array, impl: str | None = None
+    ) -> Float[Array, "... o"]:
         """`x @ [W_1 ... W_m]` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
         from rabit_jax.kernels.matmul import packed_matmul
 
@@ -69,7 +73,9 @@ class LaidLowRank:
     g: jax.Array
     limbs: int = struct.field(pytree_node=False, default=2)
 
-    def matmul_at(self, x: jax.Array, layer: jax.Array, impl: str | None = None) -> jax.Array:
+    def matmul_at(
+        self, x: Float[Array, "... i"], layer: Array, impl: str | None = None
+    ) -> Float[Array, "... o"]:
         """`x @ W_hat` of one layer: `[..., i]` -> `[..., o]`."""
         from rabit_jax.kernels.matmul import packed_low_rank_matmul
 
@@ -91,14 +97,14 @@ class LaidTable:
     scale: jax.Array
     limbs: int = struct.field(pytree_node=False, default=2)
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """`x W_hat` in float32: `[..., i]` -> `[..., o]`."""
         from rabit_jax.kernels.matmul import table_matmul
 
         return table_matmul(x, self.table, self.scale, self.limbs)
 
 
-def lay_table(rows: jax.Array, platform: str) -> LaidTable:
+def lay_table(rows: Float[Array, "o i"], platform: str) -> LaidTable:
     """Rows `[o, i]`, one for each output, rounded to 8 bits: `s_o = max_i |w_oi| / 127`."""
     from rabit_jax.kernels.matmul import laid_table
 
@@ -136,14 +142,14 @@ class LaidCodes:
     inputs: int = struct.field(pytree_node=False)
     limbs: int = struct.field(pytree_node=False, default=2)
 
-    def matmul_at(self, x: jax.Array, layer: jax.Array | int) -> jax.Array:
+    def matmul_at(self, x: Float[Array, "... i"], layer: Array | int) -> Float[Array, "... o"]:
         """`x @ [W_1 ... W_m]` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
         from rabit_jax.kernels.codes import codes_matmul
 
         return codes_matmul(x, self.codes, self.s, self.c, group=self.group, layer=layer,
                             limbs=self.limbs)
 
-    def lookup(self, tokens: jax.Array) -> jax.Array:
+    def lookup(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b i"]:
         """Rows `W_hat[:, tokens]` of the first layer, `[*tokens, i]` float32; a token without a row
         reads NaN."""
         from rabit_jax.kernels.codes import rows_at, rows_of_codes
@@ -181,14 +187,14 @@ class LaidGroupedSign:
     limbs: int = struct.field(pytree_node=False, default=2)
     short: bool = struct.field(pytree_node=False, default=False)
 
-    def matmul_at(self, x: jax.Array, layer: jax.Array | int) -> jax.Array:
+    def matmul_at(self, x: Float[Array, "... i"], layer: Array | int) -> Float[Array, "... o"]:
         """`x @ [W_1 ... W_m]` of one layer: `[..., i]` -> `[..., o]`; nothing is copied."""
         from rabit_jax.kernels.grouped_signs import grouped_signs_matmul
 
         return grouped_signs_matmul(x, self.bits, self.g, self.h, self.c, group=self.group,
                                     layer=layer, limbs=self.limbs, short=self.short)
 
-    def lookup(self, tokens: jax.Array) -> jax.Array:
+    def lookup(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b i"]:
         """As that of `LaidCodes`."""
         from rabit_jax.kernels.grouped_signs import rows_at
 
@@ -200,7 +206,7 @@ class LaidGroupedSign:
 Laid: TypeAlias = LaidSign | LaidLowRank | LaidCodes | LaidGroupedSign
 
 
-def joins(node: Any) -> Any:
+def joins(node: object) -> Hashable:
     """What packed weights have in common that `lay` can join; None for any other weight."""
     if isinstance(node, PackedSign):
         return node.k

@@ -1,4 +1,4 @@
-"""The arrays of a weight, declared once with role and axes, and what follows from the declaration.
+"""Weight nodes, whose arrays are declared once with role and axes, and what follows from that.
 
     class ResidualSign(WeightNode):
         latent: Array = leaf("latent", "i o")
@@ -6,16 +6,7 @@
         h: Array = leaf("scale", "k i")
 
 The roles group arrays for the optimiser, the axes place them on a mesh, and the axes of the packed
-form give its shapes from a header, its bytes and its bits per weight. Leading axes, of stacked
-layers, are never written. An axis is one of
-
-    i, o, k, r, ...   a named size; i and o are the inputs and outputs of the matrix
-    2                 a fixed size
-    i//group          ceil(i / group), groups of consecutive inputs
-    2^b               entries of a table that codes of b bits address
-    k-1               one less than k
-    i/8               signs along i, eight to a byte: 32 ceil(i / 256) bytes in the layout rb256,
-                      8 ceil(i / 64) in a file
+form give its shapes from a header, its bytes and its bits per weight; `axes` has their notation.
 """
 
 from __future__ import annotations
@@ -23,75 +14,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from flax.core.meta import AxisMetadata
-from jaxtyping import Float, PyTree
+from jaxtyping import Float, Int, PyTree
 
 from rabit_jax.errors import BadInput, check_choice
-from rabit_jax.kernels.layout import packed_bytes, stored_bytes
 from rabit_jax.signs.ste import summed
 from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Json, Shape, Weight
+from rabit_jax.weights.axes import Leaf, Role, Sizes
 from rabit_jax.weights.costs import Cost
 
-Role = Literal["latent", "scale", "level", "sign", "code"]
-Sizes = dict[str, int]
+Node = TypeVar("Node", bound="WeightNode")
 Header = Mapping[str, Any]
-
-# What the packed form stores each role in.
-PACKED_DTYPES = {"sign": jnp.uint8, "code": jnp.uint8, "scale": jnp.float16, "level": jnp.float16}
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """Role and axes of one array of a weight.
-
-    Attributes:
-      role: "latent", a large trainable array; "scale", a small one, kept positive; "level", a small
-        one of either sign; "sign" and "code", bits and integers, which no training changes.
-      axes: the axes behind those of the stacked layers, separated by spaces.
-    """
-
-    role: Role
-    axes: str
-
-    @property
-    def names(self) -> list[str]:
-        """The axes, one by one."""
-        return self.axes.split()
-
-    def shape(self, sizes: Sizes) -> Shape:
-        """Shape of the array of one matrix."""
-        return tuple(axis_size(axis, sizes) for axis in self.names)
-
-    def packed_bits(self, sizes: Sizes) -> int:
-        """Bits of the packed array of one matrix, without the padding of packed rows."""
-        bits = 8 * jnp.dtype(PACKED_DTYPES[self.role]).itemsize
-        rows, packed = [a for a in self.names if not _is_packed(a)], filter(_is_packed, self.names)
-        for axis in packed:
-            rows, bits = [*rows, axis.removesuffix("/8")], bits // 8
-        return bits * prod(axis_size(axis, sizes) for axis in rows)
-
-    def row_signs(self, sizes: Sizes) -> int:
-        """Signs of one packed row; 0 for an array that is not packed."""
-        last = self.names[-1] if self.axes else ""
-        return axis_size(last.removesuffix("/8"), sizes) if _is_packed(last) else 0
-
-    def stored_bytes(self, sizes: Sizes) -> int:
-        """Bytes of the packed array of one matrix in a file."""
-        one = self.outline(sizes)
-        signs = self.row_signs(sizes)
-        shape = (*one.shape[:-1], stored_bytes(signs)) if signs else one.shape
-        return prod(shape) * np.dtype(one.dtype).itemsize
-
-    def outline(self, sizes: Sizes) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of the packed array of one matrix."""
-        return jax.ShapeDtypeStruct(self.shape(sizes), PACKED_DTYPES[self.role])
+ReadPart = Callable[[Header], "WeightNode"]  # makes the node of a part from its header
 
 
 def leaf(role: Role, axes: str) -> Any:
@@ -99,7 +39,7 @@ def leaf(role: Role, axes: str) -> Any:
     return struct.field(metadata={"leaf": Leaf(role, axes)})
 
 
-def size(axis: str, **default: Any) -> Any:
+def size(axis: str, **default: int) -> Any:
     """A static field of a weight node that holds the size of an axis which no array has."""
     return struct.field(pytree_node=False, metadata={"axis": axis}, **default)
 
@@ -120,35 +60,6 @@ def part(many: bool = False) -> Any:
     return struct.field(metadata={"many": many})
 
 
-def axis_size(axis: str, sizes: Sizes) -> int:
-    """The size of an axis of this module's notation, from those of the named axes.
-
-    Raises:
-      KeyError: a name that `sizes` lacks.
-
-    Example:
-      >>> axis_size("i//group/8", {"i": 3000, "group": 4})
-      96
-    """
-    if axis.isdigit():
-        return int(axis)
-    if _is_packed(axis):
-        return packed_bytes(axis_size(axis.removesuffix("/8"), sizes))
-    if "//" in axis:
-        whole, group = axis.split("//")
-        return -(-axis_size(whole, sizes) // axis_size(group, sizes))
-    if "^" in axis:
-        base, exponent = axis.split("^")
-        return axis_size(base, sizes) ** axis_size(exponent, sizes)
-    if axis.endswith("-1"):
-        return axis_size(axis.removesuffix("-1"), sizes) - 1
-    return sizes[axis]
-
-
-def _is_packed(axis: str) -> bool:
-    return axis.endswith("/8")
-
-
 class WeightNode(AxisMetadata[Array]):
     """Base of weight nodes, `pytree_dataclass`es whose arrays are declared by `leaf`.
 
@@ -165,6 +76,7 @@ class WeightNode(AxisMetadata[Array]):
       header_sizes: of a packed class, the axes whose sizes its header holds, by name and in order.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
     packed: ClassVar[type[WeightNode] | None] = None
     header_type: ClassVar[str] = ""
     header_sizes: ClassVar[Mapping[str, str]] = {}
@@ -175,9 +87,9 @@ class WeightNode(AxisMetadata[Array]):
             if "choices" in field.metadata:
                 check_choice(field.name, getattr(self, field.name), field.metadata["choices"]())
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: object) -> Self:
         """The node with other values in some fields."""
-        return dataclasses.replace(self, **changes)  # pyright: ignore
+        return dataclasses.replace(self, **changes)
 
     def __jax_array__(self) -> Array:
         """A weight node is no array; JAX calls this where one is used as if it were.
@@ -192,7 +104,7 @@ class WeightNode(AxisMetadata[Array]):
         """`dense()`, which a Linen layer gets for its parameter."""
         return self.dense()
 
-    def __getitem__(self, index: Any) -> Array:
+    def __getitem__(self, index: object) -> Array:
         """`node[...]` is `dense()`, as an NNX layer reads its variable.
 
         Raises:
@@ -203,11 +115,11 @@ class WeightNode(AxisMetadata[Array]):
         raise BadInput(f"a {type(self).__name__} is no array and has no parts to index: index its "
                        "matrix, node.dense()[...]")
 
-    def replace_boxed(self, val: Any) -> Self:
+    def replace_boxed(self, val: object) -> Self:
         """Raises BadInput: no layer writes a matrix into a weight node."""
         raise BadInput(f"a {type(self).__name__} takes no other matrix: convert the model again")
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> Self:
+    def add_axis(self, index: int, params: dict) -> Self:
         """Itself, whose arrays a lifted transformation has stacked along axis `index`.
 
         Raises:
@@ -218,7 +130,7 @@ class WeightNode(AxisMetadata[Array]):
                            "wanted the first: variable_axes={'params': 0}")
         return self
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> Self:
+    def remove_axis(self, index: int, params: dict) -> Self:
         """Itself, of whose arrays a lifted transformation has taken one layer; raises as
         `add_axis`."""
         return self.add_axis(index, params)
@@ -302,7 +214,7 @@ class WeightNode(AxisMetadata[Array]):
         return {"type": self.header_type, "in": i, "out": o, **own, **held}
 
     @classmethod
-    def abstract(cls, header: Header, read: Callable[[Header], Any] | None = None) -> Self:
+    def abstract(cls, header: Header, read: ReadPart | None = None) -> Self:
         """The packed node of one matrix as shapes and dtypes, from its `header`.
 
         Args:
@@ -314,7 +226,7 @@ class WeightNode(AxisMetadata[Array]):
         """
         named = {"in": "i", "out": "o"} | dict(cls.header_sizes)
         sizes = {axis: _checked_size(name, header[name]) for name, axis in named.items()}
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for field in _fields(cls):
             if "leaf" in field.metadata:
                 values[field.name] = field.metadata["leaf"].outline(sizes)
@@ -368,7 +280,7 @@ def row_signs(node: Weight) -> PyTree[int]:
     return node.replace(**found)
 
 
-def columns(node: Any, index: Array) -> Any:
+def columns(node: Weight, index: Int[Array, " n"]) -> WeightNode | None:
     """The node of some columns `W_hat[:, index]`: its arrays gathered along their axis o.
 
     Args:
@@ -380,7 +292,7 @@ def columns(node: Any, index: Array) -> Any:
     """
     if not isinstance(node, WeightNode):
         return None
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for field in _fields(node):
         held = getattr(node, field.name)
         if "leaf" in field.metadata and held is not None:
@@ -403,11 +315,11 @@ def _outputs(axis: str) -> bool:
     return axis.removesuffix("/8").split("//")[0] == "o"
 
 
-def _none_or_weight(held: Any) -> bool:
+def _none_or_weight(held: object) -> bool:
     return held is None or is_weight(held)
 
 
-def _declared(node: WeightNode, field: dataclasses.Field) -> Any:
+def _declared(node: WeightNode, field: dataclasses.Field) -> PyTree[Leaf]:
     if "leaf" in field.metadata:
         return field.metadata["leaf"]
     if not _holds_parts(field):
@@ -424,7 +336,7 @@ def parts(node: WeightNode) -> list[WeightNode]:
     return jax.tree.leaves(held, is_leaf=is_weight)
 
 
-def _fields(node: Any) -> tuple[dataclasses.Field, ...]:
+def _fields(node: WeightNode | type[WeightNode]) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(node)
 
 
@@ -432,13 +344,15 @@ def _holds_parts(field: dataclasses.Field) -> bool:
     return "many" in field.metadata
 
 
-def _read_parts(field: dataclasses.Field, held: Any, read: Callable[[Header], Any] | None) -> Any:
+def _read_parts(
+    field: dataclasses.Field, held: Header | list[Header], read: ReadPart | None
+) -> WeightNode | tuple[WeightNode, ...]:
     if read is None or isinstance(held, list) != field.metadata["many"]:
         raise ValueError(f"{field.name} is {held!r}")
-    return tuple(map(read, held)) if field.metadata["many"] else read(held)
+    return tuple(map(read, held)) if isinstance(held, list) else read(held)
 
 
-def _arrays(node: WeightNode) -> Iterator[tuple[Any, Leaf]]:
+def _arrays(node: WeightNode) -> Iterator[tuple[Array, Leaf]]:
     """The declared arrays of a node; None, where a tree was partitioned, is left out."""
     for field in _fields(node):
         if "leaf" in field.metadata and getattr(node, field.name) is not None:
@@ -450,11 +364,11 @@ def _packed_leaves(node: WeightNode) -> list[Leaf]:
     return [field.metadata["leaf"] for field in fields if "leaf" in field.metadata]
 
 
-def _listed(held: Any) -> Any:
+def _listed(held: PyTree[WeightNode]) -> PyTree[WeightNode]:
     return list(held) if isinstance(held, tuple) else held
 
 
-def _checked_size(name: str, found: Any) -> int:
+def _checked_size(name: str, found: object) -> int:
     if type(found) is not int or found < 1:
         raise ValueError(f"{name} is {found!r}")
     return found

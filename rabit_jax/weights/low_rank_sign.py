@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import unpack_bits
@@ -112,7 +112,9 @@ def rank_for_bits(i: int, o: int, bits: float, copies: int) -> int:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def fit_factors(w: Float[Array, "... i o"], rank: int, copies: int) -> tuple[jax.Array, ...]:
+def fit_factors(
+    w: Float[Array, "... i o"], rank: int, copies: int
+) -> tuple[Float[Array, ...], ...]:
     """Dual-SVID of `w: [..., i, o]`, and of what is left for each further copy; layer by layer.
 
     Returns:
@@ -132,7 +134,7 @@ def fit_factors(w: Float[Array, "... i o"], rank: int, copies: int) -> tuple[jax
     return per_layer(layer, w)
 
 
-def dual_svid(w: Float[Array, "... i o"], rank: int) -> tuple[jax.Array, ...]:
+def dual_svid(w: Float[Array, "... i o"], rank: int) -> tuple[Float[Array, ...], ...]:
     """Factors and scales of one matrix from its truncated singular value decomposition.
 
         W ~ U' V',  U' = U sqrt(S),  V' = sqrt(S) V
@@ -212,14 +214,14 @@ class PackedLowRank(LowRankProduct):
 
         return packed_low_rank_matmul(x, self.u_bits, self.v_bits, self.h, self.l, self.g)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """The term of each copy, float32 `[..., i, o]`."""
         signs, i = plus_minus(self.positive()).astype(F32), self.shape[-2]
         u, v = signs[..., :i, :], jnp.swapaxes(signs[..., i:, :], -1, -2)
         scales = (s.astype(F32) for s in (self.h, self.l, self.g))
         return low_rank_terms(u, v, *scales)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... c n r"]:
         """Signs of `U` stacked over those of `V^T`, bool `[..., c, i + o, r]`, True for +1."""
         i, o = self.shape[-2:]
         rows = jnp.concatenate([unpack_bits(self.u_bits, i), unpack_bits(self.v_bits, o)], axis=-1)
@@ -228,8 +230,12 @@ class PackedLowRank(LowRankProduct):
 
 
 def low_rank_terms(
-    u: jax.Array, v: jax.Array, h: jax.Array, l: jax.Array, g: jax.Array
-) -> Iterator[jax.Array]:
+    u: Float[Array, "... c i r"],
+    v: Float[Array, "... c r o"],
+    h: Float[Array, "... c i"],
+    l: Float[Array, "... c r"],
+    g: Float[Array, "... c o"],
+) -> Iterator[Float[Array, "... i o"]]:
     """`diag(h_c) u_c diag(l_c) v_c diag(g_c)` of each copy, `[..., i, o]` float32.
 
     `u: [..., c, i, r]`, `v: [..., c, r, o]`, each -1 or +1; `h: [..., c, i]`, `l: [..., c, r]`,
@@ -294,7 +300,7 @@ class LowRankSign(LowRankProduct):
             total += times(times(inner, self.l[n]).astype(x.dtype) @ v[n], self.g[n])
         return total.astype(x.dtype)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """The term of each copy, float32 `[..., i, o]`."""
         u, v = self._factors(F32)
         return low_rank_terms(u, v, self.h, self.l, self.g)
@@ -303,7 +309,7 @@ class LowRankSign(LowRankProduct):
         """`sign(U)`, `sign(V)` in `dtype`, differentiable by the rule `ste`."""
         return factor_sign(self.u, self.ste, dtype), factor_sign(self.v, self.ste, dtype)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... c n r"]:
         """Signs of `U` stacked over those of `V^T`, bool `[..., c, i + o, r]`, True for +1."""
         return jnp.concatenate([self.u >= 0, jnp.swapaxes(self.v >= 0, -1, -2)], axis=-2)
 
@@ -329,7 +335,7 @@ class LowRankSign(LowRankProduct):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def factor_sign(latent: jax.Array, ste: str = "smooth", dtype=F32) -> jax.Array:
+def factor_sign(latent: Float[Array, "*n"], ste: str = "smooth", dtype=F32) -> Float[Array, "*n"]:
     """`sign(V)` with sign(0) = +1 and a straight-through backward.
 
     Backward, with `G = dL/dsign(V)`:

@@ -9,7 +9,7 @@ many paths each layer has; files hold those alone, and sizes count them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ import numpy as np
 
 from rabit_jax.errors import BadInput
 from rabit_jax.tree import leaves, map_leaves
-from rabit_jax.types import Json, Params
+from rabit_jax.types import Array, Json, Param, Params
 from rabit_jax.weights.grouped_sign import GroupedSign
-from rabit_jax.weights.leaves import WeightNode, leaf_axes
+from rabit_jax.weights.leaves import Node, WeightNode, leaf_axes
 from rabit_jax.weights.residual_sign import ResidualSign
 from rabit_jax.weights.sign_paths import PackedSign
 
 
-def stacked(nodes: Sequence[Any]) -> Any:
+def stacked(nodes: Sequence[Node]) -> Node:
     """The node `[l, i, o]` of nodes `[i, o]` of one representation.
 
     Args:
@@ -38,7 +38,7 @@ def stacked(nodes: Sequence[Any]) -> Any:
     return jax.tree.map(_stack, *nodes)
 
 
-def unstacked(node: Any) -> list[Any]:
+def unstacked(node: Node) -> list[Node]:
     """The nodes `[i, o]` of the layers of a node `[l, i, o]`, each with its own number of paths."""
     layers = range(node.shape[0])
     taken = [jax.tree.map(lambda a, n=n: a[n], node) for n in layers]
@@ -57,7 +57,7 @@ def layer_headers(node: WeightNode) -> list[Json]:
 def with_paths(params: Params, ks: Mapping[str, Sequence[int]]) -> Params:
     """The outline of a tree whose weights at the paths `ks` are packed with so many sign paths in
     each layer, for their sizes and costs."""
-    def outline(path: str, leaf: Any) -> Any:
+    def outline(path: str, leaf: Param) -> Param:
         if path not in ks or not has_paths(leaf):
             return leaf
         layers, i, o = leaf.shape
@@ -97,7 +97,7 @@ def sign_paths(params: Params) -> list[int]:
             if path.startswith("layers/") and has_paths(leaf)]
 
 
-def cut(path: str, leaf: Any, paths: int) -> Any:
+def cut(path: str, leaf: Param, paths: int) -> Param:
     """What `first_paths` makes of one parameter."""
     return _first(leaf, paths) if path.startswith("layers/") and has_paths(leaf) else leaf
 
@@ -112,7 +112,7 @@ def check_paths(paths: int, found: Sequence[int]) -> None:
                        (f"1 to {most}" if most else "none"))
 
 
-def has_paths(node: Any) -> bool:
+def has_paths(node: object) -> TypeGuard[WeightNode]:
     """Whether the first paths of a weight are a weight of the same kind."""
     if isinstance(node, GroupedSign):
         return has_paths(node.blocks)
@@ -121,11 +121,11 @@ def has_paths(node: Any) -> bool:
         "k-1" in axes for _, axes in leaf_axes(node))
 
 
-def _first(node: Any, paths: int) -> Any:
+def _first(node: Node, paths: int) -> Node:
     """The node with its first paths."""
     if isinstance(node, GroupedSign):
         return node.replace(blocks=_first(node.blocks, paths))
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     for name, axes in leaf_axes(node):
         array = getattr(node, name)
         if "k" in axes and array is not None:
@@ -137,7 +137,7 @@ def _first(node: Any, paths: int) -> Any:
     return node.replace(**changes)
 
 
-def _padded(node: Any, k: int) -> Any:
+def _padded(node: Node, k: int) -> Node:
     """The node `[i, o]` with paths of scales 0 behind its own."""
     changes = {}
     for name, axes in leaf_axes(node):
@@ -149,5 +149,5 @@ def _padded(node: Any, k: int) -> Any:
     return node.replace(**changes)
 
 
-def _stack(*arrays: Any) -> Any:
+def _stack(*arrays: Array) -> Array | np.ndarray:
     return np.stack(arrays) if isinstance(arrays[0], np.ndarray) else jnp.stack(arrays)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from typing import (
-    Any,
     Literal,
     NamedTuple,
     TypeGuard,
@@ -133,7 +132,7 @@ def abstract_packed(header: Header) -> WeightNode:
         raise BadInput(f"the header of a packed {kind} weight is damaged ({error})") from error
 
 
-def is_packed_node(node: Any) -> TypeGuard[WeightNode]:
+def is_packed_node(node: object) -> TypeGuard[WeightNode]:
     """Whether a weight node is in its deployed form, all parts of a composite included."""
     if not isinstance(node, tuple(PACKED_TYPES.values())):
         return False

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
-import jax
+from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.tree import pytree_dataclass
-from rabit_jax.types import Json, Shape, Weight
+from rabit_jax.types import Array, Json, Shape, Weight
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import Header, WeightNode, part, static
+from rabit_jax.weights.leaves import Header, ReadPart, WeightNode, part, static
 
 
 @pytree_dataclass
@@ -51,26 +51,26 @@ class Reshaped(WeightNode):
         return getattr(self.matrix, "k", None)
 
     @property
-    def positive(self) -> Any:
+    def positive(self) -> Callable[[], Array]:
         """That of the matrix, in its shape; no attribute where the matrix has no signs."""
         return self.matrix.positive
 
     @property
-    def terms(self) -> Any:
+    def terms(self) -> tuple[Weight, ...]:
         """Those of the matrix; no attribute where it is no sum."""
         return self.matrix.terms
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: Float[Array, ...]) -> Float[Array, ...]:
         """`[..., *inputs]` -> `[..., *outputs]` in `x.dtype`."""
         lead = x.shape[: x.ndim - len(self.inputs)]
         y = self.matrix.matmul(x.reshape(*lead, prod(self.inputs)))
         return y.reshape(*lead, *self.outputs)
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> Float[Array, ...]:
         """The kernel, float32 `[..., *inputs, *outputs]`."""
         return self.matrix.dense().reshape(self.shape)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, ...]]:
         """The paths of the matrix, each in the shape of the kernel."""
         return (path.reshape(self.shape) for path in self.matrix.paths())
 
@@ -89,7 +89,7 @@ class Reshaped(WeightNode):
         return {"type": "reshaped", "in": i, "out": o, **axes, "matrix": self.matrix.header()}
 
     @classmethod
-    def abstract(cls, header: Header, read: Callable[[Header], Any] | None = None) -> Reshaped:
+    def abstract(cls, header: Header, read: ReadPart | None = None) -> Reshaped:
         """The packed node of one kernel as shapes and dtypes, from its `header`."""
         inputs, outputs = (tuple(map(int, header[name])) for name in ("inputs", "outputs"))
         if read is None:

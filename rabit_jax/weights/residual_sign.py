@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.signs.channel_importance import Stats
@@ -66,10 +66,6 @@ class ResidualSignSpec(SignFit):
             raise BadInput(f"group is {self.group}: a group must hold at least 1 input, or be 0 "
                            "for all of them")
 
-    def ungrouped(self) -> ResidualSignSpec:
-        """The spec of one group."""
-        return dataclasses.replace(self, group=0)
-
     def init(
         self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
     ) -> ResidualSign | GroupedSign:
@@ -85,7 +81,8 @@ class ResidualSignSpec(SignFit):
           of such nodes.
         """
         if self.group:
-            return grouped(self, w, stats, key)
+            own = dataclasses.replace(self, group=0)
+            return grouped(own, self.group, w, stats, key)
         latent = jnp.array(w, self.latent_dtype, copy=True)
         return ResidualSign(latent, *self.scales(latent, stats), self.ste)
 
@@ -120,12 +117,12 @@ class ResidualSign(SignPaths):
         """`W_hat`, float32 `[..., i, o]`."""
         return effective_weight(self.latent, self.g, self.h, ste=self.ste)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1; False in paths that a layer lacks."""
         live = live_paths(self.g, self.h)
         return coupled_signs(self.latent, self.g, self.h) & live[..., None, None]
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return (term for _, term in coupled(self.latent, self.g, self.h))
 

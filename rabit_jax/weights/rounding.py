@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
+from rabit_jax.types import Array
 
 F32 = jnp.float32
 
 
-def round_to_nearest(w: jax.Array, bits: int = 2, group: int = 128) -> jax.Array:
+def round_to_nearest(
+    w: Float[Array, "... i o"], bits: int = 2, group: int = 128
+) -> Float[Array, "... i o"]:
     """Asymmetric round-to-nearest per group of `group` inputs: `s (clip(round(w / s) + z, 0, 2^bits
     - 1) - z)`.
 

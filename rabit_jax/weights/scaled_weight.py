@@ -68,13 +68,13 @@ class ScaledSpec:
             sum_of: Any = self.spec
             each = tuple(replace(self, spec=spec) for spec in parts)
             return replace(sum_of, parts=each).init(w, stats, key)
-        d_in, d_out = importances(self, w.shape, stats)
+        d_in, d_out = importances(w.shape, stats, **own)
         p = w.astype(F32) * outer(d_in, d_out)
         if isinstance(self.spec, LowRankSignSpec):
             return self.spec.fit(p).rescaled(1 / d_in, 1 / d_out).floored()
         return rescaled(self.spec.init(p, None, key), 1 / d_in, 1 / d_out)
 
-    def dense(self, node: Any) -> Float[Array, "... i o"]:
+    def dense(self, node: Weight) -> Float[Array, "... i o"]:
         """`W_hat: [..., i, o]` float32."""
         return node.dense()
 
@@ -99,7 +99,7 @@ class ScaledWeight(WeightNode):
       d_out: `[..., o]` positive, same dtype.
     """
 
-    inner: Any = part()
+    inner: Weight = part()
     d_in: Array = leaf("scale", "i")
     d_out: Array = leaf("scale", "o")
 
@@ -114,7 +114,7 @@ class ScaledWeight(WeightNode):
         """The scaled matrix, float32 `[..., i, o]`."""
         return self.inner.dense() * self._scale()
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """The scaled paths of the inner weight, float32 `[..., i, o]`."""
         return (path * self._scale() for path in self.inner.paths())
 
@@ -138,7 +138,9 @@ class ScaledWeight(WeightNode):
         return outer(self.d_in.astype(F32), self.d_out.astype(F32))
 
 
-def rescaled(node: Any, d_in: Float[Array, "... i"], d_out: Float[Array, "... o"]) -> Any:
+def rescaled(
+    node: Weight, d_in: Float[Array, "... i"], d_out: Float[Array, "... o"]
+) -> Weight:
     """The weight of `diag(d_in) W_hat diag(d_out)`.
 
     A node with scales along both sides takes the diagonals in, at no cost; any other is wrapped in
@@ -149,6 +151,6 @@ def rescaled(node: Any, d_in: Float[Array, "... i"], d_out: Float[Array, "... o"
       d_in: `[..., i]` positive float32.
       d_out: `[..., o]` positive float32.
     """
-    if hasattr(node, "rescaled"):
-        return node.rescaled(d_in, d_out)
+    if own := getattr(node, "rescaled", None):
+        return own(d_in, d_out)
     return ScaledWeight(node, jnp.asarray(d_in, F32), jnp.asarray(d_out, F32))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,10 @@ from jaxtyping import Float, PyTree
 
 from rabit_jax.kernels.layout import BLOCK_BYTES
 from rabit_jax.tree import is_weight, map_leaves, pytree_dataclass
-from rabit_jax.types import Array, Params, Shape, Weight
+from rabit_jax.types import Array, Param, Params, Shape, Weight
+from rabit_jax.weights.axes import Leaf
 from rabit_jax.weights.grouped_sign import GroupedSign
-from rabit_jax.weights.leaves import Leaf, declaration, static
+from rabit_jax.weights.leaves import WeightNode, declaration, static
 from rabit_jax.weights.reshaped import Reshaped
 from rabit_jax.weights.seam import linear
 from rabit_jax.weights.table import Table
@@ -75,7 +76,7 @@ def param_shardings(params: Params, mesh: AnyMesh) -> Params:
     the mesh does not divide.
     """
 
-    def place(path: str, leaf: Any) -> Any:
+    def place(path: str, leaf: Param) -> PyTree[NamedSharding]:
         axes = kernel_axes(path)
         if is_weight(leaf):
             return weight_shardings(leaf, axes, mesh)
@@ -111,7 +112,9 @@ def weight_shardings(node: Weight, axes: Axes, mesh: AnyMesh) -> PyTree[NamedSha
     return jax.tree.map(place, declaration(node), node)
 
 
-def _group_shardings(blocks: Any, axes: Axes, mesh: AnyMesh) -> Any:
+def _group_shardings(
+    blocks: WeightNode, axes: Axes, mesh: AnyMesh
+) -> PyTree[NamedSharding]:
     """Shardings of groups of inputs that lie one below the other, arrays `[..., n, *declared]`.
 
     Over the axis of the inputs each device gets whole groups, or where the mesh does not divide
@@ -153,7 +156,7 @@ class Gathered:
       path: of the kernel in the params of the decoder.
     """
 
-    kernel: Any
+    kernel: Param
     path: str = static()
 
     @property
@@ -204,7 +207,7 @@ def gathered(path: str, leaf: Array | Weight) -> Array | Weight:
                                 for a, to, back in places])
 
 
-def mesh_of(leaf: Any) -> AbstractMesh:
+def mesh_of(leaf: Param) -> AbstractMesh:
     """The mesh that a traced array or weight node lies on, by its type; one without axes for none.
     """
     return jax.typeof(jax.tree.leaves(leaf)[0]).sharding.mesh
@@ -221,13 +224,13 @@ def split_rows(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
 
 
-def _over_fsdp(path: str, leaf: Any) -> bool:
+def _over_fsdp(path: str, leaf: Param) -> bool:
     arrays = jax.tree.leaves(leaf)
     return (bool(arrays) and isinstance(arrays[0], Tracer) and "fsdp" in kernel_axes(path)
             and axis_size(mesh_of(leaf), "fsdp") > 1)
 
 
-def _shardings_of(leaf: Any, axes: Axes, mesh: AnyMesh) -> PyTree:
+def _shardings_of(leaf: Param, axes: Axes, mesh: AnyMesh) -> PyTree:
     """Shardings of an array or node. Of a node that only measures (it has no roles) those of the
     kernels in it; its other arrays have None, and are left to the partitioner."""
     if not is_weight(leaf):
@@ -235,7 +238,7 @@ def _shardings_of(leaf: Any, axes: Axes, mesh: AnyMesh) -> PyTree:
     if hasattr(leaf, "roles"):
         return weight_shardings(leaf, axes, mesh)
 
-    def inner(part: Any) -> Any:
+    def inner(part: Param) -> PyTree[NamedSharding]:
         if is_weight(part) or getattr(part, "shape", None) == leaf.shape:
             return _shardings_of(part, axes, mesh)
         return None

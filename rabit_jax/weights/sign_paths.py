@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.core import Tracer
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float16, Int8, UInt8
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import pack_bits, unpack_bits
@@ -28,9 +28,10 @@ from rabit_jax.signs.ste import (
     with_sign,
 )
 from rabit_jax.tree import per_layer, pytree_dataclass
-from rabit_jax.types import Array, Json
+from rabit_jax.types import Array, Json, Shape
+from rabit_jax.weights.axes import PACKED_DTYPES, Sizes
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import PACKED_DTYPES, Header, Sizes, WeightNode, leaf
+from rabit_jax.weights.leaves import Header, ReadPart, WeightNode, leaf
 
 
 class SignPaths(WeightNode):
@@ -39,7 +40,7 @@ class SignPaths(WeightNode):
     They all pack into the same form, so costs follow from the shape and k alone.
     """
 
-    def positive(self) -> Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         raise NotImplementedError(f"{type(self).__name__} does not derive its signs")
 
@@ -48,7 +49,7 @@ class SignPaths(WeightNode):
         """Number of sign paths."""
         return self.sizes()["k"]
 
-    def signs(self) -> jax.Array:
+    def signs(self) -> Int8[Array, "... k i o"]:
         """Signs as int8 `[..., k, i, o]`, each -1 or +1."""
         return plus_minus(self.positive())
 
@@ -62,11 +63,12 @@ class SignPaths(WeightNode):
         return Cost(paths * (i + o), paths * i * o, 0, self.deployed_bytes())
 
 
-def plus_minus(positive: jax.Array) -> jax.Array:
+def plus_minus(positive: Bool[Array, "*n"]) -> Int8[Array, "*n"]:
     """Bool, True for +1 -> int8, each -1 or +1."""
     return positive.astype(jnp.int8) * 2 - 1
 
 
+T = TypeVar("T")
 SCALE_DTYPE = PACKED_DTYPES["scale"]
 
 
@@ -105,11 +107,11 @@ class PackedSign(SignPaths):
 
         return packed_matmul(x, self.bits, self.g, self.h, limbs=self.limbs or 2)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return jnp.swapaxes(unpack_bits(self.bits, self.shape[-2]), -1, -2).astype(bool)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         signs = self.signs()
         for i in range(self.k):
@@ -125,7 +127,7 @@ class PackedSign(SignPaths):
         return super().header() | ({} if self.limbs is None else {"limbs": self.limbs})
 
     @classmethod
-    def abstract(cls, header: Header, read: Callable[[Header], Any] | None = None) -> Self:
+    def abstract(cls, header: Header, read: ReadPart | None = None) -> Self:
         """As of every weight; raises ValueError for limbs that are neither 2 nor 3."""
         limbs = header.get("limbs")
         if limbs not in (None, 2, 3):
@@ -151,7 +153,9 @@ def with_layer_k(node: PackedSign) -> PackedSign:
 
 
 @jax.custom_vjp
-def scaled_signs(bits: jax.Array, g: jax.Array, h: jax.Array) -> jax.Array:
+def scaled_signs(
+    bits: UInt8[Array, "... k o n"], g: Float[Array, "... k o"], h: Float[Array, "... k i"]
+) -> Float[Array, "... i o"]:
     """`sum_i diag(h_i) B_i diag(g_i)` of packed signs, float32 `[..., i, o]`.
 
     Backward, with `G = dL/dW_hat`: `dL/dg_i[o] = sum_in G B_i h_i`, `dL/dh_i[in] = sum_out G B_i
@@ -186,13 +190,13 @@ def _backward(residuals, cotangent):
 scaled_signs.defvjp(_forward, _backward)
 
 
-def pack_positive(positive: jax.Array) -> jax.Array:
+def pack_positive(positive: Bool[Array, "... i o"]) -> UInt8[Array, "... o n"]:
     """Bool `[..., i, o]`, True for +1 -> `rb256` bits, uint8 `[..., o, 32 ceil(i / 256)]`."""
     return per_layer(lambda one: pack_bits(one.T), positive)
 
 
 @jax.jit
-def balance(*scales: jax.Array) -> tuple[jax.Array, ...]:
+def balance(*scales: Float[Array, ...]) -> tuple[Float[Array, ...], ...]:
     """Give the scales of each path equal geometric means; their product is unchanged.
 
     The 16-bit range then serves all of them equally. float32, such as `g: [..., k, o]`,
@@ -205,7 +209,7 @@ def balance(*scales: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(s * jnp.exp(wanted - m) for s, m in zip(scales, log_means, strict=True))
 
 
-def round_scales(name: str, **scales: jax.Array) -> tuple[jax.Array, ...]:
+def round_scales(name: str, **scales: Float[Array, ...]) -> tuple[Float16[Array, ...], ...]:
     """Balance the scales of a weight, `g=..., h=...`, and round them to float16.
 
     A path whose scales are all 0 stands for zeros, as those of a matrix of zeros do, and is kept.
@@ -295,7 +299,9 @@ def _svid_scales(fit: SignFit, w: jax.Array, d_in: jax.Array, d_out: jax.Array) 
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def fit_layers(method: Callable, fit: Any, w: jax.Array, stats: Stats | None) -> Any:
+def fit_layers(
+    method: Callable[..., T], fit: SignFit, w: Float[Array, "... i o"], stats: Stats | None
+) -> T:
     """`method(fit, w, d_in, d_out)` of every matrix of a stack, one layer at a time.
 
     Args:
@@ -304,16 +310,15 @@ def fit_layers(method: Callable, fit: Any, w: jax.Array, stats: Stats | None) ->
       w: `[..., i, o]` float.
       stats: calibration statistics `[..., i]`, `[..., o]`; None gives importances of 1.
     """
-    d_in, d_out = importances(fit, w.shape, stats)
+    d_in, d_out = importances(w.shape, stats, fit.a_in, fit.a_out, fit.shrinkage)
     return per_layer(partial(method, fit), w, d_in, d_out)
 
 
 def importances(
-    fit: Any, shape: tuple[int, ...], stats: Stats | None
-) -> tuple[jax.Array, jax.Array]:
-    """The diagonals `d_in: [..., i]`, `d_out: [..., o]` float32 of a spec's preconditioner."""
+    shape: Shape, stats: Stats | None, a_in: float, a_out: float, shrinkage: float
+) -> tuple[Float[Array, "... i"], Float[Array, "... o"]]:
+    """The diagonals `d_in: [..., i]`, `d_out: [..., o]` float32 of a preconditioner."""
     *lead, i, o = shape
     if stats is None:
         stats = Stats(jnp.ones((*lead, i)), jnp.ones((*lead, o)))
-    d_in = importance(stats.s_in, fit.a_in, fit.shrinkage)
-    return d_in, importance(stats.s_out, fit.a_out, fit.shrinkage)
+    return importance(stats.s_in, a_in, shrinkage), importance(stats.s_out, a_out, shrinkage)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32, summed
 from rabit_jax.tree import fold_key, pytree_dataclass
-from rabit_jax.types import Array, Spec
+from rabit_jax.types import Array, Spec, Weight
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import WeightNode, part
 from rabit_jax.weights.scaled_weight import rescaled
@@ -77,7 +77,7 @@ class SumWeight(WeightNode):
       ['LowRankSign', 'ResidualSign']
     """
 
-    terms: tuple[Any, ...] = part(many=True)
+    terms: tuple[Weight, ...] = part(many=True)
 
     header_type = "sum"
 
@@ -94,15 +94,15 @@ class SumWeight(WeightNode):
         """`W_hat`, float32 `[..., i, o]`."""
         return summed(term.dense() for term in self.terms)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """The paths of the terms, one term after another, float32 `[..., i, o]`."""
         return chain.from_iterable(term.paths() for term in self.terms)
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... 1 1 n"]:
         """The signs of all terms that have them, flattened per layer: bool `[..., 1, 1, n]`."""
         lead = self.shape[:-2]
-        found = [t.positive() for t in self.terms if hasattr(t, "positive")]
-        return jnp.concatenate([p.reshape(*lead, 1, 1, -1) for p in found], axis=-1)
+        found = [getattr(term, "positive", None) for term in self.terms]
+        return jnp.concatenate([p().reshape(*lead, 1, 1, -1) for p in found if p], axis=-1)
 
     def pack(self, name: str) -> SumWeight:
         """The sum of the packed terms; what raises is theirs."""

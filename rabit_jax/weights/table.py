@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from rabit_jax.tree import pytree_dataclass
-from rabit_jax.types import Array, Json
+from rabit_jax.types import Array, Weight
 from rabit_jax.weights.costs import Cost
-from rabit_jax.weights.leaves import Header, WeightNode, columns, part
+from rabit_jax.weights.leaves import Header, ReadPart, WeightNode, columns, part
 
 
 @pytree_dataclass
@@ -32,7 +30,7 @@ class Table(WeightNode):
       (2, 5, 64)
     """
 
-    matrix: Any = part()
+    matrix: Weight = part()
 
     header_type = "table"
 
@@ -48,7 +46,7 @@ class Table(WeightNode):
         return getattr(self.matrix, "k", None)
 
     @property
-    def T(self) -> Any:  # noqa: N802  (the name that arrays have for it)
+    def T(self) -> Weight:  # noqa: N802  (the name that arrays have for it)
         """The kernel `[..., d, v]` of a head that is tied to this embedding."""
         return self.matrix
 
@@ -74,7 +72,7 @@ class Table(WeightNode):
         """`E`, float32 `[..., v, d]`."""
         return jnp.swapaxes(self.matrix.dense(), -1, -2)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """The paths of the matrix, each as `[..., v, d]`."""
         return (jnp.swapaxes(path, -1, -2) for path in self.matrix.paths())
 
@@ -86,13 +84,8 @@ class Table(WeightNode):
         """Cost per token of the matrix as a head, a `weights.cost.Cost`; a lookup costs one row."""
         return self.matrix.cost()
 
-    def header(self) -> Json:
-        """What a packed file says of the embedding: its sizes and the header of its matrix."""
-        v, d = self.shape[-2:]
-        return {"type": "table", "in": v, "out": d, "matrix": self.matrix.header()}
-
     @classmethod
-    def abstract(cls, header: Header, read: Callable[[Header], Any] | None = None) -> Table:
+    def abstract(cls, header: Header, read: ReadPart | None = None) -> Table:
         """The packed node of one embedding as shapes and dtypes, from its `header`."""
         if read is None:
             raise ValueError("the matrix of a table needs a reader")

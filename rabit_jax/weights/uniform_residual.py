@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
@@ -151,11 +151,11 @@ class UniformResidual(SignPaths):
         """`W_hat`, float32 `[..., i, o]`; gradients as in `ste.effective_weight`."""
         return self.free().dense()
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return self.free().positive()
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         return self.free().paths()
 

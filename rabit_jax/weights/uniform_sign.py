@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int8
 
 from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.signs.groups import by_group, group_count, spread
@@ -21,7 +21,7 @@ from rabit_jax.weights.leaves import choice, leaf, size
 from rabit_jax.weights.sign_paths import SignPaths, pack_positive, plus_minus
 
 
-def odd_integers(positive: jax.Array) -> jax.Array:
+def odd_integers(positive: Bool[Array, "... k i o"]) -> Int8[Array, "... i o"]:
     """`m = sum_j 2^(k-1-j) B_j`, j from 0: bool `[..., k, i, o]` -> int8 `[..., i, o]`.
 
     True stands for +1. An odd integer from `-(2^k - 1)` to `2^k - 1`; `W_hat = 2^(1-k) s m`.
@@ -31,7 +31,7 @@ def odd_integers(positive: jax.Array) -> jax.Array:
 
 
 def fit_group_scales(
-    fit: Any, w: jax.Array, d_in: jax.Array, d_out: jax.Array
+    fit: Any, w: Float[Array, "i o"], d_in: Float[Array, " i"], d_out: Float[Array, " o"]
 ) -> Float[Array, "n o"]:
     """`s: [n, o]` of one matrix `w: [i, o]`, by alternating least squares.
 
@@ -100,11 +100,11 @@ class PackedUniformSign(SignPaths):
     header_type = "uniform_sign"
     header_sizes = {"k": "k", "group": "group"}
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         return jnp.swapaxes(unpack_bits(self.bits, self.inputs), -1, -2).astype(bool)
 
-    def integers(self) -> jax.Array:
+    def integers(self) -> Int8[Array, "... i o"]:
         """`m`, int8 `[..., i, o]`, odd; `W_hat = 2^(1-k) s m`."""
         return odd_integers(self.positive())
 
@@ -113,7 +113,7 @@ class PackedUniformSign(SignPaths):
         step = self.s.astype(F32) * 0.5 ** (self.k - 1)
         return self.integers() * spread(step, self.group, self.inputs)
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         signs, s = self.signs(), spread(self.s.astype(F32), self.group, self.inputs)
         return (signs[..., n, :, :] * (s * 0.5**n) for n in range(self.k))
@@ -158,12 +158,12 @@ class UniformSign(SignPaths):
         """`W_hat`, float32 `[..., i, o]`; gradients as in `ste.effective_weight`."""
         return self._joined(effective_weight(*self._blocks(), ste=self.ste))
 
-    def positive(self) -> jax.Array:
+    def positive(self) -> Bool[Array, "... k i o"]:
         """Signs as bool `[..., k, i, o]`, True for +1."""
         found = coupled_signs(*self._blocks())
         return self._joined(jnp.moveaxis(found, -3, -4))
 
-    def paths(self) -> Iterator[jax.Array]:
+    def paths(self) -> Iterator[Float[Array, "... i o"]]:
         """`W_hat_1, ..., W_hat_k`, float32 `[..., i, o]`."""
         signs = plus_minus(self.positive())
         s = spread(self.s.astype(F32), self.group, self.shape[-2])

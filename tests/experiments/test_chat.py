@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +19,6 @@ from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
 from rabit_jax.models.generation import _extend, _prefill, generate
 from tests.small_models import CHAT_TEMPLATE
-
-pytest.importorskip("jinja2", reason="chat templates are rendered by jinja2")
 
 CONFIG = ModelConfig(
     vocab_size=300, d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_hidden=48,
@@ -137,12 +134,6 @@ def test_bad_input_is_one_sentence(chat, folder, tmp_path):
         code, out, err = chat(lines, **args)
         assert (code, out) == (2, "")
         assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
-
-
-def test_a_missing_jinja2_is_named(chat, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    code, out, err = chat("the cat?\n")
-    assert (code, out) == (2, "") and "pip install jinja2" in err
 
 
 def test_a_terminal_is_asked(chat):

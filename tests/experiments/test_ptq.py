@@ -26,7 +26,9 @@ from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.data.sources import DataConfig, documents
 from rabit_jax.data.tokens import batch, tokenise, windows
 from rabit_jax.evaluate.perplexities import perplexity
+from rabit_jax.experiments.engine import packing
 from rabit_jax.experiments.engine import ptq as blockwise
+from rabit_jax.experiments.engine.job import Job
 from rabit_jax.formats.packed_model import load_packed, save_packed
 from rabit_jax.formats.tokenizer import load_tokenizer
 from rabit_jax.train.losses import next_token_loss
@@ -231,7 +233,7 @@ def test_crashed_and_resumed_is_the_uninterrupted_run(
 ):
     name = f"name=crashed-{where}"
     if where == "pack_model":
-        monkeypatch.setattr(blockwise, "save_packed", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr(packing, "save_packed", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ptq(name)
     else:
@@ -282,14 +284,14 @@ def test_a_damaged_piece_starts_its_stage_again(
 
 
 def test_a_signal_ends_the_run_after_its_block(finished, place, ptq, monkeypatch, capsys):
-    real, seen = blockwise.Job.check_stop, []
+    real, seen = Job.check_stop, []
 
     def stop(job):
         seen.append(1)
         job.stopped |= len(seen) in (2, 4)
         real(job)
 
-    monkeypatch.setattr(blockwise.Job, "check_stop", stop)
+    monkeypatch.setattr(Job, "check_stop", stop)
     assert ptq("name=stopped") == 75  # in the forward pass
     assert "--resume" in capsys.readouterr().err
     assert ptq("name=stopped", "--resume") == 75  # in the backward pass
@@ -301,8 +303,8 @@ def test_a_signal_ends_the_run_after_its_block(finished, place, ptq, monkeypatch
 
 def test_a_second_run_does_nothing_again(finished, ptq, monkeypatch, capsys):
     before = content(finished)
-    for name in ("init_block", "save_packed", "_forward"):
-        monkeypatch.setattr(blockwise, name, lambda *_, **__: 1 / 0)
+    for owner, name in ((blockwise, "init_block"), (packing, "save_packed"), (Job, "forward")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: 1 / 0)
     assert ptq() == 0
     monkeypatch.undo()
     monkeypatch.setattr(blockwise, "init_block", lambda *_, **__: 1 / 0)
@@ -367,8 +369,8 @@ def test_the_pieces_of_version_0_1_are_taken_as_they_are(
     folder = place / "runs" / "older"
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "stages")
-    for name in ("init_block", "save_packed", "_forward"):
-        monkeypatch.setattr(blockwise, name, lambda *_, **__: 1 / 0)
+    for owner, name in ((blockwise, "init_block"), (packing, "save_packed"), (Job, "forward")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: 1 / 0)
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("name: ptq", "name: older"))
     assert ptq("name=older", "--resume") == 0

@@ -14,7 +14,6 @@ from rabit_jax.models.block import Slots
 from rabit_jax.models.cache import (
     ByKind,
     Codes,
-    cache_bytes,
     decoded,
     encode,
     pattern,
@@ -25,6 +24,7 @@ from rabit_jax.models.decoder import Decoder
 from rabit_jax.models.engine import init_cache, step
 from rabit_jax.models.generation import generate
 from rabit_jax.models.prepared import prepare
+from rabit_jax.tree import tree_bytes
 
 STEP = jax.jit(step)
 
@@ -173,10 +173,10 @@ def test_a_cache_of_codes_is_written_in_place(small, random_packed):
         cache = init_cache(engine.config, 1, 512, bits)
         plan = jax.jit(step, donate_argnums=2).lower(
             engine, jnp.zeros((1, 1), jnp.int32), cache).compile().memory_analysis()
-        size = cache_bytes((cache["k"], cache["v"]))
+        size = tree_bytes((cache["k"], cache["v"]))
         assert plan.alias_size_in_bytes >= size
         floats = init_cache(engine.config, 1, 512)
-        assert size < cache_bytes((floats["k"], floats["v"])) / 3
+        assert size < tree_bytes((floats["k"], floats["v"])) / 3
 
 
 def test_bits_that_there_are_not_are_refused(local):

@@ -13,9 +13,10 @@ from rabit_jax.train.sharding import make_mesh, param_shardings
 from rabit_jax.train.trainer import make_trainer
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
+from rabit_jax.weights.axes import axis_size
 from rabit_jax.weights.costs import dense_cost
 from rabit_jax.weights.independent_sign import IndependentSign
-from rabit_jax.weights.leaves import WeightNode, axis_size, declaration, leaf
+from rabit_jax.weights.leaves import WeightNode, declaration, leaf
 from rabit_jax.weights.representations import PACKED_TYPES, abstract_packed
 from rabit_jax.weights.residual_sign import ResidualSign
 

@@ -1,0 +1,87 @@
+"""The stages of task ptq that score a model on text, with one block in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from rabit_jax.evaluate.perplexities import from_nats
+from rabit_jax.experiments.engine.job import Job, block_name, padded, trained
+from rabit_jax.experiments.engine.measure import figures
+from rabit_jax.experiments.engine.pieces import Pieces
+from rabit_jax.experiments.engine.records import Record
+from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.engine.signals import stopping_between_steps
+from rabit_jax.experiments.engine.stages import Ids, Read, Stage
+from rabit_jax.experiments.engine.sweeps import (
+    FromBlocks,
+    FromCheckpoint,
+    FromParams,
+    Source,
+    Sweep,
+)
+from rabit_jax.formats.folder import fingerprint
+from rabit_jax.formats.packed_model import load_packed
+
+# The stage that makes each model where a run trains.
+_MADE_BY = {"teacher": "quantise", "init": "quantise", "tuned": "tune", "packed": "pack"}
+
+
+def _score(label: str, source: Callable[[Job], Source]) -> Stage[Job]:
+    """The stage that scores a model on each text, with one block in memory."""
+    pieces, held_out = f"scores/{label}", f"perplexity_{label}"
+    # How the lines of each text are named in metrics.jsonl.
+    names = {"held_out": held_out, "unseen": f"{held_out}_unseen"}
+
+    def work(job: Job, continues: bool) -> Record:
+        found = {name: _perplexity(job, Pieces(job.folder.path / pieces), name, names[name], source)
+                 for name in job.texts()}
+        return {**found.pop("held_out"), **found}
+
+    def inputs(job: Job, ids: Ids) -> Read:
+        c = job.config
+        texts = {name: text.digest for name, text in job.texts().items()}
+        settings = dataclasses.replace(c.evaluate, models=())
+        stage = _MADE_BY[label] if trained(c) else "quantise"
+        made = "" if label == "teacher" else ids[stage]
+        return Read("ptq", {"evaluate": settings, "compute": c.compute,
+                            f"the files of {c.teacher.path}": fingerprint(c.teacher.path),
+                            "the evaluation text": texts,
+                            f"the result of stage {stage}": made}, flat=True)
+
+    def wanted(config: RunConfig) -> bool:
+        there = label != "tuned" or bool(config.tune.epochs)
+        return there and label in config.evaluate.models
+
+    return Stage(f"score_{label}", work, inputs, (), pieces, tuple(names.values()), wanted)
+
+
+def _perplexity(
+    job: Job, pieces: Pieces, name: str, stage: str, source: Callable[[Job], Source]
+) -> Record:
+    """Perplexity on one text; a result that is there is read."""
+    if record := pieces.record(f"{name}.json"):
+        return record
+    text = job.texts()[name]
+    rows, size = job.text.windows(text), job.config.evaluate.batch_size
+    tokens, mask = padded(rows, size)
+    sweep = Sweep(job.model_config, source(job), pieces, tokens, mask, size, f"{name}-", job.mesh)
+    states = [sweep.name("x", n) for n in range(job.model_config.n_layers + 1)]
+    if not any(map(pieces.has, states)):
+        sweep.embed()
+    with stopping_between_steps(job, "after this block"):
+        job.forward(sweep, stage, keep=False)
+    with job.step(stage, len(states), tokens.size):
+        nats = sweep.nats(job.config.compute.chunk)
+    found = figures(from_nats(nats, len(rows), rows.shape[1], text.bytes, len(text.tokens)))
+    pieces.write_record(f"{name}.json", found)
+    pieces.drop(states[-1])
+    return found
+
+
+SCORES = (
+    _score("teacher", lambda job: FromCheckpoint(job.checkpoint)),
+    _score("init", lambda job: FromBlocks(job.checkpoint, job.blocks, block_name)),
+    _score("tuned", lambda job: FromBlocks(job.checkpoint, job.tuned, block_name)),
+    _score("packed", lambda job: FromParams(load_packed(job.folder.path / "packed")[1])),
+)

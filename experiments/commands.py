@@ -1,4 +1,4 @@
-"""The console scripts of the long commands: signals are watched before the heavy imports.
+"""The console scripts of the commands: signals are watched before the heavy imports.
 
 `rabit-run` is `python -m experiments.run`, and so on.
 """
@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import importlib
 
-from rabit_jax.experiments.engine.signals import AGAIN, CELLS, CONTINUE, watch
+from rabit_jax.experiments.engine.signals import (
+    AGAIN,
+    CELLS,
+    CONTINUE,
+    ENDED,
+    RESUMABLE,
+    STOPPED,
+    watch,
+)
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -30,11 +38,31 @@ def evaluate(argv: list[str] | None = None) -> int:
     return _start("evaluate", AGAIN, argv)
 
 
-def _start(name: str, stopped: str, argv: list[str] | None) -> int:
+def generate(argv: list[str] | None = None) -> int:
+    """`rabit-generate`."""
+    return _start("generate", STOPPED, argv, ENDED)
+
+
+def serve(argv: list[str] | None = None) -> int:
+    """`rabit-serve`."""
+    return _start("serve", STOPPED, argv, ENDED)
+
+
+def export(argv: list[str] | None = None) -> int:
+    """`rabit-export`."""
+    return _start("export", STOPPED, argv, ENDED)
+
+
+def push(argv: list[str] | None = None) -> int:
+    """`rabit-push`."""
+    return _start("push", STOPPED, argv, ENDED)
+
+
+def _start(name: str, stopped: str, argv: list[str] | None, code: int = RESUMABLE) -> int:
     """Watch signals, then import and run a command; `stopped` is what one that ends it prints.
 
     With `argv` it is a call from Python, whose process goes on after a signal.
     """
     if argv is None:
-        watch(stopped)
+        watch(stopped, code)
     return importlib.import_module(f"rabit_jax.experiments.{name}").main(argv)

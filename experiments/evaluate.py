@@ -111,7 +111,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_args(arguments)
     check(options)
-    if not is_run_folder(Path(options.model).expanduser()):
+    if not is_run_folder(Path(os.path.expanduser(options.model))):
         find_folder(options.model)  # before data are fetched for a name that is mistyped
     tasks = load_tasks(options.tasks, options.include_path) if options.tasks else None
     texts = {name: read_text(name) for name in options.ppl}
@@ -161,6 +161,8 @@ def check(options: argparse.Namespace) -> None:
     if options.batch_size % devices:
         raise BadInput(f"--batch-size is {options.batch_size} for {devices} devices: make it a "
                        f"multiple of {devices}")
+    if options.output == "":
+        raise BadInput("--output is empty: name a file, or leave it out")
     if options.output and os.path.lexists(options.output):
         raise BadInput(f"--output {options.output} exists: remove it or name another file")
     if options.output:

@@ -6,6 +6,11 @@ steps that it consists of, and what a format cannot hold so is refused with the 
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import ENDED, STOPPED, watch
+
+if __name__ == "__main__":
+    watch(STOPPED, ENDED)  # before the imports below, which take seconds
+
 import argparse
 import re
 import sys

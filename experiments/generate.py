@@ -5,6 +5,11 @@ The text goes to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import ENDED, STOPPED, watch
+
+if __name__ == "__main__":
+    watch(STOPPED, ENDED)  # before the imports below, which take seconds
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import ENDED, STOPPED, watch
+
+if __name__ == "__main__":
+    watch(STOPPED, ENDED)  # before the imports below, which take seconds
+
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +18,7 @@ from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, mai
 from rabit_jax.formats.checkpoint import open_checkpoint
 from rabit_jax.formats.folder import find_folder, is_model_folder, is_run_folder, read_json
 from rabit_jax.formats.hub import ID, why
-from rabit_jax.formats.packed_model import is_packed, packed_bytes
+from rabit_jax.formats.packed_model import is_packed, load_packed
 from rabit_jax.progress import say
 
 EXAMPLES = """\
@@ -48,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    folder = Path(args.model).expanduser()
+    folder = Path(os.path.expanduser(args.model))
     if is_run_folder(folder):
         folder = find_folder(folder)
     if "/" not in args.repo or not ID.fullmatch(args.repo):
@@ -72,7 +78,7 @@ def _check(folder: Path) -> None:
         raise BadInput(f"{folder} is no model folder, it lacks config.json or safetensors: give "
                        "the folder that a run, save_packed or the export wrote")
     if is_packed(read_json(folder / "config.json")):
-        packed_bytes(folder)
+        load_packed(folder)  # which verifies every checksum
         return
     with open_checkpoint(folder):
         pass

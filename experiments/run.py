@@ -38,7 +38,7 @@ from rabit_jax.experiments.engine.config import (
 from rabit_jax.experiments.engine.console import main_guard
 from rabit_jax.experiments.engine.fitting import Measure
 from rabit_jax.experiments.engine.folder import RunFolder
-from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
+from rabit_jax.experiments.engine.inputs import Inputs, abstract_params, check_settings
 from rabit_jax.experiments.engine.launch import finish as finished
 from rabit_jax.experiments.engine.launch import start
 from rabit_jax.experiments.engine.settings import RunConfig
@@ -131,10 +131,11 @@ def traced_steps(text: str | None) -> tuple[int, int] | None:
 
 
 def dry_run(config: RunConfig) -> None:
-    """Print the resolved config and the param table of the student; nothing else is done.
+    """Print the resolved config and the param table of the student, or refuse what a run would.
 
-    It needs neither the devices of the mesh nor the hub, where the teacher's config.json comes
-    with the package.
+    Nothing else is done: no text is read but for a tokenizer that the run would train. It needs
+    neither the devices of the mesh nor the hub, where the teacher's config.json comes with the
+    package.
     """
     try:
         make_mesh(config.mesh)
@@ -142,7 +143,9 @@ def dry_run(config: RunConfig) -> None:
         say(f"not on this machine: {error}")
     teacher = dataclasses.replace(config.teacher, path=shipped_model(config.teacher.path))
     here = dataclasses.replace(config, teacher=teacher, mesh={"tensor": len(jax.devices())})
-    params = abstract_params(Inputs(here, RunFolder(here)).model_config)
+    shape = Inputs(here, RunFolder(here)).model_config
+    check_settings(here, shape)
+    params = abstract_params(shape)
     student = jax.eval_shape(lambda p: convert(p, config.init.rules()), params)
     print(dump_yaml(config))
     print(describe(student))

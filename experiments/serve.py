@@ -5,9 +5,15 @@ Texts of all requests are made in one batch, which they enter and leave on their
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import ENDED, SIGNALS, STOPPED, handling, watch
+
+if __name__ == "__main__":
+    watch(STOPPED, ENDED)  # before the imports below, which take seconds
+
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import importlib
 import ipaddress
 import os
@@ -28,7 +34,6 @@ from rabit_jax.experiments.engine.console import (
     paths_option,
 )
 from rabit_jax.experiments.engine.continuing import load_for_text
-from rabit_jax.experiments.engine.signals import SIGNALS, handling
 from rabit_jax.experiments.serving.app import Served, application
 from rabit_jax.experiments.serving.worker import Worker
 from rabit_jax.models.decoder import Decoder
@@ -105,9 +110,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     _check(args)
     uvicorn = _library()
-    stopping = _Stopping()
-    with (handling(stopping.asked, SIGNALS),
-          contextlib.closing(_bound(args.host, args.port)) as sock):
+    # Until requests can come a signal ends the process.
+    with contextlib.closing(_bound(args.host, args.port)) as sock:
         model, tokenizer, worker = _loaded(args)
         name = args.name or _name_of(args.model)
         served = Served(name, int(time.time()), tokenizer, model.config.vocab_size, worker,
@@ -116,10 +120,10 @@ def _run(args: argparse.Namespace) -> None:
                                 lifespan="off")
         server: Server = uvicorn.Server(config)
         worker.failed = lambda: setattr(server, "should_exit", True)
-        stopping.server, stopping.worker = server, worker
         worker.start()
         try:
-            asyncio.run(_serve(server, sock, _line(args, name, sock, worker)))
+            with handling(_Stopping(server, worker).asked, SIGNALS):
+                asyncio.run(_serve(server, sock, _line(args, name, sock, worker)))
         finally:
             worker.close(now=server.force_exit)
     if worker.failure is not None:
@@ -216,16 +220,15 @@ async def _serve(server: Server, sock: socket.socket, line: str) -> None:
     await task
 
 
+@dataclasses.dataclass
 class _Stopping:
-    """What a signal ends: the start, or then the server, at first with what it has taken on."""
+    """What a signal ends: the server, at first with what it has taken on."""
 
-    server: Server | None = None
-    worker: Worker | None = None
+    server: Server
+    worker: Worker
 
     def asked(self, *_: object) -> None:
         """Answers a signal."""
-        if self.server is None or self.worker is None:
-            raise KeyboardInterrupt
         if self.server.should_exit:
             self.server.force_exit = True
             return

@@ -61,7 +61,7 @@ def _teacher_digest(config: RunConfig) -> str:
     The path alone does not distinguish a teacher that was trained again with another `run.seed`.
     """
     path = config.teacher.path
-    if not path or not Path(path).expanduser().is_dir():
+    if not path or not Path(os.path.expanduser(path)).is_dir():
         return ""
     return f"# teacher {section_hash(fingerprint(path))[:16]}\n"
 

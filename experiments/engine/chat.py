@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from rabit_jax.data.conversations import Messages
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.experiments.engine.continuing import Text, Writer
+from rabit_jax.experiments.engine.signals import interrupted_by_keys
 from rabit_jax.formats.tokenizer import check_ids, encode
 from rabit_jax.progress import say
 from rabit_jax.types import Tokenizer
@@ -86,8 +87,9 @@ def _answer(writer: Writer, tokenizer: Tokenizer, messages: Messages) -> str:
     writer = dataclasses.replace(writer, max_new_tokens=min(writer.max_new_tokens, most - len(ids)))
     text = Text(tokenizer, ids, writer.model.config.eos_ids)
     try:
-        for (new,) in writer.write([ids], MULTIPLE):
-            print(text.add(new), end="", flush=True)
+        with interrupted_by_keys():
+            for (new,) in writer.write([ids], MULTIPLE):
+                print(text.add(new), end="", flush=True)
     except KeyboardInterrupt:
         pass
     print(text.rest(), flush=True)

@@ -237,16 +237,21 @@ def read_yaml(name: str | Path) -> Tree:
     """
     file = _config_file(Path(name))
     try:
-        if file.is_file() and file.stat().st_size > MOST_BYTES:
+        with open(file, "rb") as content:
+            found = content.read(MOST_BYTES + 1)  # a device or pipe may have no end
+        if len(found) > MOST_BYTES:
             raise _too_large(str(file))
-        text = file.read_text(encoding="utf-8")
+        text = found.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise BadInput(f"cannot read the config file {file}: {reason}") from None
     tree = _parse_yaml(text, str(file))
-    if tree is not None and not isinstance(tree, dict):
+    if tree is None:
+        raise BadInput(f"{file} holds no settings: a config file is a mapping of keys to "
+                       "values, and {} takes the default of each")
+    if not isinstance(tree, dict):
         raise BadInput(f"{file} holds {shown(tree)}; a config file is a mapping of keys to values")
-    return tree or {}
+    return tree
 
 
 def _with_override(cls: type, tree: Tree, text: str) -> Tree:

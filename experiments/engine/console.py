@@ -52,8 +52,9 @@ def table(
 def main_guard(function: Callable[[], int | None], resumable: bool = False) -> int:
     """Run a command's main and return its exit code: what it returns, or 2, 75 or 130.
 
-    2 for `BadInput` and a full disk (one sentence on stderr); when interrupted 75 if the command
-    is `resumable`, else 130; any other exception is a bug and propagates.
+    2 for `BadInput`, a full disk and a file that the system refuses (one sentence on stderr); when
+    interrupted 75 if the command is `resumable`, else 130; any other exception is a bug and
+    propagates.
     """
     # Of transformers a command uses the tokenizers; it would say on stderr that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -65,9 +66,10 @@ def main_guard(function: Callable[[], int | None], resumable: bool = False) -> i
         return _outcome(function, resumable)
     except Exception as error:
         full = _disk_full(error)
-        if not full:
+        sentence = f"the disk is full: free some space{again}" if full else _refused(error)
+        if not sentence:
             raise
-        say(f"error: the disk is full: free some space{again}")
+        say(f"error: {BadInput(sentence)}", always=True)
         return 2
     finally:
         # What is still to be flushed to a full disk fails later, and need not be said again.
@@ -112,6 +114,23 @@ def _disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+# Answers of the system that no command can prevent: a path of the user's that it does not take, or
+# a file or device that went away or fell ill under a command.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
+            errno.EISDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV,
+            errno.EMFILE, errno.ENFILE)
+
+
+def _refused(error: Exception) -> str:
+    """What the system refused to do with a file, "" where the error is of another kind."""
+    if not isinstance(error, OSError) or error.errno not in _REFUSED:
+        return ""
+    name = str(error.filename or "a file")
+    shown = name if len(name) <= 300 else f"{name[:300]}..."
+    return (f"cannot use {shown} ({error.strerror}): correct the path, or see that this user may "
+            "read and write there")
 
 
 def _quiet_about_full_disks() -> None:

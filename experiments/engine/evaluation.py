@@ -86,10 +86,10 @@ def load_subject(path: str, paths: int | None = None) -> Subject:
 
 
 def _load(path: str, paths: int | None) -> tuple[Decoder, Params, Tokenizer | None]:
-    if not is_run_folder(Path(path).expanduser()):
+    if not is_run_folder(Path(os.path.expanduser(path))):
         with loading(path) as done:
             return load_model(path, done, paths)
-    folder = Path(path).expanduser().resolve()
+    folder = Path(os.path.expanduser(path)).resolve()
     config = load_config(RunConfig, folder / "config.yaml")
     # Neither the run's devices nor its text need be on this machine.
     teacher = dataclasses.replace(

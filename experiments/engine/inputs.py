@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -73,6 +74,7 @@ class Inputs:
           BadInput: text too short for a batch or a window, sequences longer than the model's,
             rules or frozen roles that leave nothing to do.
         """
+        check_settings(self.config, self.model_config)
         config, text = self.config, self.text
         lengths = {name: getattr(config, name).length for name in self._reads_text()}
         size = self.model_config.vocab_size
@@ -80,10 +82,11 @@ class Inputs:
             raise BadInput("generate.prompts holds an empty prompt: give it some text")
         prompts = [len(prompt_ids(text.tokenizer, one, size)) for one in config.generate.prompts]
         longest = max(prompts, default=0) + config.generate.max_new_tokens
-        every = {**lengths, "evaluate": config.evaluate.context, "generate": longest}
-        check_lengths(every, self.model_config.max_position)
+        check_lengths({"generate": longest}, self.model_config.max_position)
         for name, length in lengths.items():
             batch(text.train.tokens, 0, getattr(config, name).batch_size, length, config.seed)
+        if text.unseen:
+            text.windows(text.unseen)
         found = min(len(text.windows()), config.evaluate.diagnostic_windows)
         if found < row_shards(self.mesh):
             raise BadInput(
@@ -91,24 +94,6 @@ class Inputs:
                 "the mesh (data x fsdp): give more evaluation text or raise "
                 "evaluate.diagnostic_windows"
             )
-        self._check_student()
-
-    def _check_student(self) -> None:
-        student, section = self.abstract_student(), self.config.init
-        check_rules(weights_of(student))
-        if prefixes := self.config.qat.prefixes:
-            most = max(sign_paths(student), default=0)
-            if max(prefixes) != most:
-                raise BadInput(
-                    f"qat.nested is {list(prefixes)}, and the weights have {most} "
-                    "sign paths that can be nested: its largest number must be that of the whole "
-                    "model, init.spec.k, of a type such as residual")
-        if section.budget:
-            params = abstract_params(self.model_config)
-            specs = match_rules(params, section.block_rules())
-            check_budget(section.budget, specs, {p: x.shape for p, x in leaves(params)})
-        if not jax.tree.leaves(partition(student, roles(student), self._frozen)[0]):
-            raise BadInput(f"qat.optimizer.freeze {list(self._frozen)} leaves nothing to train")
 
     # models
 
@@ -211,13 +196,56 @@ class Inputs:
             self.__dict__.pop(name, None)
 
 
+def check_settings(config: RunConfig, shape: ModelConfig) -> None:
+    """Refuse settings that do not go with a model of this shape; neither text nor weights are read.
+
+    Raises:
+      BadInput: rules that select no kernel of a block, a budget or numbers of paths that the specs
+        cannot have, frozen roles that leave nothing to train, sequences longer than the model's.
+    """
+    section, params = config.init, abstract_params(shape)
+    student = jax.eval_shape(lambda p: convert(p, section.rules()), params)
+    check_rules(weights_of(student))
+    if section.budget:
+        specs = match_rules(params, section.block_rules())
+        check_budget(section.budget, specs, {p: x.shape for p, x in leaves(params)})
+    if config.task == "qat":
+        _check_training(config, student)
+    check_lengths(_lengths(config), shape.max_position)
+
+
+def _check_training(config: RunConfig, student: Params) -> None:
+    """Raise BadInput for nested paths that the student has not, or where nothing would train."""
+    most, prefixes = max(sign_paths(student), default=0), config.qat.prefixes
+    if prefixes and max(prefixes) != most:
+        raise BadInput(
+            f"qat.nested is {list(prefixes)}, and the weights have {most} "
+            "sign paths that can be nested: its largest number must be that of the whole "
+            "model, init.spec.k, of a type such as residual")
+    frozen = config.qat.optimizer.freeze
+    if not jax.tree.leaves(partition(student, roles(student), frozen)[0]):
+        raise BadInput(f"qat.optimizer.freeze {list(frozen)} leaves nothing to train")
+
+
+def _lengths(config: RunConfig) -> dict[str, int]:
+    """Tokens of a sequence by the section of the config that asks for it."""
+    if config.task == "qat":
+        own = () if config.teacher.path else ("teacher",)
+        named = {name: getattr(config, name).length for name in (*own, "calibrate", "qat")}
+        return {**named, "evaluate": config.evaluate.context}
+    read = {"calibrate": config.calibrate.mode != "none", "tune": config.tune.epochs,
+            "end_to_end": config.end_to_end.steps}
+    named = {name: getattr(config, name).length for name, wanted in read.items() if wanted}
+    return {**named, "evaluate": config.evaluate.context} if config.evaluate.models else named
+
+
 def check_teacher(path: str) -> None:
     """Verify a teacher that a run has trained, which lies beside the records of that run.
 
     Raises:
       BadInput: a file differs from the digest that the run noted.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.name == "teacher":
         check_files(folder.parent, "teacher", "teacher")
 

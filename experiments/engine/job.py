@@ -18,8 +18,7 @@ from rabit_jax.experiments.engine.fitting import Measure
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import (
     abstract_params,
-    check_lengths,
-    check_rules,
+    check_settings,
     check_teacher,
 )
 from rabit_jax.experiments.engine.machine import peak_memory
@@ -34,7 +33,7 @@ from rabit_jax.progress import progress
 from rabit_jax.train.sharding import make_mesh, row_shards
 from rabit_jax.tree import layer_keys, leaves, match_rules
 from rabit_jax.types import Array, Params, Spec, Tokenizer
-from rabit_jax.weights.budget import check_budget, path_specs
+from rabit_jax.weights.budget import path_specs
 
 STATS = "calibration.safetensors"  # in the run's folder
 ALLOCATION = "allocation.json"  # in the pieces: how many paths each matrix of each block has
@@ -84,26 +83,19 @@ class Job:
           BadInput: rules that select no kernel or one outside the blocks, text that is too short,
             sequences that are longer than the model's.
         """
-        check_rules(match_rules(abstract_params(self.model_config), self.config.init.rules()))
-        if self.config.init.budget:
-            check_budget(self.config.init.budget, self.specs, self.shapes)
+        check_settings(self.config, self.model_config)
         check_teacher(self.config.teacher.path)
         self._check_rows()
-        config, lengths = self.config, {}
+        config = self.config
         if config.calibrate.mode != "none":
             self.text.rows(config.calibrate, 0, config.seed + 1)
-            lengths["calibrate"] = config.calibrate.length
         if config.tune.epochs:
             self._check_windows(config.tune)
-            lengths["tune"] = config.tune.length
         if config.end_to_end.steps:
             self.text.rows(config.end_to_end, 0, config.seed)
-            lengths["end_to_end"] = config.end_to_end.length
         if config.evaluate.models:
             for text in self.texts().values():
                 self.text.windows(text)
-            lengths["evaluate"] = config.evaluate.context
-        check_lengths(lengths, self.model_config.max_position)
 
     def _check_windows(self, section: Tune) -> None:
         """Raises BadInput where windows would repeat, as those held out then were trained on."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from rabit_jax import calibrate, convert, hosts
+from rabit_jax.atomic import remove
 from rabit_jax.calibration.probes import Batch
 from rabit_jax.evaluate.sign_statistics import disordered_share, mean_flip_rate, snapshot
 from rabit_jax.experiments.engine import taught
@@ -29,7 +32,7 @@ from rabit_jax.experiments.engine.records import Record
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.stages import Ids, Read, Stage
 from rabit_jax.experiments.engine.taught import kept_batches
-from rabit_jax.formats.folder import fingerprint
+from rabit_jax.formats.folder import fingerprint, is_model_folder
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.models.decoder import Decoder, init_params
 from rabit_jax.progress import progress, say
@@ -125,12 +128,18 @@ def teacher(run: Inputs, continues: bool) -> Record:
     watch = Watch(section.watch_every, lambda _: None, after)
     state = fit(run, "teacher", section, trainer, continues, watch)
     trained = hosts.whole(trainer.params(state), everywhere=False)
-    hosts.first_does(
-        lambda: save_hf(run.teacher_folder, run.model, trained, run.text.tokenizer))
+    hosts.first_does(partial(_save_teacher, run, trained))
     return {
         "path": run.teacher_folder,
         "tokens": section.steps * tokens,
     }
+
+
+def _save_teacher(run: Inputs, trained: Params) -> None:
+    folder = Path(run.teacher_folder)
+    if not is_model_folder(folder):
+        remove(folder)  # what damage has left of an earlier one, which may not be replaced unseen
+    save_hf(folder, run.model, trained, run.text.tokenizer)
 
 
 def calibration(run: Inputs, continues: bool) -> Record:

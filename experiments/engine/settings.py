@@ -20,6 +20,7 @@ from rabit_jax import (
 from rabit_jax.data.sources import DataConfig
 from rabit_jax.experiments.engine.config import ADDED
 from rabit_jax.models.config import ModelConfig
+from rabit_jax.models.generation import HOTTEST
 from rabit_jax.train.block_tuning import TuningConfig
 from rabit_jax.train.health import HealthConfig
 from rabit_jax.train.optimizer import OptimizerConfig, roles
@@ -388,7 +389,7 @@ class Generate:
 
     prompts: tuple[str, ...] = ("The function returns", "If the file does not exist,")
     max_new_tokens: PositiveInt = 48
-    temperature: NonNegative = 0.0
+    temperature: Annotated[float, Field(ge=0, le=HOTTEST)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
@@ -428,7 +429,7 @@ class RunConfig:
     task: Literal["qat", "ptq"] = "qat"
     name: str = "run"
     output: str = "runs"
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     mesh: dict[str, PositiveInt] = field(default_factory=dict)
     wandb: str = ""
     hosts: Hosts = field(default=Hosts(), metadata={ADDED: True})

@@ -27,6 +27,7 @@ from rabit_jax.workspaces import remove_workspaces
 AGAIN = "stopped; the same command starts again, nothing was written"
 CELLS = "stopped; the same command goes on from there"
 CONTINUE = "stopped; the same command with --resume continues from the last checkpoint"
+STOPPED, ENDED = "stopped", 130  # of commands that have nothing to go on with: message, exit code
 TOGETHER = 1.0  # seconds: a scheduler signals a command and its parent, which hands it on
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -42,20 +43,21 @@ class _Watch:
 
     def __init__(self) -> None:
         self.message: str | None = None  # None: nobody watches, as in a test or a notebook
+        self.code = RESUMABLE
         self.ask: Callable[[], None] | None = None
 
 
 _watch = _Watch()
 
 
-def watch(message: str) -> None:
-    """Let Ctrl-C and SIGTERM end this process at once, with `message` and exit code 75.
+def watch(message: str, code: int = RESUMABLE) -> None:
+    """Let Ctrl-C and SIGTERM end this process at once, with `message` and the exit code.
 
     Called in the first line of a command; `stopping_between_steps` puts the end off.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    _watch.message = message
+    _watch.message, _watch.code = message, code
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -80,13 +82,13 @@ def _answer() -> None:
 
 
 def end(message: str) -> None:
-    """End the process now, with exit code 75; its temporary files are removed."""
+    """End the process now, with the exit code that is watched for; temporary files are removed."""
     remove_workspaces()
     with contextlib.suppress(OSError, ValueError):
         # A progress bar has hidden the cursor of a terminal.
         shown = "\033[?25h\n" if sys.stderr.isatty() else ""
         os.write(2, f"{shown}{message}\n".encode())
-    os._exit(RESUMABLE)
+    os._exit(_watch.code)
 
 
 @contextlib.contextmanager
@@ -135,3 +137,19 @@ def handling(handler: Callable[..., object], numbers: tuple[signal.Signals, ...]
         for number, old in kept.items():
             signal.signal(number, old)
         _watch.ask = before
+
+
+@contextlib.contextmanager
+def interrupted_by_keys() -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt in the main thread; SIGTERM ends the process."""
+
+    def handler(number: int, _: object) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        end(_watch.message or STOPPED)
+
+    if _watch.message is None:  # A call in Python, where Ctrl-C does that by itself.
+        yield
+        return
+    with handling(handler, SIGNALS):
+        yield

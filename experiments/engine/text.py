@@ -161,7 +161,9 @@ class Text:
           BadInput: a text without a window, or one window to be divided into parts.
         """
         settings = self.config.evaluate
-        found = windows((text or self.held_out).tokens, settings.context)
+        what = "the evaluation text" if text is None or text is self.held_out else \
+            "the unseen text (data.unseen_files or data.mix_unseen)"
+        found = windows((text or self.held_out).tokens, settings.context, what)
         if (text is None or text is self.held_out) and settings.part != "all":
             begin = len(found) - -(-len(found) // 4)
             if begin == 0:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 from rabit_jax.data.conversations import Render
@@ -50,7 +53,7 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    whole = Path(pattern).expanduser()
+    whole = Path(os.path.expanduser(pattern))
     if whole.is_file():
         return [whole]
     found = sorted(map(Path, glob.glob(str(whole), recursive=True)))
@@ -139,24 +142,33 @@ def hub_documents(
     except BadInput:
         raise
     except Exception as error:  # the library raises dozens of types, its transports more
+        advice = "correct its files, the split or the configuration" if Path(hub).is_dir() else \
+            "check the name, the configuration and the network, or use data.source=embedded"
         raise BadInput(
             f"cannot read {name} of dataset {hub!r} ({type(error).__name__}: {first_line(error)});"
-            " check the name, the configuration and the network, or use data.source=embedded"
+            f" {advice}"
         ) from error
 
 
-def _split_rows(hub: str, config: str, split: str, streaming: bool) -> Iterable[Row]:
+def _library() -> ModuleType:
+    """`datasets`, without its log: what it logs of a damaged file it raises as well."""
     import datasets
 
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
+def _split_rows(hub: str, config: str, split: str, streaming: bool) -> Iterable[Row]:
+    datasets = _library()
     rows = datasets.load_dataset(hub, config or None, split=split, streaming=streaming)
     return cast(Iterable[Row], rows)
 
 
 def _file_rows(hub: str, file: str) -> Iterable[Row]:
     """Rows of one file. `datasets` does not find a file again offline, the hub's cache does."""
-    import datasets
     import huggingface_hub
 
+    datasets = _library()
     reader, local = _reader(file), Path(hub)
     path = local / file if local.is_dir() else huggingface_hub.hf_hub_download(
         hub, file, repo_type="dataset"
@@ -222,6 +234,9 @@ def _rendered(rows: Iterable[Row], name: str, column: str, render: Render) -> It
 
 
 def _no_text(name: str, column: str, row: Row) -> BadInput:
+    if row.get(column) is not None and not isinstance(row[column], str):
+        return BadInput(f"{name} has a row with {row[column]!r:.60} in column {column!r}, wanted "
+                        "text or null; make it text, or name another column")
     return BadInput(
         f"{name} has no text in column {column!r}; set data.hub_text_column (of a part of a"
         f" mix: hub_column) to one of {', '.join(map(str, row))}"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 END = "<|endoftext|>"
 SMALLEST = 257  # 256 bytes and END
+LARGEST = 1 << 22  # tokenizers reserves memory for all of them, and ends the process without it
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -25,21 +26,21 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
 
     Args:
       documents: The training text only; evaluation text must not shape the tokens.
-      vocab_size: Largest number of tokens, at least 257.
+      vocab_size: Largest number of tokens, 257 to 4,194,304.
 
     Returns:
       A fast tokenizer of transformers, without prefix space and without a length limit.
 
     Raises:
-      BadInput: `vocab_size` below 257.
+      BadInput: `vocab_size` outside its range.
 
     Example:
       >>> tokenizer = train_tokenizer(["low lower lowest"], 300)
       >>> tokenizer.decode(tokenizer.encode("naïve 🙂"))
       'naïve 🙂'
     """
-    if vocab_size < SMALLEST:
-        raise BadInput(f"data.vocab_size is {vocab_size}, wanted at least {SMALLEST}; raise it")
+    if not SMALLEST <= vocab_size <= LARGEST:
+        raise BadInput(f"data.vocab_size is {vocab_size}, wanted {SMALLEST} to {LARGEST}")
     # Without an answer of ours, tokenizers warns whenever the process starts another.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

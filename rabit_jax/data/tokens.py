@@ -184,17 +184,19 @@ def batch(
     return np.stack([tokens[start : start + length] for start in starts]).astype(np.int32)
 
 
-def windows(tokens: Integer[np.ndarray, " n"], length: int) -> Int32[np.ndarray, "w t"]:
+def windows(
+    tokens: Integer[np.ndarray, " n"], length: int, what: str = "the evaluation text"
+) -> Int32[np.ndarray, "w t"]:
     """All w = n // t non-overlapping evaluation windows of t tokens, in order, the tail dropped.
 
     Raises:
-      BadInput: Fewer than `length` tokens.
+      BadInput: Fewer than `length` tokens; the message begins with `what`.
     """
     _check_shape(1, length)
     count = len(tokens) // length
     if count == 0:
         raise BadInput(
-            f"the evaluation text is too short for one window: {len(tokens)} tokens, wanted at"
+            f"{what} is too short for one window: {len(tokens)} tokens, wanted at"
             f" least {length}; give more text or a shorter length"
         )
     return np.asarray(tokens[: count * length]).reshape(count, length).astype(np.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def check_name(name: str) -> None:
         except BadInput as error:
             raise BadInput(f"{name} names no text: {error}") from None
         return
-    if name and Path(name).expanduser().is_file():
+    if name and Path(os.path.expanduser(name)).is_file():
         raise BadInput(f"no text for perplexities is named {name!r}, but there is a file of that "
                        f"name: give {FILE}{name}")
     near = difflib.get_close_matches(name, TEXTS, n=1, cutoff=0.0)[0]

@@ -78,17 +78,17 @@ HARMLESS = frozenset({
     "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
     "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
     "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label",
-    "is_decoder", "is_llama_config", "label2id", "length_penalty", "max_length",
-    "max_new_tokens", "max_seq_len", "max_sequence_length", "min_length", "min_new_tokens",
-    "min_p", "model_max_length", "model_type", "name_or_path", "no_repeat_ngram_size",
+    "is_decoder", "is_llama_config", "label2id", "length_penalty", "max_length", "max_new_tokens",
+    "max_seq_len", "max_sequence_length", "min_length", "min_new_tokens", "min_p",
+    "model_max_length", "model_type", "name_or_path", "neftune_noise_alpha", "no_repeat_ngram_size",
     "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "output_attentions",
-    "output_hidden_states", "output_router_logits", "output_scores", "pad_token",
-    "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values",
-    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
-    "seq_length", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
-    "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torchscript",
-    "transformers.js_config", "transformers_version", "transformers_weights", "typical_p",
-    "unk_token_id", "use_bfloat16", "use_cache", "use_flash_attention", "use_flash_attn",
+    "output_hidden_states", "output_router_logits", "output_scores", "pad_token", "pad_token_id",
+    "prefix", "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty",
+    "return_dict", "return_dict_in_generate", "sep_token_id", "seq_length", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_k", "top_p", "torchscript", "transformers.js_config",
+    "transformers_version", "transformers_weights", "typical_p", "unk_token_id", "use_bfloat16",
+    "use_cache", "use_flash_attention", "use_flash_attn",
 })
 # Values at which a field of another family does nothing.
 NEUTRAL: Json = {
@@ -106,7 +106,7 @@ def is_inert(name: str, value: object) -> bool:
     Such are fields in `HARMLESS`, private ones, those of dropout, and any that is null, false or
     empty: what a field would switch on is then off.
     """
-    if name in HARMLESS or name.startswith(("_", "unsloth_")) or _is_dropout(name):
+    if name in HARMLESS or name.startswith(("_", "unsloth_", "summary_")) or _is_dropout(name):
         return True
     if name == "auto_map":
         return isinstance(value, dict) and value.keys() <= _CODE

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 
@@ -43,7 +45,10 @@ def find_folder(path: str | Path) -> Path:
       BadInput: none of these, a model of the hub that does not exist or cannot be reached, a GGUF
         file that is damaged or not supported.
     """
-    folder = Path(path).expanduser()
+    if not isinstance(path, str | os.PathLike):
+        raise BadInput(f"a model folder is a {type(path).__name__}, wanted its path or the id of a "
+                       "model on the hub")
+    folder = Path(os.path.expanduser(path))
     gguf = find_gguf(folder)
     if gguf is not None:
         return gguf_folder(gguf)
@@ -192,6 +197,17 @@ def is_run_folder(folder: Path) -> bool:
 def is_model_folder(folder: Path) -> bool:
     """Whether a folder holds a config.json and safetensors."""
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def check_dtype(dtype: DTypeLike) -> None:
+    """Raises BadInput for what is no floating dtype of at least 16 bits."""
+    try:
+        found = jnp.dtype(dtype)
+        fine = jnp.issubdtype(found, jnp.floating) and found.itemsize >= 2
+    except TypeError:
+        fine = False
+    if not fine:
+        raise BadInput(f"dtype is {dtype!r}, wanted float32, bfloat16 or float16")
 
 
 def finite_as(value: np.ndarray, dtype: DTypeLike, name: str) -> np.ndarray:

@@ -19,11 +19,11 @@ from jaxtyping import PyTree
 
 from rabit_jax.formats.checkpoint import INDEX, open_checkpoint, with_end_token_of
 from rabit_jax.formats.families import tensor_names
-from rabit_jax.formats.folder import finite_as, json_files, write_folder
+from rabit_jax.formats.folder import check_dtype, finite_as, json_files, write_folder
 from rabit_jax.formats.hf_config import to_hf
 from rabit_jax.formats.tokenizer import read_tokenizer
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.decoder import Decoder, check_params, param_shapes
+from rabit_jax.models.decoder import Decoder, check_params, config_of, param_shapes
 from rabit_jax.tree import is_weight, leaves
 from rabit_jax.types import Array, Json, Params, Shape, Tokenizer, Weight
 
@@ -63,6 +63,7 @@ def load_hf(
         `unsupported`), a damaged shard, a missing, extra or misshapen tensor or one with NaN (the
         message names it), a tokenizer of another model.
     """
+    check_dtype(dtype or "float32")
     targets = {} if shardings is None else dict(leaves(shardings))
     with open_checkpoint(path) as checkpoint:
         tokenizer = read_tokenizer(checkpoint.folder, checkpoint.config)
@@ -115,7 +116,8 @@ def save_hf(
       BadInput: params that do not fit the config or hold a value that is not finite in `dtype`, a
         target that exists and is not a model folder, a full disk.
     """
-    config = model.config if isinstance(model, Decoder) else model
+    check_dtype(dtype)
+    config = config_of(model)
     config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
     flat, tensors = dict(leaves(params)), stored_tensors(config)
     check_params(flat, param_shapes(config))

@@ -46,7 +46,7 @@ from rabit_jax.formats.packed_file import (
 )
 from rabit_jax.formats.tokenizer import read_tokenizer
 from rabit_jax.models.config import ModelConfig
-from rabit_jax.models.decoder import Decoder, check_params, param_shapes
+from rabit_jax.models.decoder import Decoder, check_params, config_of, param_shapes
 from rabit_jax.tree import is_weight, leaves
 from rabit_jax.types import Array, Json, Params, Shape, Tokenizer, Weight
 from rabit_jax.weights.description import describe
@@ -74,7 +74,7 @@ ENDS = (HF_MODULES["embed"], HF_MODULES["head"])
 
 
 def save_packed(
-    folder: str | Path, config: ModelConfig, params: Params,
+    folder: str | Path, config: Decoder | ModelConfig, params: Params,
     tokenizer: Tokenizer | tokenizers.Tokenizer | None = None,
     extra: Json | None = None, generation: Json | None = None, base: str | None = None,
 ) -> Path:
@@ -86,7 +86,7 @@ def save_packed(
 
     Args:
       folder: where to write.
-      config: config of the decoder.
+      config: of the decoder, or the decoder.
       params: its params, some or all kernels as packed weight nodes; see `rabit_jax.pack`.
       tokenizer: of transformers, or a plain `tokenizers.Tokenizer`.
       extra: further JSON fields for `quantization_config` of config.json, such as the spec that
@@ -106,6 +106,7 @@ def save_packed(
       >>> folder = save_packed("runs/mine/packed", model.config, pack(params), tokenizer)
       >>> model, params, tokenizer = load_packed(folder)
     """
+    config = config_of(config)
     flat, shapes = dict(leaves(params)), param_shapes(config)
     check_params(flat, shapes)
     headers = _headers(flat)

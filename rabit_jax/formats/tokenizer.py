@@ -53,7 +53,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
     whole = (Path(folder) / "tokenizer.json").is_file()
     loader = PreTrainedTokenizerFast if whole else AutoTokenizer
     try:
-        return loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        found = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # damaged files surface as many types, panics of Rust among them
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
@@ -61,6 +61,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
             f"cannot read the tokenizer in {str(folder)!r} ({first_line(error)}); restore its "
             "tokenizer.json"
         ) from error
+    if not isinstance(found.model_max_length, int | float):
+        raise BadInput(f"model_max_length in {Path(folder) / 'tokenizer_config.json'} is "
+                       f"{found.model_max_length!r}, wanted a number: correct it")
+    return found
 
 
 def read_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer | None:

@@ -147,7 +147,11 @@ class _Unpack:
         found = np.asarray(node.dense())
         dense = np.array(found if isinstance(node, Table) else found.T, order="C")
         target = f"{self.module}.weight"
-        return {target: torch.from_numpy(dense).to(model.get_parameter(target).dtype)}
+        # AutoModel builds the decoder without its head, whose names have no prefix.
+        prefix = f"{model.base_model_prefix}."
+        bare = target.startswith(prefix) and model.base_model is model
+        own = target.removeprefix(prefix) if bare else target
+        return {own: torch.from_numpy(dense).to(model.get_parameter(own).dtype)}
 
     def _array(self, given: Given, name: str) -> np.ndarray:
         found = given.get(name)

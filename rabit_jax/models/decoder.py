@@ -186,3 +186,16 @@ def check_params(found: Mapping[str, Array | Weight], shapes: Mapping[str, Shape
         if tuple(found[path].shape) != shape:
             raise BadInput(f"parameter {path} is {tuple(found[path].shape)}, the config wants "
                            f"{shape}")
+
+
+def config_of(model: Decoder | ModelConfig) -> ModelConfig:
+    """The config of a decoder, or the config itself.
+
+    Raises:
+      BadInput: it is neither.
+    """
+    config = model.config if isinstance(model, Decoder) else model
+    if not isinstance(config, ModelConfig):
+        raise BadInput(f"the model is a {type(model).__name__}, wanted a Decoder or its "
+                       "ModelConfig")
+    return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from rabit_jax.errors import BadInput
-from rabit_jax.models.decoder import Decoder
+from rabit_jax.models.decoder import Decoder, config_of
 from rabit_jax.models.engine import Cache, init_cache, step
 from rabit_jax.models.prepared import Engine, prepare
 from rabit_jax.tree import pytree_dataclass
@@ -21,6 +22,8 @@ from rabit_jax.types import Array, Params
 
 # Tokens that the device makes before the host sees them.
 CHUNK = 16
+HOTTEST = 1e6  # a temperature that already takes every token alike
+COLDEST = 1e-6  # logits divided by less could overflow; below it the likeliest token is sure
 
 
 class Choice(NamedTuple):
@@ -128,16 +131,22 @@ def stream(
       ...     print(new.tolist())
     """
     prompt, real = _prompt(model, tokens, mask, max_new_tokens)
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise BadInput(f"temperature {temperature} and top_p {top_p}: wanted temperature >= 0 and "
-                       "0 < top_p <= 1")
+    if not 0 <= temperature <= HOTTEST or not 0 < top_p <= 1:
+        raise BadInput(f"temperature {temperature} and top_p {top_p}: wanted 0 <= temperature <= "
+                       f"{HOTTEST:g} and 0 < top_p <= 1")
     if chunk < 1:
         raise BadInput(f"chunk is {chunk}, wanted at least 1 token")
     if temperature > 0 and key is None:
         raise BadInput("sampling with temperature > 0 wants a key, such as jax.random.key(0)")
     key = jax.random.key(0) if key is None else key
-    mode = "greedy" if temperature == 0 else ("sample" if top_p == 1 else "nucleus")
-    choice = Choice(mode, tuple(int(i) for i in eos_ids))
+    if not isinstance(key, jax.Array):
+        raise BadInput(f"key is {key!r}, wanted a key such as jax.random.key(0)")
+    try:
+        ends = tuple(map(operator.index, eos_ids))
+    except TypeError:
+        raise BadInput(f"eos_ids are {eos_ids!r}, wanted a list of token ids") from None
+    mode = "greedy" if temperature < COLDEST else ("sample" if top_p == 1 else "nucleus")
+    choice = Choice(mode, ends)
     engine = params if isinstance(params, Engine) else prepare(model.config, params)
     heat = jnp.float32(temperature), jnp.float32(top_p)
     return _chunks(engine, prompt, real, key, heat, choice, max_new_tokens, chunk)
@@ -233,7 +242,7 @@ def _prompt(
     model: Decoder, tokens: ArrayLike, mask: ArrayLike | None, max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The prompts and their mask as `[b, t]` int32 and bool, checked."""
-    c = model.config
+    c = config_of(model)
     try:
         tokens = np.asarray(tokens)
     except ValueError:
@@ -253,6 +262,8 @@ def _prompt(
         raise BadInput(f"prompt holds token id {tokens.max()} or {tokens.min()}, the vocabulary "
                        f"has 0..{c.vocab_size - 1}; use the model's own tokenizer")
     longest = int(mask.sum(axis=1).max())
+    if not isinstance(max_new_tokens, int | np.integer):
+        raise BadInput(f"max_new_tokens is {max_new_tokens!r}, wanted an integer")
     if max_new_tokens < 1 or longest + max_new_tokens > c.max_position:
         raise BadInput(f"{longest} prompt tokens and {max_new_tokens} new ones, the model has "
                        f"{c.max_position} positions and makes at least 1; ask for fewer")

@@ -30,13 +30,13 @@ from rabit_jax.models.cache import (
 )
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.engine import head_logits, through
+from rabit_jax.models.generation import COLDEST
 from rabit_jax.models.prepared import Engine
 from rabit_jax.models.rotary import Context, View, angles, frequencies, local_frequencies
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
 
 ALTERNATIVES = 20  # tokens whose log-probabilities are reported beside that of the chosen one
-LEAST_TEMPERATURE = 1e-6  # logits divided by less could overflow; there the likeliest token is sure
 NOTHING = -1  # in place of a token where a row made none
 
 
@@ -343,7 +343,7 @@ def pick_by_row(
     warm = sampling.temperature > 0
 
     def drawn() -> Array:
-        heat = jnp.maximum(sampling.temperature, LEAST_TEMPERATURE)
+        heat = jnp.maximum(sampling.temperature, COLDEST)
         scaled = logits / heat[:, None]
         narrow = (warm & (sampling.top_p < 1)).any()
         scaled = jax.lax.cond(narrow, _nucleus, lambda a, p: a, scaled, sampling.top_p)

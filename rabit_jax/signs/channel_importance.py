@@ -5,11 +5,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from rabit_jax.errors import BadInput
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
 
 FLOOR = 1e-4
+HIGHEST = 2.0  # exponent; with the floor the importances then span 1e8, which float32 holds
 
 
 @pytree_dataclass
@@ -40,3 +42,10 @@ def importance(
     s = jnp.maximum((1 - shrinkage) * s + shrinkage * mean, FLOOR * mean)
     log = jnp.log(s)
     return jnp.exp(exponent * (log - jnp.mean(log, axis=-1, keepdims=True)))
+
+
+def check_exponents(*exponents: float) -> None:
+    """Raise BadInput for an exponent `a_in` or `a_out` outside 0..2, NaN included."""
+    if not all(0 <= exponent <= HIGHEST for exponent in exponents):
+        raise BadInput(f"a_in, a_out are {', '.join(map(str, exponents))}: an exponent of the "
+                       f"importance must lie in 0..{HIGHEST:g}, 0 ignores the importance")

@@ -64,6 +64,19 @@ def rank1(
     return jnp.maximum(g * ratio, 0), jnp.maximum(h / ratio, 0)
 
 
+def root_of_unit(w: Array) -> Float[Array, ""]:
+    """A power of two r with `r^2 <= max|w| < 4 r^2`, float32; 1 for zeros.
+
+    Fits are made of `w / r^2`, whose squares stay in the range of float32 however large or small a
+    matrix is. Neither that division nor giving the scales r back rounds anything.
+    """
+    largest = jnp.max(jnp.abs(w.astype(F32)), initial=0)
+    exponent = jax.lax.bitcast_convert_type(largest, jnp.uint32) >> 23  # 2^(exponent - 127)
+    odd = exponent - (1 - exponent % 2)  # an even power of two
+    root = jax.lax.bitcast_convert_type((odd + 127) // 2 << 23, F32)
+    return jnp.where(exponent > 0, root, 1)
+
+
 def _fit(m: Array, v: Array) -> Array:
     """Least squares `argmin_u |m - u v^T|`; 0 where `v` is."""
     return m @ v / jnp.maximum(jnp.vdot(v, v), TINY)
@@ -159,7 +172,8 @@ def svid(
     Returns:
       `Svid(g, h, error, rounds)`; `error` in the plain metric, signs derived from the final scales.
     """
-    w = w.astype(F32)
+    root = root_of_unit(w)
+    w = w.astype(F32) / root / root
     d_in = jnp.ones(w.shape[0], F32) if d_in is None else d_in
     d_out = jnp.ones(w.shape[1], F32) if d_out is None else d_out
     p = w * outer(d_in, d_out)
@@ -181,4 +195,4 @@ def svid(
     start = (jnp.int32(0), g, h, error, jnp.asarray(jnp.inf, F32), (error, g, h))
     count, *_, (_, g, h) = jax.lax.while_loop(gaining, round_, start)
     g, h = floored(g / d_out[None]), floored(h / d_in[None])
-    return Svid(g, h, relative_error(w, g, h), count)
+    return Svid(g * root, h * root, relative_error(w, g, h), count)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from rabit_jax.errors import BadInput
-from rabit_jax.signs.channel_importance import Stats, importance
+from rabit_jax.signs.channel_importance import Stats, check_exponents, importance
 from rabit_jax.signs.ste import F32, summed
 from rabit_jax.tree import per_layer, pytree_dataclass, split_key
 from rabit_jax.types import Array
@@ -67,6 +67,7 @@ class CodebookSpec:
                 f"dim {self.dim}, iterations {self.iterations}: a vector must hold at least 1 "
                 "input, and iterations must not be negative"
             )
+        check_exponents(self.a_in, self.a_out)
 
     def init(
         self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
-from rabit_jax.signs.channel_importance import Stats, importance
+from rabit_jax.signs.channel_importance import Stats, check_exponents, importance
 from rabit_jax.signs.groups import by_group, group_count, group_sum, spread
+from rabit_jax.signs.iterative_svid import root_of_unit
 from rabit_jax.signs.ste import F32, summed
 from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
@@ -49,6 +50,7 @@ class DualBinarySpec:
         """Raises BadInput for a setting out of its range."""
         if self.group < 1:
             raise BadInput(f"group is {self.group}: a group must hold at least 1 input")
+        check_exponents(self.a_in)
 
     def init(
         self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None
@@ -81,7 +83,8 @@ def _search(spec: DualBinarySpec, w: jax.Array, s_in: jax.Array | None) -> jax.A
     """The best s of the grid, float32 `[..., n, o]`."""
 
     def layer(w, d_in):
-        w, weight = w.astype(F32), jnp.square(d_in)[:, None]
+        root = root_of_unit(w)
+        w, weight = w.astype(F32) / root / root, jnp.square(d_in)[:, None]
         largest = by_group(jnp.abs(w), spec.group).max(axis=-2)
 
         def attempt(best, fraction):
@@ -94,7 +97,7 @@ def _search(spec: DualBinarySpec, w: jax.Array, s_in: jax.Array | None) -> jax.A
         shape = (group_count(w.shape[0], spec.group), w.shape[1])
         start = jnp.full(shape, jnp.inf, F32), jnp.zeros(shape, F32)
         fractions = jnp.arange(1, FRACTIONS + 1, dtype=F32) / FRACTIONS
-        return jax.lax.scan(attempt, start, fractions)[0][1]
+        return jax.lax.scan(attempt, start, fractions)[0][1] * root * root
 
     d_in = jnp.ones(w.shape[:-1]) if s_in is None else importance(s_in, spec.a_in)
     return per_layer(layer, w, d_in)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
-from rabit_jax.signs.channel_importance import Stats
+from rabit_jax.signs.channel_importance import Stats, check_exponents
 from rabit_jax.signs.ste import F32, outer
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array, Spec, Weight
@@ -51,6 +51,7 @@ class ScaledSpec:
         """Raises BadInput for a setting out of its range."""
         if not 0 <= self.shrinkage <= 1:
             raise BadInput(f"shrinkage is {self.shrinkage}: it must lie in 0..1")
+        check_exponents(self.a_in, self.a_out)
 
     def init(
         self, w: Float[Array, "... i o"], stats: Stats | None = None, key: jax.Array | None = None

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float16, Int8, UInt8
 
 from rabit_jax.errors import BadInput, check_choice
 from rabit_jax.kernels.layout import pack_bits, unpack_bits
-from rabit_jax.signs.channel_importance import Stats, importance
+from rabit_jax.signs.channel_importance import Stats, check_exponents, importance
 from rabit_jax.signs.iterative_svid import svid
 from rabit_jax.signs.ste import (
     F32,
@@ -284,6 +284,7 @@ class SignFit:
                 f"rounds {self.rounds}, tolerance {self.tolerance}, shrinkage {self.shrinkage}: "
                 "rounds and tolerance must not be negative, shrinkage must lie in 0..1"
             )
+        check_exponents(self.a_in, self.a_out)
         check_choice("ste", self.ste, ste_names())
 
     def scales(

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import Stats
-from rabit_jax.signs.iterative_svid import TINY, floored, rank1
+from rabit_jax.signs.iterative_svid import TINY, floored, rank1, root_of_unit
 from rabit_jax.signs.ste import F32, coupled, outer, ste_names, summed, with_sign
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
@@ -81,7 +81,8 @@ class UniformResidualSpec(SignFit):
 
 def _fit_layer(fit: UniformResidualSpec, w: jax.Array, d_in: jax.Array, d_out: jax.Array) -> tuple:
     """`g: [1, o]`, `h: [1, i]` of one matrix; the best round is kept."""
-    p = w.astype(F32) * outer(d_in, d_out)
+    root = root_of_unit(w)
+    p = w.astype(F32) / root / root * outer(d_in, d_out)
     magnitude = jnp.abs(p)
 
     def levels(g, h):
@@ -111,7 +112,7 @@ def _fit_layer(fit: UniformResidualSpec, w: jax.Array, d_in: jax.Array, d_out: j
     start = error(g, h)
     state = (jnp.int32(0), g, h, start, jnp.asarray(jnp.inf, F32), (start, g, h))
     *_, (_, g, h) = jax.lax.while_loop(gaining, step, state)
-    return floored(g / d_out)[None], floored(h / d_in)[None]
+    return root * floored(g / d_out)[None], root * floored(h / d_in)[None]
 
 
 @pytree_dataclass

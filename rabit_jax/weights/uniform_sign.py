@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int8
 
 from rabit_jax.kernels.layout import unpack_bits
 from rabit_jax.signs.groups import by_group, group_count, spread
+from rabit_jax.signs.iterative_svid import root_of_unit
 from rabit_jax.signs.ste import F32, coupled_signs, effective_weight, ste_names, summed
 from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array
@@ -46,7 +47,9 @@ def fit_group_scales(
       d_in: importance of each input `[i]`.
       d_out: unused.
     """
-    blocks, weight = by_group(w.astype(F32), fit.group), by_group(d_in[:, None], fit.group) ** 2
+    root = root_of_unit(w)
+    blocks = by_group(w.astype(F32) / root / root, fit.group)
+    weight = by_group(d_in[:, None], fit.group) ** 2
 
     def refit(c):
         return jnp.sum(weight * blocks * c, axis=-2) / jnp.sum(weight * c * c, axis=-2)
@@ -71,7 +74,7 @@ def fit_group_scales(
 
     start = refit(jnp.where(blocks >= 0, 1.0, -1.0))
     state = (jnp.int32(0), start, error(start, levels(start)), jnp.asarray(jnp.inf, F32))
-    return storable(jax.lax.while_loop(gaining, step, state)[1])
+    return storable(jax.lax.while_loop(gaining, step, state)[1] * root * root)
 
 
 def _pairs(s: jax.Array, group: int, k: int) -> tuple[jax.Array, jax.Array]:

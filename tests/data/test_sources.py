@@ -230,6 +230,18 @@ def test_a_column_of_nulls_is_no_text(tmp_path, monkeypatch):
         list(readers.hub_documents(str(tmp_path)))
 
 
+def test_a_row_of_another_type_and_a_damaged_file_are_one_sentence(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    file = tmp_path / "train.csv"
+    file.write_text("text\n1\n2\n")
+    with pytest.raises(BadInput, match="has a row with 1 in column 'text', wanted text or null"):
+        list(readers.hub_documents(str(tmp_path)))
+    file.rename(tmp_path / "train.jsonl").write_text('{"text": "a"}\n{broken\n')
+    with pytest.raises(BadInput, match="cannot read split 'train' of .*; correct its files"):
+        list(readers.hub_documents(str(tmp_path)))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_running_text_keeps_its_empty_lines(monkeypatch):
     rows = [{"text": text} for text in ("", " = Title = ", "", "A line.")]
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: rows)

@@ -84,9 +84,11 @@ def test_a_damaged_tokeniser_is_named(tokenizer, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_vocabulary_below_the_bytes_is_refused():
-    with pytest.raises(BadInput, match="vocab_size is 256, wanted at least 257"):
+def test_a_vocabulary_out_of_range_is_refused():
+    with pytest.raises(BadInput, match="vocab_size is 256, wanted 257 to"):
         train_tokenizer(["text"], 256)
+    with pytest.raises(BadInput, match="vocab_size is 100000000000, wanted"):
+        train_tokenizer(["text"], 10**11)  # the library would end the process for want of memory
 
 
 def test_the_folder_named_kernels_does_not_break_transformers():

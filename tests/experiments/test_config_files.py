@@ -96,3 +96,15 @@ def test_a_config_that_comes_with_the_package_is_taken_by_its_name(tmp_path, mon
         load_config(Config, "smal.yaml")
     (here / "small.yaml").write_text("name: mine")
     assert load_config(Config, "small.yaml").name == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "# all of it\n# is comment\n", "---\n", "null", "~"])
+def test_a_file_without_settings_starts_nothing(load, text):
+    with pytest.raises(BadInput, match=r"config.yaml holds no settings: .* \{\} takes the default"):
+        load(text)
+
+
+def test_a_file_without_end_is_not_read_to_its_end():
+    with pytest.raises(BadInput, match="/dev/zero is too large for a config"):
+        load_config(Config, "/dev/zero")
+

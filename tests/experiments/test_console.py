@@ -44,6 +44,18 @@ def test_exit_codes(capsys):
     assert "--resume" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EROFS, errno.ENOENT,
+                                    errno.EIO, errno.ESTALE, errno.ENOTDIR])
+def test_a_file_that_the_system_refuses_is_one_sentence(capsys, number):
+    name = "a\nb" + "x" * 3000
+    assert console.main_guard(raising(OSError(number, os.strerror(number), name))) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: cannot use a b") and os.strerror(number) in err
+    assert err.count("\n") == 1 and len(err) < 600
+    with pytest.raises(OSError, match="a bug"):
+        console.main_guard(raising(OSError(errno.EINVAL, "a bug")))
+
+
 def test_a_full_disk_is_one_sentence_however_deep_it_lies(capsys):
     assert console.main_guard(raising(OSError(errno.ENOSPC, "No space left on device"))) == 2
     wrapped = RuntimeError("save failed")

@@ -159,6 +159,14 @@ def test_bad_input_is_one_sentence(folders, run, args, message):
     assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("model, said", [
+    ("x" * 5000, "File name too long"), ("~nobody-of-that-name/x", "does not exist"),
+])
+def test_names_that_no_folder_can_have(run, model, said):
+    code, out, err = run("--model", model, "--prompt", "x")
+    assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+
+
 def test_bad_folders_are_one_sentence(folders, run, tmp_path):
     bare = shutil.copytree(folders / "dense", tmp_path / "bare",
                            ignore=shutil.ignore_patterns("tokenizer*"))

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
+from rabit_jax.experiments import push
 from rabit_jax.formats.hf import load_hf, save_hf
 from rabit_jax.formats.packed_model import save_packed
 from rabit_jax.kernels.layout import packed_bytes
@@ -202,15 +204,15 @@ def test_models_are_fetched_and_failures_explained(server, client, place):
 def test_push(server, client, place):
     packed = place / "packed"
 
-    def push(model="packed", repo="org/packed", *flags):
+    def command(model="packed", repo="org/packed", *flags):
         return ["push", "--model", str(place / model), "--repo", repo, *flags]
 
-    upload = push("packed", "org/packed", "--yes-upload")
+    upload = command("packed", "org/packed", "--yes-upload")
     listed, thesis, nowhere, name, anonymous, refused, done, hidden, public, cut = client([
-        push(), push("thesis"), push("none"), push(repo="packed"), upload,
+        command(), command("thesis"), command("none"), command(repo="packed"), upload,
         ["env", {"HF_TOKEN": "bad"}], upload, ["env", {"HF_TOKEN": "good"}],
-        upload, push("dense", "org/dense", "--yes-upload", "--private"),
-        push("packed", "org/model", "--yes-upload", "--private"),
+        upload, command("dense", "org/dense", "--yes-upload", "--private"),
+        command("packed", "org/model", "--yes-upload", "--private"),
         ["set", {"ENDPOINT": NOWHERE}], upload])
     files = {f.name: f.read_bytes() for f in packed.iterdir() if f.name != ".hidden"}
     assert listed[0] == 0 and "nothing was uploaded" in listed[1]
@@ -229,3 +231,14 @@ def test_push(server, client, place):
     assert server.created == {"org/packed": False, "org/dense": True}
     assert set(server.uploaded) == {"org/packed", "org/dense"}
     assert server.uploaded["org/packed"] == files
+
+
+def test_a_damaged_model_is_not_pushed(place, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(place / "packed", damaged)
+    file = damaged / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert push.main(["--model", str(damaged), "--repo", "org/packed"]) == 2
+    assert "its checksum differs" in " ".join(capsys.readouterr().err.split())

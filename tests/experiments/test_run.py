@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -189,6 +190,13 @@ def test_a_mesh_with_a_tensor_axis_gives_the_same_models(finished, place, run):
     assert other["packed"]["bits_identical"]
 
 
+def test_a_teacher_without_its_config_is_made_again(finished, place, run):
+    shutil.copytree(finished, place / "runs" / "bare")
+    (place / "runs" / "bare" / "teacher" / "config.json").unlink()
+    assert run(place, "name=bare", "--until", "teacher") == 0
+    assert (place / "runs" / "bare" / "teacher" / "config.json").is_file()
+
+
 def test_dry_run_prints_the_table_and_writes_nothing(place, capsys, run):
     assert run(place, "name=dry", "--dry-run") == 0
     out = capsys.readouterr().out
@@ -199,6 +207,11 @@ def test_dry_run_prints_the_table_and_writes_nothing(place, capsys, run):
 @pytest.mark.parametrize(
     "override, said",
     [
+        ("seed=4294967296", "seed"),
+        ("data.vocab_size=99999999999", "vocab_size"),
+        ("init.spec.a_in=-5", "a_in"),
+        ("init.spec.a_out=.inf", "a_out"),
+        ("generate.temperature=.inf", "temperature"),
         ("qat.stepz=3", "qat.steps"),
         ("qat.steps=many", "qat.steps"),
         ("init.spec.k=5", "k is 5"),
@@ -229,6 +242,33 @@ def test_bad_input_is_one_sentence_exit_2_and_nothing_written(place, capsys, ove
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
     assert err.strip().count("error: ") == 1
+    assert not (place / "runs" / "bad").exists()
+
+
+@pytest.mark.parametrize("override, said", [
+    ("init.budget=99", "the budget is 99"), ("init.budget=0.1", "the budget is 0.1"),
+    ("init.keep=[layers/.*/kernel]", "no kernel to quantise"),
+    ("init.quantise=[layers/attn_norm/scale]", "layers/attn_norm/scale"),
+    ("qat.nested=[1,3]", "qat.nested is"), ("qat.length=100", "positions"),
+    ("evaluate.context=100", "positions"),
+    ("qat.optimizer.freeze=[latent,scale,norm,embedding]", "nothing to train"),
+    ("task=ptq", "set teacher.path"),
+])
+def test_a_dry_run_refuses_what_the_run_would(place, capsys, override, said, run):
+    said_by = []
+    for option in ([], ["--dry-run"]):
+        assert run(place, "name=bad", override, *option) == 2
+        out, err = capsys.readouterr()
+        assert not out and said in err
+        said_by.append(err.strip().splitlines()[-1])
+    assert said_by[0] == said_by[1]
+    assert not (place / "runs" / "bad").exists()
+
+
+def test_an_unseen_text_that_is_too_short_is_refused_before_the_training(place, capsys, run):
+    (place / "short.txt").write_text("too short")
+    assert run(place, "name=bad", f"data.unseen_files=[{place / 'short.txt'}]") == 2
+    assert "the unseen text (data.unseen_files" in capsys.readouterr().err
     assert not (place / "runs" / "bad").exists()
 
 

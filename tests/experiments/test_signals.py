@@ -39,21 +39,26 @@ def signalled(process, number, word):
 
 
 @BOTH
-@pytest.mark.parametrize("command", ["run", "ptq", "ablate", "evaluate"])
-def test_a_signal_during_the_imports_is_answered_at_once(tmp_path, command, number):
+@pytest.mark.parametrize("command, ends", [
+    *((name, 75) for name in ("run", "ptq", "ablate", "evaluate")),
+    *((name, 130) for name in ("generate", "serve", "export", "push")),
+])
+def test_a_signal_during_the_imports_is_answered_at_once(tmp_path, command, ends, number):
     """The first heavy import is one of NumPy or JAX; here it never ends."""
     for name in ("jax", "numpy"):
         (tmp_path / f"{name}.py").write_text("print('importing', flush=True); input()")
     process = start("-m", f"experiments.{command}", "--help", PYTHONPATH=str(tmp_path))
     code, _, err = signalled(process, number, "importing")
-    assert code == 75 and "stopped; the same command" in err and "Traceback" not in err
+    said = "stopped; the same command" if ends == 75 else "stopped\n"
+    assert code == ends and said in err and "Traceback" not in err
 
 
 def test_the_console_scripts_watch_before_the_imports_too(tmp_path):
     (tmp_path / "numpy.py").write_text("print('importing', flush=True); input()")
-    script = "import sys; from rabit_jax.experiments.commands import run; sys.exit(run())"
-    process = start("-c", script, "--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert signalled(process, signal.SIGTERM, "importing")[0] == 75
+    for name, ends in (("run", 75), ("export", 130)):
+        script = f"from rabit_jax.experiments.commands import {name}; raise SystemExit({name}())"
+        process = start("-c", script, "--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
+        assert signalled(process, signal.SIGTERM, "importing")[0] == ends
 
 
 @BOTH
@@ -150,3 +155,27 @@ with replacing(Path(sys.argv[1]) / "states.bin") as new:
     finally:
         lives.communicate("")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "states.bin"]
+
+
+@BOTH
+def test_keys_stop_an_answer_and_a_request_to_end_ends_the_process(number):
+    """In a chat Ctrl-C is for the answer alone; behind it a signal ends the command."""
+    script = BLOCKED + """
+from rabit_jax.experiments.engine.signals import interrupted_by_keys
+watch("stopped", 130)
+try:
+    with interrupted_by_keys():
+        here("answering")
+except KeyboardInterrupt:
+    here("asked again")
+"""
+    process = start("-c", script)
+    for line in process.stdout:
+        if line == "answering\n":
+            break
+    process.send_signal(number)
+    if number == signal.SIGINT:
+        code, _, err = signalled(process, number, "asked again")
+    else:
+        code, err = process.wait(60), process.stderr.read()
+    assert (code, err) == (130, "stopped\n")

@@ -35,6 +35,7 @@ INERT = [
     {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1},
     {"sliding_window": 64}, {"quantization_config": {}}, {"partial_rotary_factor": 1.0},
     {"torch_dtype": "float32", "dtype": "float32"}, {"eos_token_id": [2]},
+    {"neftune_noise_alpha": 5.0}, {"summary_type": "first"},
 ]
 REFUSED = [
     ({"vocab_size": 10**12}, "vocab_size is 1000000000000, wanted a positive integer of at most"),

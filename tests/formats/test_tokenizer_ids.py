@@ -130,6 +130,7 @@ def test_text_that_has_no_tokens_is_refused(tmp_path):
                        '"vocab": {"a": -1}, "merges": []}}'),
     ("tokenizer_config.json", "[" * 100_000), ("tokenizer_config.json", '{"eos_token": 7}'),
     ("tokenizer_config.json", '{"eos_token": {"a": {}}}'), ("tokenizer_config.json", "[]"),
+    ("tokenizer_config.json", '{"model_max_length": "x"}'),
 ])
 def test_damaged_and_hostile_files(trained, tmp_path, config, name, content):
     save_tokenizer(trained, tmp_path)

@@ -123,3 +123,10 @@ def test_without_the_import_transformers_refuses(folder):
     assert len(lines) == 2, done.stderr
     assert all("refused: " in line and "import rabit_jax.integrations.transformers" in line
                for line in lines)
+
+
+def test_the_decoder_without_its_head_has_the_same_weights(folder, registered):
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder).model.state_dict()
+    bare = transformers.AutoModel.from_pretrained(folder).state_dict()
+    assert bare.keys() == whole.keys()
+    assert all(torch.equal(bare[name], whole[name]) for name in whole)

@@ -71,6 +71,14 @@ def test_sampling_is_fixed_by_the_key(model, params, tokens, greedy):
     np.testing.assert_array_equal(sample(3, top_p=1e-6), greedy(tokens, 12))
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-7])
+def test_temperatures_that_float32_cannot_divide_by_are_greedy(model, params, tokens, temperature):
+    """Scaled logits would overflow, and the first infinity would win."""
+    settings = {"max_new_tokens": 4, "temperature": temperature, "key": jax.random.key(0)}
+    np.testing.assert_array_equal(generate(model, params, tokens, **settings),
+                                  generate(model, params, tokens, max_new_tokens=4))
+
+
 @pytest.mark.parametrize("settings", [
     pytest.param({}, marks=pytest.mark.more),
     {"temperature": 0.9, "top_p": 0.9, "key": jax.random.key(4)},
@@ -153,7 +161,8 @@ def test_the_last_position_can_be_used(config, params, tokens):
     ({"mask": np.array([[True, False]])}, "padded on the left"),
     ({"mask": np.array([[True]])}, "wanted the same shape"),
     ({"max_new_tokens": 0}, "makes at least 1"),
-    ({"temperature": -1.0}, "wanted temperature >= 0"),
+    ({"temperature": -1.0}, "wanted 0 <= temperature"),
+    ({"temperature": float("inf")}, "wanted 0 <= temperature"),
     ({"top_p": 0.0}, "0 < top_p <= 1"),
     ({"temperature": 1.0}, "wants a key"),
 ])

@@ -6,10 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rabit_jax import LLAMA_LINEARS, ResidualSign, ResidualSignSpec, convert, generate
+from rabit_jax import (
+    LLAMA_LINEARS,
+    ResidualSign,
+    ResidualSignSpec,
+    convert,
+    generate,
+    load_hf,
+    save_hf,
+)
 from rabit_jax.errors import BadInput
 from rabit_jax.evaluate.perplexities import perplexity
 from rabit_jax.evaluate.scoring import Request, score
+from rabit_jax.formats.packed_model import save_packed
 
 SPEC = ResidualSignSpec(rounds=1)
 
@@ -62,6 +71,39 @@ def test_constant_tokens_of_a_traced_call(model, params):
 def test_rules(params, rules, message):
     with pytest.raises(BadInput, match=message):
         convert(params, rules)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, wanted an integer"),
+    ({"temperature": 1.0, "key": 3}, "key is 3, wanted a key"),
+    ({"eos_ids": "</s>"}, "eos_ids are '</s>', wanted a list of token ids"),
+    ({"eos_ids": 3}, "eos_ids are 3"),
+])
+def test_settings_of_a_generation(model, params, settings, message):
+    with pytest.raises(BadInput, match=message):
+        generate(model, params, np.array([[3]]), **{"max_new_tokens": 2, **settings})
+
+
+def test_arguments_in_the_wrong_order(model, params, tmp_path):
+    for call in (lambda: generate(params, model, np.array([[3]])),
+                 lambda: save_hf(tmp_path / "a", params, params),
+                 lambda: save_packed(model, tmp_path / "a", params)):
+        with pytest.raises(BadInput, match="the model is a .*, wanted a Decoder or its"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "nosuch", "bool"])
+def test_dtypes_that_hold_no_weights(folder, model, params, tmp_path, dtype):
+    for call in (lambda: load_hf(folder, dtype=dtype),
+                 lambda: save_hf(tmp_path / "a", model, params, dtype=dtype)):
+        with pytest.raises(BadInput, match=f"dtype is '{dtype}', wanted float32"):
+            call()
+
+
+@pytest.mark.parametrize("path", [None, 5, ["model"]])
+def test_a_path_that_is_none(path):
+    with pytest.raises(BadInput, match="a model folder is a .*, wanted its path"):
+        load_hf(path)
 
 
 def test_params(model):

@@ -4,7 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rabit_jax.errors import BadInput
 from rabit_jax.signs.channel_importance import importance
+from rabit_jax.weights.codebook import CodebookSpec
+from rabit_jax.weights.dual_binary import DualBinarySpec
+from rabit_jax.weights.residual_sign import ResidualSignSpec
+from rabit_jax.weights.scaled_weight import ScaledSpec
 
 
 def formula(s, exponent, shrinkage):
@@ -51,3 +56,10 @@ def test_a_layer_without_any_signal_counts_all_channels_alike(s):
     d = np.asarray(importance(jnp.asarray(s), 1.0), np.float64)
     np.testing.assert_array_equal(d[1], 1)
     np.testing.assert_allclose(d[[0, 2]], formula(s[[0, 2]], 1.0, 0.0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [CodebookSpec, DualBinarySpec, ResidualSignSpec, ScaledSpec])
+@pytest.mark.parametrize("exponent", [-0.5, 2.5, float("nan"), float("inf")])
+def test_exponents_out_of_range_are_refused(spec, exponent):
+    with pytest.raises(BadInput, match=r"an exponent of the importance must lie in 0\.\.2"):
+        spec(a_in=exponent)

@@ -25,6 +25,8 @@ SPECS = {
     "independent": IndependentSignSpec(k=2, **FIT),
     "frozen_path": FrozenPathSpec(k=2, **FIT),
     "uniform": UniformResidualSpec(k=2, **FIT),
+    "grouped": ResidualSignSpec(k=2, group=16, **FIT),
+    "grouped_uniform": UniformResidualSpec(k=2, group=16, **FIT),
     "low_rank": LowRankSignSpec(rank=8),
     "round_to_nearest": GroupUniformSpec(group=16),
     "dual_binary": DualBinarySpec(group=16),
@@ -52,12 +54,12 @@ def usual():
     return {name: relative_error(node.pack("w"), GAUSSIAN) for name, node in found.items()}
 
 
-@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e-3, 1e4, 1e12])
+@pytest.mark.parametrize("size", [1e-36, 1e-24, 1e-12, 1e-6, 1e-3, 1e4, 1e12, 1e24, 1e37])
 @EACH
 def test_a_scale_packs_to_itself_or_is_refused_by_name(name, size, usual):
     w = GAUSSIAN * np.float32(size)
     node = SPECS[name].init(jnp.asarray(w))
-    assert relative_error(node, w) == pytest.approx(usual[name], rel=0.02)
+    assert relative_error(node, w) == pytest.approx(usual[name], rel=0.03)
     try:
         packed = node.pack("layers/q/kernel")
     except BadInput as error:

@@ -144,7 +144,7 @@ def test_recipes_train_as_published(file):
 def test_tuned_recipes_hold_windows_out_and_score_every_stage():
     tuned = [file for file in PTQ if settings(file).tune.epochs]
     assert {file.stem for file in tuned} == {"smollm2_135m_2bit", "smollm2_135m_2bit_gpu",
-                                               "smollm2_135m_4paths",
+                                               "smollm2_135m_3paths", "smollm2_135m_4paths",
                                                "gemma3_270m_2bit"}
     for file in tuned:
         c = settings(file)

@@ -22,8 +22,10 @@ from rabit_jax.kernels.layout import (
     in_groups,
     pack_bits,
     packed_bytes,
+    stored_bytes,
     to_tiles,
     unpack_bits,
+    with_tail,
 )
 from rabit_jax.kernels.tiles import matmul_by_tiles, part_of
 
@@ -43,7 +45,7 @@ def laid_grouped_signs(bits: jax.Array, inputs: int, group: int, platform: str) 
     def turned(rows: jax.Array) -> jax.Array:
         if group < inputs:
             rows = pack_bits(in_groups(unpack_bits(rows, inputs), group).astype(bool))
-        return to_tiles(rows, (outputs,))
+        return to_tiles(rows, (outputs,), inputs if group >= inputs else 8 * rows.shape[-1])
 
     return jax.jit(lambda layers: jax.lax.map(turned, layers))(bits)
 
@@ -114,6 +116,8 @@ def rows_at(
         if group < inputs:
             signs = from_groups(unpack_bits(found, 8 * found.shape[-1]), group, inputs)
             found = pack_bits(signs.astype(bool))
+        else:
+            found = with_tail(found, inputs, packed_bytes(inputs))
     sizes = jnp.moveaxis(g.at[0, :, :, outputs].get(mode="fill"), 0, -1)  # [k, n, r]
     rows = rows_of_signs(found, sizes, None if h is None else h[0], inputs, group)
     if c is not None:
@@ -200,7 +204,7 @@ def _check(
     i, (layers, k, n, o) = x.shape[-1], g.shape
     held = (layers, k, o, packed_bytes(i))
     if bits.dtype == jnp.uint32:
-        width = packed_bytes(i) if n == 1 else packed_bytes(n * group)
+        width = stored_bytes(i) if n == 1 else packed_bytes(n * group)
         held = (layers, -(-o // TILE), k, width // 4, TILE)
     wanted = {"bits": held, "g": (layers, k, -(-i // group), o), "h": (layers, k, i),
               "c": (layers, n, o)}

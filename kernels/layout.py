@@ -97,20 +97,22 @@ def from_words(words: jax.Array) -> jax.Array:
     return rows.reshape(*rows.shape[:-2], -1)
 
 
-def as_rows(bits: jax.Array, rows: tuple[int, ...] = ()) -> jax.Array:
-    """`rb256` bytes `[..., k, o, n]` of bytes, of words `[..., k, w, o]`, or, where the outputs of
-    the joined matrices are given as `rows` and the last axis is 16 long, of tiles."""
+def as_rows(bits: jax.Array, rows: tuple[int, ...] = (), inputs: int = 0) -> jax.Array:
+    """`rb256` bytes `[..., k, o, n]` of bytes, of words `[..., k, w, o]`, or of tiles
+    `[..., t, k, w, 16]` of matrices with `rows` outputs each and so many inputs."""
     if bits.dtype == jnp.uint8:
         return bits
-    return from_tiles(bits, rows) if bits.ndim == 5 else from_words(bits)
+    return from_tiles(bits, rows, inputs) if bits.ndim == 5 else from_words(bits)
 
 
-def to_tiles(bits: jax.Array, rows: tuple[int, ...]) -> jax.Array:
-    """uint8 `[..., k, o, n]` -> uint32 `[..., t, k, n / 4, 16]`: words of 16 outputs side by side.
+def to_tiles(bits: jax.Array, rows: tuple[int, ...], inputs: int) -> jax.Array:
+    """uint8 `[..., k, o, n]` -> uint32 `[..., t, k, w, 16]`: words of 16 outputs side by side.
 
-    The form that the native CPU kernel reads as one stream. `rows` are the outputs of the matrices
-    that are joined along o; each begins a tile, and missing outputs are rows of 0.
+    The form that the native CPU kernel reads as one stream; like a file it ends in a shorter block,
+    so `w = 2 ceil(i / 64)`. `rows` are the outputs of the matrices that are joined along o; each
+    begins a tile, and missing outputs are rows of 0.
     """
+    bits = with_tail(bits, inputs, stored_bytes(inputs))
     *lead, k, _, n = bits.shape
     ends = np.cumsum(rows)[:-1]
     parts = [jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, -part.shape[-2] % TILE), (0, 0)])
@@ -121,15 +123,31 @@ def to_tiles(bits: jax.Array, rows: tuple[int, ...]) -> jax.Array:
     return words.transpose(*axes[0], *(axes[1] + a for a in (1, 0, 3, 2)))
 
 
-def from_tiles(tiles: jax.Array, rows: tuple[int, ...]) -> jax.Array:
-    """uint32 `[..., t, k, w, 16]` -> uint8 `[..., k, o, 4 w]`; inverse of `to_tiles`."""
+def from_tiles(tiles: jax.Array, rows: tuple[int, ...], inputs: int) -> jax.Array:
+    """uint32 `[..., t, k, w, 16]` -> uint8 `[..., k, o, 32 ceil(i / 256)]`; inverse of `to_tiles`.
+    """
     lead = tiles.ndim - 4
     ordered = tiles.transpose(*range(lead), *(lead + a for a in (1, 0, 3, 2)))
     whole = jax.lax.bitcast_convert_type(ordered, jnp.uint8)
     whole = whole.reshape(*tiles.shape[:lead], tiles.shape[-3], -1, 4 * tiles.shape[-2])
     starts = np.cumsum([0, *(-(-n // TILE) * TILE for n in rows)])
-    return jnp.concatenate([whole[..., start : start + n, :]
-                            for start, n in zip(starts, rows, strict=False)], axis=-2)
+    found = jnp.concatenate([whole[..., start : start + n, :]
+                             for start, n in zip(starts, rows, strict=False)], axis=-2)
+    return with_tail(found, inputs, packed_bytes(inputs))
+
+
+def with_tail(bits: jax.Array, inputs: int, size: int) -> jax.Array:
+    """Rows whose last block is as long as it takes to make them `size` bytes; as `_spread`."""
+    whole = inputs // BLOCK * BLOCK_BYTES
+    if bits.shape[-1] == size:
+        return bits
+    tail, kept = bits[..., whole:], inputs - 8 * whole
+    shifts = jnp.arange(8, dtype=jnp.uint8).reshape((1,) * (bits.ndim - 1) + (8, 1))
+    signs = (tail[..., None, :] >> shifts & jnp.uint8(1)).reshape(*tail.shape[:-1], -1)
+    wide = jnp.pad(signs[..., :kept], [(0, 0)] * (bits.ndim - 1) + [(0, 8 * (size - whole) - kept)])
+    planes = wide.reshape(*tail.shape[:-1], 8, size - whole)
+    ended = sum((planes[..., p, :] << p for p in range(8)), start=jnp.uint8(0))
+    return jnp.concatenate([bits[..., :whole], ended], axis=-1)
 
 
 def in_groups(x: jax.Array, group: int) -> jax.Array:

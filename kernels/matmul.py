@@ -34,6 +34,7 @@ from rabit_jax.kernels.layout import (
     TILE,
     as_rows,
     packed_bytes,
+    stored_bytes,
     to_table_tiles,
     to_tiles,
     to_words,
@@ -138,14 +139,14 @@ def packed_matmul(
         short = short or x.dtype == jnp.bfloat16
         y = _native(flat, bits, g, h, layer, rows, limbs, short, floats)
     elif impl == "unpacked":
-        bits, g, h, layer = _layer_of_tiles(bits, g, h, layer, rows)
+        bits, g, h, layer = _layer_of_tiles(bits, g, h, layer, rows, flat.shape[1])
         y = reference.unpacked_matmul(flat, bits, g, h, layer, rows)
     elif impl == "triton_dense":
         from rabit_jax.kernels.gpu.triton_dense import dense_matmul
 
         y = dense_matmul(flat, bits, g, h, layer, rows)
     else:
-        bits, g, h, layer = _layer_of_tiles(bits, g, h, layer, rows)
+        bits, g, h, layer = _layer_of_tiles(bits, g, h, layer, rows, flat.shape[1])
         one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
         u = _scaled(flat[:, None, None], one[None], impl)
         y = signs_matmul(u, bits, g, layer, rows, limbs, impl)
@@ -196,8 +197,8 @@ def packed_low_rank_matmul(
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
     if u_bits.ndim == 5:
         first = layer
-        u_bits, joined, h, layer = _layer_of_tiles(u_bits, joined, h, first, rows)
-        v_bits, g, _, _ = _layer_of_tiles(v_bits, g, h, first, g.shape[-1:])
+        u_bits, joined, h, layer = _layer_of_tiles(u_bits, joined, h, first, rows, flat.shape[1])
+        v_bits, g, _, _ = _layer_of_tiles(v_bits, g, h, first, g.shape[-1:], r)
     one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
     u = _scaled(flat[:, None, None], one[None, None], impl)
     inner = signs_matmul(u, u_bits, joined, layer, rows, limbs, impl)
@@ -206,7 +207,9 @@ def packed_low_rank_matmul(
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def laid_bits(bits: jax.Array, rows: tuple[int, ...], platform: str) -> jax.Array:
+def laid_bits(
+    bits: jax.Array, rows: tuple[int, ...], inputs: int, platform: str
+) -> jax.Array:
     """uint8 `[..., k, o, bytes]` as that platform multiplies them fastest.
 
     On a CPU tiles for the native kernel, or words for JAX where that kernel is not there; rows of
@@ -214,7 +217,7 @@ def laid_bits(bits: jax.Array, rows: tuple[int, ...], platform: str) -> jax.Arra
     """
     if platform != "cpu":
         return bits
-    return to_words(bits) if library() is None else to_tiles(bits, rows)
+    return to_words(bits) if library() is None else to_tiles(bits, rows, inputs)
 
 
 def _native(
@@ -231,7 +234,7 @@ def _native(
     if bits.dtype == jnp.uint32 and bits.ndim == 4:  # words, for the path without this kernel
         bits, g = (jax.lax.dynamic_index_in_dim(a, layer) for a in (bits, g))
         h = None if h is None else jax.lax.dynamic_index_in_dim(h, layer)
-        bits, layer = as_rows(bits, rows), jnp.int32(0)
+        bits, layer = as_rows(bits), jnp.int32(0)
     same = g.dtype in (jnp.float16, jnp.float32) and (h is None or h.dtype == g.dtype)
     if not same:
         g, h = g.astype(jnp.float32), None if h is None else h.astype(jnp.float32)
@@ -246,13 +249,14 @@ def _native(
 
 
 def _layer_of_tiles(
-    bits: jax.Array, g: jax.Array, h: jax.Array, layer: jax.Array, rows: tuple[int, ...]
+    bits: jax.Array, g: jax.Array, h: jax.Array, layer: jax.Array, rows: tuple[int, ...],
+    inputs: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Tiles of one layer as rows of bytes, and what belongs to it; other bits as they are."""
     if bits.ndim != 5:
         return bits, g, h, layer
     bits, g, h = (jax.lax.dynamic_index_in_dim(a, layer) for a in (bits, g, h))
-    return as_rows(bits, rows), g, h, jnp.int32(0)
+    return as_rows(bits, rows, inputs), g, h, jnp.int32(0)
 
 
 def table_matmul(x: jax.Array, table: jax.Array, scale: jax.Array, limbs: int = 2) -> jax.Array:
@@ -338,7 +342,8 @@ def _check(
     words, tiles = packed_bytes(i) // 4, sum(-(-n // TILE) for n in rows)
     held = (layers, k, o, 4 * words)
     if bits.dtype == jnp.uint32:
-        held = (layers, tiles, k, words, TILE) if bits.ndim == 5 else (layers, k, words, o)
+        held = ((layers, tiles, k, stored_bytes(i) // 4, TILE) if bits.ndim == 5
+                else (layers, k, words, o))
     wanted = {"bits": held, "h": (layers, k, len(rows), i)}
     for name, array in (("bits", bits), ("h", h)):
         if array.shape != wanted[name]:

@@ -190,10 +190,10 @@ def build(
 def layout_of(impl: str, on_cpu: bool) -> random_weights.Lay:
     """The form of bits that `lay` gives an implementation: on a CPU tiles or words, else rows."""
     if not on_cpu or impl.startswith(GPU_ONLY):
-        return lambda bits, rows: bits
+        return lambda bits, rows, inputs: bits
     if impl == "cpu":
-        return lambda bits, rows: jax.jit(to_words)(bits)
-    return jax.jit(partial(laid_bits, platform="cpu"), static_argnums=1)
+        return lambda bits, rows, inputs: jax.jit(to_words)(bits)
+    return jax.jit(partial(laid_bits, platform="cpu"), static_argnums=(1, 2))
 
 
 def _at(

@@ -17,7 +17,7 @@ from rabit_jax.weights.laid import LaidLowRank, LaidSign
 from rabit_jax.weights.low_rank_sign import rank_for_bits
 
 # How rows of bits are laid: `(uint8 [1, k, o, bytes], outputs of each matrix) -> bits`.
-Lay: TypeAlias = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+Lay: TypeAlias = Callable[[jax.Array, tuple[int, ...], int], jax.Array]  # bits, rows, inputs
 T = TypeVar("T")
 COPIES = 2  # of a low-rank weight, as LittleBit has with its residual twin
 SPREAD = 0.3  # standard deviation of the logarithm of a scale
@@ -51,7 +51,7 @@ def signs(shape: Shape, k: int, lay: Lay) -> LaidSign:
       lay: how the rows of bits are laid.
     """
     i, o, members = shape.inputs, shape.outputs, len(shape.rows)
-    bits = lay(random_bits((k, o), i), shape.rows)
+    bits = lay(random_bits((k, o), i), shape.rows, i)
     g, h = scale((1, k, o), seed=2, size=i**-0.5), scale((1, k, members, i), seed=3)
     return LaidSign(bits, g, h, shape.rows, shape.limbs)
 
@@ -60,8 +60,8 @@ def low_rank(shape: Shape, bits: float, lay: Lay) -> LaidLowRank:
     """A packed low-rank weight of `bits` per weight, two copies, with a leading axis of one."""
     i, o = shape.inputs, shape.outputs
     r = rank_for_bits(i, o, bits, COPIES)
-    u_bits = lay(random_bits((1, COPIES * r), i), (r,) * COPIES)
-    v_bits = lay(random_bits((COPIES, o), r), (o,))
+    u_bits = lay(random_bits((1, COPIES * r), i), (r,) * COPIES, i)
+    v_bits = lay(random_bits((COPIES, o), r), (o,), r)
     h, l = scale((1, COPIES, i), seed=4), scale((1, COPIES, r), seed=5, size=i**-0.5)
     g = scale((1, COPIES, o), seed=6, size=r**-0.5)
     return LaidLowRank(u_bits, v_bits, h, l, g, shape.limbs)
@@ -110,7 +110,7 @@ def exact_signs(w: LaidSign, x: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     member = np.searchsorted(np.cumsum(w.rows), outputs, side="right")
     g, h = np.asarray(w.g[0][:, outputs], np.float64), np.asarray(w.h[0], np.float64)
     total = np.zeros((len(x), len(outputs)))
-    bits = as_rows(w.bits, w.rows)
+    bits = as_rows(w.bits, w.rows, i)
     for path in range(k):
         b = unpack(bits[0, path], i, outputs)
         total += g[path] * (x @ (h[path][member] * b).T)
@@ -122,7 +122,8 @@ def exact_low_rank(w: LaidLowRank, x: np.ndarray, outputs: np.ndarray) -> np.nda
     _, copies, r = w.l.shape
     h, l, g = (np.asarray(a[0], np.float64) for a in (w.h, w.l, w.g))
     total = np.zeros((len(x), len(outputs)))
-    u_bits, v_bits = as_rows(w.u_bits, (r,) * copies), as_rows(w.v_bits, w.g.shape[-1:])
+    u_bits = as_rows(w.u_bits, (r,) * copies, x.shape[1])
+    v_bits = as_rows(w.v_bits, w.g.shape[-1:], r)
     for c in range(copies):
         u = unpack(u_bits[0, 0], x.shape[1], np.arange(c * r, (c + 1) * r))
         v = unpack(v_bits[0, c], r, outputs)

@@ -241,7 +241,8 @@ def lay(
         h = jnp.stack([n.h for n in nodes], axis=-2)
         limbs = max(n.limbs or limbs for n in nodes)
         rows = tuple(n.shape[-1] for n in nodes)
-        return LaidSign(laid_bits(bits, rows, platform), g, h, rows, limbs, short)
+        bits = laid_bits(bits, rows, h.shape[-1], platform)
+        return LaidSign(bits, g, h, rows, limbs, short)
     evenly = isinstance(first, PackedGroupUniform | PackedUniformSign)
     if evenly and all(joins(n) == joins(first) for n in nodes):
         return _lay_evenly(nodes, platform, limbs, short)
@@ -253,8 +254,8 @@ def lay(
         lead, width = first.u_bits.shape[:-3], first.u_bits.shape[-1]
         u_bits = first.u_bits.reshape(*lead, 1, first.k * first.rank, width)
         v_bits = _turned(first.v_bits, first.shape[-1])
-        u_bits = laid_bits(u_bits, (first.rank,) * first.k, platform)
-        v_bits = laid_bits(v_bits, first.shape[-1:], platform)
+        u_bits = laid_bits(u_bits, (first.rank,) * first.k, first.shape[-2], platform)
+        v_bits = laid_bits(v_bits, first.shape[-1:], first.rank, platform)
         return LaidLowRank(u_bits, v_bits, first.h, first.l, first.g, limbs)
     return None
 

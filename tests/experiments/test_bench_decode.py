@@ -12,6 +12,8 @@ from rabit_jax.experiments.bench import __main__ as bench
 from rabit_jax.experiments.bench import decode as bench_decode
 from rabit_jax.experiments.bench import shapes as bench_shapes
 from rabit_jax.kernels import matmul
+from rabit_jax.kernels.cpu.library import library
+from rabit_jax.kernels.layout import stored_bytes
 from rabit_jax.models.engine import init_cache, step
 
 DECODE = ("decode --model tiny --layers 1 --context 6 --batch 2 --tokens 4 --repeats 2 "
@@ -47,9 +49,10 @@ def test_rows_of_decoding_by_contract(plain, capsys):
         assert row["ratio_to_f32"] == pytest.approx(dense / row["milliseconds"])
         speed = row["batch"] / row["milliseconds"] * 1e3 if row["part"] == "step" else None
         assert row["tokens_per_second"] == (speed and pytest.approx(speed))
-    # Every row of bits is one block of 32 bytes here; scales are 2 bytes, h once per joined matrix.
+    # A row of bits is one block; scales are 2 bytes, h once per joined matrix.
     shapes = bench_shapes.linears(bench_shapes.model_config("tiny"), "tiny")
-    size = sum(2 * (s.outputs * 32 + 2 * (s.outputs + s.inputs * len(s.rows))) for s in shapes)
+    size = sum(2 * (s.outputs * (stored_bytes(s.inputs) if library() else 32)
+                    + 2 * (s.outputs + s.inputs * len(s.rows))) for s in shapes)
     dense = 2 * sum(s.inputs * s.outputs for s in shapes)
     (packed,) = {r["bytes"] for r in rows
                  if r["impl"].startswith("packed_k2") and r["part"] == "block linears"}

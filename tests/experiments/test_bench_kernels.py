@@ -131,8 +131,8 @@ def test_a_product_that_is_not_finite_is_told(monkeypatch, capsys):
 def test_numpy_reads_the_bits_as_the_layout_says(impl):
     shape, rows = bench_shapes.Shape("x", 300, (40, 24)), np.array([0, 7, 63])
     weight = bench_weights.signs(shape, 2, bench_matmul.layout_of(impl, on_cpu=True))
-    got = bench_weights.unpack(as_rows(weight.bits, shape.rows)[0, 1], 300, rows)
-    plain = bench_weights.signs(shape, 2, lambda bits, rows: bits).bits[0, 1]
+    got = bench_weights.unpack(as_rows(weight.bits, shape.rows, 300)[0, 1], 300, rows)
+    plain = bench_weights.signs(shape, 2, lambda bits, rows, inputs: bits).bits[0, 1]
     np.testing.assert_array_equal(got, 2.0 * np.asarray(unpack_bits(plain, 300))[rows] - 1)
 
 

@@ -95,10 +95,10 @@ void float_loops(const Isa& isa, const Isa& plain) {
     const int64_t g_stride = k * kTile;  // each word has scales of its own
     const auto g = floats(8 * g_stride), h = floats(k * kBlock);
     std::vector<uint32_t> one(inputs * group * kTile), two(inputs * kTile);
-    isa.float32.expand(w.data(), 8 * kTile, k, g.data(), g_stride, h.data(), kBlock, inputs, group,
-                       one.data());
-    plain.float32.expand(w.data(), 8 * kTile, k, g.data(), g_stride, h.data(), kBlock, inputs, 1,
-                         two.data());
+    isa.float32.expand(w.data(), 8 * kTile, k, g.data(), g_stride, h.data(), kBlock, 8, inputs / 32,
+                       group, one.data());
+    plain.float32.expand(w.data(), 8 * kTile, k, g.data(), g_stride, h.data(), kBlock, 8,
+                         inputs / 32, 1, two.data());
     for (int i = 0; i < inputs; ++i)
       expect(!std::memcmp(&one[i * group * kTile], &two[i * kTile], 4 * kTile), isa.name, "expand",
              k, i);

@@ -21,6 +21,7 @@ from rabit_jax.kernels.layout import (
     from_tiles,
     in_groups,
     pack_bits,
+    to_stored,
     to_table_tiles,
     to_tiles,
 )
@@ -82,7 +83,7 @@ def test_integers_are_those_of_numpy_bit_by_bit(isa, i, rows, k, limbs):
         x, signs, g, h = made(i, rows, k, batch)
         want = integer_product(x, signs[1], g[1], h[1], rows, limbs)
         bits = pack_bits(jnp.asarray(signs))
-        for laid in (bits, to_tiles(bits, rows)):
+        for laid in (bits, to_tiles(bits, rows, i)):
             for dtype in (np.float16, F32):
                 y = calls.signs_matmul(x, laid, g.astype(dtype), h.astype(dtype), 1, rows, limbs,
                                        isa=isa)
@@ -96,7 +97,7 @@ def test_floats_are_those_of_float64_and_alike_on_every_instruction_set(i, rows,
         bits = pack_bits(jnp.asarray(signs))
         want, size = float_product(x, signs[1], g[1], h[1], rows)
         found = [np.asarray(calls.signs_matmul(x, laid, g, h, 1, rows, limbs, calls.FLOAT32, isa))
-                 for isa in ISAS for laid in (bits, to_tiles(bits, rows))]
+                 for isa in ISAS for laid in (bits, to_tiles(bits, rows, i))]
         # An error of one rounding for each product and sum.
         assert (np.abs(found[0] - want) <= 3e-7 * np.sqrt(i + 8) * size + 1e-37).all()
         for other in found[1:]:
@@ -111,7 +112,7 @@ def test_bfloat16_rounds_both_factors_once(i, rows, k, limbs):
     for batch in (1, 13, 65):
         x, signs, g, h = made(i, rows, k, batch)
         want, size = float_product(x, signs[1], g[1], h[1], rows)
-        tiles = to_tiles(pack_bits(jnp.asarray(signs)), rows)
+        tiles = to_tiles(pack_bits(jnp.asarray(signs)), rows, i)
         y = calls.signs_matmul(x, tiles, g, h, 1, rows, limbs, calls.BFLOAT16, isa)
         assert (np.abs(y - want) <= 2 * 2.0**-8 * size + 1e-37).all()
         assert i < 3 or not (np.abs(y - want) <= 1e-6 * size).all()
@@ -137,7 +138,7 @@ def test_tables_are_those_of_numpy_bit_by_bit(isa, i, o, limbs):
 
 def test_the_largest_sums_do_not_overflow():
     x = np.full((2, 32768), 1.0, F32)
-    ones = to_tiles(pack_bits(jnp.ones((1, 1, 1, 32768), bool)), (1,))
+    ones = to_tiles(pack_bits(jnp.ones((1, 1, 1, 32768), bool)), (1,), 32768)
     g, h = np.ones((1, 1, 1), F32), np.ones((1, 1, 1, 32768), F32)
     table = to_table_tiles(jnp.full((1, 1, 32768), -128, jnp.int8))
     for isa in ISAS:
@@ -150,7 +151,7 @@ def test_the_largest_sums_do_not_overflow():
 
 def test_each_path_may_have_its_own_activations():
     x, signs, g, h = made(300, (8,), 2, 3)
-    tiles = to_tiles(pack_bits(jnp.asarray(signs)), (8,))
+    tiles = to_tiles(pack_bits(jnp.asarray(signs)), (8,), 300)
     scaled = x[:, None] * h[0, :, 0].astype(F32)
     y = calls.signs_matmul(scaled, tiles, g, None, 0, (8,), 2)
     np.testing.assert_array_equal(y, calls.signs_matmul(x, tiles, g, h, 0, (8,), 2))
@@ -159,7 +160,7 @@ def test_each_path_may_have_its_own_activations():
 @pytest.mark.parametrize("how", [calls.INTEGERS, calls.FLOAT32])
 def test_nan_stays_in_its_row(how):
     x, signs, g, h = made(300, (8,), 2, 4)
-    tiles = to_tiles(pack_bits(jnp.asarray(signs)), (8,))
+    tiles = to_tiles(pack_bits(jnp.asarray(signs)), (8,), 300)
     x[3, 7] = np.nan
     y = np.asarray(calls.signs_matmul(x, tiles, g, h, 0, (8,), 2, how))
     assert np.isnan(y[3]).all() and np.isfinite(y[:3]).all()
@@ -179,12 +180,23 @@ def test_vmap_multiplies_one_by_one():
 def test_tiles_hold_words_of_16_outputs_and_turn_back():
     rows = (17, 3)
     bits = np.random.default_rng(0).integers(0, 256, (2, 3, 20, 64), np.uint8)
-    tiles = np.asarray(to_tiles(jnp.asarray(bits), rows))
+    tiles = np.asarray(to_tiles(jnp.asarray(bits), rows, 512))
     assert tiles.shape == (2, 3, 3, 16, 16)
     # The second member begins a tile: output 18 is the second of tile 2.
     assert tiles[1, 2, 0, 5, 1] == bits[1, 0, 18, 20:24].view(np.uint32)[0]
     assert not tiles[:, 1, :, :, 1:].any() and not tiles[:, 2, :, :, 3:].any()
-    np.testing.assert_array_equal(from_tiles(jnp.asarray(tiles), rows), bits)
+    np.testing.assert_array_equal(from_tiles(jnp.asarray(tiles), rows, 512), bits)
+
+
+@pytest.mark.parametrize("i, words", [(576, 18), (300, 10), (64, 2), (1, 2), (250, 8), (512, 16)])
+def test_tiles_end_in_a_block_as_short_as_that_of_a_file(i, words):
+    signs = np.random.default_rng(i).integers(0, 2, (2, 17, i)).astype(bool)
+    bits = pack_bits(jnp.asarray(signs))
+    tiles = np.asarray(to_tiles(bits, (17,), i))
+    assert tiles.shape == (2, 2, words, 16)
+    np.testing.assert_array_equal(from_tiles(jnp.asarray(tiles), (17,), i), bits)
+    stored = to_stored(np.asarray(bits), i).view(np.uint32)  # [k, o, words]
+    np.testing.assert_array_equal(tiles[0].transpose(0, 2, 1), stored[:, :16])
 
 
 def test_more_inputs_than_integers_sum_exactly_are_refused_and_floats_chosen():

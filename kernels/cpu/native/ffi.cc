@@ -67,7 +67,8 @@ ffi::Error signs_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
     return wrong(call, "wrong number of axes");
   int64_t outputs = 0, tiles = 0;
   for (int64_t n : rows) outputs += n, tiles += (n + kTile - 1) / kTile;
-  const int64_t inputs = xs[xs.size() - 1], words = (inputs + 255) / 256 * 8;
+  const int64_t inputs = xs[xs.size() - 1];
+  const int64_t words = w_rows ? (inputs + 255) / 256 * 8 : (inputs + 63) / 64 * 2;
   const int64_t l = gs[0], k = gs[1], n = gs[2], at = layer.typed_data()[0];
   const int64_t group_steps = group ? group : words;
   const bool has_h = h.element_count() > 0;

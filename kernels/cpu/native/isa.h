@@ -1,7 +1,8 @@
 // What every instruction set provides: the inner loops of the products, as function pointers.
 //
 // Weights lie in tiles of 16 outputs. A step of a tile is 16 dwords, one per output:
-//   signs: the rb256 word; bit 8 b + p of word w = 8 c + m is input 256 c + 32 p + 4 m + b;
+//   signs: bit 8 b + p of word w = 8 c + m is input 256 c + 4 (v p + m) + b, v the words of block c:
+//   8, or as many as the inputs beyond the last whole block take, in twos;
 //   table: four consecutive inputs, int8.
 // So "AND with 0x01010101 << p" makes four bytes of each of 16 outputs, and one dot instruction
 // (four bytes by four bytes, added to a dword) multiplies them with four activations that are the
@@ -59,6 +60,11 @@ struct Scales {
 using Dot = void (*)(const uint32_t* w, const int32_t* a, int64_t steps, const int32_t* totals,
                      int32_t* sums);
 
+// Words of block c of `words`.
+static constexpr int64_t words_of_block(int64_t words, int64_t c) {
+  return words - c * kWordsPerBlock < kWordsPerBlock ? words - c * kWordsPerBlock : kWordsPerBlock;
+}
+
 // The integers of one row u = x * h (h.data may be null); limb l of the four inputs of position p
 // goes to out[p * stride + l]; `group` positions share totals. `work` holds 3 * padded floats.
 using Fix = void (*)(const float* x, Scales h, int64_t inputs, int64_t padded, int limbs,
@@ -72,13 +78,13 @@ using Add = void (*)(const int32_t* sums, int limbs, float scale, int64_t total,
 // Floats of n scales.
 using Widen = void (*)(Scales from, int64_t n, float* to);
 
-// W_hat of `inputs` (at most kBlock) inputs of one tile, from its words in that block:
-//   words: path k at words + k * stride, [8][16]; g: floats [k][16], those of word m at
+// W_hat of one tile in a block of `count` words, of which the first `parts` bits of bytes matter:
+//   words: path k at words + k * stride, [count][16]; g: floats [k][16], those of word m at
 //   g + m * g_stride; h: floats, path k at h + k * h_stride; to: [steps][group][16] dwords, of
 //   which this tile's are written.
 using Expand = void (*)(const uint32_t* words, int64_t stride, int k, const float* g,
-                        int64_t g_stride, const float* h, int64_t h_stride, int inputs, int group,
-                        uint32_t* to);
+                        int64_t g_stride, const float* h, int64_t h_stride, int count, int parts,
+                        int group, uint32_t* to);
 
 // y[r][o] += sum_s w[s][o] x[s][r] for one panel of rows and one group of tiles.
 using Multiply = void (*)(const uint32_t* w, const uint32_t* x, int64_t steps, float* y);

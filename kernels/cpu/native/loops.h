@@ -159,8 +159,9 @@ void fix(const float* x, Scales h, int64_t inputs, int64_t padded, int limbs, bo
     }
     int32_t* to = out + l;
     for (int64_t p = 0; p < padded / 4; ++p, to += stride) {
-      // Word m of a block of 64 dwords has its eight parts 8 dwords apart.
-      const int64_t from = signs ? (p & ~63) | (p & 7) << 3 | (p >> 3 & 7) : p;
+      // Word m of a block has its eight parts as many dwords apart as there are words.
+      const int64_t first = p & ~63, words = words_of_block(padded / 32, p >> 6);
+      const int64_t from = signs ? first + (p & 7) * words + (p >> 3 & 7) : p;
       std::memcpy(to, bytes + 4 * from, 4);
     }
     if (group >= padded / 4)
@@ -239,16 +240,17 @@ RB_INLINE typename V::F multiply_add(typename V::F w, typename V::F x, typename 
 
 template <int K, bool Bfloat16>
 void expand_paths(const uint32_t* words, int64_t stride, const float* g, int64_t g_stride,
-                  const float* h, int64_t h_stride, int inputs, int group, uint32_t* to) {
+                  const float* h, int64_t h_stride, int count, int parts, int group,
+                  uint32_t* to) {
   for (int part = 0; part < kParts; ++part) {
-    for (int m = 0; m < 8; ++m) {
+    for (int m = 0; m < count; ++m) {
       typename V::F scales[K];
       RB_UNROLL for (int k = 0; k < K; ++k)
         scales[k] = V::loadf(g + m * g_stride + k * kTile + part * kLanes);
-      for (int first = 0; first < inputs; first += 32) {
-        const int i = first + 4 * m;
+      for (int p = 0; p < parts; ++p) {
+        const int i = 4 * (count * p + m);
         typename V::F w[4];
-        four_inputs<K>(words + m * kTile + part * kLanes, stride, first / 32, scales, h + i,
+        four_inputs<K>(words + m * kTile + part * kLanes, stride, p, scales, h + i,
                        h_stride, w);
         uint32_t* here = to + part * kLanes;
         store_four<Bfloat16>(here, i, group, w);
@@ -259,11 +261,11 @@ void expand_paths(const uint32_t* words, int64_t stride, const float* g, int64_t
 
 template <bool Bfloat16>
 void expand(const uint32_t* words, int64_t stride, int k, const float* g, int64_t g_stride,
-            const float* h, int64_t h_stride, int inputs, int group, uint32_t* to) {
+            const float* h, int64_t h_stride, int count, int parts, int group, uint32_t* to) {
   constexpr auto one = expand_paths<1, Bfloat16>, two = expand_paths<2, Bfloat16>,
                  three = expand_paths<3, Bfloat16>, four = expand_paths<4, Bfloat16>;
   (k == 1 ? one : k == 2 ? two : k == 3 ? three : four)(words, stride, g, g_stride, h, h_stride,
-                                                       inputs, group, to);
+                                                       count, parts, group, to);
 }
 
 template <int R, bool Bfloat16>

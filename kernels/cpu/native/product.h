@@ -228,8 +228,12 @@ inline void float_product(const Product& p, const Isa& isa, const Floats& loops,
     alignas(64) float g[kWordsPerBlock * 4 * kTile];
     const int64_t g_stride = p.groups > 1 ? p.k * kTile : 0;  // words share the scales of one group
     for (int64_t block = 0; block < blocks; ++block) {
-      const int inputs = static_cast<int>(
-          std::min<int64_t>(kBlock, (p.inputs - block * kBlock + 31) / 32 * 32));
+      const int count = static_cast<int>(words_of_block(p.steps(), block));
+      const int parts = count < kWordsPerBlock
+                            ? 8
+                            : static_cast<int>(std::min<int64_t>(
+                                  8, (p.inputs - block * kBlock + 31) / 32));
+      const int inputs = 4 * count * parts;
       for (int64_t n = 0; n < here; ++n) {
         for (int64_t t = 0; t < group; ++t) {
           const int64_t tile = (first_group + n) * group + t;
@@ -259,7 +263,7 @@ inline void float_product(const Product& p, const Isa& isa, const Floats& loops,
                         g + m * g_stride + k * kTile);
           }
           loops.expand(words, stride, static_cast<int>(p.k), g, g_stride,
-                       h + at.member * p.padded + block * kBlock, members * p.padded, inputs,
+                       h + at.member * p.padded + block * kBlock, members * p.padded, count, parts,
                        static_cast<int>(group), w + t * kTile);
         }
         for (int64_t q = 0; q < own; ++q)

@@ -19,13 +19,13 @@ from rabit_jax.kernels.layout import (
     TILE,
     WORD,
     from_groups,
+    from_stored,
     in_groups,
     pack_bits,
     packed_bytes,
     stored_bytes,
     to_tiles,
     unpack_bits,
-    with_tail,
 )
 from rabit_jax.kernels.tiles import matmul_by_tiles, part_of
 
@@ -117,7 +117,7 @@ def rows_at(
             signs = from_groups(unpack_bits(found, 8 * found.shape[-1]), group, inputs)
             found = pack_bits(signs.astype(bool))
         else:
-            found = with_tail(found, inputs, packed_bytes(inputs))
+            found = from_stored(found, inputs)
     sizes = jnp.moveaxis(g.at[0, :, :, outputs].get(mode="fill"), 0, -1)  # [k, n, r]
     rows = rows_of_signs(found, sizes, None if h is None else h[0], inputs, group)
     if c is not None:

@@ -17,10 +17,13 @@ Read as little-endian uint32 words, bit 8 b + p of word m of block c is input
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+T = TypeVar("T", np.ndarray, jax.Array)
 BLOCK = 256
 BLOCK_BYTES = 32
 WORD = 32  # inputs of a word
@@ -55,31 +58,31 @@ def stored_bytes(inputs: int) -> int:
     return -(-inputs // TAIL) * (TAIL // 8)
 
 
-def to_stored(bits: np.ndarray, inputs: int) -> np.ndarray:
-    """Rows as a file stores them: uint8 `[..., 32 ceil(i / 256)]` -> `[..., 8 ceil(i / 64)]`."""
-    whole = inputs // BLOCK * BLOCK_BYTES
-    return np.concatenate(
-        [bits[..., :whole], _spread(bits[..., whole:], stored_bytes(inputs) - whole)], axis=-1)
+def to_stored(bits: T, inputs: int) -> T:
+    """Rows as a file stores them: uint8 `[..., 32 ceil(i / 256)]` -> `[..., 8 ceil(i / 64)]`.
+
+    Of NumPy as of JAX, in which the native kernel's tiles end so too.
+    """
+    return _with_tail(bits, inputs, stored_bytes(inputs))
 
 
-def from_stored(stored: np.ndarray, inputs: int) -> np.ndarray:
+def from_stored(stored: T, inputs: int) -> T:
     """Inverse of `to_stored`; the padding is 0."""
-    whole = inputs // BLOCK * BLOCK_BYTES
-    return np.concatenate(
-        [stored[..., :whole], _spread(stored[..., whole:], packed_bytes(inputs) - whole)], axis=-1)
+    return _with_tail(stored, inputs, packed_bytes(inputs))
 
 
-def _spread(block: np.ndarray, size: int) -> np.ndarray:
-    """The signs of one block in a block of `size` bytes; what is cut off or added is padding."""
-    found = block.shape[-1]
-    planes = block[..., None, :] >> np.arange(8, dtype=np.uint8)[:, None] & np.uint8(1)
-    signs = planes.reshape(*block.shape[:-1], 8 * found)
-    kept = min(8 * found, 8 * size)
-    wide = np.zeros((*block.shape[:-1], 8 * size), np.uint8)
-    wide[..., :kept] = signs[..., :kept]
-    shifts = np.arange(8, dtype=np.uint8)[:, None]
-    rows = wide.reshape(*block.shape[:-1], 8, size) << shifts
-    return np.bitwise_or.reduce(rows, axis=-2)
+def _with_tail(bits: T, inputs: int, size: int) -> T:
+    """Rows whose last block is as long as it takes to make them `size` bytes; what is cut off of
+    it, or added, is padding."""
+    xp: Any = np if isinstance(bits, np.ndarray) else jnp
+    whole, lead = inputs // BLOCK * BLOCK_BYTES, bits.shape[:-1]
+    tail, width = bits[..., whole:], size - whole
+    shifts = xp.arange(8, dtype=xp.uint8).reshape((1,) * len(lead) + (8, 1))
+    signs = (tail[..., None, :] >> shifts & xp.uint8(1)).reshape(*lead, 8 * tail.shape[-1])
+    signs = signs[..., : 8 * width]
+    signs = xp.pad(signs, [(0, 0)] * len(lead) + [(0, 8 * width - signs.shape[-1])])
+    planes = signs.reshape(*lead, 8, width) << shifts
+    return xp.concatenate([bits[..., :whole], planes.sum(axis=-2, dtype=xp.uint8)], axis=-1)
 
 
 def to_words(bits: jax.Array) -> jax.Array:
@@ -112,7 +115,7 @@ def to_tiles(bits: jax.Array, rows: tuple[int, ...], inputs: int) -> jax.Array:
     so `w = 2 ceil(i / 64)`. `rows` are the outputs of the matrices that are joined along o; each
     begins a tile, and missing outputs are rows of 0.
     """
-    bits = with_tail(bits, inputs, stored_bytes(inputs))
+    bits = to_stored(bits, inputs)
     *lead, k, _, n = bits.shape
     ends = np.cumsum(rows)[:-1]
     parts = [jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, -part.shape[-2] % TILE), (0, 0)])
@@ -133,21 +136,7 @@ def from_tiles(tiles: jax.Array, rows: tuple[int, ...], inputs: int) -> jax.Arra
     starts = np.cumsum([0, *(-(-n // TILE) * TILE for n in rows)])
     found = jnp.concatenate([whole[..., start : start + n, :]
                              for start, n in zip(starts, rows, strict=False)], axis=-2)
-    return with_tail(found, inputs, packed_bytes(inputs))
-
-
-def with_tail(bits: jax.Array, inputs: int, size: int) -> jax.Array:
-    """Rows whose last block is as long as it takes to make them `size` bytes; as `_spread`."""
-    whole = inputs // BLOCK * BLOCK_BYTES
-    if bits.shape[-1] == size:
-        return bits
-    tail, kept = bits[..., whole:], inputs - 8 * whole
-    shifts = jnp.arange(8, dtype=jnp.uint8).reshape((1,) * (bits.ndim - 1) + (8, 1))
-    signs = (tail[..., None, :] >> shifts & jnp.uint8(1)).reshape(*tail.shape[:-1], -1)
-    wide = jnp.pad(signs[..., :kept], [(0, 0)] * (bits.ndim - 1) + [(0, 8 * (size - whole) - kept)])
-    planes = wide.reshape(*tail.shape[:-1], 8, size - whole)
-    ended = sum((planes[..., p, :] << p for p in range(8)), start=jnp.uint8(0))
-    return jnp.concatenate([bits[..., :whole], ended], axis=-1)
+    return from_stored(found, inputs)
 
 
 def in_groups(x: jax.Array, group: int) -> jax.Array:

@@ -213,7 +213,8 @@ def laid_bits(
     """uint8 `[..., k, o, bytes]` as that platform multiplies them fastest.
 
     On a CPU tiles for the native kernel, or words for JAX where that kernel is not there; rows of
-    bytes anywhere else. `rows` are the outputs of the matrices that are joined.
+    bytes anywhere else. `rows` are the outputs of the matrices that are joined, `inputs` their
+    inputs.
     """
     if platform != "cpu":
         return bits

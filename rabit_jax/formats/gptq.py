@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +51,10 @@ class Layout(NamedTuple):
     symmetric: bool
     version: str
 
+    def in_vllm(self) -> bool:
+        """Whether vLLM 0.33 has a kernel for it (its auto_gptq.py and marlin_utils.py)."""
+        return self.symmetric and self.bits in (4, 8) and self.group in (-1, 32, 64, 128)
+
     def config(self) -> Json:
         """The `quantization_config` of config.json."""
         return {"quant_method": "gptq", "bits": self.bits, "group_size": self.group,
@@ -64,8 +68,9 @@ def save_gptq(
     generation: Json | None = None,
     card: Callable[[Layout], Mapping[str, str]] = lambda layout: {},
     done: Callable[[int], None] = lambda count: None,
+    bits: int | None = None,
 ) -> Layout:
-    """Writes a folder in GPTQ's layout, with the fewest bits that hold every matrix exactly.
+    """Writes a folder in GPTQ's layout, of the fewest bits that hold all matrices exactly.
 
     Args:
       folder: where to write; a model folder of that name is replaced.
@@ -76,6 +81,7 @@ def save_gptq(
       generation: content of generation_config.json besides the begin and end tokens.
       card: makes further text files by name, such as a README.md.
       done: called after each tensor with the number of tensors that are ready.
+      bits: of a code, one of `BITS`: more than the fewest suit a loader that knows few of them.
 
     Returns:
       The layout that was chosen.
@@ -83,7 +89,7 @@ def save_gptq(
     Raises:
       BadInput: a matrix that is no integers times one 16-bit scale per group (the message says what
         it is), groups that differ or do not divide the inputs, sizes that do not fill whole words;
-        a folder that cannot be written.
+        too few `bits`; a folder that cannot be written.
     """
     config = model.config if isinstance(model, Decoder) else model
     config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
@@ -91,7 +97,8 @@ def save_gptq(
     check_params(flat, param_shapes(config))
     linears = {name.removesuffix(".weight"): one for name, one in tensors.items()
                if one.path.startswith("layers/") and one.path.endswith("/kernel")}
-    layout = _layout((name, _levels(one, flat, name)) for name, one in linears.items())
+    layout = _layout(((name, _levels(one, flat, name)) for name, one in linears.items()),
+                     BITS if bits is None else (bits,))
     made: dict[str, Made] = {}
     for name, one in linears.items():
         made |= _parts(name, one, flat, layout)
@@ -122,12 +129,15 @@ def _levels(tensor: StoredTensor, params: Params, name: str) -> _Matrix:
     return _Matrix(levels.whole(name), levels.steps, levels.group)
 
 
-def _layout(matrices: Iterable[tuple[str, _Matrix]]) -> Layout:
-    """The layout of the fewest bits for these matrices."""
+def _layout(matrices: Iterable[tuple[str, _Matrix]], sizes: Sequence[int]) -> Layout:
+    """The layout of the fewest bits among `sizes` for these matrices.
+
+    Zero points that differ are stored as they are: GPTQModel reads the older version only where
+    they do not, or where it wrote the folder itself.
+    """
     groups: dict[int, str] = {}
     low = high = 0  # of all integers
-    spans: dict[int, list[bool]] = {bits: [] for bits in BITS}
-    zero = dict.fromkeys(BITS, False)  # whether a zero point would be 0
+    spans: dict[int, list[bool]] = {bits: [] for bits in sizes}
     for name, levels in matrices:
         o, i = levels.integers.shape
         if levels.group < i and i % levels.group:
@@ -136,30 +146,26 @@ def _layout(matrices: Iterable[tuple[str, _Matrix]]) -> Layout:
         groups.setdefault(levels.group if levels.group < i else -1, name)
         least, most = (f(levels.by_group(), axis=2) for f in (np.min, np.max))
         low, high = min(low, int(least.min())), max(high, int(most.max()))
-        for bits in BITS:
+        for bits in sizes:
             zeros = _zeros(least, most, bits)
             spans[bits].append(zeros is not None and not (i * bits % 32 or o * bits % 32))
-            zero[bits] |= zeros is not None and bool((zeros == 0).any())
     if len(groups) > 1:
         (one, first), (other, second) = list(groups.items())[:2]
         raise BadInput(f"{first} has groups of {one} inputs and {second} of {other} (-1 is all of "
                        "them): the layout has one group size, quantise all matrices with the same")
-    for bits in BITS:
+    for bits in sizes:
         half = 2 ** (bits - 1)
         if all(spans[bits]):
             symmetric = -half <= low and high < half
-            version = "gptq_v2" if zero[bits] and not symmetric else "gptq"
-            return Layout(bits, next(iter(groups)), symmetric, version)
+            return Layout(bits, next(iter(groups)), symmetric, "gptq" if symmetric else "gptq_v2")
     raise BadInput(f"the levels reach from {low} to {high} steps, or the sizes of a matrix do not "
-                   f"fill words of 32 bits: none of {BITS} bits holds them all")
+                   f"fill words of 32 bits: {' or '.join(map(str, sizes))} bits do not hold them")
 
 
 def _zeros(least: np.ndarray, most: np.ndarray, bits: int) -> np.ndarray | None:
-    """Zero points `[o, n]` that make codes of these bits, 1 or more where that is possible; None
-    where there are none."""
+    """Zero points `[o, n]` that make codes of these bits; None where there are none."""
     top = 2**bits - 1
     zeros = np.maximum(-least, 0)
-    zeros = np.where((zeros == 0) & (most < top), 1, zeros)
     return zeros if (zeros + most <= top).all() and zeros.max() <= top else None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rabit_jax.formats.families import HF_MODULES
+from rabit_jax.formats.gptq import Layout
 from rabit_jax.formats.hub import ID
 from rabit_jax.formats.rendering import environment
 
@@ -83,14 +84,13 @@ def dense_card(name: str, source: str, dtype: str, base: str | None, licence: st
 
 
 def gptq_card(
-    name: str, source: str, bits: int, group: int, dtype: str, base: str | None,
-    licence: str | None,
+    name: str, source: str, layout: Layout, dtype: str, base: str | None, licence: str | None,
 ) -> str:
     """The card of an export of the model `source` in GPTQ's layout; see `packed_card`."""
     return _render(
         "gptq_card", front=_front(base, licence, "transformers", [*_TAGS, "gptq", "quantized"]),
-        name=name, source=_model_name(source), bits=bits, group=group, dtype=dtype,
-        licence=licence or _UNKNOWN_LICENCE,
+        name=name, source=_model_name(source), bits=layout.bits, group=layout.group, dtype=dtype,
+        vllm=layout.in_vllm(), licence=licence or _UNKNOWN_LICENCE,
     )
 
 

@@ -80,8 +80,8 @@ CASES = {  # bits, group, symmetric, checkpoint_format, tolerance
     "three bits": (UniformResidualSpec(k=3, group=96, rounds=1), (4, -1, True, "gptq"), 0.0),
     # Some groups of 16 have no negative weight, so their zero point is 0.
     "codes of 2": (GroupUniformSpec(bits=2, group=16), (2, 16, False, "gptq_v2"), 1e-3),
-    "codes of 4": (GroupUniformSpec(bits=4, group=32), (4, 32, False, "gptq"), 1e-3),
-    "codes of 8": (GroupUniformSpec(bits=8, group=32), (8, 32, False, "gptq"), 1e-3),
+    "codes of 4": (GroupUniformSpec(bits=4, group=32), (4, 32, False, "gptq_v2"), 1e-3),
+    "codes of 8": (GroupUniformSpec(bits=8, group=32), (8, 32, False, "gptq_v2"), 1e-3),
 }
 
 
@@ -110,6 +110,28 @@ def test_the_matrices_are_ours(case, tmp_path, capsys):
             found = matrix(tensors, hf_name(path, layer).removesuffix(".weight"), config)
             value = np.asarray(wanted[path][layer], np.float64)
             np.testing.assert_allclose(found, value, rtol=0, atol=tolerance * np.abs(value).max())
+
+
+@pytest.mark.parametrize("k, bits", [(1, 4), (2, 4), (2, 8)])
+def test_more_bits_hold_the_same_matrices(k, bits, tmp_path, capsys):
+    params = packed_of(UniformResidualSpec(k=k, group=32, rounds=1))
+    code, said = exported(params, tmp_path, capsys, "--bits", str(bits))
+    assert code == 0, said.err
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert (config["bits"], config["sym"], config["checkpoint_format"]) == (bits, True, "gptq")
+    assert "vllm serve" in (tmp_path / "gptq" / "README.md").read_text()
+    tensors = load_file(tmp_path / "gptq" / "model.safetensors")
+    for path in ("layers/attn/q/kernel", "layers/mlp/down/kernel"):
+        value = np.asarray(flatten_dict(dense(params), sep="/")[path][1], np.float64)
+        name = hf_name(path, 1).removesuffix(".weight")
+        np.testing.assert_array_equal(matrix(tensors, name, config), value)
+
+
+def test_bits_that_do_not_hold_the_levels_are_refused(tmp_path, capsys):
+    params = packed_of(UniformResidualSpec(k=2, group=32, rounds=1))
+    code, said = exported(params, tmp_path, capsys, "--bits", "2")
+    assert code == 2 and "2 bits do not hold them" in said.err
+    assert not (tmp_path / "gptq").exists()
 
 
 def test_a_stream_of_three_bits_crosses_words():

@@ -20,6 +20,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.chat import chat
 from rabit_jax.experiments.engine.console import (
     EXIT_CODES,
+    activation_option,
     cache_option,
     common_options,
     main_guard,
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
              "of its float32 bytes; default: the head as it is")
     paths_option(parser)
     cache_option(parser)
+    activation_option(parser)
     return parser
 
 
@@ -109,7 +111,8 @@ def _load(args: argparse.Namespace) -> tuple[Writer, Tokenizer, str]:
     if count is None:
         count = NEW_TOKENS_CHAT if args.chat else NEW_TOKENS
     temperature = 0.0 if args.greedy else args.temperature
-    engine = prepare(model.config, params, args.head_bits, args.cache_bits)
+    engine = prepare(model.config, params, args.head_bits, args.cache_bits,
+                     args.activation_bits)
     writer = Writer(model, engine, count, temperature, args.top_p, jax.random.key(args.seed))
     size = describe(params)
     return writer, tokenizer, size.size if size.quantised else ""

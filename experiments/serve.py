@@ -28,6 +28,7 @@ from typing import Protocol
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.console import (
     EXIT_CODES,
+    activation_option,
     cache_option,
     common_options,
     main_guard,
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         help="round a dense head to 8 bits, as experiments.generate does")
     paths_option(parser)
     cache_option(parser)
+    activation_option(parser)
     add("--max-body", type=int, default=1 << 20, metavar="BYTES",
         help="largest body of a request; default %(default)s")
     add("--api-key", metavar="KEY", default=os.environ.get(KEY_VARIABLE),
@@ -179,7 +181,8 @@ def _loaded(args: argparse.Namespace) -> tuple[Decoder, Tokenizer, Worker]:
     if (args.context or positions) > positions:
         raise BadInput(f"--context is {args.context}, the model has {positions} positions: ask for "
                        "no more")
-    engine = prepare(model.config, params, args.head_bits, args.cache_bits)
+    engine = prepare(model.config, params, args.head_bits, args.cache_bits,
+                     args.activation_bits)
     worker = Worker(engine, tokenizer, model.config.eos_ids, args.slots, args.queue,
                     args.context or positions)
     with progress("compile", worker.warm_steps()) as bar:

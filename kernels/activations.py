@@ -2,7 +2,8 @@
 
 A row `u` of activations becomes fixed point, `u ~ scale * v` with integers `|v| < 2^(8 n - 1)`, and
 sums of signed integers are exact. With n = 2 the error of a product of 4,096 inputs whose largest
-is 60 times their root mean square is below 1e-3, with n = 3 below 1e-5.
+is 60 times their root mean square is below 1e-3, with n = 3 below 1e-5. With one byte each block of
+256 inputs has a scale of its own, as in Q8_K of llama.cpp.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rabit_jax.kernels.layout import BLOCK, BLOCK_BYTES
 
@@ -69,6 +71,32 @@ def bit_planes(u: jax.Array, n: int) -> Planes:
     groups = [v] if n == 16 else [v & 0xFFFF, v >> 16]
     totals = jnp.stack([jnp.sum(part, axis=-1) for part in groups], axis=-1)
     return Planes(_plane_words(v, n), scale, totals)
+
+
+def rounded_blocks(u: jax.Array) -> jax.Array:
+    """Activations of one byte with a scale for each block c of 256 inputs, as floats again.
+
+        scale_c = max_{i in c} |u_i| / 127,   v_i = round(u_i / scale_c),   result_i = scale_c v_i
+
+    Divisions are products with float32 reciprocals, halves round to even, and a block whose largest
+    value is below 1e-30 has the scale 1 and so zeros: the integers of the native kernel, bit by
+    bit. Each value is at most scale_c / 2 away. A NaN or an infinity makes its block NaN.
+
+    Args:
+      u: float `[..., i]`.
+
+    Returns:
+      float32 `[..., i]`.
+    """
+    i = u.shape[-1]
+    padded = jnp.pad(u.astype(jnp.float32), [(0, 0)] * (u.ndim - 1) + [(0, -i % BLOCK)])
+    blocks = padded.reshape(*u.shape[:-1], -1, BLOCK)
+    # A maximum by vectors may drop a NaN, so it is asked for.
+    largest = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+    top = jnp.where(jnp.isnan(blocks).any(axis=-1, keepdims=True), jnp.nan, largest)
+    scale = jnp.where(top < 1e-30, 1.0, top * np.float32(1 / 127))
+    v = jnp.clip(jnp.round(blocks * (1 / scale)), -127, 127)
+    return (scale * v).reshape(padded.shape)[..., :i]
 
 
 def _plane_words(v: jax.Array, n: int) -> jax.Array:

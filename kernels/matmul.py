@@ -9,7 +9,8 @@ All but "unpacked" and "triton_dense", which multiply by one dense matrix, have 
 for `u: [b, k, m, i]` float32 activations, scaled by each path; `bits: [l, k, o, bytes]` uint8
 (`rb256`) or `[l, k, w, o]` uint32 (`layout.to_words`); `g: [l, k, o]` float; `layer` an int32
 scalar; `rows` how many of the o outputs belong to each of the m members, which are matrices that
-were joined along their outputs; `limbs` 2 or 3, the bytes of fixed point per activation. The result
+were joined along their outputs; `limbs` 2 or 3, the bytes of fixed point per activation, 1 being
+rounded before. The result
 is float32 `[b, o]`. The bits are indexed where they lie and no layer of them is copied, except by
 the Pallas kernels from stacks of 2 to 4 GiB, whose offsets they cannot hold.
 
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 
 from rabit_jax.errors import BadInput
 from rabit_jax.kernels import reference
-from rabit_jax.kernels.activations import PLANE_INPUTS
+from rabit_jax.kernels.activations import PLANE_INPUTS, rounded_blocks
 from rabit_jax.kernels.cpu.library import library
 from rabit_jax.kernels.gpu.device import cuda_capability
 from rabit_jax.kernels.layout import (
@@ -105,7 +106,11 @@ def packed_matmul(
       h: `[k, i]` float; `[k, m, i]` for m matrices joined along o, each with its own scales.
       layer: where bits, g and h have a leading axis of layers, which one; an int32 scalar.
       rows: outputs of each of the m matrices; None means one matrix.
-      limbs: bytes of fixed point per activation on integer kernels, 2 or 3; see `activations`.
+      limbs: bytes of fixed point per activation on integer kernels, 2 or 3; see `activations`. 1
+        rounds `h x` of each path to one byte with a scale for each 256 inputs, by
+        `activations.rounded_blocks`, in "native" where it multiplies as integers and in all that
+        multiply path by path; one dense matrix, in which "native" too multiplies many rows,
+        multiplies x as it is.
       impl: a name of `IMPLS`; None takes `choose`.
       short: whether the native kernel may round x and the matrix to bfloat16 where it multiplies
         many rows as floats; it does so for any bfloat16 x.
@@ -128,7 +133,7 @@ def packed_matmul(
     if h.ndim == 3:
         h = h[:, :, None]
     rows = rows or (g.shape[-1],)
-    _check(x, bits, g, h, rows, limbs)
+    _check(x, bits, g, h, rows, limbs, (1, 2, 3))
     x, g, h = map(_without_derivative, (x, g, h))
     flat = x.reshape(-1, x.shape[-1])
     # Weights that nobody laid for decoding are evaluated: as exactly as floats are, on a CPU.
@@ -148,7 +153,11 @@ def packed_matmul(
     else:
         bits, g, h, layer = _layer_of_tiles(bits, g, h, layer, rows, flat.shape[1])
         one = jax.lax.dynamic_index_in_dim(h, layer, keepdims=False)
-        u = _scaled(flat[:, None, None], one[None], impl)
+        if limbs == 1:
+            u = rounded_blocks(flat[:, None, None].astype(jnp.float32) * one[None])
+            limbs = 2  # whose own error is 1 / 258 of what the rounding left
+        else:
+            u = _scaled(flat[:, None, None], one[None], impl)
         y = signs_matmul(u, bits, g, layer, rows, limbs, impl)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -168,8 +177,8 @@ def packed_low_rank_matmul(
       h: `[c, i]` float.
       l: `[c, r]` float.
       g: `[c, o]` float.
-      layer, limbs, impl: as for `packed_matmul`; with a layer all arrays have a leading axis of
-        layers.
+      layer, limbs, impl: as for `packed_matmul`, `limbs` 2 or 3; with a layer all arrays have a
+        leading axis of layers.
 
     Returns:
       `[..., o]` in `x.dtype`.
@@ -336,7 +345,8 @@ def chosen(batch: int, inputs: int, words: bool) -> str:
 
 
 def _check(
-    x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array, rows: tuple[int, ...], limbs: int
+    x: jax.Array, bits: jax.Array, g: jax.Array, h: jax.Array, rows: tuple[int, ...], limbs: int,
+    allowed: tuple[int, ...] = (2, 3),
 ) -> None:
     """`bits [l, k, o, bytes]`, `[l, k, w, o]` or `[l, t, k, w, 16]`; `g`, `h [l, k, m, i]`."""
     i, (layers, k, o) = x.shape[-1], g.shape
@@ -350,9 +360,11 @@ def _check(
         if array.shape != wanted[name]:
             raise BadInput(f"{name} has shape {array.shape}, wanted {wanted[name]} for x "
                            f"{x.shape} and g {g.shape}")
-    if bits.dtype not in (jnp.uint8, jnp.uint32) or sum(rows) != o or limbs not in (2, 3):
+    if bits.dtype not in (jnp.uint8, jnp.uint32) or sum(rows) != o or limbs not in allowed:
+        *most, last = allowed
         raise BadInput(f"bits are {bits.dtype}, rows {rows} of {o} outputs, limbs {limbs}: wanted "
-                       "uint8 or uint32, rows that add up, and 2 or 3 limbs")
+                       f"uint8 or uint32, rows that add up, and {', '.join(map(str, most))} or "
+                       f"{last} limbs")
     if x.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
         raise BadInput(f"x is {x.dtype}, wanted float16, bfloat16 or float32")
 

@@ -41,7 +41,13 @@ from rabit_jax.models.cache import (
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import param_shapes
 from rabit_jax.models.engine import Cache, head_logits, over_layers, step
-from rabit_jax.models.prepared import Engine, layer_at, multiply, prepare
+from rabit_jax.models.prepared import (
+    Engine,
+    byte_activations,
+    layer_at,
+    multiply,
+    prepare,
+)
 from rabit_jax.models.rotary import seen_from
 from rabit_jax.progress import progress, say
 from rabit_jax.tree import tree_bytes
@@ -164,6 +170,8 @@ def decode_rows(
     for bits in cache_bits:
         check_bits(bits)
     engines = make(kinds)
+    engines |= {f"packed_k{k}_head8_act8": byte_activations(engines[f"packed_k{k}_head8"])
+                for k in ks}
     engines |= {f"packed_k{k}_cache{bits}": replace(engines[f"packed_k{k}"], cache_bits=bits)
                 for k in ks for bits in cache_bits if bits != 16}
     places, rows = [(b, c) for b in batches for c in contexts], []

@@ -36,7 +36,7 @@ from rabit_jax.kernels.bench.machine import Copy, last_level_cache
 from rabit_jax.kernels.cpu.library import status
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.engine import init_cache, step
-from rabit_jax.models.prepared import Engine, prepare
+from rabit_jax.models.prepared import Engine, byte_activations, prepare
 from rabit_jax.progress import progress, say
 from rabit_jax.tree import tree_bytes
 from rabit_jax.types import Json
@@ -175,7 +175,10 @@ def measure(options: argparse.Namespace) -> list[Json]:
     for name in types:
         if name not in llama_cpp.MIXES:
             raise BadInput(f"--types has {name!r}: choose {', '.join(llama_cpp.MIXES)}")
-    real = [*map(packed_folder, folders), *map(gguf_file, files)]
+    real: list[Ours | Theirs] = []
+    for folder in folders:
+        real += packed_folder(folder)
+    real += map(gguf_file, files)
     config = real[0].config if real else model_config(options.model)
     batches = numbers("batch", options.batch, 256)
     contexts = numbers("context", options.context, config.max_position)
@@ -191,14 +194,19 @@ def measure(options: argparse.Namespace) -> list[Json]:
     return rows("files" if real else options.model, sides, cases, bandwidth)
 
 
-def packed_folder(folder: str) -> Ours:
-    """The engine of a packed folder, as `generate` runs it.
+def packed_folder(folder: str) -> list[Ours]:
+    """The engine of a packed folder, as `generate` runs it, and with `--activation-bits 8`.
 
     Raises:
       BadInput: not a packed model.
     """
     model, params, _ = load_packed(folder)
-    return Ours(f"rabit_jax {folder}", prepare(model.config, params))
+    return with_8_bits(Ours(f"rabit_jax {folder}", prepare(model.config, params)))
+
+
+def with_8_bits(side: Ours) -> list[Ours]:
+    """A side, and the same weights with activations of 8 bits, as llama.cpp has them."""
+    return [side, Ours(f"{side.name}, 8-bit activations", byte_activations(side.engine))]
 
 
 def gguf_file(file: str) -> Theirs:
@@ -218,12 +226,13 @@ def threads() -> int:
 
 def ours(config: ModelConfig, k: int, dense: bool) -> list[Ours]:
     """Our engines by name: of a bfloat16 model, as most are published, and of a float32 one, whose
-    prompts are multiplied in float32; their heads are rounded to 8 bits, where no other is named.
+    prompts are multiplied in float32; their heads are rounded to 8 bits, where no other is named,
+    and activations have 16, where no other is named.
     """
     wide, short = replace(config, dtype="float32"), replace(config, dtype="bfloat16")
     found = [
         Ours("rabit_jax packed, f32", random_engine(wide, k, 8)),
-        Ours("rabit_jax packed", random_engine(short, k, 8)),
+        *with_8_bits(Ours("rabit_jax packed", random_engine(short, k, 8))),
         Ours("rabit_jax packed, bf16 head", random_engine(short, k)),
     ]
     if dense:

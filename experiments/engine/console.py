@@ -181,6 +181,14 @@ def cache_option(parser: argparse.ArgumentParser) -> None:
                              "model's dtype, which on a CPU is float32; default %(default)s")
 
 
+def activation_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--activation-bits`, for commands that write text."""
+    parser.add_argument("--activation-bits", type=int, choices=(16, 8), default=16,
+                        help="what packed sign matrices of the blocks multiply, in 16 or 8 bits; "
+                             "8, with a scale for each 256 inputs, is faster on a CPU and rounds "
+                             "more; long prompts are not rounded; default %(default)s")
+
+
 class _Completion(argparse.Action):
     """Prints the completion script of the installed command, such as `rabit-run`."""
 

@@ -54,7 +54,7 @@ def arithmetic(
       batch: rows of x.
       inputs: of the matrix.
       k: sign paths.
-      limbs: bytes of fixed point.
+      limbs: bytes of fixed point; 1 takes half the time of 2.
       short: whether x is bfloat16, in which many rows are then multiplied too.
       isa: the instruction set, one of `COSTS`.
       group: words of a group of inputs that has its own scales; 0 where there is one group.
@@ -77,8 +77,10 @@ def signs_matmul(
     """`y[b, o] = sum_k sum_n g[k, n, o] sum_{i in n} B[layer, k, o, i] h[k, m(o), i] x[b, k, i]`.
 
     As integers: with `scale_k` and the integers `v_k` of `activations.bit_planes` of `x h_k`, in
-    this order of float32 operations, `y += (g_kn scale_k) float(sum_{i in n} B v_k)`. As floats:
-    W_hat in float32 or bfloat16, sums in float32.
+    this order of float32 operations, `y += (g_kn scale_k) float(sum_{i in n} B v_k)`. With one limb
+    there is a scale for each block c of 256 inputs, see `activations.rounded_blocks`, and, every
+    product and sum rounded by itself, `y += g_k (sum_c scale_kc float(sum_{i in c} B v_k))`. As
+    floats: W_hat in float32 or bfloat16, sums in float32, `limbs` without effect.
 
     Args:
       x: float32 `[b, i]`, or `[b, k, i]` where each path has its own; then only as integers.
@@ -87,7 +89,7 @@ def signs_matmul(
       h: the same dtype `[l, k, m, i]`; None stands for ones, then only as integers.
       layer: int32 scalar.
       rows: outputs of each of the m members.
-      limbs: bytes of fixed point, 1 to 3.
+      limbs: bytes of fixed point, 1 to 3; 1 wants one group of inputs.
       how: `INTEGERS`, `FLOAT32` or `BFLOAT16`.
       isa: an instruction set of `library().isas`; None takes the one in use.
       group: words of each group, whose inputs lie as `layout.in_groups` says, in tiles only; 0
@@ -100,6 +102,9 @@ def signs_matmul(
     if how == INTEGERS and x.shape[-1] > PLANE_INPUTS:
         raise BadInput(f"integers got {x.shape[-1]} inputs and sum {PLANE_INPUTS} exactly at most")
     g = g[:, :, None] if g.ndim == 3 else g
+    if how == INTEGERS and limbs == 1 and g.shape[2] > 1:
+        raise BadInput(f"limbs is 1 and g has {g.shape[2]} groups of inputs: wanted one group, or 2 "
+                       "or 3 limbs")
     h = jnp.zeros((*g.shape[:2], len(rows), 0), g.dtype) if h is None else h
     y = jax.ShapeDtypeStruct((x.shape[0], g.shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(SIGNS + one.suffix, y, vmap_method="sequential")

@@ -119,7 +119,8 @@ class Rows:
 
 
 def prepare(
-    config: ModelConfig, params: Params, head_bits: int | None = None, cache_bits: int = 16
+    config: ModelConfig, params: Params, head_bits: int | None = None, cache_bits: int = 16,
+    activation_bits: int = 16,
 ) -> Engine:
     """The params of a decoder, laid out for `step`.
 
@@ -139,6 +140,10 @@ def prepare(
         also where the head is the embedding.
       cache_bits: of the keys and values of generated text: 16 keeps them in the compute dtype (on a
         CPU float32), 8 or 4 in `models.cache.Codes`.
+      activation_bits: of what the packed sign paths of the blocks multiply, where they multiply few
+        rows: 16 gives an input of a matrix one scale and at least 16 bits, 8 gives each 256 of
+        them a scale, see `byte_activations`. All other weights, the head among them, stay as they
+        are.
 
     Returns:
       The engine. Dense matrices are cast once to `config.dtype`, as `Decoder` casts them at each
@@ -147,7 +152,7 @@ def prepare(
 
     Raises:
       BadInput: params that do not fit the config, the message names the path; or `head_bits` is
-        neither 8 nor None, `cache_bits` none of 16, 8 and 4.
+        neither 8 nor None, `cache_bits` none of 16, 8 and 4, `activation_bits` neither 16 nor 8.
 
     Example:
       >>> engine = prepare(model.config, params)
@@ -157,6 +162,8 @@ def prepare(
     if head_bits not in (None, 8):
         raise BadInput(f"head_bits is {head_bits}, wanted 8, or None for the head as it is")
     check_bits(cache_bits)
+    if activation_bits not in (16, 8):
+        raise BadInput(f"activation_bits is {activation_bits}, wanted 16 or 8")
     platform = jax.devices()[0].platform
     config = dataclasses.replace(config, dtype=compute_dtype(config))
     params = jax.tree.map(jnp.asarray, params)
@@ -167,7 +174,23 @@ def prepare(
         # A factor of the embedding keeps the rounding of the model's dtype.
         scale = float(np.asarray(config.embed_scale, jnp.dtype(config.dtype)))
         config = dataclasses.replace(config, dtype="float32", embed_scale=scale)
-    return Engine(table, layers, params["final_norm"]["scale"], head, config, cache_bits)
+    engine = Engine(table, layers, params["final_norm"]["scale"], head, config, cache_bits)
+    return byte_activations(engine) if activation_bits == 8 else engine
+
+
+def byte_activations(engine: Engine) -> Engine:
+    """The engine with 8 bits for the activations of the blocks' sign paths; nothing is copied.
+
+    Each `LaidSign` of the layers, which has scales of rows and columns, multiplies `h x` rounded by
+    `kernels.activations.rounded_blocks`, also where its file wants 3 bytes. Weights with groups,
+    of low rank, with levels, sums and dense ones stay as they are. Where one dense matrix
+    multiplies many rows, such as a prompt, nothing is rounded: see `kernels.matmul.packed_matmul`.
+    """
+    def one(leaf: Any) -> Any:
+        return leaf.replace(limbs=1) if isinstance(leaf, LaidSign) else leaf
+
+    layers = jax.tree.map(one, engine.layers, is_leaf=lambda leaf: isinstance(leaf, LaidSign))
+    return dataclasses.replace(engine, layers=layers)
 
 
 def layer_at(engine: Engine, layer: int | Array) -> Params:

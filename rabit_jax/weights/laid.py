@@ -34,7 +34,8 @@ class LaidSign:
       g: float16 `[l, k, o]`.
       h: float16 `[l, k, m, i]`, the input scales of each of the m matrices.
       rows: outputs of each matrix.
-      limbs: bytes of fixed point per activation, see `kernels.activations`.
+      limbs: bytes of fixed point per activation, see `kernels.activations`; 1 is that of
+        `models.prepared.byte_activations`.
       short: whether many rows may be multiplied in bfloat16, as those of a bfloat16 model are.
     """
 

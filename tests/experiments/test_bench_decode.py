@@ -39,7 +39,8 @@ def test_rows_of_decoding_by_contract(plain, capsys):
     rows = json.loads(capsys.readouterr().out)["rows"]
     contract = {"model", "impl", "batch", "context", "tokens_per_second", "ratio_to_bf16",
                 "ratio_to_f32"}
-    impls = ["dense_bf16", "dense_f32", "packed_k2", "packed_k2_head8"]
+    impls = ["dense_bf16", "dense_f32", "packed_k2", "packed_k2_head8",
+             "packed_k2_head8_act8"]
     assert [(row["impl"], row["part"]) for row in rows] == [
         (impl, part) for impl in impls for part in bench_decode.PARTS]
     for n, row in enumerate(rows):

@@ -48,8 +48,8 @@ def test_rows_by_contract(monkeypatch, capsys, tmp_path):
               "--tokens 2 --rounds 2 --dense --json".split())
     rows = json.loads(capsys.readouterr().out)["rows"]
     cases = [("decode", 1, 8), ("decode", 2, 8), ("decode", 1, 16), ("prefill", 1, 12)]
-    sides = ["rabit_jax packed, f32", "rabit_jax packed", "rabit_jax packed, bf16 head",
-             "rabit_jax dense f32", "rabit_jax dense bf16", "llama.cpp TQ2_0", "llama.cpp Q2_K"]
+    sides = ["rabit_jax packed, f32", "rabit_jax packed", "rabit_jax packed, 8-bit activations",
+             "rabit_jax packed, bf16 head", "rabit_jax dense f32", "rabit_jax dense bf16", "llama.cpp TQ2_0", "llama.cpp Q2_K"]
     assert [(r["phase"], r["batch"], r["context"], r["impl"]) for r in rows] == [
         (*case, side) for case in cases for side in sides]
     speeds = {(r["phase"], r["batch"], r["context"], r["impl"]): r["tokens_per_second"]
@@ -57,7 +57,7 @@ def test_rows_by_contract(monkeypatch, capsys, tmp_path):
     for row in rows:
         case = row["phase"], row["batch"], row["context"]
         assert row["ratio"] == row["tokens_per_second"] / speeds[*case, "llama.cpp TQ2_0"]
-        assert row["ratio_to_f32"] == row["tokens_per_second"] / speeds[*case, sides[3]]
+        assert row["ratio_to_f32"] == row["tokens_per_second"] / speeds[*case, sides[4]]
         assert (row["bytes_per_token"] is None) == (row["phase"] == "prefill")
         assert row["best"] >= row["tokens_per_second"] > 0 and row["rounds"] == 2
     assert speeds["decode", 2, 8, "llama.cpp TQ2_0"] == 20
@@ -77,8 +77,10 @@ def test_files_of_one_model_take_the_place_of_random_weights(monkeypatch, capsys
     file = llama_cpp.model_file("tiny", config, "Q2_K")
     bench.run(["peers", "--packed", str(tmp_path / "mine"), "--gguf", str(file), "--batch", "2",
                "--context", "8", "--prefill", "0", "--tokens", "2", "--rounds", "1", "--json"])
-    ours, theirs = json.loads(capsys.readouterr().out)["rows"]
+    ours, bytewise, theirs = json.loads(capsys.readouterr().out)["rows"]
     assert ours["impl"] == f"rabit_jax {tmp_path}/mine"
+    assert bytewise["impl"] == f"rabit_jax {tmp_path}/mine, 8-bit activations"
+    assert bytewise["bytes_per_token"] == ours["bytes_per_token"]
     assert theirs["impl"] == f"llama.cpp {file.name}"
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 8  # numbers of 8 tokens
     assert theirs["bytes_per_token"] == (file.stat().st_size + 2 * cache) // 2

@@ -225,7 +225,9 @@ def test_a_token_without_a_row_is_named_before_any_work(folders, run, tmp_path, 
 def test_usage(capsys):
     for args, code, word in [(["--help"], 0, "examples:"), (["--prompt", "a"], 2, "--model"),
                              (["--model", "m"], 2, "--prompt --chat"),
-                             (["--model", "m", "--prompt", "a", "--chat"], 2, "not allowed")]:
+                             (["--model", "m", "--prompt", "a", "--chat"], 2, "not allowed"),
+                             (["--model", "m", "--prompt", "a", "--activation-bits", "4"], 2,
+                              "choose from 16, 8")]:
         with pytest.raises(SystemExit) as ended:
             command.main(args)
         assert ended.value.code == code

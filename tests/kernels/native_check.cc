@@ -38,7 +38,7 @@ std::vector<float> floats(size_t n) {
 // A block of rows against each of its rows alone.
 void dots(const Isa& isa, const Isa& plain, bool signs) {
   const int64_t steps = 24, parts = signs ? 8 : 1;
-  for (int limbs = 1; limbs <= kMaxLimbs; ++limbs)
+  for (int limbs = signs ? 2 : 1; limbs <= kMaxLimbs; ++limbs)
     for (int size = 0; size < 4; ++size) {
       const int rows = size < 3 ? 1 << size : isa.largest_rows, n = rows * limbs;
       const auto w = words(steps * kTile), a = words(steps * parts * n);
@@ -60,6 +60,33 @@ void dots(const Isa& isa, const Isa& plain, bool signs) {
                signs ? "signs" : "table", rows, limbs);
       }
     }
+}
+
+// Blocks of inputs with scales of their own, the last of 192: a block of rows against the portable
+// sums of each of its rows, from the portable integers, to the bit.
+void blocks(const Isa& isa, const Isa& plain) {
+  const int64_t inputs = 700, padded = 704, steps = padded / 32, count = 3;
+  for (int size = 0; size < 4; ++size) {
+    const int rows = size < 3 ? 1 << size : isa.largest_rows;
+    const auto w = words(steps * kTile);
+    const auto x = floats(rows * inputs), h = floats(inputs), g = floats(kTile);
+    std::vector<float> y = floats(rows * kTile), z = y, work(3 * padded);
+    std::vector<int32_t> all(padded / 4 * rows), one(padded / 4);
+    std::vector<Block> of_all(count * rows), of_one(count);
+    for (int r = 0; r < rows; ++r) {
+      const float* row = x.data() + r * inputs;
+      const Scales scales{h.data(), false};
+      isa.fix_blocks(row, scales, inputs, padded, work.data(), &all[r], rows, &of_all[r]);
+      plain.fix_blocks(row, scales, inputs, padded, work.data(), one.data(), 1, of_one.data());
+      for (int c = 0; c < count; ++c)
+        expect(of_all[c * rows + r].scale == of_one[c].scale &&
+                   of_all[c * rows + r].minus == of_one[c].minus,
+               isa.name, "fix_blocks", rows, c);
+      plain.blocks[0](w.data(), one.data(), steps, of_one.data(), g.data(), &z[r * kTile]);
+    }
+    isa.blocks[size](w.data(), all.data(), steps, of_all.data(), g.data(), y.data());
+    expect(y == z, isa.name, "blocks", rows, 0);
+  }
 }
 
 void fixed_point(const Isa& isa, const Isa& plain) {
@@ -161,6 +188,7 @@ int main() {
     std::printf("%s\n", isa->name);
     dots(*isa, plain, true);
     dots(*isa, plain, false);
+    blocks(*isa, plain);
     fixed_point(*isa, plain);
     float_loops(*isa, plain);
     attention(*isa, plain);

@@ -30,8 +30,9 @@ pytestmark = pytest.mark.skipif(library() is None, reason="no native CPU kernel 
 ISAS = library().isas if library() else ()
 # inputs, outputs of each member, k, limbs: tails of blocks, of tiles and of members
 SHAPES = [(1, (1,), 1, 2), (257, (17, 3, 40), 3, 3), (300, (8,), 2, 2), (1000, (33, 15), 4, 2),
-          (64, (5, 16), 2, 1), (513, (20,), 2, 3)]
-BATCHES = (1, 3, 7, 16, 65)
+          (64, (5, 16), 2, 1), (513, (20,), 2, 3), (32, (1,), 1, 1), (1000, (33, 15), 4, 1),
+          (704, (17, 3, 40), 3, 1)]
+BATCHES = (1, 2, 3, 7, 9, 65)
 F32 = np.float32
 
 
@@ -60,13 +61,25 @@ def fixed(u, largest):
 
 
 def integer_product(x, signs, g, h, rows, limbs):
-    """The float32 result bit by bit: exact sums, then `y += (g scale) sum`, paths in turn."""
+    """The float32 result bit by bit: exact sums, then `y += (g scale) sum`, paths in turn.
+
+    One limb has a scale for each block of 256 inputs: `y += g sum_c scale_c sum`.
+    """
     y, ends = np.zeros((len(x), g.shape[-1]), F32), np.cumsum(rows)
     for k in range(len(signs)):
         for m, (start, end) in enumerate(zip(ends - rows, ends, strict=True)):
-            v, scale = fixed(x * h[k, m].astype(F32), 2 ** (8 * limbs - 1) - 1)
-            sums = v @ (2 * signs[k, start:end].astype(np.int64) - 1).T
-            y[:, start:end] += g[k, start:end].astype(F32) * scale[:, None] * sums.astype(F32)
+            u, size = x * h[k, m].astype(F32), g[k, start:end].astype(F32)
+            b = 2 * signs[k, start:end].astype(np.int64) - 1
+            if limbs > 1:
+                v, scale = fixed(u, 2 ** (8 * limbs - 1) - 1)
+                y[:, start:end] += size * scale[:, None] * (v @ b.T).astype(F32)
+                continue
+            total = np.zeros((len(x), end - start), F32)
+            for block in range(0, x.shape[1], 256):
+                part = slice(block, block + 256)
+                v, scale = fixed(u[:, part], 127)
+                total += scale[:, None] * (v @ b[:, part].T).astype(F32)
+            y[:, start:end] += size * total
     return y
 
 

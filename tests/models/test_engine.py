@@ -248,6 +248,25 @@ def test_an_8_bit_head(small, trees, tokens):
         prepare(small, tree, head_bits=4)
 
 
+@pytest.mark.parametrize("kind", ["two paths", pytest.param("mixed", marks=pytest.mark.more)])
+def test_activations_of_8_bits(small, trees, tokens, kind):
+    """Sign paths alone take them; logits are near those of 16 bits and not the same."""
+    tree, products = trees[kind]
+    wide, narrow = prepare(small, tree), prepare(small, tree, activation_bits=8)
+    for name, product in narrow.products.items():
+        assert type(product) is products[name]
+        if isinstance(product, LaidSign):
+            assert product.limbs == 1 and wide.products[name].limbs in (2, 3)
+            assert product.bits.shape == wide.products[name].bits.shape
+        else:
+            assert jax.tree.structure(product) == jax.tree.structure(wide.products[name])
+    want, found = (token_by_token(engine, tokens) for engine in (wide, narrow))
+    error = float(jnp.linalg.norm(found - want) / jnp.linalg.norm(want))
+    assert 1e-3 < error < 0.05
+    with pytest.raises(BadInput, match="activation_bits is 4, wanted 16 or 8"):
+        prepare(small, tree, activation_bits=4)
+
+
 def test_the_cache_is_written_in_place(small, trees, tokens):
     engine = prepare(small, trees["two paths"][0])
     cache = init_cache(small, 1, 512)

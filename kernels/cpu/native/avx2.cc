@@ -12,7 +12,14 @@ namespace rabit {
 namespace {
 
 struct V : Vectors256 {
-  static constexpr int kRows = 4;
+  static constexpr int kRows = 4, kFewSums = 1;
+
+  // 16-bit sums of two bytes each: of one block and class of bits, 16 * 2 * 8 * 127 at most, and
+  // without classes 64 * 2 * 127.
+  static I dot_block(I acc, I t, I x) {
+    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(t, x));
+  }
+  static I whole(I acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
 };
 
 }  // namespace

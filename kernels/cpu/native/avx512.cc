@@ -33,6 +33,8 @@ struct V {
   }
   static I dot_top(I acc, I t, I x) { return _mm512_dpbusd_epi32(acc, t, x); }
   static I dot_low(I acc, I t, I x) { return _mm512_dpbusd_epi32(acc, x, t); }
+  static I dot_block(I acc, I t, I x) { return dot_top(acc, t, x); }
+  static I whole(I acc) { return acc; }
   static I biased(I t) { return _mm512_xor_si512(t, _mm512_set1_epi8(-128)); }
   static I dot_table(I acc, I t, I x) { return _mm512_dpbusd_epi32(acc, t, x); }
 
@@ -44,7 +46,9 @@ struct V {
   static F setf(float x) { return _mm512_set1_ps(x); }
   static F loadf(const float* from) { return _mm512_loadu_ps(from); }
   static void storef(float* to, F x) { _mm512_storeu_ps(to, x); }
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F addf(F a, F b) { return _mm512_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float sumf(F x) { return _mm512_reduce_add_ps(x); }
   static F negated_where_clear(I at, F x) {

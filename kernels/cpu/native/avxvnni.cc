@@ -14,6 +14,8 @@ struct V : Vectors256 {
 
   static I dot_top(I acc, I t, I x) { return _mm256_dpbusd_avx_epi32(acc, t, x); }
   static I dot_low(I acc, I t, I x) { return _mm256_dpbusd_avx_epi32(acc, x, t); }
+  static I dot_block(I acc, I t, I x) { return dot_top(acc, t, x); }
+  static I whole(I acc) { return acc; }
   static I biased(I t) { return _mm256_xor_si256(t, _mm256_set1_epi8(-128)); }
   static I dot_table(I acc, I t, I x) { return _mm256_dpbusd_avx_epi32(acc, t, x); }
 };

@@ -84,6 +84,8 @@ ffi::Error signs_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
                       (!has_h || hs[3] == inputs);
   if (!fits || !h_fits) return wrong(call, "shapes or dtypes do not fit");
   if (arithmetic == kIntegers && inputs > 32768) return wrong(call, "more than 32768 inputs");
+  if (arithmetic == kIntegers && limbs == 1 && n > 1)
+    return wrong(call, "one limb has blocks of 256 inputs, wanted one group");
   if (arithmetic != kIntegers && (x_paths || !has_h))
     return wrong(call, "floats want x [b, i] and scales h");
   const bool half = g.element_type() == ffi::F16;

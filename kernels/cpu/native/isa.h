@@ -15,6 +15,9 @@
 // Integer sums are exact on every instruction set, and floats are made of them in one order, so
 // all instruction sets return the same bits. Build with -ffp-contract=off.
 //
+// One limb for signs means a scale for each block c of 256 inputs, u = scale_c v with |v| <= 127,
+// and so a float sum over the blocks.
+//
 // Many rows are multiplied as floats: a tile of W_hat is expanded once, then read for all rows.
 // Every sum runs over the inputs in order by fused multiply-add, so there too the bits agree.
 
@@ -45,6 +48,12 @@ struct Fixed {
   }
 };
 
+// One block of 256 inputs of a row of activations of one byte: u = scale v, and minus the sum of v.
+struct Block {
+  float scale;
+  int32_t minus;
+};
+
 // 16-bit or 32-bit floats, as the scales of weights are stored.
 struct Scales {
   const void* data;
@@ -65,11 +74,22 @@ static constexpr int64_t words_of_block(int64_t words, int64_t c) {
   return words - c * kWordsPerBlock < kWordsPerBlock ? words - c * kWordsPerBlock : kWordsPerBlock;
 }
 
+// y[m][o] += g[o] sum_c scale[c][m] float(2 sum_{i in c} w[o][i] a[m][i] - total[c][m]) of one tile
+// and the path's signs, 0 or 1; every product and sum is rounded by itself.
+//   a: dwords [step][8][m]; blocks: [c][m]; g: floats.
+using Blocks = void (*)(const uint32_t* w, const int32_t* a, int64_t steps, const Block* blocks,
+                        const float* g, float* y);
+
 // The integers of one row u = x * h (h.data may be null); limb l of the four inputs of position p
 // goes to out[p * stride + l]; `group` positions share totals. `work` holds 3 * padded floats.
 using Fix = void (*)(const float* x, Scales h, int64_t inputs, int64_t padded, int limbs,
                      bool signs, int64_t group, float* work, int32_t* out, int64_t stride,
                      Fixed* fixed);
+
+// The same for `Blocks`: the four inputs of position p go to out[p * stride], block c to
+// blocks[c * stride]. `work` holds 3 * padded floats.
+using FixBlocks = void (*)(const float* x, Scales h, int64_t inputs, int64_t padded, float* work,
+                           int32_t* out, int64_t stride, Block* blocks);
 
 // y[o] += (g[o] scale) float(signs ? 2 sum - total : sum), sum = sum_l 256^(n - 1 - l) sums[l].
 using Add = void (*)(const int32_t* sums, int limbs, float scale, int64_t total, bool signs,
@@ -121,9 +141,11 @@ constexpr int kAttentionWork = kAttentionBlock * kMaxQueries;
 struct Isa {
   const char* name;
   int largest_rows;         // of the integer loops
-  Dot signs[4][kMaxLimbs];  // rows 1, 2, 4, 8; limbs 1, 2, 3
+  Dot signs[4][kMaxLimbs];  // rows 1, 2, 4, 8; limbs 1, 2, 3; null for 1, which `blocks` is for
   Dot table[4][kMaxLimbs];
+  Blocks blocks[4];  // rows 1, 2, 4, 8
   Fix fix;
+  FixBlocks fix_blocks;
   Add add;
   Widen widen;
   Attend attend;

@@ -90,6 +90,53 @@ void table_dot(const uint32_t* w, const int32_t* a, int64_t steps, const int32_t
 
 #endif  // RB_OWN_DOTS
 
+template <int M>
+void signs_blocks(const uint32_t* w, const int32_t* a, int64_t steps, const Block* blocks,
+                  const float* g, float* y) {
+  constexpr int classes = M <= V::kFewSums ? 4 : 1;  // as in signs_dot
+  for (int part = 0; part < kParts; ++part) {
+    typename V::F total[M];
+    RB_UNROLL for (int m = 0; m < M; ++m) total[m] = V::setf(0.0f);
+    const uint32_t* word = w + part * kLanes;
+    const int32_t* v = a;
+    const Block* block = blocks;
+    for (int64_t first = 0; first < steps; first += kWordsPerBlock, block += M) {
+      const int64_t end = first + kWordsPerBlock < steps ? first + kWordsPerBlock : steps;
+      typename V::I acc[M][classes];
+      RB_UNROLL for (int m = 0; m < M; ++m)
+        RB_UNROLL for (int c = 0; c < classes; ++c) acc[m][c] = V::zero();
+      for (int64_t s = first; s < end; ++s, word += kTile, v += 8 * M) {
+        if (part == 0) V::prefetch(word);
+        typename V::I bits = V::load(word);
+        RB_UNROLL for (int p = 0; p < 8; ++p) {
+          const int c = p % classes;
+          if (classes == 1 ? p > 0 : p == 4) bits = V::template right<classes>(bits);
+          const typename V::I t = V::bit_and(bits, V::set(kOnes << c));
+          RB_UNROLL for (int m = 0; m < M; ++m)
+            acc[m][c] = V::dot_block(acc[m][c], t, V::set(v[p * M + m]));
+        }
+      }
+      RB_UNROLL for (int m = 0; m < M; ++m) {
+        // Twice the sum: class c holds 2^c times what it stands for.
+        typename V::I sum = V::whole(acc[m][0]);
+        sum = V::add(V::add(sum, sum), V::set(block[m].minus));
+        RB_UNROLL for (int c = 1; c < classes; ++c) {
+          const typename V::I one = V::whole(acc[m][c]);
+          sum = V::add(sum, c == 1   ? one
+                            : c == 2 ? V::template right_signed<1>(one)
+                                     : V::template right_signed<2>(one));
+        }
+        total[m] = V::addf(total[m], V::mul(V::setf(block[m].scale), V::to_float(sum)));
+      }
+    }
+    const typename V::F size = V::loadf(g + part * kLanes);
+    RB_UNROLL for (int m = 0; m < M; ++m) {
+      float* to = y + m * kTile + part * kLanes;
+      V::storef(to, V::addf(V::loadf(to), V::mul(size, total[m])));
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------------------------
 // Fixed point, and floats of sums
 
@@ -114,40 +161,60 @@ inline void group_totals(const int32_t* dwords, int64_t count, int64_t stride, i
   }
 }
 
-// By reciprocals, as XLA divides by a constant and by a broadcast scalar.
+// u = x * h, or x where h.data is null.
+RB_INLINE void scaled(const float* x, Scales h, int64_t n, float* u) {
+  if (h.data) {
+    widen(h, n, u);
+    for (int64_t i = 0; i < n; ++i) u[i] *= x[i];
+  } else {
+    std::memcpy(u, x, n * sizeof(float));
+  }
+}
+
+// The scale that makes u integers up to `largest`, by a reciprocal, as XLA divides by a constant.
+RB_INLINE float scale_of(const float* u, int64_t n, float largest) {
+  int32_t top_bits = 0;  // NaN lies above infinity, and so wins
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t size = bits_as<int32_t>(u[i]) & 0x7fffffff;
+    top_bits = size > top_bits ? size : top_bits;
+  }
+  const float top = bits_as<float>(top_bits);
+  return top < 1e-30f ? 1.0f : top * (1.0f / largest);
+}
+
+// v = u / scale, by a reciprocal as XLA divides by a broadcast scalar.
+RB_INLINE void rounded(const float* u, int64_t n, float scale, float largest, int32_t* v) {
+  const float inverse = 1.0f / scale;
+  for (int64_t i = 0; i < n; ++i) {
+    const float q = u[i] * inverse;
+    // Halves to even: adding 2^23 leaves no bits for a fraction.
+    float size = bits_as<float>(bits_as<int32_t>(q) & 0x7fffffff);
+    size = size < largest ? size : largest;
+    const int32_t whole = static_cast<int32_t>((size + 0x1p23f) - 0x1p23f);
+    const int32_t negative = bits_as<int32_t>(q) >> 31;
+    v[i] = (whole ^ negative) - negative;
+  }
+}
+
+// Where position p of the steps lies among the dwords of four inputs in their order: word m of a
+// block has its eight parts as many dwords apart as there are words.
+RB_INLINE int64_t dword_of(int64_t p, int64_t padded) {
+  const int64_t words = words_of_block(padded / 32, p >> 6);
+  return (p & ~63) + (p & 7) * words + (p >> 3 & 7);
+}
+
 void fix(const float* x, Scales h, int64_t inputs, int64_t padded, int limbs, bool signs,
          int64_t group, float* work, int32_t* out, int64_t stride, Fixed* fixed) {
   float* u = work;
   int32_t* v = reinterpret_cast<int32_t*>(work + padded);
   uint8_t* bytes = reinterpret_cast<uint8_t*>(work + 2 * padded);
-  int32_t top_bits = 0;  // NaN lies above infinity, and so wins
-  if (h.data) {
-    widen(h, inputs, u);
-    for (int64_t i = 0; i < inputs; ++i) u[i] *= x[i];
-  } else {
-    std::memcpy(u, x, inputs * sizeof(float));
-  }
-  for (int64_t i = 0; i < inputs; ++i) {
-    const int32_t size = bits_as<int32_t>(u[i]) & 0x7fffffff;
-    top_bits = size > top_bits ? size : top_bits;
-  }
+  scaled(x, h, inputs, u);
   const float largest = signs ? static_cast<float>((1 << (8 * limbs - 1)) - 1)
                               : static_cast<float>((127 << (8 * (limbs - 1))) -
                                                    (limbs > 1 ? 128 : 0));
-  const float top = bits_as<float>(top_bits);
-  const float scale = top < 1e-30f ? 1.0f : top * (1.0f / largest);
-  const float inverse = 1.0f / scale;
-  for (int64_t i = 0; i < inputs; ++i) {
-    const float q = u[i] * inverse;
-    // Halves to even: adding 2^23 leaves no bits for a fraction.
-    float size = bits_as<float>(bits_as<int32_t>(q) & 0x7fffffff);
-    size = size < largest ? size : largest;
-    const int32_t rounded = static_cast<int32_t>((size + 0x1p23f) - 0x1p23f);
-    const int32_t negative = bits_as<int32_t>(q) >> 31;
-    v[i] = (rounded ^ negative) - negative;
-  }
+  fixed->scale = scale_of(u, inputs, largest);
+  rounded(u, inputs, fixed->scale, largest, v);
   std::memset(v + inputs, 0, sizeof(int32_t) * (padded - inputs));
-  fixed->scale = scale;
   for (int l = limbs - 1; l >= 0; --l) {
     const int32_t shift = signs ? 0 : 128, mask = l == 0 ? -1 : 255, back = l == 0 ? 0 : shift;
     int32_t sum = 0;
@@ -158,17 +225,35 @@ void fix(const float* x, Scales h, int64_t inputs, int64_t padded, int limbs, bo
       v[i] = (v[i] - low) >> 8;
     }
     int32_t* to = out + l;
-    for (int64_t p = 0; p < padded / 4; ++p, to += stride) {
-      // Word m of a block has its eight parts as many dwords apart as there are words.
-      const int64_t first = p & ~63, words = words_of_block(padded / 32, p >> 6);
-      const int64_t from = signs ? first + (p & 7) * words + (p >> 3 & 7) : p;
-      std::memcpy(to, bytes + 4 * from, 4);
-    }
+    for (int64_t p = 0; p < padded / 4; ++p, to += stride)
+      std::memcpy(to, bytes + 4 * (signs ? dword_of(p, padded) : p), 4);
     if (group >= padded / 4)
       fixed->totals[l] = sum;
     else
       group_totals(out + l, padded / 4, stride, group, l == 0 || !signs, fixed->totals + l, limbs);
   }
+}
+
+void fix_blocks(const float* x, Scales h, int64_t inputs, int64_t padded, float* work,
+                int32_t* out, int64_t stride, Block* blocks) {
+  float* u = work;
+  int32_t* v = reinterpret_cast<int32_t*>(work + padded);
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(work + 2 * padded);
+  scaled(x, h, inputs, u);
+  std::memset(u + inputs, 0, sizeof(float) * (padded - inputs));
+  for (int64_t first = 0; first < padded; first += kBlock, blocks += stride) {
+    const int64_t n = padded - first < kBlock ? padded - first : kBlock;
+    blocks->scale = scale_of(u + first, n, 127.0f);
+    rounded(u + first, n, blocks->scale, 127.0f, v);
+    int32_t minus = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      minus -= v[i];
+      bytes[first + i] = static_cast<uint8_t>(v[i]);
+    }
+    blocks->minus = minus;
+  }
+  for (int64_t p = 0; p < padded / 4; ++p, out += stride)
+    std::memcpy(out, bytes + 4 * dword_of(p, padded), 4);
 }
 
 void add(const int32_t* sums, int limbs, float scale, int64_t total, bool signs, Scales g,
@@ -461,8 +546,10 @@ void unpack(const uint8_t* codes, const uint16_t* scales, int64_t slots, int siz
   }
 }
 
-#define RB_LIMBS(F, M) {F<M, 1>, F<M, 2>, F<M, 3>}
-#define RB_DOTS(F) {RB_LIMBS(F, 1), RB_LIMBS(F, 2), RB_LIMBS(F, 4), RB_LIMBS(F, V::kRows)}
+#define RB_SIGNS(M) {nullptr, signs_dot<M, 2>, signs_dot<M, 3>}
+#define RB_TABLE(M) {table_dot<M, 1>, table_dot<M, 2>, table_dot<M, 3>}
+#define RB_BLOCKS(M) signs_blocks<M>
+#define RB_BY_ROWS(F) {F(1), F(2), F(4), F(V::kRows)}
 
 template <int R, bool Bfloat16>
 constexpr Multiply multiply_or_null() {
@@ -480,8 +567,8 @@ constexpr Multiply multiply_or_null() {
     RB_ROWS(12, B)}}
 
 #define RB_ISA(NAME, BFLOAT16)                                                                   \
-  {NAME,     V::kRows, RB_DOTS(signs_dot), RB_DOTS(table_dot), fix, add, widen, attend, unpack, \
-   V::kPanel, V::kGroup, RB_FLOATS(false), BFLOAT16}
+  {NAME, V::kRows, RB_BY_ROWS(RB_SIGNS), RB_BY_ROWS(RB_TABLE), RB_BY_ROWS(RB_BLOCKS), fix, \
+   fix_blocks, add, widen, attend, unpack, V::kPanel, V::kGroup, RB_FLOATS(false), BFLOAT16}
 
 }  // namespace
 }  // namespace rabit

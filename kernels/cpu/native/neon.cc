@@ -42,6 +42,8 @@ struct V {
   static I dot_low(I acc, I t, I x) {
     return vdotq_u32(acc, vreinterpretq_u8_u32(t), vreinterpretq_u8_u32(x));
   }
+  static I dot_block(I acc, I t, I x) { return dot_top(acc, t, x); }
+  static I whole(I acc) { return acc; }
   static I biased(I t) { return t; }
   static I dot_table(I acc, I t, I x) { return dot_top(acc, t, x); }
 
@@ -53,7 +55,9 @@ struct V {
   static F setf(float x) { return vdupq_n_f32(x); }
   static F loadf(const float* from) { return vld1q_f32(from); }
   static void storef(float* to, F x) { vst1q_f32(to, x); }
+  static F to_float(I a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
+  static F addf(F a, F b) { return vaddq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static float sumf(F x) { return vaddvq_f32(x); }
   static F negated_where_clear(I at, F x) {

@@ -65,6 +65,9 @@ struct V {
   // a table by signed limbs.
   static I dot_top(I acc, I t, I x) { return dot(acc, t, false, x, true); }
   static I dot_low(I acc, I t, I x) { return dot(acc, t, false, x, false); }
+  // The same as dot_top, in sums that hold one block of inputs; `whole` makes dwords of them.
+  static I dot_block(I acc, I t, I x) { return dot_top(acc, t, x); }
+  static I whole(I acc) { return acc; }
   static I biased(I t) { return t; }
   static I dot_table(I acc, I t, I x) { return dot(acc, t, true, x, true); }
 
@@ -80,7 +83,11 @@ struct V {
     return y;
   }
   static void storef(float* to, F x) { std::memcpy(to, &x, sizeof x); }
+  static F to_float(I a) {
+    return each<F>([&](int n) { return static_cast<float>(static_cast<int32_t>(a.lane[n])); });
+  }
   static F mul(F a, F b) { return each<F>([&](int n) { return a.lane[n] * b.lane[n]; }); }
+  static F addf(F a, F b) { return each<F>([&](int n) { return a.lane[n] + b.lane[n]; }); }
   static F fma(F a, F b, F c) {
     return each<F>([&](int n) { return std::fmaf(a.lane[n], b.lane[n], c.lane[n]); });
   }

@@ -33,6 +33,7 @@ struct Product {
   float* y;             // [b, o]
 
   int64_t steps() const { return padded / (signs ? 32 : 4); }
+  bool blocks() const { return signs && limbs == 1; }  // a scale for each block of inputs
   int64_t step_dwords() const { return signs ? 8 : 1; }  // of activations
   const float* row(int64_t b, int64_t path) const {
     return x + (x_paths ? b * k + path : b) * inputs;
@@ -96,6 +97,7 @@ inline void integer_product(const Product& p, const Isa& isa, xla::ffi::ThreadPo
   thread_local std::vector<int32_t> held_a;
   thread_local std::vector<Fixed> held_fixed;
   thread_local std::vector<int32_t> held_totals;
+  thread_local std::vector<Block> held_blocks;
   const int64_t members = p.members.size(), dwords = p.padded / 4, limbs = p.limbs;
   const Tiles tiles(p.members);
   const std::vector<Rows> blocks = row_blocks(p.batch, isa.largest_rows);
@@ -105,6 +107,9 @@ inline void integer_product(const Product& p, const Isa& isa, xla::ffi::ThreadPo
   const int64_t group = p.group_steps * p.step_dwords(), parts = (dwords + group - 1) / group;
   int32_t* totals = scratch(held_totals, p.k * members * p.batch * parts * limbs);
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  // of_inputs: [k, m, block of rows][block of inputs][row of block]
+  const int64_t count = (p.padded + kBlock - 1) / kBlock;
+  Block* of_inputs = p.blocks() ? scratch(held_blocks, p.k * members * p.batch * count) : nullptr;
 
   const int64_t fix_items = p.k * members * p.batch;
   const auto fix_one = [&](int64_t item) {
@@ -115,6 +120,12 @@ inline void integer_product(const Product& p, const Isa& isa, xla::ffi::ThreadPo
     });
     int32_t* out = a + ((km * p.batch + block->start) * dwords + (b - block->start)) * limbs;
     const Scales h = p.h.data ? p.h.from(km * p.inputs) : p.h;
+    if (p.blocks()) {
+      isa.fix_blocks(p.row(b, km / members), h, p.inputs, p.padded, scratch(held, 3 * p.padded),
+                     out, block->size,
+                     of_inputs + (km * p.batch + block->start) * count + (b - block->start));
+      return;
+    }
     fixed[item].totals = totals + item * parts * limbs;
     isa.fix(p.row(b, km / members), h, p.inputs, p.padded, p.limbs, p.signs, group,
             scratch(held, 3 * p.padded), out, block->size * limbs, fixed + item);
@@ -124,19 +135,26 @@ inline void integer_product(const Product& p, const Isa& isa, xla::ffi::ThreadPo
     thread_local std::vector<uint32_t> held;
     const Tiles::At& at = tiles.at[tile];
     alignas(64) int32_t sums[kMaxRows * kMaxLimbs * kTile];
-    alignas(64) float y[kRowsPerTile * kTile];
+    alignas(64) float y[kRowsPerTile * kTile], size_of_path[kTile] = {0};
     for (int64_t begin = 0; begin < p.batch; begin += kRowsPerTile) {
       const int64_t end = std::min(p.batch, begin + kRowsPerTile);
       std::memset(y, 0, sizeof(float) * (end - begin) * kTile);
       for (int64_t k = 0; k < p.k; ++k) {
         const uint32_t* w = words_of(p, tiles, tile, k, held);
         const int64_t km = k * members + at.member;
+        if (p.blocks()) isa.widen(p.g.from(k * p.outputs + at.output), at.outputs, size_of_path);
         for (const Rows& block : blocks) {
           if (block.start < begin || block.start >= end) continue;
           const int size = block.size >= 8 ? 3 : block.size >= 4 ? 2 : block.size - 1;
+          const int32_t* of_block = a + (km * p.batch + block.start) * limbs * dwords;
+          if (p.blocks()) {
+            isa.blocks[size](w, of_block, p.steps(),
+                             of_inputs + (km * p.batch + block.start) * count, size_of_path,
+                             y + (block.start - begin) * kTile);
+            continue;
+          }
           const Dot dot = (p.signs ? isa.signs : isa.table)[size][limbs - 1];
           const Fixed* here = fixed + km * p.batch + block.start;
-          const int32_t* of_block = a + (km * p.batch + block.start) * limbs * dwords;
           for (int64_t n = 0; n < p.groups; ++n) {
             const Scales g = p.g.from((k * p.groups + n) * p.outputs + at.output);
             const int64_t first = n * p.group_steps;

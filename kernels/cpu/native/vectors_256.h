@@ -39,7 +39,9 @@ struct Vectors256 {
   static F setf(float x) { return _mm256_set1_ps(x); }
   static F loadf(const float* from) { return _mm256_loadu_ps(from); }
   static void storef(float* to, F x) { _mm256_storeu_ps(to, x); }
+  static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F addf(F a, F b) { return _mm256_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static float sumf(F x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -75,7 +75,7 @@ def test_what_is_not_finite_stays_in_its_row(problem, isa):
 def test_paths_with_activations_of_their_own(problem):
     p = problem(3, 300, (8,), k=2)
     tiles = to_tiles(p.bits, p.rows, 300)
-    scaled = p.x[:, None] * p.h[0, :, 0].astype(jnp.float32)
+    scaled = p.x[:, None] * p.h[0, :, 0].astype(jnp.float32)[None]
     y = calls.signs_matmul(scaled, tiles, p.g, None, 0, p.rows, 1)
     np.testing.assert_array_equal(y, called(p, p.x))
 
@@ -110,7 +110,7 @@ def test_kernels_round_as_the_reference_does(problem, relative, impl, i, rows, k
     want = packed_matmul(p.x, p.bits, p.g, p.h, impl="reference", **given)
     bits = tiles if impl == "native" else p.bits
     found = packed_matmul(p.x, bits, p.g, p.h, impl=impl, **given)
-    assert relative(found, want) < (1e-6 if impl == "native" else 1e-4)
+    assert relative(found, want) < (1e-6 if impl == "native" else 2e-4)
     assert 2e-3 < relative(found, p.want[0]) < 3e-2  # and both round
     exact = packed_matmul(p.x, p.bits, p.g, p.h, impl="reference", **given | {"limbs": 2})
     assert relative(exact, p.want[0]) < 1e-5

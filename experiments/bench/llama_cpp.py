@@ -71,6 +71,8 @@ def programs(names: Sequence[str] = PROGRAMS) -> Path:
     source, log = _sources(), CACHE / "build.log"
     say(f"building llama.cpp in {CACHE}, about 15 minutes of one core; {log} has the output")
     generator = ("-G", "Ninja") if shutil.which("ninja") else ()
+    # It holds absolute paths, which another place of the checkout does not have.
+    (CACHE / "build" / "CMakeCache.txt").unlink(missing_ok=True)
     with open(log, "wb") as out:
         _call(["cmake", "-S", source, "-B", CACHE / "build", *generator, *OPTIONS], out)
         _call(["cmake", "--build", CACHE / "build", "--parallel", str(os.cpu_count() or 1),

@@ -40,7 +40,7 @@ def ours(folder: str, slots: int, context: int) -> Server:
     """`experiments.serve` of a model folder."""
     command = (sys.executable, "-m", "rabit_jax.experiments.serve", "--model", folder, "--slots",
                slots, "--context", context)
-    return Server("rabit_jax server", command, "/healthz")
+    return Server(f"rabit_jax {folder}", command, "/healthz")
 
 
 def llama_cpp(file: Path, slots: int, context: int, threads: int) -> Server:
@@ -51,7 +51,8 @@ def llama_cpp(file: Path, slots: int, context: int, threads: int) -> Server:
     """
     from rabit_jax.experiments.bench.llama_cpp import programs
 
-    label = f"llama.cpp server {block_type(file)}"  # before a build that takes minutes
+    # Read before a build that takes minutes.
+    label = f"llama.cpp {file.name}, blocks {block_type(file)}"
     program = programs(("llama-server",)) / "llama-server"
     command = (program, "-m", file, "-np", slots, "-c", slots * context, "-t", threads, "--host",
                "127.0.0.1")

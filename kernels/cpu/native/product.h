@@ -15,7 +15,6 @@ namespace rabit {
 
 // Rows of x for which an integer tile is read once, and for which a float tile is expanded once.
 constexpr int64_t kRowsPerTile = 64, kRowsPerExpansion = 252;
-constexpr int64_t kSmall = 1 << 15;  // activations that are not worth a second thread
 
 struct Product {
   const float* x;       // [b, i], or [b, k, i] where x_paths
@@ -182,13 +181,7 @@ inline void integer_product(const Product& p, const Isa& isa, xla::ffi::ThreadPo
     for (int64_t t = item * chunk; t < std::min(tiles.count(), (item + 1) * chunk); ++t)
       tile_one(t);
   };
-  // Few activations: one item, so that the other threads only wait for it.
-  const bool small = fix_items * p.padded < kSmall;
-  const auto fix_all = [&](int64_t item) {
-    for (int64_t i = small ? 0 : item; i < (small ? fix_items : item + 1); ++i) fix_one(i);
-  };
-  in_two_phases(pool, threads, small ? 1 : fix_items, fix_all, (tiles.count() + chunk - 1) / chunk,
-                chunk_one);
+  in_two_phases(pool, threads, fix_items, fix_one, (tiles.count() + chunk - 1) / chunk, chunk_one);
 }
 
 // Rows of x are cut into panels; a tile group of W_hat is expanded block by block of its inputs

@@ -103,8 +103,8 @@ def signs_matmul(
         raise BadInput(f"integers got {x.shape[-1]} inputs and sum {PLANE_INPUTS} exactly at most")
     g = g[:, :, None] if g.ndim == 3 else g
     if how == INTEGERS and limbs == 1 and g.shape[2] > 1:
-        raise BadInput(f"limbs is 1 and g has {g.shape[2]} groups of inputs: wanted one group, or 2 "
-                       "or 3 limbs")
+        raise BadInput(f"limbs is 1 and g has {g.shape[2]} groups of inputs: wanted one group, or "
+                       "2 or 3 limbs")
     h = jnp.zeros((*g.shape[:2], len(rows), 0), g.dtype) if h is None else h
     y = jax.ShapeDtypeStruct((x.shape[0], g.shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(SIGNS + one.suffix, y, vmap_method="sequential")

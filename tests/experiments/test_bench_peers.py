@@ -49,7 +49,8 @@ def test_rows_by_contract(monkeypatch, capsys, tmp_path):
     rows = json.loads(capsys.readouterr().out)["rows"]
     cases = [("decode", 1, 8), ("decode", 2, 8), ("decode", 1, 16), ("prefill", 1, 12)]
     sides = ["rabit_jax packed, f32", "rabit_jax packed", "rabit_jax packed, 8-bit activations",
-             "rabit_jax packed, bf16 head", "rabit_jax dense f32", "rabit_jax dense bf16", "llama.cpp TQ2_0", "llama.cpp Q2_K"]
+             "rabit_jax packed, bf16 head", "rabit_jax dense f32", "rabit_jax dense bf16",
+             "llama.cpp TQ2_0", "llama.cpp Q2_K"]
     assert [(r["phase"], r["batch"], r["context"], r["impl"]) for r in rows] == [
         (*case, side) for case in cases for side in sides]
     speeds = {(r["phase"], r["batch"], r["context"], r["impl"]): r["tokens_per_second"]

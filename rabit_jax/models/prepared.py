@@ -187,7 +187,7 @@ def byte_activations(engine: Engine) -> Engine:
     multiplies many rows, such as a prompt, nothing is rounded: see `kernels.matmul.packed_matmul`.
     """
     def one(leaf: Any) -> Any:
-        return leaf.replace(limbs=1) if isinstance(leaf, LaidSign) else leaf
+        return dataclasses.replace(leaf, limbs=1) if isinstance(leaf, LaidSign) else leaf
 
     layers = jax.tree.map(one, engine.layers, is_leaf=lambda leaf: isinstance(leaf, LaidSign))
     return dataclasses.replace(engine, layers=layers)

@@ -10,9 +10,9 @@ for `u: [b, k, m, i]` float32 activations, scaled by each path; `bits: [l, k, o,
 (`rb256`) or `[l, k, w, o]` uint32 (`layout.to_words`); `g: [l, k, o]` float; `layer` an int32
 scalar; `rows` how many of the o outputs belong to each of the m members, which are matrices that
 were joined along their outputs; `limbs` 2 or 3, the bytes of fixed point per activation, 1 being
-rounded before. The result
-is float32 `[b, o]`. The bits are indexed where they lie and no layer of them is copied, except by
-the Pallas kernels from stacks of 2 to 4 GiB, whose offsets they cannot hold.
+rounded before. The result is float32 `[b, o]`. The bits are indexed where they lie and no layer of
+them is copied, except by the Pallas kernels from stacks of 2 to 4 GiB, whose offsets they cannot
+hold.
 
 "native", the C++ kernel of a CPU, scales the activations itself and reads bits in either form or as
 `[l, t, k, w, 16]` uint32 (`layout.to_tiles`), the fastest; see `cpu.calls`.

@@ -12,6 +12,7 @@
 #include "isa.h"
 
 #define RB_INLINE inline __attribute__((always_inline))
+#define RB_LAMBDA __attribute__((always_inline))
 #define RB_UNROLL _Pragma("GCC unroll 32")
 
 namespace rabit {
@@ -32,14 +33,27 @@ RB_INLINE To bits_as(From x) {
 // ---------------------------------------------------------------------------------------------
 // Integer loops
 
+// Sums for which bits of class c, which stand for 2^c, are kept apart until the end: with few sums
+// there are registers for it, and no shift for each bit.
+constexpr int classes_of(int sums) { return sums <= V::kFewSums ? 4 : 1; }
+
+// body(p, c, t) for the eight parts p of a word of bits: t holds four signs of each output, as
+// bytes of 0 or 2^c.
+template <int Classes, class Body>
+RB_INLINE void each_part(typename V::I bits, const Body& body) {
+  RB_UNROLL for (int p = 0; p < 8; ++p) {
+    const int c = p % Classes;
+    if (Classes == 1 ? p > 0 : p == 4) bits = V::template right<Classes>(bits);
+    body(p, c, V::bit_and(bits, V::set(kOnes << c)));
+  }
+}
+
 #ifndef RB_OWN_DOTS
 
 template <int M, int L>
 void signs_dot(const uint32_t* w, const int32_t* a, int64_t steps, const int32_t*, int32_t* sums) {
   constexpr int n = M * L;
-  // Bits of class c stand for 2^c: with few sums there are registers to keep the classes apart
-  // until the end, and no shift for each.
-  constexpr int classes = n <= V::kFewSums ? 4 : 1;
+  constexpr int classes = classes_of(n);
   for (int part = 0; part < kParts; ++part) {
     typename V::I acc[n][classes];
     RB_UNROLL for (int j = 0; j < n; ++j)
@@ -48,16 +62,12 @@ void signs_dot(const uint32_t* w, const int32_t* a, int64_t steps, const int32_t
     const int32_t* v = a;
     for (int64_t s = 0; s < steps; ++s, word += kTile, v += 8 * n) {
       if (part == 0) V::prefetch(word);
-      typename V::I bits = V::load(word);
-      RB_UNROLL for (int p = 0; p < 8; ++p) {
-        const int c = p % classes;
-        if (classes == 1 ? p > 0 : p == 4) bits = V::template right<classes>(bits);
-        const typename V::I t = V::bit_and(bits, V::set(kOnes << c));
+      each_part<classes>(V::load(word), [&](int p, int c, typename V::I t) RB_LAMBDA {
         RB_UNROLL for (int j = 0; j < n; ++j) {
           const typename V::I x = V::set(v[p * n + j]);
           acc[j][c] = j % L == 0 ? V::dot_top(acc[j][c], t, x) : V::dot_low(acc[j][c], t, x);
         }
-      }
+      });
     }
     RB_UNROLL for (int j = 0; j < n; ++j) {
       typename V::I sum = acc[j][0];
@@ -93,7 +103,7 @@ void table_dot(const uint32_t* w, const int32_t* a, int64_t steps, const int32_t
 template <int M>
 void signs_blocks(const uint32_t* w, const int32_t* a, int64_t steps, const Block* blocks,
                   const float* g, float* y) {
-  constexpr int classes = M <= V::kFewSums ? 4 : 1;  // as in signs_dot
+  constexpr int classes = classes_of(M);
   for (int part = 0; part < kParts; ++part) {
     typename V::F total[M];
     RB_UNROLL for (int m = 0; m < M; ++m) total[m] = V::setf(0.0f);
@@ -107,14 +117,10 @@ void signs_blocks(const uint32_t* w, const int32_t* a, int64_t steps, const Bloc
         RB_UNROLL for (int c = 0; c < classes; ++c) acc[m][c] = V::zero();
       for (int64_t s = first; s < end; ++s, word += kTile, v += 8 * M) {
         if (part == 0) V::prefetch(word);
-        typename V::I bits = V::load(word);
-        RB_UNROLL for (int p = 0; p < 8; ++p) {
-          const int c = p % classes;
-          if (classes == 1 ? p > 0 : p == 4) bits = V::template right<classes>(bits);
-          const typename V::I t = V::bit_and(bits, V::set(kOnes << c));
+        each_part<classes>(V::load(word), [&](int p, int c, typename V::I t) RB_LAMBDA {
           RB_UNROLL for (int m = 0; m < M; ++m)
             acc[m][c] = V::dot_block(acc[m][c], t, V::set(v[p * M + m]));
-        }
+        });
       }
       RB_UNROLL for (int m = 0; m < M; ++m) {
         // Twice the sum: class c holds 2^c times what it stands for.

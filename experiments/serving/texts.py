@@ -40,6 +40,11 @@ class Prompt:
     ids: list[int]
     choices: list[Choice]
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody still waits for one of them."""
+        return any(choice.wanted for choice in self.choices)
+
 
 @dataclass
 class Row:

@@ -1,8 +1,8 @@
 """The thread that makes the texts of all requests in one batch.
 
-A turn reads some of a waiting prompt, then makes some tokens for every text that has a row. The
-batch has as many rows and slots as are in use, rounded up to powers of two, so that few texts cost
-little.
+A turn reads some of a waiting prompt, or several short ones together, then makes some tokens for
+every text that has a row. The batch has as many rows and slots as are in use, rounded up to powers
+of two, so that few texts cost little.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from rabit_jax.types import Array, Tokenizer
 
 STEPS = 4  # tokens of a row that one call makes
 PIECES = (16, 64, 256)  # lengths that pieces of prompts are padded to; the last divides all slots
+TOGETHER = (16, 4, 1)  # numbers of prompts that are read in one call, as long as one piece in all
+# How many pieces of which length one call reads.
+READS = [(count, size) for count in TOGETHER for size in PIECES if count * size <= PIECES[-1]]
 PATIENCE = 8  # turns after which a batch of which half is free gets smaller
 
 
@@ -41,11 +44,11 @@ class Full(Exception):
 
 @dataclass
 class Reading:
-    """A prompt that is being read."""
+    """A prompt that is being read, or has been and waits for rows."""
 
     prompt: Prompt
-    cache: serving.Cache
     read: int = 0
+    cache: serving.Cache | None = None
     logits: Array | None = None
 
 
@@ -74,7 +77,8 @@ class Worker:
         self._changed = threading.Condition()
         self._waiting: deque[Prompt] = deque()
         self._closing = False
-        self._reading: Reading | None = None
+        # Either one prompt that is partly read, or some that are read.
+        self._readings: deque[Reading] = deque()
         self._held: list[Row | None] = [None]
         self._batch = serving.empty(engine.config, 1, PIECES[-1], engine.cache_bits)
         self._roomy, self._seconds = 0, 1.0
@@ -132,7 +136,7 @@ class Worker:
 
     def _prompts(self) -> list[Prompt]:
         """The prompts whose texts have no row yet."""
-        return [*self._waiting, *([self._reading.prompt] if self._reading else ())]
+        return [*self._waiting, *(reading.prompt for reading in self._readings)]
 
     def _all(self) -> list[Choice]:
         """All texts that wait or have a row."""
@@ -143,10 +147,9 @@ class Worker:
         """Compile what short prompts and texts need, before the worker starts; the bar counts
         `warm_steps`."""
         sizes, done = self.row_sizes(), 0
-        logits, cache = None, serving.empty_cache(
-            self.engine.config, PIECES[-1], self.engine.cache_bits)
-        for size in PIECES:
-            logits, cache = self._piece([0], size, cache, 0)
+        for count, size in READS:
+            cache, logits = self._piece(
+                [[0]] * count, size, self._empty(count, PIECES[-1]), 0)[0]
             bar.update(done := done + 1)
         one = sampling_of(Settings(1, 0.0, 1.0, 0))
         for size in sizes:
@@ -160,7 +163,7 @@ class Worker:
 
     def warm_steps(self) -> int:
         """Programs that `warm` compiles."""
-        return len(PIECES) + len(self.row_sizes())
+        return len(READS) + len(self.row_sizes())
 
     def row_sizes(self) -> list[int]:
         """Numbers of rows that a batch may have: powers of two, and the most."""
@@ -180,9 +183,9 @@ class Worker:
     def _turn(self) -> bool:
         """Some tokens for everybody; False when closed."""
         with self._changed:
-            while not (self._waiting or self._reading or self.running or self._closing):
+            while not (self._waiting or self._readings or self.running or self._closing):
                 self._changed.wait()
-            if not (self._waiting or self._reading or self.running):
+            if not (self._waiting or self._readings or self.running):
                 return False
         for number, row in enumerate(self._held):
             if row and not row.choice.wanted:
@@ -198,7 +201,8 @@ class Worker:
             self._closing = True
             choices = self._all()
             self._waiting.clear()
-            self._reading, self._held = None, [None]
+            self._readings.clear()
+            self._held = [None]
         for choice in choices:
             if choice.wanted:
                 choice.fail(failure)
@@ -209,50 +213,73 @@ class Worker:
         """Reads prompts, of 256 tokens or less in all, and gives those that are read a row."""
         budget = PIECES[-1]
         while budget > 0 and self.running < self.rows:
-            reading = self._next()
-            if reading is None:
+            self._take()
+            if not self._readings:
                 return
-            ids = reading.prompt.ids
-            if reading.read < len(ids):
-                piece = ids[reading.read : reading.read + PIECES[-1]]
-                size = next(size for size in PIECES if size >= len(piece))
-                reading.logits, reading.cache = self._piece(
-                    piece, size, reading.cache, reading.read)
-                reading.read += len(piece)
-                budget -= size
-            if reading.read == len(ids):
-                self._admit(reading)
+            first = self._readings[0]
+            if first.read < len(first.prompt.ids):
+                budget -= self._further(list(self._readings))
+            if first.read == len(first.prompt.ids):
+                self._admit(first)
 
-    def _next(self) -> Reading | None:
-        """The prompt to read now: that of before, or the first of those that wait."""
+    def _take(self) -> None:
+        """Where no prompt is being read, takes the first of those that wait; together with those
+        behind it, if all of them are short."""
         with self._changed:
-            if self._reading and not any(c.wanted for c in self._reading.prompt.choices):
-                self._reading = None
-            while self._reading is None and self._waiting:
-                prompt = self._waiting.popleft()
-                if any(choice.wanted for choice in prompt.choices):
-                    slots = self._slots(len(prompt.ids))
-                    cache = serving.empty_cache(
-                        self.engine.config, slots, self.engine.cache_bits)
-                    self._reading = Reading(prompt, cache)
-            return self._reading
+            while self._readings and not self._readings[0].prompt.wanted:
+                self._readings.popleft()
+            if self._readings:
+                return
+            waiting = [prompt for prompt in self._waiting if prompt.wanted]
+            free = self.rows - self.running
+            for count in TOGETHER:
+                few = waiting[:count]
+                length = max((len(prompt.ids) for prompt in few), default=0)
+                if len(few) == count <= free and (
+                        count == 1 or (count, padded(length)) in READS):
+                    break
+            self._readings.extend(map(Reading, few))
+            self._waiting = deque(waiting[len(few):])
+
+    def _further(self, readings: Sequence[Reading]) -> int:
+        """Reads a piece of these prompts; returns how many tokens were computed."""
+        first = readings[0]
+        pieces = [one.prompt.ids[one.read : one.read + PIECES[-1]] for one in readings]
+        size = padded(max(map(len, pieces)))
+        cache = first.cache or self._empty(len(readings), self._slots(len(first.prompt.ids)))
+        found = self._piece(pieces, size, cache, first.read)
+        for one, piece, (cache, logits) in zip(readings, pieces, found, strict=True):
+            one.cache, one.logits, one.read = cache, logits, one.read + len(piece)
+        return size * len(readings)
+
+    def _empty(self, prompts: int, slots: int) -> serving.Cache:
+        engine = self.engine
+        return serving.empty_cache(engine.config, prompts, slots, engine.cache_bits)
 
     def _piece(
-        self, piece: Sequence[int], size: int, cache: serving.Cache, start: int
-    ) -> tuple[Array, serving.Cache]:
-        tokens = np.zeros((1, size), np.int32)
-        tokens[0, : len(piece)] = piece
-        return serving.read(self.engine, cache, tokens, np.int32(start), np.int32(len(piece)))
+        self, pieces: Sequence[Sequence[int]], size: int, cache: serving.Cache, start: int
+    ) -> list[tuple[serving.Cache, Array]]:
+        """The cache and the logits of each prompt with its piece."""
+        tokens = np.zeros((len(pieces), size), np.int32)
+        for row, piece in zip(tokens, pieces, strict=True):
+            row[: len(piece)] = piece
+        counts = np.array([len(piece) for piece in pieces], np.int32)
+        logits, cache = serving.read(self.engine, cache, tokens, np.int32(start), counts)
+        if len(pieces) == 1:
+            return [(cache, logits)]
+        return [serving.one_of(cache, logits, np.int32(n)) for n in range(len(pieces))]
 
     def _admit(self, reading: Reading) -> None:
         """Gives the texts of a prompt their rows, as far as there are any."""
         choices, length = reading.prompt.choices, len(reading.prompt.ids)
+        assert reading.logits is not None and reading.cache is not None
         while choices and self.running < self.rows:
             choice = choices[0]
             if choice.wanted:
-                self._grow(self.running + 1, max(length + 1, reading.cache.slots))
+                others = sum(one.wanted for read in self._readings for one in read.prompt.choices)
+                self._grow(min(self.rows, self.running + others),
+                           max(length + 1, reading.cache.slots))
                 number = self._held.index(None)
-                assert reading.logits is not None
                 self._batch, made = serving.admit(
                     self._batch, np.int32(number), reading.cache, reading.logits,
                     np.int32(length), sampling_of(choice.settings),
@@ -270,7 +297,7 @@ class Worker:
                     choices.pop(0)
         if not choices:
             with self._changed:
-                self._reading = None
+                self._readings.popleft()
 
     # tokens
 
@@ -355,6 +382,11 @@ class Worker:
         with self._changed:
             self._held = [self._held[n] for n in kept] + [None] * (rows - len(kept))
         self._roomy = 0
+
+
+def padded(length: int) -> int:
+    """The length that a piece of a prompt gets."""
+    return next(size for size in PIECES if size >= min(length, PIECES[-1]))
 
 
 def sampling_of(settings: Settings) -> serving.Sampling:

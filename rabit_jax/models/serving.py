@@ -1,12 +1,12 @@
 """Continuous batching: sequences of different lengths and settings that are continued together.
 
-`read` puts a prompt into a cache of one sequence, piece by piece; `admit` gives it a row of the
-batch; `decode` makes some tokens for all rows; `resize` moves the rows into a batch of another
-size. All are pure functions. Sequences begin at slot 0 of their row and padding stands behind them,
-so a query sees the slots up to its own position and no mask is kept.
+`read` puts prompts into a cache, piece by piece; `admit` gives one of them a row of the batch;
+`decode` makes some tokens for all rows; `resize` moves the rows into a batch of another size. All
+are pure functions. Sequences begin at slot 0 of their row and padding stands behind them, so a
+query sees the slots up to its own position and no mask is kept.
 
 Axes: b rows of the batch, t time, n key heads, h head_dim, s cache slots, l layers, v vocabulary,
-e end tokens, m tokens made by one call, r reported alternatives.
+e end tokens, m tokens made by one call, p prompts read together, r reported alternatives.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class Made:
 
 @pytree_dataclass
 class Cache:
-    """Keys and values of one sequence, `[l, 1, n, s, h]` each, and the slots of its layers without
-    a window."""
+    """Keys and values of prompts, `[l, p, n, s, h]` each, and the slots of their layers without a
+    window."""
 
     k: Stores
     v: Stores
@@ -135,34 +135,46 @@ def empty(config: ModelConfig, rows: int, slots: int, bits: int = 16) -> Sequenc
     return Sequences(k, v, length, token, left, made, sampling, slots)
 
 
-def empty_cache(config: ModelConfig, slots: int, bits: int = 16) -> Cache:
-    """The cache of a sequence without tokens."""
-    k, v = (empty_stores(config, 1, slots, bits) for _ in "kv")
+def empty_cache(config: ModelConfig, prompts: int, slots: int, bits: int = 16) -> Cache:
+    """The cache of prompts of which nothing is read."""
+    k, v = (empty_stores(config, prompts, slots, bits) for _ in "kv")
     return Cache(k, v, slots)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def read(
-    engine: Engine, cache: Cache, tokens: Int[Array, "1 t"], start: Int[Array, ""],
-    count: Int[Array, ""],
-) -> tuple[Float[Array, "1 v"], Cache]:
-    """Reads a piece of a prompt.
+    engine: Engine, cache: Cache, tokens: Int[Array, "p t"], start: Int[Array, ""],
+    count: Int[Array, " p"],
+) -> tuple[Float[Array, "p v"], Cache]:
+    """Reads a piece of each of some prompts.
 
     Args:
       engine: from `prepare`.
       cache: holds the pieces before; `start + t` must not exceed its slots.
-      tokens: the piece, padded behind, of at most `cache.PIECE` tokens.
-      start: tokens of the pieces before.
-      count: real tokens of this piece, at least 1.
+      tokens: the pieces, padded behind, of at most `cache.PIECE` tokens.
+      start: tokens of the pieces before, as many in every prompt.
+      count: real tokens of these pieces, at least 1.
 
     Returns:
-      float32 logits of the last real token, and the cache with the piece in it.
+      float32 logits of the last real token of each, and the cache with the pieces in it.
     """
     position = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     context = seen_behind(engine.config, position, cache.slots)
     x, k, v = through(engine, tokens, context, cache.k, cache.v, start)
-    last = jax.lax.dynamic_index_in_dim(x, count - 1, axis=1, keepdims=False)
+    last = jnp.take_along_axis(x, count[:, None, None] - 1, axis=1)[:, 0]
     return _logits(engine, last), Cache(k, v, cache.slots)
+
+
+@jax.jit
+def one_of(
+    cache: Cache, logits: Float[Array, "p v"], prompt: Int[Array, ""]
+) -> tuple[Cache, Float[Array, "1 v"]]:
+    """The cache and the logits of one of the prompts that were read together."""
+    def taken(axis: int, a: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(a, prompt, 1, axis)
+
+    k, v = jax.tree.map(functools.partial(taken, 1), (cache.k, cache.v))
+    return Cache(k, v, cache.slots), taken(0, logits)
 
 
 @functools.partial(jax.jit, donate_argnames="batch")
@@ -175,7 +187,7 @@ def admit(
     Args:
       batch: its caches have at least as many slots as `cache`.
       row: a free row.
-      cache, logits: from `read` of the whole prompt.
+      cache, logits: of the whole prompt, from `read` of it alone or `one_of`.
       length: tokens of the prompt.
       sampling: of the new row, with an axis of one.
       most: how many tokens are to be made, at least 1.

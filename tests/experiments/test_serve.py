@@ -22,9 +22,12 @@ from rabit_jax.experiments import generate as generate_command
 from rabit_jax.experiments import serve as command
 from rabit_jax.experiments.bench import __main__ as bench
 from rabit_jax.experiments.serving.app import Served, application
+from rabit_jax.experiments.serving.settings import Settings
+from rabit_jax.experiments.serving.texts import Choice, Prompt
 from rabit_jax.experiments.serving.worker import Worker
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.packed_model import load_model
+from rabit_jax.models import serving
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.prepared import prepare
 from tests.small_models import CHAT_TEMPLATE, save_random_folders
@@ -237,6 +240,34 @@ def test_32_streams_at_once_are_what_each_is_alone(folders):
         assert len(set(wanted)) > 16
         assert len(one.worker._held) == 8  # they shared a batch
         assert one.health() == {"status": "ok", "model": "tiny", "running": 0, "waiting": 0}
+
+
+def test_short_prompts_that_wait_are_read_in_one_call(folders, monkeypatch):
+    """Twenty of them and a long one: 16 together, the long one alone, 4 together."""
+    model, params, tokenizer = load_model(folders / "dense")
+    engine, shapes, read = prepare(model.config, params), [], serving.read
+
+    def counted(engine, cache, tokens, start, count):
+        shapes.append(tokens.shape)
+        return read(engine, cache, tokens, start, count)
+
+    monkeypatch.setattr(serving, "read", counted)
+    prompts = [[5 + n] * (1 + n % 7) for n in range(20)]
+    prompts.insert(16, [9] * 300)
+
+    def texts(prompts):
+        made = [[] for _ in prompts]
+        settings = Settings(6, 0.0, 1.0, 0)
+        worker = Worker(engine, tokenizer, (), 32, 32, 1024)
+        worker.submit([Prompt(ids, [Choice(settings, own.append)])
+                       for ids, own in zip(prompts, made, strict=True)])
+        worker.start()
+        worker.close()
+        return ["".join(piece.text for piece in own) for own in made]
+
+    together = texts(prompts)
+    assert shapes == [(16, 16), (1, 256), (1, 64), (4, 16)]
+    assert together == [texts([ids])[0] for ids in prompts] and len(set(together)) > 8
 
 
 def test_who_goes_frees_the_slot_and_who_comes_too_many_is_told(folders):

@@ -26,12 +26,13 @@ def sampling(seed=0, temperature=0.0, top_p=1.0, report=False):
 
 def read(engine, ids, slots=32, piece=16):
     """Logits and cache of a prompt, read in pieces that are padded behind."""
-    cache, logits = serving.empty_cache(engine.config, slots), None
+    cache, logits = serving.empty_cache(engine.config, 1, slots), None
     for start in range(0, len(ids), piece):
         part = ids[start : start + piece]
         tokens = np.full((1, piece), 60, np.int32)  # what stands behind means nothing
         tokens[0, : len(part)] = part
-        logits, cache = serving.read(engine, cache, tokens, np.int32(start), np.int32(len(part)))
+        logits, cache = serving.read(engine, cache, tokens, np.int32(start),
+                                      np.array([len(part)], np.int32))
     return logits, cache
 
 
@@ -67,6 +68,28 @@ def alone(config, engine, prompts):
     stops = [np.flatnonzero(np.isin(row, ENDS)) for row in rows]
     return [row[: stop[0] + 1 if stop.size else NEW].tolist()
             for row, stop in zip(rows, stops, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["dense", "local", "packed"])
+def test_prompts_that_are_read_together_are_as_if_alone(kinds, kind):
+    """Pieces of 16 tokens; the first prompt has a second piece, the others are over by then."""
+    engine = prepare(*kinds[kind])
+    tokens = np.full((3, 32), 60, np.int32)
+    for row, ids in zip(tokens, PROMPTS, strict=True):
+        row[: len(ids)] = ids
+    cache = serving.empty_cache(engine.config, 3, 32)
+    counts = np.array([min(len(ids), 16) for ids in PROMPTS], np.int32)
+    first, cache = serving.read(engine, cache, tokens[:, :16], np.int32(0), counts)
+    second, cache = serving.read(engine, cache, tokens[:, 16:], np.int32(16),
+                                 np.maximum([len(ids) - 16 for ids in PROMPTS], 1))
+    for n, ids in enumerate(PROMPTS):
+        want, own = read(engine, ids)
+        found, logits = serving.one_of(cache, second if len(ids) > 16 else first, np.int32(n))
+        atol = 2e-4 * float(jnp.abs(want).max())
+        np.testing.assert_allclose(logits, want, atol=atol)
+        if kind != "local":
+            for a, b in ((found.k, own.k), (found.v, own.v)):
+                np.testing.assert_allclose(a[..., : len(ids), :], b[..., : len(ids), :], atol=1e-3)
 
 
 @pytest.mark.parametrize("kind, rows, slots", [

@@ -27,10 +27,9 @@ from rabit_jax.progress import Progress
 from rabit_jax.types import Array, Tokenizer
 
 STEPS = 4  # tokens of a row that one call makes
-PIECES = (16, 64, 256)  # lengths that pieces of prompts are padded to; the last divides all slots
-TOGETHER = (16, 4, 1)  # numbers of prompts that are read in one call, as long as one piece in all
-# How many pieces of which length one call reads.
-READS = [(count, size) for count in TOGETHER for size in PIECES if count * size <= PIECES[-1]]
+# Lengths that pieces of prompts are padded to; the last divides all slots.
+PIECES = (16, 64, 128, 256)
+TOGETHER = 16  # most prompts that are read in one call, no longer than one piece in all
 PATIENCE = 8  # turns after which a batch of which half is free gets smaller
 
 
@@ -50,6 +49,11 @@ class Reading:
     read: int = 0
     cache: serving.Cache | None = None
     logits: Array | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it is read."""
+        return self.read == len(self.prompt.ids)
 
 
 class Worker:
@@ -146,16 +150,20 @@ class Worker:
     def warm(self, bar: Progress) -> None:
         """Compile what short prompts and texts need, before the worker starts; the bar counts
         `warm_steps`."""
-        sizes, done = self.row_sizes(), 0
-        for count, size in READS:
-            cache, logits = self._piece(
-                [[0]] * count, size, self._empty(count, PIECES[-1]), 0)[0]
+        sizes, done, reading = self.row_sizes(), 0, Reading(Prompt([0], []))
+        for size in PIECES:
+            self._together([Reading(Prompt([0] * (size // 2), [])) for _ in range(2)])
+            reading = Reading(Prompt([0] * size, []))
+            self._piece(reading)
             bar.update(done := done + 1)
+        assert reading.cache is not None and reading.logits is not None
         one = sampling_of(Settings(1, 0.0, 1.0, 0))
         for size in sizes:
-            self._resize(size, PIECES[-1])
-            self._batch, made = serving.admit(self._batch, np.int32(0), cache, logits, np.int32(1),
-                                              one, np.int32(1), self.ends)
+            for other in (*sizes, size):  # from every size to every other one
+                self._resize(other, PIECES[-1])
+            self._batch, made = serving.admit(
+                self._batch, np.int32(0), reading.cache, reading.logits, np.int32(1), one,
+                np.int32(1), self.ends)
             self._batch, made = serving.decode(self.engine, self._batch, self.ends, STEPS)
             jax.block_until_ready(made)
             bar.update(done := done + 1)
@@ -163,7 +171,7 @@ class Worker:
 
     def warm_steps(self) -> int:
         """Programs that `warm` compiles."""
-        return len(READS) + len(self.row_sizes())
+        return len(PIECES) + len(self.row_sizes())
 
     def row_sizes(self) -> list[int]:
         """Numbers of rows that a batch may have: powers of two, and the most."""
@@ -211,70 +219,90 @@ class Worker:
 
     def _read(self) -> None:
         """Reads prompts, of 256 tokens or less in all, and gives those that are read a row."""
-        budget = PIECES[-1]
+        budget, admitted = PIECES[-1], []
         while budget > 0 and self.running < self.rows:
             self._take()
             if not self._readings:
-                return
+                break
             first = self._readings[0]
-            if first.read < len(first.prompt.ids):
+            if not first.complete:
                 budget -= self._further(list(self._readings))
-            if first.read == len(first.prompt.ids):
-                self._admit(first)
+            if first.complete:
+                admitted += self._admit(first)
+        # All at once, for waiting for one takes as long as making it.
+        firsts = jax.device_get([made for _, made in admitted])
+        for (row, _), made in zip(admitted, firsts, strict=True):
+            self._hand_out(made, [row])
 
     def _take(self) -> None:
-        """Where no prompt is being read, takes the first of those that wait; together with those
-        behind it, if all of them are short."""
+        """Where no prompt is being read, takes the first of those that wait, and those behind it
+        that can be read with it in one call and find a row."""
         with self._changed:
             while self._readings and not self._readings[0].prompt.wanted:
                 self._readings.popleft()
             if self._readings:
                 return
-            waiting = [prompt for prompt in self._waiting if prompt.wanted]
-            free = self.rows - self.running
-            for count in TOGETHER:
-                few = waiting[:count]
-                length = max((len(prompt.ids) for prompt in few), default=0)
-                if len(few) == count <= free and (
-                        count == 1 or (count, padded(length)) in READS):
-                    break
-            self._readings.extend(map(Reading, few))
-            self._waiting = deque(waiting[len(few):])
+            self._waiting = deque(prompt for prompt in self._waiting if prompt.wanted)
+            tokens, most = 0, min(TOGETHER, self.rows - self.running)
+            while self._waiting and len(self._readings) < most:
+                tokens += len(self._waiting[0].ids)
+                if self._readings and tokens > PIECES[-1]:
+                    return
+                self._readings.append(Reading(self._waiting.popleft()))
 
     def _further(self, readings: Sequence[Reading]) -> int:
-        """Reads a piece of these prompts; returns how many tokens were computed."""
-        first = readings[0]
-        pieces = [one.prompt.ids[one.read : one.read + PIECES[-1]] for one in readings]
-        size = padded(max(map(len, pieces)))
-        cache = first.cache or self._empty(len(readings), self._slots(len(first.prompt.ids)))
-        found = self._piece(pieces, size, cache, first.read)
-        for one, piece, (cache, logits) in zip(readings, pieces, found, strict=True):
-            one.cache, one.logits, one.read = cache, logits, one.read + len(piece)
-        return size * len(readings)
+        """Reads a piece of one prompt, or several prompts; returns how many tokens were computed.
 
-    def _empty(self, prompts: int, slots: int) -> serving.Cache:
-        engine = self.engine
-        return serving.empty_cache(engine.config, prompts, slots, engine.cache_bits)
+        Where the logits of one of several are not finite, each is read alone, for such a value is
+        in the sums of all.
+        """
+        if len(readings) > 1 and (computed := self._together(readings)):
+            return computed
+        return sum(map(self._piece, readings))
 
-    def _piece(
-        self, pieces: Sequence[Sequence[int]], size: int, cache: serving.Cache, start: int
-    ) -> list[tuple[serving.Cache, Array]]:
-        """The cache and the logits of each prompt with its piece."""
-        tokens = np.zeros((len(pieces), size), np.int32)
-        for row, piece in zip(tokens, pieces, strict=True):
-            row[: len(piece)] = piece
-        counts = np.array([len(piece) for piece in pieces], np.int32)
-        logits, cache = serving.read(self.engine, cache, tokens, np.int32(start), counts)
-        if len(pieces) == 1:
-            return [(cache, logits)]
-        return [serving.one_of(cache, logits, np.int32(n)) for n in range(len(pieces))]
+    def _together(self, readings: Sequence[Reading]) -> int:
+        """Reads several prompts in one call; 0 where their logits are not finite."""
+        ids = [one.prompt.ids for one in readings]
+        counts = np.array([len(one) for one in ids], np.int32)
+        starts, size = np.cumsum(counts, dtype=np.int32) - counts, padded(int(counts.sum()))
 
-    def _admit(self, reading: Reading) -> None:
-        """Gives the texts of a prompt their rows, as far as there are any."""
+        def filled(array: np.ndarray, length: int) -> np.ndarray:
+            return np.pad(array, (0, length - len(array)), mode="edge")
+
+        tokens = filled(np.concatenate(ids).astype(np.int32), size)
+        prompt = filled(np.repeat(np.arange(len(ids), dtype=np.int32), counts), size)
+        places = filled(starts, TOGETHER), filled(counts, TOGETHER)
+        logits, finite, cache = serving.read_together(self.engine, tokens, prompt, *places)
+        if not finite:
+            return 0
+        for n, one in enumerate(readings):
+            one.logits, one.cache = serving.one_of(
+                self.engine.config, logits, cache, np.int32(n), *places, PIECES[-1])
+            one.read = len(ids[n])
+        return size
+
+    def _piece(self, reading: Reading) -> int:
+        """Reads a piece of a prompt; returns how many tokens were computed."""
+        ids, engine = reading.prompt.ids, self.engine
+        piece = ids[reading.read : reading.read + PIECES[-1]]
+        tokens = np.zeros((1, padded(len(piece))), np.int32)
+        tokens[0, : len(piece)] = piece
+        cache = reading.cache or serving.empty_cache(
+            engine.config, self._slots(len(ids)), engine.cache_bits)
+        reading.logits, reading.cache = serving.read(
+            engine, cache, tokens, np.int32(reading.read), np.int32(len(piece)))
+        reading.read += len(piece)
+        return tokens.size
+
+    def _admit(self, reading: Reading) -> list[tuple[Row, serving.Made]]:
+        """Gives the texts of a prompt their rows, as far as there are any; returns them with their
+        first tokens."""
         choices, length = reading.prompt.choices, len(reading.prompt.ids)
         assert reading.logits is not None and reading.cache is not None
+        found = []
         while choices and self.running < self.rows:
             choice = choices[0]
+            row = None
             if choice.wanted:
                 others = sum(one.wanted for read in self._readings for one in read.prompt.choices)
                 self._grow(min(self.rows, self.running + others),
@@ -288,16 +316,15 @@ class Worker:
                 ends = self.eos_ids.union(self.special[s] for s in stop if s in self.special)
                 writing = Writing(self.tokenizer, reading.prompt.ids, stop)
                 row = Row(choice, writing, ends, length)
-                with self._changed:
-                    choices.pop(0)
-                    self._held[number] = row
-                self._hand_out(jax.device_get(made), [number])
-            else:
-                with self._changed:
-                    choices.pop(0)
+                found.append((row, made))
+            with self._changed:
+                choices.pop(0)
+                if row is not None:
+                    self._held[self._held.index(None)] = row
         if not choices:
             with self._changed:
                 self._readings.popleft()
+        return found
 
     # tokens
 
@@ -308,12 +335,11 @@ class Worker:
         for row, tokens in zip(self._held, found.tokens, strict=True):
             if row:
                 row.length += int((tokens != serving.NOTHING).sum())
-        self._hand_out(found, range(len(self._held)))
+        self._hand_out(found, list(self._held))
 
-    def _hand_out(self, made: serving.Made, numbers: Sequence[int]) -> None:
+    def _hand_out(self, made: serving.Made, rows: Sequence[Row | None]) -> None:
         """Tells the texts of these rows what was made for them, row by row."""
-        for index, number in enumerate(numbers):
-            row = self._held[number]
+        for index, row in enumerate(rows):
             if row is None:
                 continue
             new = [n for n, token in enumerate(made.tokens[index]) if token != serving.NOTHING]
@@ -324,13 +350,14 @@ class Worker:
                 row.choice.fail(Failure(
                     500, "the logits hold NaN or infinity: the model's weights are damaged or "
                          f"overflow {self.engine.config.dtype}, pack or load them again"))
-                self._free(number, stopped=True)
-            elif finish:
-                row.tell(row.writing.rest() if not row.writing.stopped else "", finish)
+                self._free(self._held.index(row), stopped=True)
+                continue
+            row.tell(finish)
+            if finish:
                 row.choice.over = True
                 taken = time.monotonic() - row.began
                 self._seconds += 0.2 * (taken - self._seconds)
-                self._free(number)
+                self._free(self._held.index(row))
 
     def _free(self, number: int, stopped: bool = False) -> None:
         if not stopped:

@@ -243,15 +243,19 @@ def test_32_streams_at_once_are_what_each_is_alone(folders):
 
 
 def test_short_prompts_that_wait_are_read_in_one_call(folders, monkeypatch):
-    """Twenty of them and a long one: 16 together, the long one alone, 4 together."""
+    """Sixteen in one call, a long one alone in two pieces, then four in one call."""
     model, params, tokenizer = load_model(folders / "dense")
-    engine, shapes, read = prepare(model.config, params), [], serving.read
+    engine, sizes = prepare(model.config, params), []
 
-    def counted(engine, cache, tokens, start, count):
-        shapes.append(tokens.shape)
-        return read(engine, cache, tokens, start, count)
+    def counted(name, read):
+        def call(engine, *args):
+            sizes.append((name, args[0 if name == "together" else 1].size))
+            return read(engine, *args)
 
-    monkeypatch.setattr(serving, "read", counted)
+        monkeypatch.setattr(serving, read.__name__, call)
+
+    counted("piece", serving.read)
+    counted("together", serving.read_together)
     prompts = [[5 + n] * (1 + n % 7) for n in range(20)]
     prompts.insert(16, [9] * 300)
 
@@ -266,7 +270,7 @@ def test_short_prompts_that_wait_are_read_in_one_call(folders, monkeypatch):
         return ["".join(piece.text for piece in own) for own in made]
 
     together = texts(prompts)
-    assert shapes == [(16, 16), (1, 256), (1, 64), (4, 16)]
+    assert sizes == [("together", 64), ("piece", 256), ("piece", 64), ("together", 64)]
     assert together == [texts([ids])[0] for ids in prompts] and len(set(together)) > 8
 
 

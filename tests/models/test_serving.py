@@ -26,13 +26,12 @@ def sampling(seed=0, temperature=0.0, top_p=1.0, report=False):
 
 def read(engine, ids, slots=32, piece=16):
     """Logits and cache of a prompt, read in pieces that are padded behind."""
-    cache, logits = serving.empty_cache(engine.config, 1, slots), None
+    cache, logits = serving.empty_cache(engine.config, slots), None
     for start in range(0, len(ids), piece):
         part = ids[start : start + piece]
         tokens = np.full((1, piece), 60, np.int32)  # what stands behind means nothing
         tokens[0, : len(part)] = part
-        logits, cache = serving.read(engine, cache, tokens, np.int32(start),
-                                      np.array([len(part)], np.int32))
+        logits, cache = serving.read(engine, cache, tokens, np.int32(start), np.int32(len(part)))
     return logits, cache
 
 
@@ -72,24 +71,34 @@ def alone(config, engine, prompts):
 
 @pytest.mark.parametrize("kind", ["dense", "local", "packed"])
 def test_prompts_that_are_read_together_are_as_if_alone(kinds, kind):
-    """Pieces of 16 tokens; the first prompt has a second piece, the others are over by then."""
     engine = prepare(*kinds[kind])
-    tokens = np.full((3, 32), 60, np.int32)
-    for row, ids in zip(tokens, PROMPTS, strict=True):
-        row[: len(ids)] = ids
-    cache = serving.empty_cache(engine.config, 3, 32)
-    counts = np.array([min(len(ids), 16) for ids in PROMPTS], np.int32)
-    first, cache = serving.read(engine, cache, tokens[:, :16], np.int32(0), counts)
-    second, cache = serving.read(engine, cache, tokens[:, 16:], np.int32(16),
-                                 np.maximum([len(ids) - 16 for ids in PROMPTS], 1))
-    for n, ids in enumerate(PROMPTS):
-        want, own = read(engine, ids)
-        found, logits = serving.one_of(cache, second if len(ids) > 16 else first, np.int32(n))
-        atol = 2e-4 * float(jnp.abs(want).max())
-        np.testing.assert_allclose(logits, want, atol=atol)
-        if kind != "local":
-            for a, b in ((found.k, own.k), (found.v, own.v)):
-                np.testing.assert_allclose(a[..., : len(ids), :], b[..., : len(ids), :], atol=1e-3)
+    ids = np.concatenate(PROMPTS)
+    tokens = np.pad(ids, (0, 32 - len(ids)), constant_values=60).astype(np.int32)
+    count = np.array([len(one) for one in PROMPTS], np.int32)
+    start = np.array([0, 3, 21], np.int32)
+    prompt = np.array([0] * 3 + [1] * 18 + [2] * 11, np.int32)
+    together, finite, cache = serving.read_together(engine, tokens, prompt, start, count)
+    assert finite
+    for n, one in enumerate(PROMPTS):
+        want, own = read(engine, one)
+        logits, found = serving.one_of(
+            engine.config, together, cache, np.int32(n), start, count, 32)
+        np.testing.assert_allclose(logits, want, atol=2e-4 * float(jnp.abs(want).max()))
+        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, own)
+        for a, b in zip(jax.tree.leaves((found.k, found.v)), jax.tree.leaves((own.k, own.v)),
+                        strict=True):
+            assert not a[..., len(one):, :].any()
+            np.testing.assert_allclose(a[..., : len(one), :], b[..., : len(one), :], atol=1e-3)
+
+
+def test_a_prompt_that_overflows_is_told_of(kinds):
+    config, tree = kinds["dense"]
+    table = tree["embed"]["embedding"]
+    tree = {**tree, "embed": {"embedding": table.at[30].set(jnp.nan)}}
+    tokens, prompt = np.array([3, 4, 30], np.int32), np.array([0, 0, 1], np.int32)
+    start, count = np.array([0, 2], np.int32), np.array([2, 1], np.int32)
+    for engine, finite in ((prepare(config, tree), False), (prepare(*kinds["dense"]), True)):
+        assert serving.read_together(engine, tokens, prompt, start, count)[1] == finite
 
 
 @pytest.mark.parametrize("kind, rows, slots", [

@@ -196,6 +196,7 @@ def read_together(
     allowed = ((behind >= 0) & (prompt[:, None] == prompt[None, :]))[None, None]
     context = Context(View(*angles(position, frequencies(c)), allowed))
     if windowed(c):
+        assert c.window is not None
         near = allowed & (behind < c.window)[None, None]
         context = Context(context.full, View(*angles(position, local_frequencies(c)), near))
     k, v = (empty_stores(c, 1, t, engine.cache_bits) for _ in "kv")

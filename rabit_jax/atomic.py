@@ -41,7 +41,12 @@ def publish(new: Path, target: Path) -> None:
     if target.is_dir():
         _replace_folder(new, target)
     else:
-        os.replace(new, target)
+        try:
+            os.replace(new, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            _replace_folder(new, target)  # another process has just made one
     _flush(target.parent)
 
 

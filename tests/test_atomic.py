@@ -166,3 +166,19 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(BadInput, match="set XDG_CACHE_HOME"):
         user_cache()
+
+
+def test_two_processes_may_make_the_same_folder_at_once(tmp_path, monkeypatch):
+    target = tmp_path / "cache"
+
+    def faster(one, other):
+        monkeypatch.undo()
+        write_text(target / "theirs", "whole")
+        os.replace(one, other)
+
+    with replacing(target) as new:
+        new.mkdir()
+        write_text(new / "ours", "whole")
+        monkeypatch.setattr(os, "replace", faster)
+    assert [file.name for file in target.iterdir()] == ["ours"]
+    assert list(tmp_path.iterdir()) == [target]

@@ -148,8 +148,8 @@ def _short(name: object) -> str:
 # Answers of the system that no command can prevent: a path of the user's that it does not take, or
 # a file or device that went away or fell ill under a command.
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
-            errno.EISDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV,
-            errno.EMFILE, errno.ENFILE)
+            errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.EIO, errno.ESTALE,
+            errno.ENXIO, errno.ENODEV, errno.EMFILE, errno.ENFILE)
 
 
 def _refused(error: Exception) -> str:

@@ -93,7 +93,7 @@ def gguf_folder(path: Path) -> Path:
     path = path.resolve()
     cache = user_cache() / "gguf"
     folder = cache / f"{shortened(path.stem)}-{_digest(path)}"
-    if _made(folder, path):
+    if (folder / LINK).exists() and (folder / LINK).resolve() == path:
         return folder
     file = read_gguf(path)
     raw = hf_config(file)
@@ -110,16 +110,9 @@ def gguf_folder(path: Path) -> Path:
                 write_text(new / "README.md", f"---\nlicense: {json.dumps(licence)}\n---\n")
             (new / LINK).symlink_to(path)
     except OSError as error:
-        if _made(folder, path):
-            return folder  # by another process at the same time
         raise BadInput(f"cannot write the folder of {path} in the cache {cache} ({error}): free "
                        "space there or set XDG_CACHE_HOME") from error
     return folder
-
-
-def _made(folder: Path, path: Path) -> bool:
-    """Whether the folder is that of this very file."""
-    return (folder / LINK).exists() and (folder / LINK).resolve() == path
 
 
 def architecture(file: GGUFFile) -> str:

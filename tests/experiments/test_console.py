@@ -45,7 +45,7 @@ def test_exit_codes(capsys):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EROFS, errno.ENOENT,
-                                    errno.EIO, errno.ESTALE, errno.ENOTDIR])
+                                    errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.EEXIST])
 def test_a_file_that_the_system_refuses_is_one_sentence(capsys, number):
     name = "a\nb" + "x" * 3000
     assert console.main_guard(raising(OSError(number, os.strerror(number), name))) == 2

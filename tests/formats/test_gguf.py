@@ -1,9 +1,6 @@
 """GGUF files: headers, tensors, configs and tokenizers, against gguf, transformers and PyTorch."""
 
-import contextlib
-import errno
 import json
-import os
 import struct
 
 import gguf
@@ -13,7 +10,6 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from rabit_jax import BadInput, load_hf
-from rabit_jax.formats import gguf as gguf_model
 from rabit_jax.formats import gguf_file
 from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.folder import find_folder
@@ -176,24 +172,6 @@ def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path, byte_level, cache):
     file = tmp_path / f"{'é' * 125}.gguf"
     write(file, "llama", byte_level)
     assert find_folder(file).parent == cache / "rabit_jax" / "gguf"
-
-
-def test_the_folder_may_be_made_by_another_process_at_the_same_time(
-    tmp_path, byte_level, monkeypatch
-):
-    write(tmp_path / "m.gguf", "llama", byte_level)
-    plain = gguf_model.replacing
-
-    @contextlib.contextmanager
-    def later(folder):
-        with monkeypatch.context() as patch:
-            patch.setattr(gguf_model, "replacing", plain)
-            assert find_folder(tmp_path) == folder  # that of the other process
-        yield tmp_path / "ours"
-        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
-
-    monkeypatch.setattr(gguf_model, "replacing", later)
-    assert read_config(find_folder(tmp_path)).vocab_size == 320
 
 
 def _llama3(base, size, factor, low, high, trained):

@@ -37,17 +37,20 @@ class _Stderr:
         return getattr(self._now, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        return self._now is not None and self._now.isatty()
+        now = self._now
+        return now is not None and now.isatty()
 
     def write(self, text: str) -> int:
+        now = self._now
         with contextlib.suppress(OSError, ValueError):
-            return self._now.write(text) if self._now else 0
+            return now.write(text) if now else 0
         return 0
 
     def flush(self) -> None:
+        now = self._now
         with contextlib.suppress(OSError, ValueError):
-            if self._now:
-                self._now.flush()
+            if now:
+                now.flush()
 
 
 _file = _Stderr()

@@ -1,6 +1,7 @@
 """stdin, stdout and stderr that are closed, full, or read by nobody: real processes."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -119,3 +120,23 @@ with stopping_between_steps(run, "at the next step"):
         assert line in ("training\n", "saving\n")
         process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
+
+
+def test_work_goes_on_when_its_terminal_is_closed_under_a_progress_bar():
+    script = WATCHED + """
+from rabit_jax.progress import progress, say
+with progress("work", 2) as bar:
+    print("drawing", flush=True)
+    sys.stdin.readline()
+    bar.update(1)
+    bar.update(2)
+say("after")
+print("done")
+"""
+    terminal, ours = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=ours, text=True)
+    os.close(ours)
+    assert process.stdout.readline() == "drawing\n"
+    os.close(terminal)
+    assert process.communicate("go on\n") == ("done\n", None) and process.returncode == 0

@@ -137,6 +137,8 @@ def run(arguments: Sequence[str]) -> None:
     if tasks:
         result["versions"]["lm-eval"] = importlib.metadata.version("lm-eval")
     text = json.dumps(result, allow_nan=False)
+    if options.output:  # first, for stdout may be a pipe that nobody reads any more
+        write_text(Path(options.output), text + "\n")
     if options.json:
         print(text)
     else:
@@ -144,8 +146,6 @@ def run(arguments: Sequence[str]) -> None:
         table(f"{options.model}{only}: {result['device']}, {result['date']}", COLUMNS,
               [[row[name] for name in COLUMNS] for row in rows], stdout=True)
         print(f"bits per weight: {size.size}")
-    if options.output:
-        write_text(Path(options.output), text + "\n")
 
 
 def check(options: argparse.Namespace) -> None:

@@ -22,8 +22,15 @@ from dataclasses import dataclass
 
 RESUMABLE = 75  # exit code: stopped, the same command goes on or begins again
 STARTED = "RABIT_JAX_STARTED"  # descriptor on which the child tells its parent that all are there
-ENDED = ("another process of this run has ended, or the network to it; the same command with "
-         "--resume continues from the last checkpoint")
+ENDED = "another process of this run has ended, or the network to it"
+GOES_ON = "the same command with --resume continues from the last checkpoint"
+BEGINS_AGAIN = "the same command starts again"
+# How to start a command that must be one process, by the source of the cluster.
+ALONE = {
+    "environment": "unset JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    "slurm": "start it without srun, or by srun --ntasks=1",
+    "ompi": "start it without mpirun",
+}
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,22 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def supervised() -> None:
+def refusal(environment: Mapping[str, str] = os.environ) -> str:
+    """Why a command that runs in one process cannot run here, as a sentence; "" where it can."""
+    try:
+        found = cluster(environment)
+    except ValueError as error:
+        return str(error)
+    return "" if found is None else (
+        f"this command runs in one process, and this is process {found.process} of "
+        f"{found.processes} that were started together: {ALONE[found.source]}")
+
+
+def supervised(then: str = GOES_ON) -> None:
     """Go on in a child where the environment names several processes; the parent never returns.
 
     Called in the first line of a command. The parent hands signals on and exits with the code of
-    the child; where another process has ended the run that is 75.
+    the child; where another process has ended the run that is 75, and `then` says what follows.
     """
     try:
         found = cluster()
@@ -114,7 +132,7 @@ def supervised() -> None:
     if code >= 0:
         os._exit(code)
     started = os.read(reader, 1)
-    why = ENDED if started else missing(found)
+    why = f"{ENDED}; {then}" if started else missing(found)
     os.write(2, f"process {found.process} of {found.processes}: {why}\n".encode())
     os._exit(RESUMABLE if started else 2)
 

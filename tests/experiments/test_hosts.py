@@ -221,8 +221,8 @@ def by_one(place, *arguments):
 
 @pytest.fixture(scope="module")
 def one(post):
-    """The whole run, in one process."""
-    by_one(post, "name=one")
+    """The whole run in one process on the same mesh; one device has other rounding errors."""
+    done(post, 1, name="one", devices=4)
     return post / "runs" / "one"
 
 

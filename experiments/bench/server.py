@@ -55,6 +55,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="GGUF files to start llama.cpp's server with, which is built on first use")
     add("--context", type=int, default=512, metavar="N",
         help="tokens of each slot of a started server (default %(default)s)")
+    add("--activation-bits", default="16,8", metavar="N,N",
+        help="of our server, which is started with each (default %(default)s)")
     add("--threads", type=int, default=os.cpu_count() or 1, metavar="N",
         help="of llama.cpp (default %(default)s)")
     add("--api-key", default="", metavar="KEY", help="bearer token, if it wants one")
@@ -72,15 +74,15 @@ def measure(options: argparse.Namespace) -> list[Json]:
     Raises:
       BadInput: a value out of its range, or a server that cannot be reached or refuses.
     """
-    try:
-        counts = [int(count) for count in options.streams.split(",")]
-    except ValueError:
-        raise BadInput(f"--streams is {options.streams!r}, wanted numbers such as 1,4,8") from None
+    counts = _numbers("--streams", options.streams, "1,4,8")
+    bits = _numbers("--activation-bits", options.activation_bits, "16,8")
+    if set(bits) - {16, 8}:
+        raise BadInput(f"--activation-bits is {options.activation_bits!r}, wanted 16, 8 or both")
     if min(counts) < 1 or options.tokens < 2 or options.repeats < 1:
         raise BadInput("--streams and --repeats must be at least 1 and --tokens at least 2")
     models, files = ([one for one in text.split(",") if one]
                      for text in (options.model, options.gguf))
-    servers = started(models, files, max(counts), options.context, options.threads)
+    servers = started(models, files, max(counts), options.context, options.threads, bits)
     rows, total = [], max(1, len(servers)) * len(counts) * (options.repeats + 1)
     with progress("server", total) as bar:
         done = itertools.count(1)
@@ -97,6 +99,13 @@ def measure(options: argparse.Namespace) -> list[Json]:
         if not servers:
             rows += measured(options.url, options.url.rstrip("/"))
     return rows
+
+
+def _numbers(option: str, text: str, example: str) -> list[int]:
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError:
+        raise BadInput(f"{option} is {text!r}, wanted numbers such as {example}") from None
 
 
 def _fastest(

@@ -36,11 +36,11 @@ class Server(NamedTuple):
     health: str
 
 
-def ours(folder: str, slots: int, context: int) -> Server:
-    """`experiments.serve` of a model folder."""
+def ours(folder: str, slots: int, context: int, bits: int) -> Server:
+    """`experiments.serve` of a model folder, with so many bits of activations."""
     command = (sys.executable, "-m", "rabit_jax.experiments.serve", "--model", folder, "--slots",
-               slots, "--context", context)
-    return Server(f"rabit_jax {folder}", command, "/healthz")
+               slots, "--context", context, "--activation-bits", bits)
+    return Server(f"rabit_jax {folder}, {bits}-bit activations", command, "/healthz")
 
 
 def llama_cpp(file: Path, slots: int, context: int, threads: int) -> Server:
@@ -106,8 +106,10 @@ def _wait(process: subprocess.Popen, url: str, label: str, log: IO[bytes]) -> No
 
 
 def started(
-    models: Sequence[str], files: Sequence[str], slots: int, context: int, threads: int
+    models: Sequence[str], files: Sequence[str], slots: int, context: int, threads: int,
+    bits: Sequence[int],
 ) -> list[Server]:
-    """The servers of model folders and of GGUF files."""
-    return [*(ours(folder, slots, context) for folder in models),
+    """The servers of model folders, one for each number of bits of activations, and of GGUF
+    files."""
+    return [*(ours(folder, slots, context, one) for folder in models for one in bits),
             *(llama_cpp(Path(file), slots, context, threads) for file in files)]

@@ -28,7 +28,7 @@ from rabit_jax.experiments.engine.tuning import trained_name
 from rabit_jax.formats.packed_file import part_names
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.train.checkpoints import abstract
-from rabit_jax.train.losses import distillation_loss
+from rabit_jax.train.losses import distillation_loss, nested_loss
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import one_device_mesh, param_shardings
 from rabit_jax.train.trainer import make_trainer
@@ -46,6 +46,9 @@ def end_to_end(job: Job, continues: bool) -> Record:
     model = Decoder(compute.applied(job.model_config))
 
     def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
+        if section.nested:
+            return nested_loss(model, params, teacher, batch, section.gamma, section.prefixes,
+                               compute.chunk)
         return distillation_loss(model, params, teacher, batch, section.gamma, compute.chunk)
 
     trainer = make_trainer(

@@ -22,7 +22,7 @@ from rabit_jax.experiments.engine.config import to_dict
 from rabit_jax.experiments.engine.fitting import Measure, keep, kept
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.records import check_files
-from rabit_jax.experiments.engine.settings import Init, RunConfig
+from rabit_jax.experiments.engine.settings import Init, NestedTraining, RunConfig
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.hf import load_hf
@@ -211,20 +211,27 @@ def check_settings(config: RunConfig, shape: ModelConfig) -> None:
         check_budget(section.budget, specs, {p: x.shape for p, x in leaves(params)})
     if config.task == "qat":
         _check_training(config, student)
+    elif config.end_to_end.steps:
+        _check_prefixes("end_to_end", config.end_to_end, student)
     check_lengths(_lengths(config), shape.max_position)
 
 
 def _check_training(config: RunConfig, student: Params) -> None:
     """Raise BadInput for nested paths that the student has not, or where nothing would train."""
-    most, prefixes = max(sign_paths(student), default=0), config.qat.prefixes
-    if prefixes and max(prefixes) != most:
-        raise BadInput(
-            f"qat.nested is {list(prefixes)}, and the weights have {most} "
-            "sign paths that can be nested: its largest number must be that of the whole "
-            "model, init.spec.k, of a type such as residual")
+    _check_prefixes("qat", config.qat, student)
     frozen = config.qat.optimizer.freeze
     if not jax.tree.leaves(partition(student, roles(student), frozen)[0]):
         raise BadInput(f"qat.optimizer.freeze {list(frozen)} leaves nothing to train")
+
+
+def _check_prefixes(name: str, section: NestedTraining, student: Params) -> None:
+    """Raise BadInput for nested paths that the student has not."""
+    most, prefixes = max(sign_paths(student), default=0), section.prefixes
+    if prefixes and max(prefixes) != most:
+        raise BadInput(
+            f"{name}.nested is {list(prefixes)}, and the weights have {most} "
+            "sign paths that can be nested: its largest number must be that of the whole "
+            "model, init.spec.k, of a type such as residual")
 
 
 def _lengths(config: RunConfig) -> dict[str, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from rabit_jax import describe
+from rabit_jax.data.tokens import TokenText
 from rabit_jax.evaluate.perplexities import from_nats
 from rabit_jax.experiments.engine.job import Job, block_name, padded, trained
 from rabit_jax.experiments.engine.measure import figures
@@ -34,8 +36,9 @@ def _score(label: str, source: Callable[[Job], Source]) -> Stage[Job]:
     names = {"held_out": held_out, "unseen": f"{held_out}_unseen"}
 
     def work(job: Job, continues: bool) -> Record:
-        found = {name: _perplexity(job, Pieces(job.folder.path / pieces), name, names[name], source)
-                 for name in job.texts()}
+        own = Pieces(job.folder.path / pieces)
+        found = {name: _perplexity(job, own, name, text, names[name], source(job))
+                 for name, text in job.texts().items()}
         return {**found.pop("held_out"), **found}
 
     def inputs(job: Job, ids: Ids) -> Read:
@@ -56,16 +59,31 @@ def _score(label: str, source: Callable[[Job], Source]) -> Stage[Job]:
     return Stage(f"score_{label}", work, inputs, (), pieces, tuple(names.values()), wanted)
 
 
+def _score_nested(job: Job, continues: bool) -> Record:
+    """Scores and sizes of the models of the first paths that were trained together."""
+    found, pieces = {}, Pieces(job.folder.path / _NESTED.pieces)
+    for n in job.config.end_to_end.prefixes:
+        params = load_packed(job.folder.path / "packed", n)[1]
+        size, source = describe(params), FromParams(params)
+        scored = {name: _perplexity(job, pieces, f"{name}-{n}", text, _NESTED.metrics[0], source)
+                  for name, text in job.texts().items()}
+        found[str(n)] = {
+            **scored.pop("held_out"), **scored,
+            "stored_bits_per_weight": size.stored_bits_per_weight,
+            "whole_model_bits_per_weight": size.whole_model_bits_per_weight,
+        }
+    return found
+
+
 def _perplexity(
-    job: Job, pieces: Pieces, name: str, stage: str, source: Callable[[Job], Source]
+    job: Job, pieces: Pieces, name: str, text: TokenText, stage: str, source: Source
 ) -> Record:
-    """Perplexity on one text; a result that is there is read."""
+    """Perplexity on one text; a result that is there, under that name, is read."""
     if record := pieces.record(f"{name}.json"):
         return record
-    text = job.texts()[name]
     rows, size = job.text.windows(text), job.config.evaluate.batch_size
     tokens, mask = padded(rows, size)
-    sweep = Sweep(job.model_config, source(job), pieces, tokens, mask, size, f"{name}-", job.mesh)
+    sweep = Sweep(job.model_config, source, pieces, tokens, mask, size, f"{name}-", job.mesh)
     states = [sweep.name("x", n) for n in range(job.model_config.n_layers + 1)]
     if not any(map(pieces.has, states)):
         sweep.embed()
@@ -79,9 +97,16 @@ def _perplexity(
     return found
 
 
+# What it reads is what scoring the packed model reads.
+_PACKED = _score("packed", lambda job: FromParams(load_packed(job.folder.path / "packed")[1]))
+_NESTED = dataclasses.replace(
+    _PACKED, name="score_nested", work=_score_nested, pieces="scores/nested",
+    metrics=("perplexity_nested",), wanted=lambda config: _PACKED.wanted(config) and bool(
+        config.end_to_end.steps and config.end_to_end.nested))
 SCORES = (
     _score("teacher", lambda job: FromCheckpoint(job.checkpoint)),
     _score("init", lambda job: FromBlocks(job.checkpoint, job.blocks, block_name)),
     _score("tuned", lambda job: FromBlocks(job.checkpoint, job.tuned, block_name)),
-    _score("packed", lambda job: FromParams(load_packed(job.folder.path / "packed")[1])),
+    _PACKED,
+    _NESTED,
 )

@@ -271,7 +271,39 @@ class Tune(TuningConfig):
 
 
 @dataclass(frozen=True)
-class EndToEnd(Training):
+class NestedTraining(Training):
+    """Training of one model of k sign paths whose first paths can be models of their own.
+
+    Attributes:
+      nested: numbers of sign paths, such as [1, 2, 3], whose models are trained together: the
+        packed model of k = 3 can then be read with `--paths 1` and 2 as well. A step costs a pass
+        for each. Empty trains the whole model alone.
+      nested_weights: of their losses, in that order; empty weighs all alike.
+    """
+
+    nested: tuple[PositiveInt, ...] = field(default=(), metadata={ADDED: True})
+    nested_weights: tuple[NonNegative, ...] = field(default=(), metadata={ADDED: True})
+
+    def __post_init__(self):
+        """Raises BadInput for sizes or weights that do not fit."""
+        super().__post_init__()
+        if len(set(self.nested)) != len(self.nested):
+            raise BadInput(f"nested is {list(self.nested)}: name each number of paths once")
+        if self.nested_weights and len(self.nested_weights) != len(self.nested):
+            raise BadInput(f"nested_weights has {len(self.nested_weights)} weights for the "
+                           f"{len(self.nested)} numbers of paths in nested: give one for each")
+        if self.nested_weights and not sum(self.nested_weights):
+            raise BadInput("nested_weights are all 0: nothing would train")
+
+    @property
+    def prefixes(self) -> dict[int, float]:
+        """Weight of the loss by number of paths, where training is nested."""
+        weights = self.nested_weights or (1.0,) * len(self.nested)
+        return dict(sorted(zip(self.nested, weights, strict=True)))
+
+
+@dataclass(frozen=True)
+class EndToEnd(NestedTraining):
     """Distillation of the whole student behind tuning, for task ptq.
 
     Attributes:
@@ -296,7 +328,7 @@ class EndToEnd(Training):
 
 
 @dataclass(frozen=True)
-class Qat(Training):
+class Qat(NestedTraining):
     """Distillation of the quantised student.
 
     Attributes:
@@ -307,25 +339,18 @@ class Qat(Training):
         for every position of every step, so that a step runs no teacher; 0 runs it. The KL is
         exact on the kept tokens, all others count as one. Needs gamma 0, for hidden states are not
         kept.
-      nested: numbers of sign paths, such as [1, 2, 3], whose models are trained together: the
-        packed model of k = 3 can then be read with `--paths 1` and 2 as well. A step costs a pass
-        for each. Empty trains the whole model alone.
-      nested_weights: of their losses, in that order; empty weighs all alike.
     """
 
     gamma: NonNegative = 1.0
     project_scales: bool = True
     teacher_top: NonNegativeInt = field(default=0, metadata={ADDED: True})
-    nested: tuple[PositiveInt, ...] = field(default=(), metadata={ADDED: True})
-    nested_weights: tuple[NonNegative, ...] = field(default=(), metadata={ADDED: True})
     watch_every: PositiveInt = 50
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(freeze=("embedding", "head"))
     )
 
     def __post_init__(self):
-        """Raises BadInput for sizes or weights of nested training that do not fit, and where more
-        than its logits is wanted of a teacher that is not run."""
+        """Raises BadInput where more than its logits is wanted of a teacher that is not run."""
         super().__post_init__()
         if self.teacher_top and self.gamma:
             raise BadInput(
@@ -334,19 +359,6 @@ class Qat(Training):
             )
         if self.teacher_top and self.nested:
             raise BadInput("teacher_top and nested do not go together: leave one of them out")
-        if len(set(self.nested)) != len(self.nested):
-            raise BadInput(f"nested is {list(self.nested)}: name each number of paths once")
-        if self.nested_weights and len(self.nested_weights) != len(self.nested):
-            raise BadInput(f"nested_weights has {len(self.nested_weights)} weights for the "
-                           f"{len(self.nested)} numbers of paths in nested: give one for each")
-        if self.nested_weights and not sum(self.nested_weights):
-            raise BadInput("nested_weights are all 0: nothing would train")
-
-    @property
-    def prefixes(self) -> dict[int, float]:
-        """Weight of the loss by number of paths, where training is nested."""
-        weights = self.nested_weights or (1.0,) * len(self.nested)
-        return dict(sorted(zip(self.nested, weights, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def _tpu_devices(kind: str, sides: list[int]) -> Sequence[Device]:
     """The chips of a TPU topology, by libtpu."""
     if importlib.util.find_spec("libtpu") is None:
         raise BadInput("a plan for a TPU is compiled by libtpu, which is not installed: "
-                       "`pip install libtpu` (it needs no TPU)")
+                       "`pip install 'jax[tpu]'` has the one that fits (it needs no TPU)")
     if len(sides) == 1:
         sides = _square(sides[0])
     if kind in ("v4", "v5p"):

@@ -108,11 +108,14 @@ def against_tokens(axes: Axes, values: np.ndarray, xlabel: str, ylabel: str) -> 
 
     A range is wide where all values are positive and differ by more than a factor of 20.
     """
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator
 
     finite = values[np.isfinite(values)]
     if finite.size and finite.min() > 0 and finite.max() > 20 * finite.min():
         axes.set_yscale("log")
+        # The formatters of this scale write powers as mathematics, which is not parsed here.
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set(xlabel=xlabel, ylabel=ylabel)

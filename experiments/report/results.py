@@ -18,6 +18,7 @@ from rabit_jax.experiments.report.summary import (
     circumstances,
     costs,
     parameters,
+    smaller,
     summarise,
     table_rows,
     whole_model,
@@ -57,16 +58,18 @@ def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     write_card(job.config, folder, summary)
     teacher, packed = summary["teacher"], summary["packed"]
-    rows = []
     bits = packed["stored_bits_per_weight"], packed["whole_model_bits_per_weight"]
     sizes = {"teacher": (DENSE_BITS, DENSE_BITS), "init": bits, "tuned": bits, "packed": bits}
-    for name, bits in sizes.items():
-        found = summary.get(name) or {}
-        if name in ("init", "tuned") and not found:
-            continue
+    scored = [(LABELS[name], summary.get(name) or {}, bits) for name, bits in sizes.items()
+              if summary.get(name) or name not in ("init", "tuned")]
+    scored += [(label, found, (found["stored_bits_per_weight"],
+                               found["whole_model_bits_per_weight"]))
+               for label, found in smaller(summary).items()]
+    rows = []
+    for label, found, bits in scored:
         ppl = found.get("ppl")
         over = f"{100 * (ppl / teacher['ppl'] - 1):+.1f}%" if ppl and teacher else None
-        rows.append((LABELS[name], ppl, found.get("bits_per_byte"), over, *bits))
+        rows.append((label, ppl, found.get("bits_per_byte"), over, *bits))
     context = next((m["context"] for m in (teacher, packed) if m and "context" in m), None)
     title = f"{summary['name']}, post-training" + (f", context {context}" if context else "")
     table(title, COLUMNS, rows, stdout=True)
@@ -99,6 +102,7 @@ def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> Json:
         "qat": None,
         **({"tuned": scored["tuned"]} if "tuned" in scored else {}),
         **{name: results[name] for name in ("tune", "end_to_end") if name in results},
+        **({"nested": scored["nested"]} if "nested" in scored else {}),
         "packed": {**scored.get("packed", {}), **made, **whole_model(job.folder.path)},
         "dense": {"bytes": describe(abstract_params(job.model_config)).deployed_bytes},
         "diagnostics": {"init": None, "qat": None},

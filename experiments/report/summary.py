@@ -147,15 +147,22 @@ def table_rows(summary: Summary) -> list[ResultRow]:
     ]
     return rows + [
         ResultRow(
-            name=f"after QAT, first {n} of its paths",
+            name=label,
             ppl=found["ppl"],
             bits_per_byte=found["bits_per_byte"],
             ppl_over_teacher=found["ppl"] / summary["teacher"]["ppl"] - 1,
             bits_per_weight=found["stored_bits_per_weight"],
             whole_model_bits_per_weight=found["whole_model_bits_per_weight"],
         )
-        for n, found in list((summary.get("nested") or {}).items())[:-1]
+        for label, found in smaller(summary).items()
     ]
+
+
+def smaller(summary: Summary) -> dict[str, Json]:
+    """The models of the first paths that nested training has made, without the whole one, by what
+    the table calls them."""
+    found = list((summary.get("nested") or {}).items())[:-1]
+    return {f"the first {n} of its paths": scored for n, scored in found}
 
 
 def costs(summary: Summary) -> str:

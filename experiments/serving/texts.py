@@ -40,8 +40,13 @@ class Prompt:
     ids: list[int]
     choices: list[Choice]
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody still waits for one of them."""
+        return any(choice.wanted for choice in self.choices)
 
-@dataclass
+
+@dataclass(eq=False)
 class Row:
     """A text that has a row of the batch.
 
@@ -51,7 +56,8 @@ class Row:
       ends: tokens that end it.
       length: tokens in the cache.
       made: new tokens.
-      told: tokens to be reported with the next piece, and how many were made.
+      text: to be told with the next piece.
+      told: tokens to be reported with it, and how many were made.
     """
 
     choice: Choice
@@ -59,6 +65,7 @@ class Row:
     ends: frozenset[int]
     length: int
     made: int = 0
+    text: str = ""
     told: list[Token] = field(default_factory=list)
     untold: int = 0
     began: float = field(default_factory=time.monotonic)
@@ -75,14 +82,16 @@ class Row:
                         strict=True)
             top = tuple(shown)[: settings.alternatives]
             self.told.append(Token(token, float(made.logprob[index][n]), top))
-        text = self.writing.add(token)
-        if text:
-            self.tell(text, None)
+        self.text += self.writing.add(token)
         if self.writing.stopped:
             return "stop"
         return "length" if self.made == settings.max_tokens else None
 
-    def tell(self, text: str, finish: str | None) -> None:
-        """Hand the text on, with the tokens since the last time."""
-        self.choice.tell(Piece(text, tuple(self.told), self.untold, finish))
-        self.told, self.untold = [], 0
+    def tell(self, finish: str | None) -> None:
+        """Hand on the text and the tokens since the last time; nothing where there is no text and
+        no end."""
+        if finish and not self.writing.stopped:
+            self.text += self.writing.rest()
+        if self.text or finish:
+            self.choice.tell(Piece(self.text, tuple(self.told), self.untold, finish))
+            self.text, self.told, self.untold = "", [], 0

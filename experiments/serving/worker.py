@@ -1,8 +1,8 @@
 """The thread that makes the texts of all requests in one batch.
 
-A turn reads some of a waiting prompt, then makes some tokens for every text that has a row. The
-batch has as many rows and slots as are in use, rounded up to powers of two, so that few texts cost
-little.
+A turn reads some of a waiting prompt, or several short ones together, then makes some tokens for
+every text that has a row. The batch has as many rows and slots as are in use, rounded up to powers
+of two, so that few texts cost little.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from rabit_jax.progress import Progress
 from rabit_jax.types import Array, Tokenizer
 
 STEPS = 4  # tokens of a row that one call makes
-PIECES = (16, 64, 256)  # lengths that pieces of prompts are padded to; the last divides all slots
+# Lengths that pieces of prompts are padded to; the last divides all slots.
+PIECES = (16, 64, 128, 256)
+TOGETHER = 16  # most prompts that are read in one call, no longer than one piece in all
 PATIENCE = 8  # turns after which a batch of which half is free gets smaller
 
 
@@ -41,12 +43,17 @@ class Full(Exception):
 
 @dataclass
 class Reading:
-    """A prompt that is being read."""
+    """A prompt that is being read, or has been and waits for rows."""
 
     prompt: Prompt
-    cache: serving.Cache
     read: int = 0
+    cache: serving.Cache | None = None
     logits: Array | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it is read."""
+        return self.read == len(self.prompt.ids)
 
 
 class Worker:
@@ -74,7 +81,8 @@ class Worker:
         self._changed = threading.Condition()
         self._waiting: deque[Prompt] = deque()
         self._closing = False
-        self._reading: Reading | None = None
+        # Either one prompt that is partly read, or some that are read.
+        self._readings: deque[Reading] = deque()
         self._held: list[Row | None] = [None]
         self._batch = serving.empty(engine.config, 1, PIECES[-1], engine.cache_bits)
         self._roomy, self._seconds = 0, 1.0
@@ -132,7 +140,7 @@ class Worker:
 
     def _prompts(self) -> list[Prompt]:
         """The prompts whose texts have no row yet."""
-        return [*self._waiting, *([self._reading.prompt] if self._reading else ())]
+        return [*self._waiting, *(reading.prompt for reading in self._readings)]
 
     def _all(self) -> list[Choice]:
         """All texts that wait or have a row."""
@@ -142,17 +150,20 @@ class Worker:
     def warm(self, bar: Progress) -> None:
         """Compile what short prompts and texts need, before the worker starts; the bar counts
         `warm_steps`."""
-        sizes, done = self.row_sizes(), 0
-        logits, cache = None, serving.empty_cache(
-            self.engine.config, PIECES[-1], self.engine.cache_bits)
+        sizes, done, reading = self.row_sizes(), 0, Reading(Prompt([0], []))
         for size in PIECES:
-            logits, cache = self._piece([0], size, cache, 0)
+            self._together([Reading(Prompt([0] * (size // 2), [])) for _ in range(2)])
+            reading = Reading(Prompt([0] * size, []))
+            self._piece(reading)
             bar.update(done := done + 1)
+        assert reading.cache is not None and reading.logits is not None
         one = sampling_of(Settings(1, 0.0, 1.0, 0))
         for size in sizes:
-            self._resize(size, PIECES[-1])
-            self._batch, made = serving.admit(self._batch, np.int32(0), cache, logits, np.int32(1),
-                                              one, np.int32(1), self.ends)
+            for other in (*sizes, size):  # from every size to every other one
+                self._resize(other, PIECES[-1])
+            self._batch, made = serving.admit(
+                self._batch, np.int32(0), reading.cache, reading.logits, np.int32(1), one,
+                np.int32(1), self.ends)
             self._batch, made = serving.decode(self.engine, self._batch, self.ends, STEPS)
             jax.block_until_ready(made)
             bar.update(done := done + 1)
@@ -180,9 +191,9 @@ class Worker:
     def _turn(self) -> bool:
         """Some tokens for everybody; False when closed."""
         with self._changed:
-            while not (self._waiting or self._reading or self.running or self._closing):
+            while not (self._waiting or self._readings or self.running or self._closing):
                 self._changed.wait()
-            if not (self._waiting or self._reading or self.running):
+            if not (self._waiting or self._readings or self.running):
                 return False
         for number, row in enumerate(self._held):
             if row and not row.choice.wanted:
@@ -198,7 +209,8 @@ class Worker:
             self._closing = True
             choices = self._all()
             self._waiting.clear()
-            self._reading, self._held = None, [None]
+            self._readings.clear()
+            self._held = [None]
         for choice in choices:
             if choice.wanted:
                 choice.fail(failure)
@@ -207,52 +219,95 @@ class Worker:
 
     def _read(self) -> None:
         """Reads prompts, of 256 tokens or less in all, and gives those that are read a row."""
-        budget = PIECES[-1]
+        budget, admitted = PIECES[-1], []
         while budget > 0 and self.running < self.rows:
-            reading = self._next()
-            if reading is None:
-                return
-            ids = reading.prompt.ids
-            if reading.read < len(ids):
-                piece = ids[reading.read : reading.read + PIECES[-1]]
-                size = next(size for size in PIECES if size >= len(piece))
-                reading.logits, reading.cache = self._piece(
-                    piece, size, reading.cache, reading.read)
-                reading.read += len(piece)
-                budget -= size
-            if reading.read == len(ids):
-                self._admit(reading)
+            self._take()
+            if not self._readings:
+                break
+            first = self._readings[0]
+            if not first.complete:
+                budget -= self._further(list(self._readings))
+            if first.complete:
+                admitted += self._admit(first)
+        # All at once, for waiting for one takes as long as making it.
+        firsts = jax.device_get([made for _, made in admitted])
+        for (row, _), made in zip(admitted, firsts, strict=True):
+            self._hand_out(made, [row])
 
-    def _next(self) -> Reading | None:
-        """The prompt to read now: that of before, or the first of those that wait."""
+    def _take(self) -> None:
+        """Where no prompt is being read, takes the first of those that wait, and those behind it
+        that can be read with it in one call and find a row."""
         with self._changed:
-            if self._reading and not any(c.wanted for c in self._reading.prompt.choices):
-                self._reading = None
-            while self._reading is None and self._waiting:
-                prompt = self._waiting.popleft()
-                if any(choice.wanted for choice in prompt.choices):
-                    slots = self._slots(len(prompt.ids))
-                    cache = serving.empty_cache(
-                        self.engine.config, slots, self.engine.cache_bits)
-                    self._reading = Reading(prompt, cache)
-            return self._reading
+            while self._readings and not self._readings[0].prompt.wanted:
+                self._readings.popleft()
+            if self._readings:
+                return
+            self._waiting = deque(prompt for prompt in self._waiting if prompt.wanted)
+            tokens, most = 0, min(TOGETHER, self.rows - self.running)
+            while self._waiting and len(self._readings) < most:
+                tokens += len(self._waiting[0].ids)
+                if self._readings and tokens > PIECES[-1]:
+                    return
+                self._readings.append(Reading(self._waiting.popleft()))
 
-    def _piece(
-        self, piece: Sequence[int], size: int, cache: serving.Cache, start: int
-    ) -> tuple[Array, serving.Cache]:
-        tokens = np.zeros((1, size), np.int32)
+    def _further(self, readings: Sequence[Reading]) -> int:
+        """Reads a piece of one prompt, or several prompts; returns how many tokens were computed.
+
+        Where the logits of one of several are not finite, each is read alone, for such a value is
+        in the sums of all.
+        """
+        if len(readings) > 1 and (computed := self._together(readings)):
+            return computed
+        return sum(map(self._piece, readings))
+
+    def _together(self, readings: Sequence[Reading]) -> int:
+        """Reads several prompts in one call; 0 where their logits are not finite."""
+        ids = [one.prompt.ids for one in readings]
+        counts = np.array([len(one) for one in ids], np.int32)
+        starts, size = np.cumsum(counts, dtype=np.int32) - counts, padded(int(counts.sum()))
+
+        def filled(array: np.ndarray, length: int) -> np.ndarray:
+            return np.pad(array, (0, length - len(array)), mode="edge")
+
+        tokens = filled(np.concatenate(ids).astype(np.int32), size)
+        prompt = filled(np.repeat(np.arange(len(ids), dtype=np.int32), counts), size)
+        places = filled(starts, TOGETHER), filled(counts, TOGETHER)
+        logits, finite, cache = serving.read_together(self.engine, tokens, prompt, *places)
+        if not finite:
+            return 0
+        for n, one in enumerate(readings):
+            one.logits, one.cache = serving.one_of(
+                self.engine.config, logits, cache, np.int32(n), *places, PIECES[-1])
+            one.read = len(ids[n])
+        return size
+
+    def _piece(self, reading: Reading) -> int:
+        """Reads a piece of a prompt; returns how many tokens were computed."""
+        ids, engine = reading.prompt.ids, self.engine
+        piece = ids[reading.read : reading.read + PIECES[-1]]
+        tokens = np.zeros((1, padded(len(piece))), np.int32)
         tokens[0, : len(piece)] = piece
-        return serving.read(self.engine, cache, tokens, np.int32(start), np.int32(len(piece)))
+        cache = reading.cache or serving.empty_cache(
+            engine.config, self._slots(len(ids)), engine.cache_bits)
+        reading.logits, reading.cache = serving.read(
+            engine, cache, tokens, np.int32(reading.read), np.int32(len(piece)))
+        reading.read += len(piece)
+        return tokens.size
 
-    def _admit(self, reading: Reading) -> None:
-        """Gives the texts of a prompt their rows, as far as there are any."""
+    def _admit(self, reading: Reading) -> list[tuple[Row, serving.Made]]:
+        """Gives the texts of a prompt their rows, as far as there are any; returns them with their
+        first tokens."""
         choices, length = reading.prompt.choices, len(reading.prompt.ids)
+        assert reading.logits is not None and reading.cache is not None
+        found = []
         while choices and self.running < self.rows:
             choice = choices[0]
+            row = None
             if choice.wanted:
-                self._grow(self.running + 1, max(length + 1, reading.cache.slots))
+                others = sum(one.wanted for read in self._readings for one in read.prompt.choices)
+                self._grow(min(self.rows, self.running + others),
+                           max(length + 1, reading.cache.slots))
                 number = self._held.index(None)
-                assert reading.logits is not None
                 self._batch, made = serving.admit(
                     self._batch, np.int32(number), reading.cache, reading.logits,
                     np.int32(length), sampling_of(choice.settings),
@@ -261,16 +316,15 @@ class Worker:
                 ends = self.eos_ids.union(self.special[s] for s in stop if s in self.special)
                 writing = Writing(self.tokenizer, reading.prompt.ids, stop)
                 row = Row(choice, writing, ends, length)
-                with self._changed:
-                    choices.pop(0)
-                    self._held[number] = row
-                self._hand_out(jax.device_get(made), [number])
-            else:
-                with self._changed:
-                    choices.pop(0)
+                found.append((row, made))
+            with self._changed:
+                choices.pop(0)
+                if row is not None:
+                    self._held[self._held.index(None)] = row
         if not choices:
             with self._changed:
-                self._reading = None
+                self._readings.popleft()
+        return found
 
     # tokens
 
@@ -281,12 +335,11 @@ class Worker:
         for row, tokens in zip(self._held, found.tokens, strict=True):
             if row:
                 row.length += int((tokens != serving.NOTHING).sum())
-        self._hand_out(found, range(len(self._held)))
+        self._hand_out(found, list(self._held))
 
-    def _hand_out(self, made: serving.Made, numbers: Sequence[int]) -> None:
+    def _hand_out(self, made: serving.Made, rows: Sequence[Row | None]) -> None:
         """Tells the texts of these rows what was made for them, row by row."""
-        for index, number in enumerate(numbers):
-            row = self._held[number]
+        for index, row in enumerate(rows):
             if row is None:
                 continue
             new = [n for n, token in enumerate(made.tokens[index]) if token != serving.NOTHING]
@@ -297,13 +350,14 @@ class Worker:
                 row.choice.fail(Failure(
                     500, "the logits hold NaN or infinity: the model's weights are damaged or "
                          f"overflow {self.engine.config.dtype}, pack or load them again"))
-                self._free(number, stopped=True)
-            elif finish:
-                row.tell(row.writing.rest() if not row.writing.stopped else "", finish)
+                self._free(self._held.index(row), stopped=True)
+                continue
+            row.tell(finish)
+            if finish:
                 row.choice.over = True
                 taken = time.monotonic() - row.began
                 self._seconds += 0.2 * (taken - self._seconds)
-                self._free(number)
+                self._free(self._held.index(row))
 
     def _free(self, number: int, stopped: bool = False) -> None:
         if not stopped:
@@ -355,6 +409,11 @@ class Worker:
         with self._changed:
             self._held = [self._held[n] for n in kept] + [None] * (rows - len(kept))
         self._roomy = 0
+
+
+def padded(length: int) -> int:
+    """The length that a piece of a prompt gets."""
+    return next(size for size in PIECES if size >= min(length, PIECES[-1]))
 
 
 def sampling_of(settings: Settings) -> serving.Sampling:

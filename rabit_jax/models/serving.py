@@ -1,18 +1,20 @@
 """Continuous batching: sequences of different lengths and settings that are continued together.
 
-`read` puts a prompt into a cache of one sequence, piece by piece; `admit` gives it a row of the
-batch; `decode` makes some tokens for all rows; `resize` moves the rows into a batch of another
-size. All are pure functions. Sequences begin at slot 0 of their row and padding stands behind them,
-so a query sees the slots up to its own position and no mask is kept.
+`read` puts a prompt into a cache of one sequence, piece by piece, `read_together` several short
+ones; `admit` gives a prompt a row of the batch; `decode` makes some tokens for all rows; `resize`
+moves the rows into a batch of another size. All are pure functions. Sequences begin at slot 0 of
+their row and padding stands behind them, so a query sees the slots up to its own position and no
+mask is kept.
 
 Axes: b rows of the batch, t time, n key heads, h head_dim, s cache slots, l layers, v vocabulary,
-e end tokens, m tokens made by one call, r reported alternatives.
+e end tokens, m tokens made by one call, p prompts read together, r reported alternatives.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from rabit_jax.models.cache import (
     empty_stores,
     ring_places,
     ring_slots,
+    windowed,
 )
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.engine import head_logits, through
@@ -165,6 +168,60 @@ def read(
     return _logits(engine, last), Cache(k, v, cache.slots)
 
 
+@jax.jit
+def read_together(
+    engine: Engine, tokens: Int[Array, " t"], prompt: Int[Array, " t"], start: Int[Array, " p"],
+    count: Int[Array, " p"],
+) -> tuple[Float[Array, "p v"], Bool[Array, ""], Cache]:
+    """Reads several whole prompts, one behind the other in one sequence.
+
+    Each sees itself alone, so nothing is computed but their own tokens and the padding behind the
+    last.
+
+    Args:
+      engine: from `prepare`.
+      tokens: of all prompts, padded behind, at most `cache.PIECE`.
+      prompt: number of the prompt of each token; padding belongs to the last.
+      start: where each prompt begins.
+      count: its tokens, at least 1.
+
+    Returns:
+      float32 logits of the last token of each prompt; whether all are finite, for what is not in
+      one prompt would be in all; and the cache of the sequence, for `one_of`.
+    """
+    c, t = engine.config, tokens.shape[0]
+    place = jnp.arange(t, dtype=jnp.int32)
+    position = (place - start[prompt])[None]
+    behind = place[:, None] - place[None, :]
+    allowed = ((behind >= 0) & (prompt[:, None] == prompt[None, :]))[None, None]
+    context = Context(View(*angles(position, frequencies(c)), allowed))
+    if windowed(c):
+        assert c.window is not None
+        near = allowed & (behind < c.window)[None, None]
+        context = Context(context.full, View(*angles(position, local_frequencies(c)), near))
+    k, v = (empty_stores(c, 1, t, engine.cache_bits) for _ in "kv")
+    x, k, v = through(engine, tokens[None], context, k, v, jnp.int32(0))
+    logits = _logits(engine, x[0, start + count - 1])
+    return logits, jnp.isfinite(logits).all(), Cache(k, v, t)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots"))
+def one_of(
+    config: ModelConfig, logits: Float[Array, "p v"], cache: Cache, prompt: Int[Array, ""],
+    start: Int[Array, " p"], count: Int[Array, " p"], slots: int,
+) -> tuple[Float[Array, "1 v"], Cache]:
+    """The logits of one of the prompts of `read_together`, and a cache of so many slots, no fewer
+    than its own, that holds it alone. The config is that of the engine."""
+    own = jnp.arange(cache.slots) < count[prompt]
+
+    def moved(a: Array, slots: int) -> Array:
+        a = jnp.roll(a, -start[prompt], axis=3)
+        return _resized(jnp.where(own[:, None], a, jnp.zeros((), a.dtype)), slots)
+
+    k, v = (_by_kind(config, stores, slots, moved) for stores in (cache.k, cache.v))
+    return logits[prompt][None], Cache(k, v, slots)
+
+
 @functools.partial(jax.jit, donate_argnames="batch")
 def admit(
     batch: Sequences, row: Int[Array, ""], cache: Cache, logits: Float[Array, "1 v"],
@@ -175,7 +232,7 @@ def admit(
     Args:
       batch: its caches have at least as many slots as `cache`.
       row: a free row.
-      cache, logits: from `read` of the whole prompt.
+      cache, logits: of the whole prompt, from `read` or `one_of`.
       length: tokens of the prompt.
       sampling: of the new row, with an axis of one.
       most: how many tokens are to be made, at least 1.
@@ -241,23 +298,35 @@ def resize(
 
     No kept row may hold more tokens than there are slots. The config is that of the engine.
     """
-    def cached(stores: Stores) -> Stores:
-        if not isinstance(stores, ByKind):
-            return moved(stores, slots)
-        # A ring changes its size only where it has not gone round.
-        full = None if stores.full is None else moved(stores.full, slots)
-        return ByKind(full, moved(stores.local, ring_slots(config, slots)))
-
-    def moved(store: Store, slots: int) -> Store:
-        def one(a: Array) -> Array:
-            a = a[:, source, :, :slots]
-            return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, slots - a.shape[3]), (0, 0)))
-
-        return jax.tree.map(one, store)
+    def moved(a: Array, slots: int) -> Array:
+        return _resized(a[:, source], slots)
 
     rows = jax.tree.map(lambda a: a[source], dataclasses.replace(batch, k=None, v=None))
     left = jnp.where(jnp.arange(source.shape[0]) < kept, rows.left, 0)
-    return dataclasses.replace(rows, k=cached(batch.k), v=cached(batch.v), left=left, slots=slots)
+    k, v = (_by_kind(config, stores, slots, moved) for stores in (batch.k, batch.v))
+    return dataclasses.replace(rows, k=k, v=v, left=left, slots=slots)
+
+
+def _by_kind(
+    config: ModelConfig, stores: Stores, slots: int, move: Callable[[Array, int], Array]
+) -> Stores:
+    """`move(array, slots)` for all arrays of the stores, those of rings with the slots of a ring.
+
+    A ring changes its size only where it has not gone round.
+    """
+    def moved(store: Store, slots: int) -> Store:
+        return jax.tree.map(lambda a: move(a, slots), store)
+
+    if not isinstance(stores, ByKind):
+        return moved(stores, slots)
+    full = None if stores.full is None else moved(stores.full, slots)
+    return ByKind(full, moved(stores.local, ring_slots(config, slots)))
+
+
+def _resized(a: Array, slots: int) -> Array:
+    """`[l, b, n, s, ...]` with so many slots; zeros fill those behind."""
+    a = a[:, :, :, :slots]
+    return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, slots - a.shape[3]), (0, 0)))
 
 
 @functools.partial(jax.jit, donate_argnames="batch")

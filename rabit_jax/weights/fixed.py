@@ -41,6 +41,8 @@ class FixedWeight(WeightNode):
 
     packed_weight: WeightNode = part()
 
+    paths_of = "packed_weight"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape `[..., i, o]` of the matrix."""

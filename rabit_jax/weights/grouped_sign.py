@@ -112,6 +112,7 @@ class GroupedSign(SignPaths):
     inputs: int = static()
 
     packed = PackedGroupedSign
+    paths_of = "blocks"
 
     @property
     def shape(self) -> Shape:

@@ -74,12 +74,14 @@ class WeightNode(AxisMetadata[Array]):
       packed: class of the deployed form; None for the class itself.
       header_type: of a packed class, the `type` of its header.
       header_sizes: of a packed class, the axes whose sizes its header holds, by name and in order.
+      paths_of: name of the part whose sign paths are those of the node; "" where they are its own.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
     packed: ClassVar[type[WeightNode] | None] = None
     header_type: ClassVar[str] = ""
     header_sizes: ClassVar[Mapping[str, str]] = {}
+    paths_of: ClassVar[str] = ""
 
     def __post_init__(self):
         """Raises BadInput for a field that is none of its choices."""

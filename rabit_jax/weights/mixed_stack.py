@@ -18,7 +18,6 @@ import numpy as np
 from rabit_jax.errors import BadInput
 from rabit_jax.tree import leaves, map_leaves
 from rabit_jax.types import Array, Json, Param, Params
-from rabit_jax.weights.grouped_sign import GroupedSign
 from rabit_jax.weights.leaves import Node, WeightNode, leaf_axes
 from rabit_jax.weights.residual_sign import ResidualSign
 from rabit_jax.weights.sign_paths import PackedSign
@@ -93,8 +92,12 @@ def first_paths(params: Params, paths: int) -> Params:
 
 def sign_paths(params: Params) -> list[int]:
     """The numbers of sign paths of the weights of the blocks that `first_paths` can cut."""
-    return [leaf.sizes()["k"] for path, leaf in leaves(params)
+    return [_count(leaf) for path, leaf in leaves(params)
             if path.startswith("layers/") and has_paths(leaf)]
+
+
+def _count(node: WeightNode) -> int:
+    return _count(getattr(node, node.paths_of)) if node.paths_of else node.sizes()["k"]
 
 
 def cut(path: str, leaf: Param, paths: int) -> Param:
@@ -114,8 +117,8 @@ def check_paths(paths: int, found: Sequence[int]) -> None:
 
 def has_paths(node: object) -> TypeGuard[WeightNode]:
     """Whether the first paths of a weight are a weight of the same kind."""
-    if isinstance(node, GroupedSign):
-        return has_paths(node.blocks)
+    if isinstance(node, WeightNode) and node.paths_of:
+        return has_paths(getattr(node, node.paths_of))
     return isinstance(node, WeightNode) and any(
         "k" in axes for _, axes in leaf_axes(node)) and not any(
         "k-1" in axes for _, axes in leaf_axes(node))
@@ -123,8 +126,8 @@ def has_paths(node: object) -> TypeGuard[WeightNode]:
 
 def _first(node: Node, paths: int) -> Node:
     """The node with its first paths."""
-    if isinstance(node, GroupedSign):
-        return node.replace(blocks=_first(node.blocks, paths))
+    if node.paths_of:
+        return node.replace(**{node.paths_of: _first(getattr(node, node.paths_of), paths)})
     changes: dict[str, object] = {}
     for name, axes in leaf_axes(node):
         array = getattr(node, name)

@@ -51,4 +51,6 @@ def test_servers_are_named_by_what_they_multiply(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     assert block_type(tmp_path / "m.gguf") == "Q4_0"
-    assert ours("runs/mine", 4, 512).command[-4:] == ("--slots", 4, "--context", 512)
+    mine = ours("runs/mine", 4, 512, 8)
+    assert mine.command[-6:] == ("--slots", 4, "--context", 512, "--activation-bits", 8)
+    assert mine.label == "rabit_jax runs/mine, 8-bit activations"

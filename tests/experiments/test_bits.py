@@ -71,6 +71,32 @@ def test_a_budget_that_the_paths_cannot_use_is_refused(place, ptq, capsys):
     assert "the budget is 5.5 bits per weight, wanted" in capsys.readouterr().err
 
 
+@pytest.mark.more
+def test_the_scales_of_nested_paths_train_behind_tuning(place, ptq, capsys):
+    short = ("end_to_end.steps=6", "end_to_end.batch_size=4", "end_to_end.length=24",
+             "end_to_end.log_every=1", "evaluate.models=[teacher,packed]")
+    assert ptq("name=cut", "init.spec.k=3", *TUNE, *short, "end_to_end.nested=[1,3]") == 0
+    told, lines = summary(place, "cut"), capsys.readouterr().out
+    assert "the first 1 of its paths" in lines
+    kl = [json.loads(line)["kl_1"] for line in
+          (place / "runs" / "cut" / "metrics.jsonl").read_text().splitlines() if "kl_1" in line]
+    assert len(kl) == 6 and kl[-1] < kl[0]
+    assert set(told["nested"]) == {"1", "3"}
+    assert told["nested"]["3"]["ppl"] == pytest.approx(told["packed"]["ppl"], rel=1e-5)
+    assert told["nested"]["1"]["ppl"] > told["nested"]["3"]["ppl"]
+    windows = ["--model", str(place / "runs" / "cut" / "packed"), "--paths", "1", "--ppl",
+               f"file:{place / 'eval.txt'}", "--context", "32", "--limit", "6", "--json"]
+    assert evaluate.main(windows) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    found = next(row["value"] for row in rows if row["metric"] == "perplexity")
+    assert found == pytest.approx(told["nested"]["1"]["ppl"], rel=2e-3)
+
+
+def test_nested_paths_that_the_weights_have_not_are_refused(place, ptq, capsys):
+    assert ptq("name=refused", "end_to_end.steps=2", "end_to_end.nested=[1,5]") == 2
+    assert "end_to_end.nested is [1, 5], and the weights have 2" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def nested(place):
     config = yaml.safe_load((place / "config.yaml").read_text())

@@ -165,7 +165,7 @@ def test_targets_that_cannot_be(name, words):
 
 def test_a_missing_compiler_is_one_sentence(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BadInput, match="pip install libtpu"):
+    with pytest.raises(BadInput, match=r"pip install 'jax\[tpu\]'"):
         find_target("v5e:8")
 
 

@@ -268,9 +268,13 @@ def test_a_curve_is_drawn_where_its_numbers_are():
 
 
 def test_a_wide_range_is_drawn_on_a_logarithmic_scale():
-    y = [1.0, 10.0, 100.0]
-    heights = svg_points(over_tokens("t", "u", ([0, 1, 2], y)))[:, 1]
+    y = [0.001, 0.01, 0.1]
+    drawn = over_tokens("t", "u", ([0, 1, 2], y))
+    heights = svg_points(drawn)[:, 1]
     np.testing.assert_allclose(heights[0] - heights[1], heights[1] - heights[2], atol=1e-3)
+    labels = re.findall(r">([^<>]+)</text>", drawn.replace("\N{MINUS SIGN}", "-"))
+    assert {"1e-03", "1e-02", "1e-01"} <= set(labels)
+    assert "$" not in drawn
 
 
 def test_every_layer_of_every_projection_gets_a_marker():

@@ -22,9 +22,12 @@ from rabit_jax.experiments import generate as generate_command
 from rabit_jax.experiments import serve as command
 from rabit_jax.experiments.bench import __main__ as bench
 from rabit_jax.experiments.serving.app import Served, application
+from rabit_jax.experiments.serving.settings import Settings
+from rabit_jax.experiments.serving.texts import Choice, Prompt
 from rabit_jax.experiments.serving.worker import Worker
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.packed_model import load_model
+from rabit_jax.models import serving
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.prepared import prepare
 from tests.small_models import CHAT_TEMPLATE, save_random_folders
@@ -237,6 +240,38 @@ def test_32_streams_at_once_are_what_each_is_alone(folders):
         assert len(set(wanted)) > 16
         assert len(one.worker._held) == 8  # they shared a batch
         assert one.health() == {"status": "ok", "model": "tiny", "running": 0, "waiting": 0}
+
+
+def test_short_prompts_that_wait_are_read_in_one_call(folders, monkeypatch):
+    """Sixteen in one call, a long one alone in two pieces, then four in one call."""
+    model, params, tokenizer = load_model(folders / "dense")
+    engine, sizes = prepare(model.config, params), []
+
+    def counted(name, read):
+        def call(engine, *args):
+            sizes.append((name, args[0 if name == "together" else 1].size))
+            return read(engine, *args)
+
+        monkeypatch.setattr(serving, read.__name__, call)
+
+    counted("piece", serving.read)
+    counted("together", serving.read_together)
+    prompts = [[5 + n] * (1 + n % 7) for n in range(20)]
+    prompts.insert(16, [9] * 300)
+
+    def texts(prompts):
+        made = [[] for _ in prompts]
+        settings = Settings(6, 0.0, 1.0, 0)
+        worker = Worker(engine, tokenizer, (), 32, 32, 1024)
+        worker.submit([Prompt(ids, [Choice(settings, own.append)])
+                       for ids, own in zip(prompts, made, strict=True)])
+        worker.start()
+        worker.close()
+        return ["".join(piece.text for piece in own) for own in made]
+
+    together = texts(prompts)
+    assert sizes == [("together", 64), ("piece", 256), ("piece", 64), ("together", 64)]
+    assert together == [texts([ids])[0] for ids in prompts] and len(set(together)) > 8
 
 
 def test_who_goes_frees_the_slot_and_who_comes_too_many_is_told(folders):

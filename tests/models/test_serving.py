@@ -69,6 +69,38 @@ def alone(config, engine, prompts):
             for row, stop in zip(rows, stops, strict=True)]
 
 
+@pytest.mark.parametrize("kind", ["dense", "local", "packed"])
+def test_prompts_that_are_read_together_are_as_if_alone(kinds, kind):
+    engine = prepare(*kinds[kind])
+    ids = np.concatenate(PROMPTS)
+    tokens = np.pad(ids, (0, 32 - len(ids)), constant_values=60).astype(np.int32)
+    count = np.array([len(one) for one in PROMPTS], np.int32)
+    start = np.array([0, 3, 21], np.int32)
+    prompt = np.array([0] * 3 + [1] * 18 + [2] * 11, np.int32)
+    together, finite, cache = serving.read_together(engine, tokens, prompt, start, count)
+    assert finite
+    for n, one in enumerate(PROMPTS):
+        want, own = read(engine, one)
+        logits, found = serving.one_of(
+            engine.config, together, cache, np.int32(n), start, count, 32)
+        np.testing.assert_allclose(logits, want, atol=2e-4 * float(jnp.abs(want).max()))
+        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, own)
+        for a, b in zip(jax.tree.leaves((found.k, found.v)), jax.tree.leaves((own.k, own.v)),
+                        strict=True):
+            assert not a[..., len(one):, :].any()
+            np.testing.assert_allclose(a[..., : len(one), :], b[..., : len(one), :], atol=1e-3)
+
+
+def test_a_prompt_that_overflows_is_told_of(kinds):
+    config, tree = kinds["dense"]
+    table = tree["embed"]["embedding"]
+    tree = {**tree, "embed": {"embedding": table.at[30].set(jnp.nan)}}
+    tokens, prompt = np.array([3, 4, 30], np.int32), np.array([0, 0, 1], np.int32)
+    start, count = np.array([0, 2], np.int32), np.array([2, 1], np.int32)
+    for engine, finite in ((prepare(config, tree), False), (prepare(*kinds["dense"]), True)):
+        assert serving.read_together(engine, tokens, prompt, start, count)[1] == finite
+
+
 @pytest.mark.parametrize("kind, rows, slots", [
     ("dense", 5, 48), ("local", 3, 32), pytest.param("packed", 3, 32, marks=pytest.mark.more)])
 def test_each_row_is_continued_as_if_alone(kinds, kind, rows, slots):

@@ -119,6 +119,17 @@ def test_the_latent_gives_the_same_first_paths(trained):
             kernel(small, name).positive(), kernel(large, name).positive())
 
 
+def test_scales_that_train_behind_packing_have_the_same_first_paths(trained):
+    packed = pack(trained[0])
+    for paths in (1, 2):
+        want = first_paths(packed, paths)
+        found = first_paths(fixed(packed), paths)
+        for name in KS:
+            np.testing.assert_array_equal(kernel(found, name).dense(), kernel(want, name).dense())
+            again = kernel(pack(found), name)
+            assert jax.tree.structure(again) == jax.tree.structure(kernel(want, name))
+
+
 def test_more_paths_than_there_are_is_refused(folder, tmp_path, trained):
     for paths in (0, 4):
         with pytest.raises(BadInput, match=f"paths is {paths}.* have 3 sign paths: ask for 1 to 3"):

@@ -60,7 +60,7 @@ def test_a_command_says_what_the_environment_lacks():
     ({"JAX_NUM_PROCESSES": "2"}, "no JAX_COORDINATOR_ADDRESS"),
 ])
 @pytest.mark.parametrize("name, arguments", [
-    ("generate", ["--model", "m"]),
+    ("generate", ["--model", "m", "--prompt", "p"]),
     ("serve", ["--model", "m"]),
     ("export", ["--model", "m", "--output", "o"]),
     ("push", ["--model", "m", "--repo", "a/b"]),
@@ -78,12 +78,9 @@ def test_commands_of_one_process_refuse_to_be_one_of_several(
     assert said in capsys.readouterr().err
 
 
-def test_process_0_alone_prints_a_plan_and_a_dry_run(monkeypatch, capsys):
+@pytest.mark.parametrize("option", ["--dry-run", "--plan=cpu:8"])
+def test_process_0_alone_prints_a_plan_and_a_dry_run(option, monkeypatch, capsys):
     for variable, value in OWN.items():
         monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(run, "finished", lambda code: code)
-    assert run.main(["--config", "quickstart", "--dry-run"]) == 0
+    assert run.main(["--config", "quickstart", option]) == 0
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setenv("JAX_PROCESS_ID", "0")
-    assert run.main(["--config", "quickstart", "--dry-run"]) == 0
-    assert "name: quickstart" in capsys.readouterr().out

@@ -174,8 +174,8 @@ def check(options: argparse.Namespace) -> None:
     if not options.tasks and not options.ppl:
         raise BadInput("nothing to evaluate: name --tasks, --ppl or both")
     if options.tasks and hosts.several():
-        raise BadInput("--tasks runs in one process, only --ppl in several: start the tasks in a "
-                       "command without the others")
+        raise BadInput("--tasks runs in one process, --ppl in several too: evaluate the tasks by a "
+                       "command that is started once")
     least = {"context": 2, "batch_size": 1, "limit": 1, "num_fewshot": 0, "max_length": 2}
     for name, bound in least.items():
         value = getattr(options, name)

@@ -186,6 +186,8 @@ def start(start_timeout: int, heartbeat: int) -> None:
 
     from rabit_jax import progress
 
+    _results_alone_on_stdout()
+
     # Without one coordinator address JAX asks the scheduler that started the processes.
     ours = found.source == "environment"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
@@ -207,6 +209,14 @@ def start(start_timeout: int, heartbeat: int) -> None:
         os.write(int(descriptor), b"s")
     if found.process:
         progress.silence()
+
+
+def _results_alone_on_stdout() -> None:
+    """Let what libraries write to descriptor 1 go to stderr, as Gloo's lines on its connections."""
+    sys.stdout.flush()
+    results = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(results, "w", buffering=1, encoding="utf-8")
 
 
 def finish(code: int) -> int:

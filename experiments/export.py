@@ -12,6 +12,7 @@ if __name__ == "__main__":
     watch(STOPPED, ENDED)  # before the imports below, which take seconds
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -103,7 +104,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _check_target(args: argparse.Namespace, source: Path, target: Path) -> None:
     """Raises BadInput for a target or a dtype that does not go with the format."""
-    if target.resolve() == source.resolve():
+    if os.path.realpath(target) == os.path.realpath(source):
         raise BadInput(f"--output {target} is the model itself: choose another folder")
     if args.bits is not None and args.format != "gptq":
         raise BadInput(f"--bits goes with gptq; --format {args.format} says what is stored")

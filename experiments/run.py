@@ -100,9 +100,11 @@ def execute(arguments: argparse.Namespace, made_by: str) -> int:
     start(config.hosts.start_timeout, config.hosts.heartbeat)
     folder = RunFolder(config)
 
-    def lock() -> None:
+    def lock() -> None:  # before text is read, which may take long
         if folder.exists():
-            folder.lock()  # before text is read, which may take long
+            folder.lock()
+        else:
+            folder.check()
 
     try:
         hosts.first_does(lock)

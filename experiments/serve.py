@@ -35,6 +35,7 @@ from rabit_jax.experiments.engine.console import (
     paths_option,
 )
 from rabit_jax.experiments.engine.continuing import load_for_text
+from rabit_jax.experiments.engine.streams import tell
 from rabit_jax.experiments.serving.app import Served, application
 from rabit_jax.experiments.serving.worker import Worker
 from rabit_jax.models.decoder import Decoder
@@ -237,7 +238,7 @@ class _Stopping:
             return
         self.server.should_exit = True
         waiting = self.worker.running + self.worker.waiting
-        os.write(2, f"stopping after {waiting} running texts (again to stop at once)\n".encode())
+        tell(f"stopping after {waiting} running texts (again to stop at once)\n")
 
 
 if __name__ == "__main__":

@@ -9,18 +9,23 @@ those that the umask gives a new file.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from rabit_jax.workspaces import workspace
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2
 
 
 def publish(new: Path, target: Path) -> None:
@@ -36,11 +41,19 @@ def publish(new: Path, target: Path) -> None:
     if target.is_dir():
         _replace_folder(new, target)
     else:
-        os.replace(new, target)
+        try:
+            os.replace(new, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            _replace_folder(new, target)  # another process has just made one
     _flush(target.parent)
 
 
 def _replace_folder(new: Path, target: Path) -> None:
+    if _exchanged(new, target):
+        shutil.rmtree(new, ignore_errors=True)
+        return
     with workspace(target) as place:
         old = place / "old"
         target.rename(old)
@@ -49,6 +62,16 @@ def _replace_folder(new: Path, target: Path) -> None:
         except OSError:
             old.rename(target)
             raise
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two names have changed places in one step, so that neither was ever away: only Linux
+    can, and not on every file system."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def _flush(place: Path) -> None:
@@ -69,11 +92,13 @@ def _flush(place: Path) -> None:
 def replacing(target: Path) -> Iterator[Path]:
     """Yields a path to write a file or folder at; it becomes `target` when the block ends.
 
-    Where the block raises, `target` stays as it was.
+    Where the block raises, `target` stays as it was. A link is followed: what it points to is
+    replaced, on the disk where that lies.
 
     >>> with replacing(Path("states.bin")) as new, open(new, "wb") as file:
     ...     file.write(b"...")
     """
+    target = Path(os.path.realpath(target)) if target.is_symlink() else target
     with workspace(target) as place:
         new = place / "new"
         yield new
@@ -97,9 +122,18 @@ def write_tensors(
     with replacing(target) as new:
         new.touch()
         usual = new.stat().st_mode  # safetensors leaves a file that only its owner can read
-        save_file(dict(tensors), new, metadata=None if metadata is None else dict(metadata))
+        try:
+            save_file(dict(tensors), new, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            raise _of_system(error) from error
         _order_header(new)
         new.chmod(usual)
+
+
+def _of_system(error: SafetensorError) -> Exception:
+    """The OSError that an error of the library tells of, or the error itself."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
 
 
 def _order_header(file: Path) -> None:

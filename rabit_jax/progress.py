@@ -9,7 +9,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import SupportsFloat, TypeAlias
+from typing import IO, SupportsFloat, TypeAlias, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -21,7 +21,40 @@ DRAW_SECONDS = 0.1
 LARGE = 10**9  # bytes of a model whose reading is shown
 Value: TypeAlias = SupportsFloat | str | None
 COUNTS = ("documents", "tokens")  # fields that read "12 documents", not "documents 12"
-_stderr = Console(stderr=True, highlight=False)
+
+
+class _Stderr:
+    """The stderr of the moment, for a console. Work goes on where it takes nothing any more: its
+    disk is full, its reader has ended, its terminal was closed."""
+
+    @property
+    def _now(self) -> IO[str] | None:
+        # While a bar is drawn sys.stderr itself prints above it, by this same console.
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._now, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        now = self._now
+        return now is not None and now.isatty()
+
+    def write(self, text: str) -> int:
+        now = self._now
+        with contextlib.suppress(OSError, ValueError):
+            return now.write(text) if now else 0
+        return 0
+
+    def flush(self) -> None:
+        now = self._now
+        with contextlib.suppress(OSError, ValueError):
+            if now:
+                now.flush()
+
+
+_file = _Stderr()
+_stderr = Console(file=cast(IO[str], _file), highlight=False)
 
 
 def silence() -> None:
@@ -35,7 +68,7 @@ def say(text: str, always: bool = False) -> None:
     `always` prints it in a silent process as well.
     """
     if always and _stderr.quiet:
-        print(text, file=sys.stderr)
+        _file.write(f"{text}\n")
     _stderr.print(Text(text), soft_wrap=True)
 
 

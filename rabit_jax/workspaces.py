@@ -1,4 +1,4 @@
-"""Temporary folders that vanish with their process, also where it is killed.
+"""Temporary folders that vanish with their process, also where it is killed; the user's cache.
 
 As long as a process lives it holds a lock in each of its temporary folders; one without a holder is
 removed by the next process that writes beside it.
@@ -7,6 +7,7 @@ removed by the next process that writes beside it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -15,13 +16,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from rabit_jax.errors import BadInput
+
 LOCK = ".rabit-jax-lock"  # in every temporary folder; locked while its process lives
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on files
 _open: set[Path] = set()
 
 
 @contextlib.contextmanager
 def workspace(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, on the same disk; parent folders are made."""
+    """A temporary folder beside `target`, on the same disk; parent folders are made.
+
+    An error of a full disk names `target` where it would name a file in the folder, or none.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target.parent)
     with contextlib.ExitStack() as stack:
@@ -30,13 +37,18 @@ def workspace(target: Path) -> Iterator[Path]:
         _open.add(place)
         stack.callback(_open.discard, place)
         stack.callback(shutil.rmtree, place, ignore_errors=True)
-        yield place
+        try:
+            yield place
+        except OSError as error:
+            if error.errno in FULL and str(error.filename or place).startswith(str(place)):
+                error.filename = str(target)
+            raise
 
 
 def _locked_folder(target: Path) -> tuple[Path, int]:
     """A new temporary folder and the descriptor of its lock."""
     while True:
-        place = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:200]}."))
+        place = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{shortened(target.name)}."))
         try:
             lock = os.open(place / LOCK, os.O_RDWR | os.O_CREAT)
             with contextlib.suppress(OSError):  # a file system without locks
@@ -49,6 +61,24 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
         if (place / LOCK).exists():
             return place, lock
         os.close(lock)  # Another process took it for stale before it was locked.
+
+
+def shortened(name: str, most: int = 200) -> str:
+    """The beginning of a file's name, at most so many bytes: a name may have 255."""
+    return name.encode(errors="surrogateescape")[:most].decode(errors="ignore")
+
+
+def user_cache() -> Path:
+    """`rabit_jax` in `$XDG_CACHE_HOME`, or in `~/.cache`; it need not exist.
+
+    Raises:
+      BadInput: this user has no home folder, as in containers that run under any number.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise BadInput("there is no home folder to keep a cache in (HOME is not set): set "
+                       "XDG_CACHE_HOME to a folder that can be written")
+    return Path(home) / "rabit_jax"
 
 
 @functools.cache

@@ -15,12 +15,12 @@ BASE = {"errors", "types", "atomic", "hosts", "locks", "workspaces", "progress",
 WEIGHTS = BASE | {"signs", "kernels", "weights"}
 DATA = WEIGHTS | {"calibration", "models", "formats", "data"}
 MAY = {
-    "errors": set(), "types": set(), "workspaces": set(),
+    "errors": set(), "types": set(), "workspaces": {"errors"},
     "atomic": {"errors", "workspaces"}, "locks": {"errors"},
     "hosts": {"errors", "types"},
     "progress": {"errors", "types"},
     "tree": {"errors", "types"},
-    "kernels": {"errors", "atomic", "progress"},
+    "kernels": {"errors", "atomic", "progress", "workspaces"},
     "signs": BASE,
     "weights": BASE | {"signs", "kernels"},
     "calibration": WEIGHTS,

@@ -6,6 +6,11 @@ nothing else; without it a table. Progress goes to stderr.
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.signals import ENDED, STOPPED, interrupted_by_keys, watch
+
+if __name__ == "__main__":
+    watch(STOPPED, ENDED)  # before the imports below, which take seconds
+
 import argparse
 import json
 import re
@@ -14,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rabit_jax.atomic import write_text
 from rabit_jax.experiments.bench import (
     cache,
     data,
@@ -33,6 +39,7 @@ from rabit_jax.experiments.engine.console import (
     table,
 )
 from rabit_jax.experiments.engine.machine import report
+from rabit_jax.formats.folder import read_json
 from rabit_jax.kernels.bench import aot
 from rabit_jax.kernels.bench.machine import driver
 from rabit_jax.progress import Value, say
@@ -120,16 +127,16 @@ def save(result: Json, key: str) -> None:
     """
     name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
     file = RESULTS / f"{name}.json"
-    held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    held = read_json(file) if file.exists() else {}
     held[key] = {**result, "driver": driver()}
-    RESULTS.mkdir(exist_ok=True)
-    file.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(held, indent=1) + "\n")
     say(f"saved {key} to {file}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for bad input, 130 when stopped."""
-    return main_guard(lambda: run(sys.argv[1:] if argv is None else argv))
+    with interrupted_by_keys():  # servers and programs that a benchmark has started end with it
+        return main_guard(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

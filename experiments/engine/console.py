@@ -22,16 +22,19 @@ from rich.table import Table
 from rich.text import Text
 
 from rabit_jax.errors import BadInput, ToldByFirst, first_line
+from rabit_jax.experiments.engine import streams
 from rabit_jax.experiments.engine.launch import BEGINS_AGAIN, ENDED, GOES_ON, cluster, refusal
 from rabit_jax.experiments.engine.signals import CONTINUE, RESUMABLE
 from rabit_jax.models.cache import BITS
 from rabit_jax.progress import Value, number, say
+from rabit_jax.workspaces import FULL
 
 # What every command ends with; `--help` prints it, `main_guard` does it.
 EXIT_CODES = """exit codes:
   0 done, 1 a crash (of an ablation: a cell failed), 2 bad input or a full disk (one sentence on
   stderr), 75 stopped by Ctrl-C or SIGTERM: run, ptq and ablate
-  go on and evaluate starts again by the same command; 130 other commands stopped"""
+  go on and evaluate starts again by the same command; 130 other commands stopped; 141 what read
+  stdout has ended"""
 
 
 def table(
@@ -44,21 +47,30 @@ def table(
         drawn.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(number(value)) for value in row))
-    console = Console(stderr=not stdout, highlight=False)
+    console = _Console(stderr=not stdout, highlight=False)
     if not console.is_terminal:
-        console = Console(stderr=not stdout, highlight=False, width=200)
+        console = _Console(stderr=not stdout, highlight=False, width=200)
     console.print(drawn)
+
+
+class _Console(Console):
+    """A console that leaves a pipe without a reader to `main_guard`."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error again; rich itself would end the process with code 1."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def main_guard(
     function: Callable[[], int | None], resumable: bool = False, several: bool = False
 ) -> int:
-    """Run a command's main and return its exit code: what it returns, or 2, 75 or 130.
+    """Run a command's main and return its exit code: what it returns, or 2, 75, 130 or 141.
 
     2 for `BadInput`, a full disk and a file that the system refuses (one sentence on stderr); when
-    interrupted 75 if the command is `resumable`, else 130; any other exception is a bug and
-    propagates. A command that knows nothing of `several` processes is refused where the environment
-    names them, for each would write the same files.
+    interrupted 75 if the command is `resumable`, else 130; 141, without a word, where what reads
+    stdout has ended; any other exception is a bug and propagates. A command that knows nothing of
+    `several` processes is refused where the environment names them, for each would write the same
+    files.
     """
     # Of transformers a command uses the tokenizers; it would say on stderr that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -67,10 +79,15 @@ def main_guard(
     _quiet_about_full_disks()
     full = False
     try:
-        return _outcome(function if several else partial(_alone, function), resumable)
+        code = _outcome(function if several else partial(_alone, function), resumable)
+        if sys.stdout:
+            sys.stdout.flush()  # so that a full disk or a reader that has ended is found here
+        return code
     except Exception as error:
+        if streams.unread(error):
+            return streams.UNREAD
         full = _disk_full(error)
-        sentence = f"the disk is full: free some space{again}" if full else _refused(error)
+        sentence = f"{_full(error)}: free some space{again}" if full else _refused(error)
         if not sentence:
             raise
         say(f"error: {BadInput(sentence)}", always=True)
@@ -100,7 +117,7 @@ def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
         if not (cluster() and any(word in str(error) for word in LOST)):
             raise
         then = GOES_ON if resumable else BEGINS_AGAIN
-        print(f"{ENDED}; {then} ({first_line(error)[:150]})", file=sys.stderr)
+        say(f"{ENDED}; {then} ({first_line(error)[:150]})", always=True)
         return RESUMABLE
     except KeyboardInterrupt:
         if not resumable:
@@ -112,7 +129,6 @@ def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
 
 # In errors of collectives whose other side has gone.
 LOST = ("Gloo", "coordination", "UNAVAILABLE", "NCCL", "Connection")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _disk_full(error: BaseException | None) -> bool:
@@ -122,26 +138,43 @@ def _disk_full(error: BaseException | None) -> bool:
     """
     while error is not None:
         text = str(error)
-        if getattr(error, "errno", None) in _FULL or any(os.strerror(n) in text for n in _FULL):
+        if getattr(error, "errno", None) in FULL or any(os.strerror(n) in text for n in FULL):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
+def _full(error: BaseException | None) -> str:
+    """That the disk is full, and for which file where an error on the way knows it."""
+    while error is not None:
+        if name := getattr(error, "filename", None):
+            return f"the disk is full, {_short(name)} cannot be written"
+        error = error.__cause__ or error.__context__
+    return "the disk is full"
+
+
+def _short(name: object) -> str:
+    text = str(name)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 # Answers of the system that no command can prevent: a path of the user's that it does not take, or
 # a file or device that went away or fell ill under a command.
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
-            errno.EISDIR, errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV,
-            errno.EMFILE, errno.ENFILE)
+            errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.EIO, errno.ESTALE,
+            errno.ENXIO, errno.ENODEV, errno.EMFILE, errno.ENFILE)
 
 
 def _refused(error: Exception) -> str:
     """What the system refused to do with a file, "" where the error is of another kind."""
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        found = error.object[max(0, error.start - 40) : error.end + 40]
+        return (f"a name or a text holds bytes that are no UTF-8 ({found!r}): rename the file, or "
+                "convert the text")
     if not isinstance(error, OSError) or error.errno not in _REFUSED:
         return ""
-    name = str(error.filename or "a file")
-    shown = name if len(name) <= 300 else f"{name[:300]}..."
-    return (f"cannot use {shown} ({error.strerror}): correct the path, or see that this user may "
+    name = _short(error.filename or "a file")
+    return (f"cannot use {name} ({error.strerror}): correct the path, or see that this user may "
             "read and write there")
 
 

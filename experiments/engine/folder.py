@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 from rabit_jax import BadInput
@@ -48,6 +50,19 @@ class RunFolder:
         except OSError as error:
             raise self._unwritable(error) from error
         self._locked = True
+
+    def check(self) -> None:
+        """Raises BadInput where the folder could not be made: a run finds that out before it reads
+        text, which may take hours."""
+        try:
+            here = self.path.absolute()
+            place = next(p for p in (here, *here.parents) if p.exists())
+            if not place.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def exists(self) -> bool:
         """Whether a run was started in the folder."""

@@ -20,6 +20,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rabit_jax.experiments.engine import streams
+
 RESUMABLE = 75  # exit code: stopped, the same command goes on or begins again
 STARTED = "RABIT_JAX_STARTED"  # descriptor on which the child tells its parent that all are there
 ENDED = "another process of this run has ended, or the network to it"
@@ -115,6 +117,7 @@ def supervised(then: str = GOES_ON) -> None:
         sys.exit(2)
     if found is None:
         return
+    streams.prepare()
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
     child = os.fork()
@@ -216,7 +219,7 @@ def _results_alone_on_stdout() -> None:
     sys.stdout.flush()
     results = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(results, "w", buffering=1, encoding="utf-8")
+    sys.stdout = open(results, "w", buffering=1, encoding=sys.stdout.encoding, errors=streams.ANY)
 
 
 def finish(code: int) -> int:
@@ -228,8 +231,7 @@ def finish(code: int) -> int:
     found = cluster()
     if found is None or code == 0:
         return code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    streams.settle()
     if found.process == 0:
         time.sleep(2)  # the first is the coordinator: the others still say their own sentence
     os._exit(code)

@@ -126,6 +126,8 @@ def wrong(key: str, value: object, wanted: Annotation) -> BadInput:
         hint = " other than nan"
     elif (kind is str or any(isinstance(c, str) for c in choices)) and isinstance(value, bool):
         hint = " (YAML reads a bare yes, no, on or off as true or false: quote the word)"
+    elif kind is int and str(value).lstrip("-").isdecimal():
+        hint = " of 64 bits"
     elif kind is str and isinstance(value, str):
         hint = " without NUL and lone surrogates"
     elif kind is str and value is not None and not isinstance(value, list | dict):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
 from rabit_jax import (
     LLAMA_ENDS,
@@ -28,8 +28,12 @@ from rabit_jax.types import Array, Params, Spec
 from rabit_jax.weights.group_uniform import GroupUniformSpec
 
 # Bounds are checked where a config is loaded, what concerns two settings by `__post_init__`.
+# Sizes and steps are 32-bit integers on the device.
+MOST = 2**31 - 1
+PositiveInt: TypeAlias = Annotated[int, Field(gt=0, le=MOST)]
+NonNegativeInt: TypeAlias = Annotated[int, Field(ge=0, le=MOST)]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Length: TypeAlias = Annotated[int, Field(ge=2)]  # tokens: one is read, the next is predicted
+Length: TypeAlias = Annotated[int, Field(ge=2, le=MOST)]  # one is read, the next is predicted
 
 
 def check_folder_name(name: str, what: str) -> None:

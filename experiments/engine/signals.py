@@ -15,12 +15,12 @@ import contextlib
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from rabit_jax.experiments.engine import streams
 from rabit_jax.experiments.engine.launch import RESUMABLE, STARTED
 from rabit_jax.workspaces import remove_workspaces
 
@@ -55,6 +55,7 @@ def watch(message: str, code: int = RESUMABLE) -> None:
 
     Called in the first line of a command; `stopping_between_steps` puts the end off.
     """
+    streams.prepare()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     _watch.message, _watch.code = message, code
@@ -84,10 +85,8 @@ def _answer() -> None:
 def end(message: str) -> None:
     """End the process now, with the exit code that is watched for; temporary files are removed."""
     remove_workspaces()
-    with contextlib.suppress(OSError, ValueError):
-        # A progress bar has hidden the cursor of a terminal.
-        shown = "\033[?25h\n" if sys.stderr.isatty() else ""
-        os.write(2, f"{shown}{message}\n".encode())
+    # A progress bar has hidden the cursor of a terminal.
+    streams.tell(("\033[?25h\n" if os.isatty(2) else "") + f"{message}\n")
     os._exit(_watch.code)
 
 
@@ -104,7 +103,7 @@ def stopping_between_steps(run: Stoppable, when: str) -> Iterator[None]:
         if run.stopped:
             end(CONTINUE)
         run.stopped = True
-        os.write(2, f"stopping {when} (again to stop at once)\n".encode())
+        streams.tell(f"stopping {when} (again to stop at once)\n")
 
     def handler(*_: object) -> None:
         if run.stopped:

@@ -21,7 +21,14 @@ from rabit_jax.data.hub_stream import hub_stream
 from rabit_jax.data.mix import has_conversations
 from rabit_jax.data.sources import documents, mixed, unseen_documents
 from rabit_jax.data.tokenizer import train_tokenizer
-from rabit_jax.data.tokens import TokenText, batch, tokenise, tokenise_stream, windows
+from rabit_jax.data.tokens import (
+    TokenText,
+    batch,
+    tokenise,
+    tokenise_stream,
+    windows,
+    writing_to,
+)
 from rabit_jax.experiments.engine.records import digests, read_record, write_record
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.formats.checkpoint import folder_config
@@ -88,7 +95,7 @@ class Text:
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         place = Path(data.cache) / f"tokenizer-{data.vocab_size}-{digest}"
         if not _sound(place):
-            with replacing(place) as new:
+            with writing_to(data.cache), replacing(place) as new:
                 save_tokenizer(train_tokenizer(texts, data.vocab_size), new)
                 files = [file.name for file in new.iterdir()]
                 write_record(new / SUMS, digests(new, sorted(files)))

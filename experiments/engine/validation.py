@@ -147,9 +147,11 @@ def _read_int(value: object) -> int:
     except ValueError:  # 1e3
         number = _read_float(value)
     if isinstance(number, float) and number.is_integer():
-        return int(number)
+        number = int(number)
     if isinstance(number, bool) or not isinstance(number, int):
         raise ValueError("not an integer")
+    if abs(number) >= 2**63:  # more than arrays and counters of the libraries hold
+        raise ValueError("not an integer of 64 bits")
     return number
 
 

@@ -31,6 +31,7 @@ import numpy as np
 from rabit_jax.atomic import replacing
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.progress import say
+from rabit_jax.workspaces import user_cache
 
 SETTING = "RABIT_NATIVE"
 SOURCES = Path(__file__).parent / "native"
@@ -125,15 +126,17 @@ def _file() -> Path:
     """Where the library of these sources lies or will lie.
 
     Raises:
-      Missing: no compiler.
+      Missing: no compiler, or no place to keep it.
     """
     compiler = _compiler()
     parts = [file.name + file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir())]
     parts += [repr((FLAGS, _files())), _version(compiler), jaxlib.version.__version__,
               platform.machine(), platform.system()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "rabit_jax" / f"cpu-{key}.so"
+    try:
+        return user_cache() / f"cpu-{key}.so"
+    except BadInput as error:
+        raise Missing(str(error)) from None
 
 
 def _compiler() -> tuple[str, ...]:

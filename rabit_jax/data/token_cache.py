@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,7 +79,7 @@ def read_header(path: Path) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
-        print(f"token cache {path} is damaged; building it again", file=sys.stderr)
+        say(f"token cache {path} is damaged; building it again")
         return None
     return header
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,7 +106,8 @@ def tokenise_stream(
     if header is None:
         key = side.name.partition(".")[0]
         header = _build(cache_dir, key, parts, tokenizer, what)
-        write_text(side, json.dumps({"digest": header["digest"], "recipe": recipe}, indent=1))
+        with writing_to(cache_dir):
+            write_text(side, json.dumps({"digest": header["digest"], "recipe": recipe}, indent=1))
     return _opened(cache_dir, header)
 
 
@@ -126,9 +128,16 @@ def _build(
     what: str,
     size: int | None = None,
 ) -> dict:
-    try:
+    with writing_to(cache_dir):
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         return build(Path(cache_dir), key, parts, tokenizer, what, size)
+
+
+@contextlib.contextmanager
+def writing_to(cache_dir: str | Path) -> Iterator[None]:
+    """Inside, an OSError becomes BadInput: the token cache cannot be written."""
+    try:
+        yield
     except OSError as error:
         raise BadInput(
             f"cannot write the token cache in {str(cache_dir)!r} ({error.strerror or error});"

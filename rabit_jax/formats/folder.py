@@ -166,7 +166,9 @@ def write_folder(
             if tokenizer is not None:
                 save_tokenizer(tokenizer, new)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"cannot write model folder {folder}: {error}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BadInput(f"cannot write model folder {folder} ({reason}): free space there or choose "
+                       "another place") from error
     return folder
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.formats.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from rabit_jax.formats.gguf_tokenizer import end_ids, read_tokenizer
 from rabit_jax.types import Json
+from rabit_jax.workspaces import shortened, user_cache
 
 LINK = "model.gguf"
 VERSION = 2  # of what is written into the folder; a new one makes new folders
@@ -91,8 +91,8 @@ def gguf_folder(path: Path) -> Path:
       BadInput: a damaged file, or an architecture, field or tokenizer that is not supported.
     """
     path = path.resolve()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rabit_jax" / "gguf"
-    folder = cache / f"{path.stem}-{_digest(path)}"
+    cache = user_cache() / "gguf"
+    folder = cache / f"{shortened(path.stem)}-{_digest(path)}"
     if (folder / LINK).exists() and (folder / LINK).resolve() == path:
         return folder
     file = read_gguf(path)

@@ -52,7 +52,7 @@ def read_tokenizer(fields: Json, architecture: str) -> Tokenizer:
     try:
         return _built(fields, vocabulary(fields), architecture)
     except BaseException as error:  # the Rust library raises plain Exception, and panics
-        if isinstance(error, (BadInput, KeyboardInterrupt, SystemExit)):
+        if isinstance(error, BadInput | ImportError | OSError | KeyboardInterrupt | SystemExit):
             raise
         raise BadInput(f"the tokenizer in the GGUF file contradicts itself "
                        f"({first_line(error)[:200]}): fetch the file again") from error

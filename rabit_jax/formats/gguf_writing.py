@@ -7,6 +7,8 @@ own, matrices go into blocks of integers without rounding (`gguf_blocks`).
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -93,7 +95,9 @@ def save_gguf(
             _write(new, fields, tensors, flat, done)
             _check(new, config)
     except OSError as error:
-        raise BadInput(f"cannot write {file}: {error}") from error
+        reason = error.strerror or os.strerror(errno.ENOSPC)  # NumPy gives none of a full disk
+        raise BadInput(f"cannot write {file} ({reason}): free space there or choose another "
+                       "place") from error
     found = [one.type for one in tensors.values()]
     return {kind: found.count(kind) for kind in sorted(set(found))}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +17,7 @@ from jaxtyping import Bool, PyTree, UInt32
 from rabit_jax import hosts
 from rabit_jax.atomic import free_name, remove
 from rabit_jax.errors import BadInput, first_line
+from rabit_jax.progress import say
 from rabit_jax.types import Array
 
 # Orbax logs every error with its traceback in each of its threads and raises it as well.
@@ -195,7 +195,7 @@ class Checkpoints:
                 error = failure
             if not hosts.all_agree(error is None):
                 error = error or "another process cannot read it"
-                print(f"{error}; trying the one before it", file=sys.stderr)
+                say(f"{error}; trying the one before it", always=True)
                 bad.append(step)
                 found = None  # before the next one is read
                 continue
@@ -230,7 +230,7 @@ class Checkpoints:
             file = self.folder / str(step) / _TIMES
             if not os.path.lexists(file) or _is_small_json(file):
                 continue
-            print(f"{file} is damaged and was removed: it holds times alone", file=sys.stderr)
+            say(f"{file} is damaged and was removed: it holds times alone", always=True)
             remove(file)
 
     def _set_aside(self, step: int) -> None:

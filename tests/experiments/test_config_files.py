@@ -6,6 +6,7 @@ import pytest
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.config import load_config
+from rabit_jax.experiments.engine.settings import RunConfig
 
 
 @dataclass(frozen=True)
@@ -108,3 +109,12 @@ def test_a_file_without_end_is_not_read_to_its_end():
     with pytest.raises(BadInput, match="/dev/zero is too large for a config"):
         load_config(Config, "/dev/zero")
 
+
+
+@pytest.mark.parametrize("key", ["qat.steps", "qat.batch_size", "qat.length", "qat.watch_every",
+                                 "calibrate.sequences", "evaluate.windows"])
+def test_what_a_device_counts_fits_into_32_bits(key):
+    """Else the first array that holds it ends the run with a traceback."""
+    assert load_config(RunConfig, None, [f"{key}={2**31 - 1}"])
+    with pytest.raises(BadInput, match=f"'{key}' is {2**31}: it must be less than or equal to"):
+        load_config(RunConfig, None, [f"{key}={2**31}"])

@@ -45,7 +45,7 @@ def test_exit_codes(capsys):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EROFS, errno.ENOENT,
-                                    errno.EIO, errno.ESTALE, errno.ENOTDIR])
+                                    errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.EEXIST])
 def test_a_file_that_the_system_refuses_is_one_sentence(capsys, number):
     name = "a\nb" + "x" * 3000
     assert console.main_guard(raising(OSError(number, os.strerror(number), name))) == 2
@@ -56,12 +56,28 @@ def test_a_file_that_the_system_refuses_is_one_sentence(capsys, number):
         console.main_guard(raising(OSError(errno.EINVAL, "a bug")))
 
 
+def test_a_name_that_is_no_utf_8_is_one_sentence(capsys):
+    """Such as the name of a model folder that its card is to hold."""
+    def main():
+        ("a model called " + os.fsdecode(b"caf\xe9")).encode()
+
+    assert console.main_guard(main) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: a name or a text holds bytes that are no UTF-8")
+    assert "a model called caf" in err
+    assert err.count("\n") == 1
+
+
 def test_a_full_disk_is_one_sentence_however_deep_it_lies(capsys):
     assert console.main_guard(raising(OSError(errno.ENOSPC, "No space left on device"))) == 2
     wrapped = RuntimeError("save failed")
     wrapped.__cause__ = ValueError("RESOURCE_EXHAUSTED: write: No space left on device")
     assert console.main_guard(raising(wrapped)) == 2
-    assert capsys.readouterr().err.count("error: the disk is full") == 2
+    assert capsys.readouterr().err.count("error: the disk is full: free some space") == 2
+    named = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "runs/a/config.yaml")
+    assert console.main_guard(raising(named)) == 2
+    said = "error: the disk is full, runs/a/config.yaml cannot be written: free some space\n"
+    assert capsys.readouterr().err == said
 
 
 SAVING = """

@@ -168,6 +168,18 @@ def test_one_object_on_stdout_and_in_the_file(folders, evaluate, harness, tmp_pa
     assert rows[f"file:{folders / 'text.txt'}", "perplexity"]["samples"] == 4
 
 
+def test_the_file_is_written_before_stdout_which_may_be_lost(folders, tmp_path, monkeypatch):
+    def lost(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "table", lost)
+    text, file = folders / "text.txt", tmp_path / "result.json"
+    with pytest.raises(BrokenPipeError):
+        command.main(["--model", str(folders / "packed"), "--ppl", f"file:{text}", "--limit", "8",
+                      "--context", "32", "--batch-size", "8", "--output", str(file)])
+    assert json.loads(file.read_text())["rows"]
+
+
 def test_the_table_states_the_context(folders, evaluate):
     code, out, err = evaluate("--model", folders / "packed", "--context", 16,
                               "--ppl", f"file:{folders / 'text.txt'}")

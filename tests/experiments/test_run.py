@@ -10,9 +10,25 @@ from huggingface_hub import ModelCard
 
 from rabit_jax import GroupUniformSpec, convert, load_hf, pack
 from rabit_jax.experiments import run as command
+from rabit_jax.experiments.engine import folder
 from rabit_jax.formats.packed_model import load_packed
 
 STAGES = ["teacher", "calibrate", "init", "qat", "evaluate", "pack", "generate"]
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_text_is_read(
+    place, run, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "opened", lambda *_: pytest.fail("text is read first"))
+    assert run(place, f"output={place / 'train.txt'}") == 2
+    assert run(place, f"output={place}", "name=train.txt") == 2
+    monkeypatch.setattr(folder.os, "access", lambda *_: False)  # as for a disk that is read-only
+    assert run(place, "name=new") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition("(")[2] for line in lines] == [
+        "Not a directory); set output to another place"] * 2 + [
+        "Permission denied); set output to another place"]
+    assert not (place / "runs").exists()
 
 
 def test_a_run_leaves_what_the_contract_names(finished):

@@ -41,7 +41,7 @@ def signalled(process, number, word):
 @BOTH
 @pytest.mark.parametrize("command, ends", [
     *((name, 75) for name in ("run", "ptq", "ablate", "evaluate")),
-    *((name, 130) for name in ("generate", "serve", "export", "push")),
+    *((name, 130) for name in ("generate", "serve", "export", "push", "bench", "fetch_models")),
 ])
 def test_a_signal_during_the_imports_is_answered_at_once(tmp_path, command, ends, number):
     """The first heavy import is one of NumPy or JAX; here it never ends."""

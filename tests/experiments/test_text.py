@@ -46,6 +46,12 @@ def test_a_mix_gives_tokeniser_tokens_and_batches(data, monkeypatch):
     assert np.array_equal(again.windows(again.unseen), found.windows(found.unseen))
 
 
+def test_a_cache_that_cannot_be_written_is_told_by_its_setting(data, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(BadInput, match="cannot write the token cache in .*set data.cache"):
+        print(text(data).tokenizer)
+
+
 def test_without_unseen_parts_there_is_no_unseen_text(data):
     assert text(dataclasses.replace(data, mix_unseen=())).unseen is None
 

@@ -168,6 +168,12 @@ def test_a_folder_of_one_gguf_file_is_a_model_and_its_cache_is_used_again(
         read_config(tmp_path)
 
 
+def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path, byte_level, cache):
+    file = tmp_path / f"{'é' * 125}.gguf"
+    write(file, "llama", byte_level)
+    assert find_folder(file).parent == cache / "rabit_jax" / "gguf"
+
+
 def _llama3(base, size, factor, low, high, trained):
     """Divisors as llama.cpp's converter computes them, frequency by frequency."""
     found = []

@@ -72,6 +72,15 @@ def test_a_cache_folder_that_cannot_be_written_is_named(monkeypatch, capfd, tmp_
     assert str(tmp_path) in capfd.readouterr().err
 
 
+def test_without_a_home_folder_one_line_says_so(monkeypatch, capfd):
+    def nowhere():
+        raise BadInput("there is no home folder")
+
+    monkeypatch.setattr(module, "user_cache", nowhere)
+    assert library() is None and module.status() == "JAX (there is no home folder)"
+    assert "slower JAX path on this CPU: there is no home folder" in capfd.readouterr().err
+
+
 def test_the_name_follows_sources_and_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "g++ -Dwhatever")
     if not shutil.which("g++"):

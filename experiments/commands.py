@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 
+from rabit_jax.experiments.engine.launch import BEGINS_AGAIN, GOES_ON, supervised
 from rabit_jax.experiments.engine.signals import (
     AGAIN,
     CELLS,
@@ -20,12 +21,12 @@ from rabit_jax.experiments.engine.signals import (
 
 def run(argv: list[str] | None = None) -> int:
     """`rabit-run`."""
-    return _start("run", CONTINUE, argv)
+    return _start("run", CONTINUE, argv, several=GOES_ON)
 
 
 def ptq(argv: list[str] | None = None) -> int:
     """`rabit-ptq`."""
-    return _start("ptq", CONTINUE, argv)
+    return _start("ptq", CONTINUE, argv, several=GOES_ON)
 
 
 def ablate(argv: list[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def ablate(argv: list[str] | None = None) -> int:
 
 def evaluate(argv: list[str] | None = None) -> int:
     """`rabit-evaluate`."""
-    return _start("evaluate", AGAIN, argv)
+    return _start("evaluate", AGAIN, argv, several=BEGINS_AGAIN)
 
 
 def generate(argv: list[str] | None = None) -> int:
@@ -58,11 +59,16 @@ def push(argv: list[str] | None = None) -> int:
     return _start("push", STOPPED, argv, ENDED)
 
 
-def _start(name: str, stopped: str, argv: list[str] | None, code: int = RESUMABLE) -> int:
+def _start(
+    name: str, stopped: str, argv: list[str] | None, code: int = RESUMABLE, several: str = ""
+) -> int:
     """Watch signals, then import and run a command; `stopped` is what one that ends it prints.
 
-    With `argv` it is a call from Python, whose process goes on after a signal.
+    A command that may be several processes has in `several` what it says to do where another one
+    ends. With `argv` it is a call from Python, whose process goes on after a signal.
     """
     if argv is None:
+        if several:
+            supervised(several)
         watch(stopped, code)
     return importlib.import_module(f"rabit_jax.experiments.{name}").main(argv)

@@ -13,9 +13,11 @@ each scored from its own past alone, as published figures are. Texts:
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.launch import BEGINS_AGAIN, supervised
 from rabit_jax.experiments.engine.signals import AGAIN, watch
 
 if __name__ == "__main__":
+    supervised(BEGINS_AGAIN)  # before any thread begins
     watch(AGAIN)  # before the imports below, which take seconds
 
 import argparse
@@ -25,10 +27,12 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 
+from rabit_jax import hosts
 from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
 from rabit_jax.evaluate.texts import check_name, read_text
@@ -48,8 +52,11 @@ from rabit_jax.experiments.engine.evaluation import (
     perplexity_rows,
     task_rows,
 )
+from rabit_jax.experiments.engine.launch import finish, start
 from rabit_jax.experiments.engine.machine import report
+from rabit_jax.experiments.engine.settings import Hosts
 from rabit_jax.formats.folder import find_folder, is_run_folder
+from rabit_jax.types import Json
 from rabit_jax.weights.description import describe
 
 COLUMNS = ("name", "metric", "value", "stderr", "shots", "samples", "context")
@@ -64,7 +71,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, or 2 for bad input (one sentence on stderr)."""
-    return main_guard(lambda: run(sys.argv[1:] if argv is None else argv))
+    arguments = sys.argv[1:] if argv is None else argv
+    return finish(main_guard(lambda: run(arguments), several=True))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,17 +112,19 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Evaluate and print the result to stdout.
+    """Evaluate and print the result to stdout; of several processes the first prints.
 
     Raises:
       BadInput: an option, name, file, model or data set that cannot be used.
     """
     options = parser().parse_args(arguments)
-    check(options)
-    if not is_run_folder(Path(os.path.expanduser(options.model))):
-        find_folder(options.model)  # before data are fetched for a name that is mistyped
+    limits = Hosts()
+    start(limits.start_timeout, limits.heartbeat)
+    hosts.first_does(lambda: check(options))
+    # Before data are fetched for a name that is mistyped.
+    hosts.first_before_others(lambda: fetch_model(options.model))
     tasks = load_tasks(options.tasks, options.include_path) if options.tasks else None
-    texts = {name: read_text(name) for name in options.ppl}
+    texts = {name: hosts.first_before_others(partial(read_text, name)) for name in options.ppl}
     subject = load_subject(options.model, options.paths)
     check_model(options, subject)
     begin = begin_token(subject, options.begin) if texts else None
@@ -136,7 +146,18 @@ def run(arguments: Sequence[str]) -> None:
     }
     if tasks:
         result["versions"]["lm-eval"] = importlib.metadata.version("lm-eval")
-    text = json.dumps(result, allow_nan=False)
+    hosts.first_does(lambda: show(options, result, size.size))
+
+
+def fetch_model(path: str) -> None:
+    """Fetch a model of the hub, or refuse a name that is no model's; a run folder is read later."""
+    if not is_run_folder(Path(os.path.expanduser(path))):
+        find_folder(path)
+
+
+def show(options: argparse.Namespace, result: Json, size: str) -> None:
+    """Print the result, and write it where the options ask for that."""
+    text, rows = json.dumps(result, allow_nan=False), result["rows"]
     if options.output:  # first, for stdout may be a pipe that nobody reads any more
         write_text(Path(options.output), text + "\n")
     if options.json:
@@ -145,13 +166,16 @@ def run(arguments: Sequence[str]) -> None:
         only = f", the first {options.limit} of each only" if options.limit else ""
         table(f"{options.model}{only}: {result['device']}, {result['date']}", COLUMNS,
               [[row[name] for name in COLUMNS] for row in rows], stdout=True)
-        print(f"bits per weight: {size.size}")
+        print(f"bits per weight: {size}")
 
 
 def check(options: argparse.Namespace) -> None:
     """Raise BadInput for what can be seen before anything is read."""
     if not options.tasks and not options.ppl:
         raise BadInput("nothing to evaluate: name --tasks, --ppl or both")
+    if options.tasks and hosts.several():
+        raise BadInput("--tasks runs in one process, --ppl in several too: evaluate the tasks by a "
+                       "command that is started once")
     least = {"context": 2, "batch_size": 1, "limit": 1, "num_fewshot": 0, "max_length": 2}
     for name, bound in least.items():
         value = getattr(options, name)

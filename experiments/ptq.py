@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+from rabit_jax.experiments.engine.launch import supervised
 from rabit_jax.experiments.engine.signals import CONTINUE, watch
 
 if __name__ == "__main__":
+    supervised()  # before any thread begins
     watch(CONTINUE)  # before the imports below, which take seconds
 
 import sys

@@ -39,8 +39,8 @@ from rabit_jax.experiments.engine.console import main_guard
 from rabit_jax.experiments.engine.fitting import Measure
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params, check_settings
+from rabit_jax.experiments.engine.launch import cluster, start
 from rabit_jax.experiments.engine.launch import finish as finished
-from rabit_jax.experiments.engine.launch import start
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.stages import run_stages
 from rabit_jax.experiments.engine.tasks import STAGE_NAMES, opened, task_stages
@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     command = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_intermixed_args(command)
     made_by = " ".join(["python -m experiments.run", *command])
-    return finished(main_guard(lambda: execute(arguments, made_by), resumable=True))
+    code = main_guard(lambda: execute(arguments, made_by), resumable=True, several=True)
+    return finished(code)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
 
 def execute(arguments: argparse.Namespace, made_by: str) -> int:
     """The run itself; `made_by` is the command that the summary names."""
+    found = cluster()
+    if found and found.process and (arguments.plan or arguments.dry_run):
+        return 0  # process 0 prints it
     if arguments.plan:
         from rabit_jax.experiments.planning.plan import plan  # no run needs it
 

@@ -24,6 +24,7 @@ from rabit_jax.errors import BadInput, ToldByFirst
 from rabit_jax.types import Json
 
 T = TypeVar("T")
+SHORTEST = 256  # bytes of a message
 
 
 def several() -> bool:
@@ -99,11 +100,12 @@ def _from_first(value: Json) -> Json:
     """A JSON object of the first process, in all of them."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-    padded = np.zeros(length, np.uint8)
+    # In few lengths, for each is compiled anew.
+    padded = np.zeros(max(SHORTEST, 1 << (length - 1).bit_length()), np.uint8)
     if first():
-        padded[:] = text
+        padded[:length] = text
     found = np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)
-    return json.loads(found.tobytes().decode())
+    return json.loads(found[:length].tobytes().decode())
 
 
 def whole(tree: PyTree, everywhere: bool = True) -> PyTree:

@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from rabit_jax.experiments.engine.console import common_options
+from rabit_jax.experiments.engine.console import common_options, main_guard
 
 DEVICES = 8
 MESHES = {"data 8": (8, 1), "tensor 8": (1, 8), "data 2, tensor 4": (2, 4)}
@@ -100,12 +100,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("mesh-trajectories.svg"), help="the plot")
     arguments = parser.parse_args(argv)
+    return main_guard(lambda: _run(arguments.steps, arguments.output))
+
+
+def _run(steps: int, output: Path) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    for name, gap in draw(arguments.steps, arguments.output).items():
-        print(f"{name}: relative difference {gap:.1e} after {arguments.steps} steps")
-    return 0
+    for name, gap in draw(steps, output).items():
+        print(f"{name}: relative difference {gap:.1e} after {steps} steps")
 
 
 if __name__ == "__main__":

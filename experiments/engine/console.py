@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -22,7 +23,7 @@ from rich.text import Text
 
 from rabit_jax.errors import BadInput, ToldByFirst, first_line
 from rabit_jax.experiments.engine import streams
-from rabit_jax.experiments.engine.launch import ENDED, cluster
+from rabit_jax.experiments.engine.launch import BEGINS_AGAIN, ENDED, GOES_ON, cluster, refusal
 from rabit_jax.experiments.engine.signals import CONTINUE, RESUMABLE
 from rabit_jax.models.cache import BITS
 from rabit_jax.progress import Value, number, say
@@ -60,12 +61,16 @@ class _Console(Console):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-def main_guard(function: Callable[[], int | None], resumable: bool = False) -> int:
+def main_guard(
+    function: Callable[[], int | None], resumable: bool = False, several: bool = False
+) -> int:
     """Run a command's main and return its exit code: what it returns, or 2, 75, 130 or 141.
 
     2 for `BadInput`, a full disk and a file that the system refuses (one sentence on stderr); when
     interrupted 75 if the command is `resumable`, else 130; 141, without a word, where what reads
-    stdout has ended; any other exception is a bug and propagates.
+    stdout has ended; any other exception is a bug and propagates. A command that knows nothing of
+    `several` processes is refused where the environment names them, for each would write the same
+    files.
     """
     # Of transformers a command uses the tokenizers; it would say on stderr that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -74,7 +79,7 @@ def main_guard(function: Callable[[], int | None], resumable: bool = False) -> i
     _quiet_about_full_disks()
     full = False
     try:
-        code = _outcome(function, resumable)
+        code = _outcome(function if several else partial(_alone, function), resumable)
         if sys.stdout:
             sys.stdout.flush()  # so that a full disk or a reader that has ended is found here
         return code
@@ -93,6 +98,13 @@ def main_guard(function: Callable[[], int | None], resumable: bool = False) -> i
             sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
 
 
+def _alone(function: Callable[[], int | None]) -> int | None:
+    """What a command returns that runs in one process; raises BadInput as one of several."""
+    if why := refusal():
+        raise BadInput(why)
+    return function()
+
+
 def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
     try:
         return function() or 0
@@ -104,7 +116,8 @@ def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
     except RuntimeError as error:
         if not (cluster() and any(word in str(error) for word in LOST)):
             raise
-        say(f"{ENDED} ({first_line(error)[:150]})", always=True)
+        then = GOES_ON if resumable else BEGINS_AGAIN
+        say(f"{ENDED}; {then} ({first_line(error)[:150]})", always=True)
         return RESUMABLE
     except KeyboardInterrupt:
         if not resumable:

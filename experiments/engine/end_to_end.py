@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from rabit_jax import pack
+from rabit_jax import hosts, pack
 from rabit_jax.experiments.engine.fitting import fit, keep, kept
+from rabit_jax.experiments.engine.inputs import abstract_params
 from rabit_jax.experiments.engine.job import Job, block_name, trained
 from rabit_jax.experiments.engine.packing import (
     sizes,
@@ -29,9 +30,9 @@ from rabit_jax.models.decoder import Decoder
 from rabit_jax.train.checkpoints import abstract
 from rabit_jax.train.losses import distillation_loss, nested_loss
 from rabit_jax.train.optimizer import merge, partition, roles
-from rabit_jax.train.sharding import one_device_mesh
+from rabit_jax.train.sharding import one_device_mesh, param_shardings
 from rabit_jax.train.trainer import make_trainer
-from rabit_jax.tree import map_leaves, tree_bytes, weights_of
+from rabit_jax.tree import leaves, map_leaves, tree_bytes, weights_of
 from rabit_jax.types import Array, Batch, Params, Weight
 from rabit_jax.weights.fixed import fixed
 from rabit_jax.weights.mixed_stack import stacked
@@ -68,8 +69,13 @@ def end_to_end(job: Job, continues: bool) -> Record:
 
 
 def _teacher(job: Job) -> Params:
-    """The full-precision model."""
-    flat = {path: jnp.asarray(job.checkpoint.read(path)) for path in job.checkpoint.shapes}
+    """The full-precision model, on a mesh parameter by parameter."""
+    if job.mesh is None:
+        flat = {path: jnp.asarray(job.checkpoint.read(path)) for path in job.checkpoint.shapes}
+        return unflatten_dict(flat, sep="/")
+    where = dict(leaves(param_shardings(abstract_params(job.model_config), job.mesh)))
+    flat = {path: hosts.on_mesh(job.checkpoint.read(path), where[path])
+            for path in job.checkpoint.shapes}
     return unflatten_dict(flat, sep="/")
 
 
@@ -99,13 +105,21 @@ def packing(job: Job, continues: bool) -> Record:
     with job.step("pack", job.model_config.n_layers, 0):
         student, section = _student(job), job.config.end_to_end
         if section.steps:
-            names = roles(student)
-            trainable, frozen = partition(student, names, section.optimizer.freeze)
-            trainable = kept(job.folder, "scales", abstract(trainable), NAME)
-            student = merge(trainable, frozen)
+            student = _trained(job, student)
         stats = stacked_stats(job) if job.calibration else None
-        write_packed(job, pack(student), stats)
+        hosts.first_does(lambda: write_packed(job, pack(student), stats))
     return sizes(job)
+
+
+def _trained(job: Job, student: Params) -> Params:
+    """The student with what training has left, whole in every process."""
+    names, freeze = roles(student), job.config.end_to_end.optimizer.freeze
+    trainable, frozen = partition(student, names, freeze)
+    target = abstract(trainable)
+    if job.mesh is not None and hosts.several():
+        where, _ = partition(param_shardings(student, job.mesh), names, freeze)
+        target = abstract(trainable, where)
+    return merge(hosts.whole(kept(job.folder, "scales", target, NAME)), frozen)
 
 
 def _inputs(job: Job, ids: Ids) -> Read:

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import Mesh
 
+from rabit_jax import hosts
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.evaluate.perplexities import perplexity
 from rabit_jax.evaluate.texts import text_windows
@@ -81,7 +82,7 @@ def load_subject(path: str, paths: int | None = None) -> Subject:
     if len(jax.devices()) == 1:
         return Subject(path, model, params, tokenizer)
     mesh = make_mesh()
-    placed = jax.device_put(params, param_shardings(params, mesh))
+    placed = hosts.on_mesh(params, param_shardings(params, mesh))
     return Subject(path, model, placed, tokenizer, mesh)
 
 
@@ -97,7 +98,7 @@ def _load(path: str, paths: int | None) -> tuple[Decoder, Params, Tokenizer | No
     config = dataclasses.replace(config, output=str(folder.parent), name=folder.name,
                                  teacher=teacher, mesh={"tensor": len(jax.devices())})
     found = Inputs(config, RunFolder(config))
-    if not (folder / "stages" / "qat.json").exists():
+    if not hosts.first_does(lambda: (folder / "stages" / "qat.json").exists()):
         if (folder / "packed" / "config.json").exists():  # a run of task ptq, which trains none
             with loading(path) as done:
                 return load_model(folder / "packed", done, paths)
@@ -105,7 +106,9 @@ def _load(path: str, paths: int | None) -> tuple[Decoder, Params, Tokenizer | No
                        "a model folder in it, such as teacher or packed")
     say(f"the trained student of {path}")
     student = found.student if paths is None else first_paths(found.student, paths)
-    return found.model, student, found.text.tokenizer
+    # A tokeniser that the cache has lost is trained again, by one.
+    tokenizer = hosts.first_before_others(lambda: found.text.tokenizer)
+    return found.model, student, tokenizer
 
 
 def begin_token(subject: Subject, wanted: bool | None) -> int | None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from rabit_jax import BadInput, convert
+from rabit_jax import BadInput, Stats, convert, hosts
 from rabit_jax.data.tokens import TokenText
 from rabit_jax.experiments.engine.fitting import Measure
 from rabit_jax.experiments.engine.folder import RunFolder
@@ -30,7 +30,7 @@ from rabit_jax.formats.checkpoint import Checkpoint
 from rabit_jax.formats.tokenizer import read_tokenizer
 from rabit_jax.models.config import ModelConfig
 from rabit_jax.progress import progress
-from rabit_jax.train.sharding import make_mesh, row_shards
+from rabit_jax.train.sharding import make_mesh, param_shardings, replicated, row_shards
 from rabit_jax.tree import layer_keys, leaves, match_rules
 from rabit_jax.types import Array, Params, Spec, Tokenizer
 from rabit_jax.weights.budget import path_specs
@@ -61,11 +61,11 @@ class Job:
     def __init__(self, config: RunConfig, folder: RunFolder, checkpoint: Checkpoint):
         """Reads nothing yet."""
         self.config, self.folder, self.checkpoint = config, folder, checkpoint
-        self.text = Text(config, None)
+        # Not on all devices unless asked: blocks of a small model are faster on one.
+        self.mesh = make_mesh(config.mesh) if config.mesh or hosts.several() else None
+        self.text = Text(config, self.mesh)
         self.blocks, self.tuned = Pieces(folder.path / "blocks"), Pieces(folder.path / "tune")
         self.stopped, self.measure = False, Measure()
-        # Not on all devices unless asked: blocks of a small model are faster on one.
-        self.mesh = make_mesh(config.mesh) if config.mesh else None
 
     def _check_rows(self) -> None:
         """Raises BadInput where a batch does not divide over the mesh."""
@@ -164,6 +164,16 @@ class Job:
         return Sweep(self.model_config, FromCheckpoint(self.checkpoint), pieces,
                      *padded(found[: section.sequences], size), size, prefix, self.mesh)
 
+    def everywhere(
+        self, params: Params, stats: dict[str, Stats] | None
+    ) -> tuple[Params, dict[str, Stats] | None]:
+        """Params and statistics of a block on the mesh, where several processes initialise it
+        together; in one process they stay where they are."""
+        if self.mesh is None or not hosts.several():
+            return params, stats
+        placed = hosts.on_mesh(params, param_shardings(params, self.mesh))
+        return placed, stats and hosts.on_mesh(stats, replicated(self.mesh))
+
     def texts(self) -> dict[str, TokenText]:
         """The texts that models are scored on."""
         found = {"held_out": self.text.held_out, "unseen": self.text.unseen}
@@ -192,7 +202,8 @@ class Job:
                 self.check_stop()
 
     def check_stop(self) -> None:
-        """Raise KeyboardInterrupt where a signal came."""
+        """Raise KeyboardInterrupt where a signal came, to any process."""
+        self.stopped = hosts.any_asks(self.stopped)
         if self.stopped:
             raise KeyboardInterrupt
 

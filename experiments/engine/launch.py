@@ -24,8 +24,15 @@ from rabit_jax.experiments.engine import streams
 
 RESUMABLE = 75  # exit code: stopped, the same command goes on or begins again
 STARTED = "RABIT_JAX_STARTED"  # descriptor on which the child tells its parent that all are there
-ENDED = ("another process of this run has ended, or the network to it; the same command with "
-         "--resume continues from the last checkpoint")
+ENDED = "another process of this run has ended, or the network to it"
+GOES_ON = "the same command with --resume continues from the last checkpoint"
+BEGINS_AGAIN = "the same command starts again"
+# How to start a command that must be one process, by the source of the cluster.
+ALONE = {
+    "environment": "unset JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    "slurm": "start it without srun, or by srun --ntasks=1",
+    "ompi": "start it without mpirun",
+}
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,22 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def supervised() -> None:
+def refusal(environment: Mapping[str, str] = os.environ) -> str:
+    """Why a command that runs in one process cannot run here, as a sentence; "" where it can."""
+    try:
+        found = cluster(environment)
+    except ValueError as error:
+        return str(error)
+    return "" if found is None else (
+        f"this command runs in one process, and this is process {found.process} of "
+        f"{found.processes} that were started together: {ALONE[found.source]}")
+
+
+def supervised(then: str = GOES_ON) -> None:
     """Go on in a child where the environment names several processes; the parent never returns.
 
     Called in the first line of a command. The parent hands signals on and exits with the code of
-    the child; where another process has ended the run that is 75.
+    the child; where another process has ended the run that is 75, and `then` says what follows.
     """
     try:
         found = cluster()
@@ -117,7 +135,7 @@ def supervised() -> None:
     if code >= 0:
         os._exit(code)
     started = os.read(reader, 1)
-    why = ENDED if started else missing(found)
+    why = f"{ENDED}; {then}" if started else missing(found)
     os.write(2, f"process {found.process} of {found.processes}: {why}\n".encode())
     os._exit(RESUMABLE if started else 2)
 
@@ -171,6 +189,8 @@ def start(start_timeout: int, heartbeat: int) -> None:
 
     from rabit_jax import progress
 
+    _results_alone_on_stdout()
+
     # Without one coordinator address JAX asks the scheduler that started the processes.
     ours = found.source == "environment"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
@@ -192,6 +212,14 @@ def start(start_timeout: int, heartbeat: int) -> None:
         os.write(int(descriptor), b"s")
     if found.process:
         progress.silence()
+
+
+def _results_alone_on_stdout() -> None:
+    """Let what libraries write to descriptor 1 go to stderr, as Gloo's lines on its connections."""
+    sys.stdout.flush()
+    results = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(results, "w", buffering=1, encoding=sys.stdout.encoding, errors=streams.ANY)
 
 
 def finish(code: int) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from rabit_jax import Stats, convert, pack
+from rabit_jax import Stats, convert, hosts, pack
 from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.experiments.engine.inputs import specs_of, write_stats
 from rabit_jax.experiments.engine.job import STATS, Job, block_name
@@ -24,20 +22,26 @@ from rabit_jax.weights.mixed_stack import stacked
 
 def pack_model(job: Job) -> None:
     """Put the packed blocks together to the folder `packed/`, and keep the statistics beside it."""
-    folder, done = job.folder.path / "packed", job.blocks.record("packed.json")
-    if done and _size(folder) == done["bytes"]:
+    done = job.blocks.record("packed.json")
+    if done and _size(job) == done["bytes"]:
         return
     layers = job.model_config.n_layers
     with job.step("pack", layers, 0):
         params, stats = stacked_blocks(job, FromBlocks(job.checkpoint, job.blocks, block_name))
         if stats:
-            write_stats(job.folder.path / STATS, stats)
-        write_packed(job, params, stats)
-    job.blocks.write_record("packed.json", {"bytes": _size(folder)})
+            keep_stats(job, stats)
+        hosts.first_does(lambda: write_packed(job, params, stats))
+    job.blocks.write_record("packed.json", {"bytes": _size(job)})
+
+
+def keep_stats(job: Job, stats: dict[str, Stats]) -> None:
+    """Keep the statistics of all layers in the run's folder."""
+    hosts.first_does(lambda: write_stats(job.folder.path / STATS, stats))
 
 
 def write_packed(job: Job, params: Params, stats: dict[str, Stats] | None) -> None:
-    """Write `packed/` from packed params and the statistics, which choose the limbs."""
+    """Write `packed/` from packed params and the statistics, which choose the limbs; the work of
+    one process."""
     if stats:
         params = record_limbs(params, stats)
     save_packed(
@@ -78,14 +82,15 @@ def _stacked(packed: list[Params], path: str) -> WeightNode:
     return stacked([jax.tree.map(lambda a: a[0], one.pop(path)) for one in packed])
 
 
-def _size(folder: Path) -> int | None:
-    file = folder / "model.safetensors"
-    return file.stat().st_size if file.exists() else None
+def _size(job: Job) -> int | None:
+    """Bytes of the packed file that is there."""
+    file = job.folder.path / "packed" / "model.safetensors"
+    return hosts.first_does(lambda: file.stat().st_size if file.exists() else None)
 
 
 def sizes(job: Job) -> Record:
     """Bits and bytes of the packed folder."""
-    found = packed_bytes(job.folder.path / "packed")
+    found = hosts.first_does(lambda: packed_bytes(job.folder.path / "packed"))
     return {
         "bits_per_weight": found["bits_per_weight"],
         "stored_bits_per_weight": found["stored_bits_per_weight"],

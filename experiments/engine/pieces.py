@@ -1,4 +1,10 @@
-"""What a block-wise run keeps on disk: each piece is there whole or not at all, with a checksum."""
+"""What a block-wise run keeps on disk: each piece is there whole or not at all, with a checksum.
+
+In several processes a piece is the same file of all rows: arrays are gathered, the first process
+writes and removes, and every process reads. Whether a piece is there is for the first to say, and
+one that any process finds damaged is damaged for all. So all of them call the methods of `Pieces`
+in the same order; `claim` alone is for the first.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +14,14 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from rabit_jax import BadInput, Stats
+from rabit_jax import BadInput, Stats, hosts
 from rabit_jax.atomic import remove, replacing, write_tensors, write_text
 from rabit_jax.errors import first_line
 from rabit_jax.experiments.engine.records import Record, read_record, write_record
@@ -23,14 +29,22 @@ from rabit_jax.formats.packed_file import checksum, named_parts, part_names, tex
 from rabit_jax.types import Array, Json, Params
 from rabit_jax.weights.representations import abstract_packed
 
+T = TypeVar("T")
 _PLAIN = "plain"  # the part of a path that is an array and no packed node
 
 
 class DamagedPiece(BadInput):
-    """A piece that cannot be read or is not what was written; `folder` is that of its stage."""
+    """A piece that cannot be read or is not what was written.
+
+    Attributes:
+      folder: that of its stage.
+      found: what was found, without what to do.
+      everywhere: whether every process of the run raises this at the same place.
+    """
 
     def __init__(self, file: Path, reason: str):
         self.folder, self.found = file.parent, f"{file} is damaged ({reason})"
+        self.everywhere = not hosts.several()
         super().__init__(f"{self.found}: remove {file.parent} to start the stage again")
 
 
@@ -66,22 +80,50 @@ class Pieces:
 
     def has(self, name: str) -> bool:
         """Whether a piece is complete."""
-        return (self.folder / name).exists()
+        return hosts.first_does(lambda: (self.folder / name).exists())
 
-    def drop(self, name: str) -> None:
-        """Remove a piece; nothing there is fine."""
-        remove(self.folder / name)
-        remove(self._sum(name))
+    def drop(self, *names: str) -> None:
+        """Remove pieces, once no process reads them any more; nothing there is fine."""
+        hosts.wait_for_all("pieces are dropped")
+        for name in names if hosts.first() else ():
+            remove(self.folder / name)
+            remove(self._sum(name))
 
     def _sum(self, name: str) -> Path:
         """The file beside the arrays of a piece that holds their CRC-32."""
         return self.folder / f"{name}.crc32"
+
+    def _agreed(self, name: str, read: Callable[[], T]) -> T:
+        """What `read` returns; where it finds the piece damaged in one process, all raise that."""
+        found, damage = None, None
+        try:
+            found = read()
+        except DamagedPiece as error:
+            damage = error
+        if hosts.any_asks(damage is not None):
+            damage = damage or DamagedPiece(self.folder / name, "as another process reads it")
+            damage.everywhere = True
+            raise damage
+        return cast(T, found)
 
     # arrays, batch by batch
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Callable[[Array], None]]:
         """Yields a function that appends an array; the piece is there when the block ends."""
+        with contextlib.ExitStack() as stack:
+            append = stack.enter_context(self._appending(name)) if hosts.first() else None
+
+            def write(array: Array) -> None:
+                whole = hosts.whole(array, everywhere=False)
+                if append:
+                    append(whole)
+
+            yield write
+        hosts.wait_for_all("a piece is written")
+
+    @contextlib.contextmanager
+    def _appending(self, name: str) -> Iterator[Callable[[Array], None]]:
         with replacing(self.folder / name) as work, open(work, "wb") as file:
             # Not a memory map: where the disk is full, writing to one kills the process.
             total = 0
@@ -104,13 +146,13 @@ class Pieces:
         total = 0
         kind = jnp.dtype(dtype)
         count = int(np.prod(shape)) * kind.itemsize
-        with self._opened(name) as file:
+        with self._agreed(name, lambda: self._open(name)) as file:
             while content := file.read(count):
                 total = zlib.crc32(content, total)
                 if len(content) < count:
                     raise DamagedPiece(self.folder / name, "it ends inside an array")
                 yield np.frombuffer(content, kind).reshape(shape)
-        self._check(name, total)
+        self._agreed(name, lambda: self._check(name, total))
 
     def mapped(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """All arrays of a piece as one of `shape`, a memory map of its file.
@@ -118,28 +160,33 @@ class Pieces:
         Raises:
           DamagedPiece: they are not those that were written.
         """
-        total = 0
-        with self._opened(name) as file:
-            while content := file.read(1 << 24):
-                total = zlib.crc32(content, total)
-        self._check(name, total)
-        return np.memmap(self.folder / name, jnp.dtype(dtype), "r", shape=shape)
+
+        def read() -> np.ndarray:
+            total = 0
+            with self._open(name) as file:
+                while content := file.read(1 << 24):
+                    total = zlib.crc32(content, total)
+            self._check(name, total)
+            return np.memmap(self.folder / name, jnp.dtype(dtype), "r", shape=shape)
+
+        return self._agreed(name, read)
 
     def check_size(self, name: str, size: int) -> None:
         """Raises DamagedPiece where a piece has not that many bytes."""
-        with self._opened(name) as file:
-            found = os.fstat(file.fileno()).st_size
-        if found != size:
-            raise DamagedPiece(self.folder / name, f"it has {found} of {size} bytes")
 
-    @contextlib.contextmanager
-    def _opened(self, name: str) -> Iterator[BinaryIO]:
+        def check() -> None:
+            with self._open(name) as file:
+                found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise DamagedPiece(self.folder / name, f"it has {found} of {size} bytes")
+
+        self._agreed(name, check)
+
+    def _open(self, name: str) -> BinaryIO:
         try:
-            file = open(self.folder / name, "rb")
+            return open(self.folder / name, "rb")
         except OSError as error:
             raise DamagedPiece(self.folder / name, error.strerror or str(error)) from error
-        with file:
-            yield file
 
     def _check(self, name: str, total: int) -> None:
         """Raises DamagedPiece where the CRC-32 of a piece is not the one that was noted."""
@@ -193,10 +240,14 @@ class Pieces:
         self, name: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
     ) -> None:
         """Keep arrays, and texts of JSON, with their checksums."""
-        sums = {name: checksum(np.asarray(array)) for name, array in arrays.items()}
-        texts = dict(metadata or {})
-        texts["sha256"] = json.dumps({**sums, **_sums(texts)})
-        write_tensors(self.folder / name, dict(arrays), texts)
+
+        def write() -> None:
+            sums = {name: checksum(np.asarray(array)) for name, array in arrays.items()}
+            texts = dict(metadata or {})
+            texts["sha256"] = json.dumps({**sums, **_sums(texts)})
+            write_tensors(self.folder / name, dict(arrays), texts)
+
+        hosts.first_does(write)
 
     def read_arrays(self, name: str) -> tuple[dict[str, Any], Json]:
         """What `write_arrays` kept, the texts parsed.
@@ -204,29 +255,34 @@ class Pieces:
         Raises:
           DamagedPiece: the file cannot be read or is not what was written.
         """
-        try:
-            with safe_open(self.folder / name, framework="numpy") as file:
-                arrays = {key: file.get_tensor(key) for key in file.keys()}
-                metadata = dict(file.metadata())
-                header = {key: json.loads(text) for key, text in metadata.items()}
-            sums = header.pop("sha256", None)  # blocks of 0.1 have none
-            metadata.pop("sha256", None)
-            found = {key: checksum(array) for key, array in arrays.items()} | _sums(metadata)
-            if sums is not None and sums != found:
-                raise ValueError("a checksum differs")
-        except (OSError, SafetensorError, ValueError, TypeError) as error:
-            raise DamagedPiece(self.folder / name, first_line(error)) from error
-        return arrays, header
+        return self._agreed(name, lambda: _tensors(self.folder / name))
 
     # records
 
     def write_record(self, name: str, record: Record) -> None:
         """Keep a record as JSON."""
-        write_record(self.folder / name, record)
+        hosts.first_does(lambda: write_record(self.folder / name, record))
 
     def record(self, name: str) -> Record | None:
         """A record, None where there is none or it was damaged and set aside."""
-        return read_record(self.folder / name)
+        return hosts.first_does(lambda: read_record(self.folder / name))
+
+
+def _tensors(file: Path) -> tuple[dict[str, Any], Json]:
+    """Arrays and parsed texts of a file of `Pieces.write_arrays`; raises DamagedPiece."""
+    try:
+        with safe_open(file, framework="numpy") as content:
+            arrays = {key: content.get_tensor(key) for key in content.keys()}
+            metadata = dict(content.metadata())
+            header = {key: json.loads(text) for key, text in metadata.items()}
+        sums = header.pop("sha256", None)  # blocks of 0.1 have none
+        metadata.pop("sha256", None)
+        found = {key: checksum(array) for key, array in arrays.items()} | _sums(metadata)
+        if sums is not None and sums != found:
+            raise ValueError("a checksum differs")
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise DamagedPiece(file, first_line(error)) from error
+    return arrays, header
 
 
 def _sums(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -14,11 +14,15 @@ import time
 
 import jax
 
-from rabit_jax import BadInput, Stats
-from rabit_jax.calibration.blockwise import block_nodes, init_block, relative_error
-from rabit_jax.experiments.engine.inputs import write_stats
+from rabit_jax import BadInput, Stats, hosts
+from rabit_jax.calibration.blockwise import (
+    block_nodes,
+    first_of,
+    init_block,
+    relative_error,
+)
 from rabit_jax.experiments.engine.job import ALLOCATION, STATS, Job, block_name, trained
-from rabit_jax.experiments.engine.packing import pack_model, sizes, stacked_stats
+from rabit_jax.experiments.engine.packing import keep_stats, pack_model, sizes, stacked_stats
 from rabit_jax.experiments.engine.records import Record
 from rabit_jax.experiments.engine.signals import stopping_between_steps
 from rabit_jax.experiments.engine.stages import Ids, Read, Stage
@@ -50,7 +54,7 @@ def quantise(job: Job, continues: bool) -> Record:
     if not trained(job.config):
         pack_model(job)
     elif calibration:
-        write_stats(job.folder.path / STATS, stacked_stats(job))
+        keep_stats(job, stacked_stats(job))
     records = [job.blocks.read_block(block_name(n))[2]["relative_error"] for n in layers]
     return {
         "tokens": 0 if calibration is None else calibration.tokens.size,
@@ -76,9 +80,7 @@ def _quantise_blocks(job: Job) -> None:
             error = _quantise_block(job, sweep, n, keys)
             bar.update(done, block=n, relative_error=error)
             job.check_stop()
-    for n in range(layers + 1):
-        for kind in ("x", "dx"):
-            blocks.drop(f"{kind}-{n:03}")
+    blocks.drop(*(f"{kind}-{n:03}" for n in range(layers + 1) for kind in ("x", "dx")))
 
 
 def _quantise_block(
@@ -91,6 +93,7 @@ def _quantise_block(
         begin = time.perf_counter()
         stats = _statistics(job, sweep, n, params)
         fields["calibrate_seconds"] = time.perf_counter() - begin
+        params, stats = job.everywhere(params, stats)
         if job.config.init.budget:
             errors = _write_options(job, n, params, stats, keys)
         else:
@@ -98,8 +101,7 @@ def _quantise_block(
             job.blocks.write_block(block_name(n), packed, stats, {"relative_error": errors})
         fields["relative_error"] = sum(errors.values()) / len(errors)
     if sweep:
-        job.blocks.drop(sweep.name("x", n))
-        job.blocks.drop(sweep.name("dx", n + 1))
+        job.blocks.drop(sweep.name("x", n), sweep.name("dx", n + 1))
     return fields["relative_error"]
 
 
@@ -116,9 +118,9 @@ def _write_options(
         packed, found = {}, {}
         for path, node in block_nodes(params, n, specs, stats, keys):
             own = jax.tree.map(lambda s: s[None], stats[path]) if stats else None
-            weighed[path].append(float(sensitivity(kernels[path][None], node, own)[0]))
-            found[path] = float(relative_error(kernels[path], node)[0])
-            packed[path] = node.pack(f"{path} of layer {n}")
+            weighed[path].append(first_of(sensitivity(kernels[path][None], node, own)))
+            found[path] = first_of(relative_error(kernels[path], node))
+            packed[path] = hosts.whole(node).pack(f"{path} of layer {n}")
         job.blocks.write_block(option_name(n, k), packed, stats, {"relative_error": found})
         errors |= found
     job.blocks.write_record(errors_name(n), {"errors": weighed})
@@ -150,9 +152,7 @@ def choose_paths(job: Job) -> None:
             errors = {p: found[2]["relative_error"][p] for p, found in own.items()}
             blocks.write_block(block_name(n), {p: found[0][p] for p, found in own.items()},
                                stats or None, {"relative_error": errors})
-    for n in layers:
-        for k in most:
-            blocks.drop(option_name(n, k))
+    blocks.drop(*(option_name(n, k) for n in layers for k in most))
 
 
 def _statistics(job: Job, sweep: Sweep | None, n: int, params: Params) -> dict[str, Stats] | None:
@@ -169,7 +169,7 @@ def _start(job: Job, sweep: Sweep) -> None:
     and the head."""
     section, layers, blocks = job.config.calibrate, job.model_config.n_layers, job.blocks
     if not blocks.has(sweep.name("x", 0)):
-        _check_disk(job, sweep)
+        hosts.first_does(lambda: _check_disk(job, sweep))
         sweep.embed()
     if section.mode == "full" and not blocks.has(sweep.name("dx", layers)):
         job.forward(sweep, "forward", keep=True)

@@ -123,13 +123,18 @@ def run_stages(
         except DamagedPiece as error:
             owner = next((stage for stage in stages if stage.pieces
                           and run.folder.path / stage.pieces == error.folder), None)
-            if owner is None or owner.name in mended:
+            if owner is None or owner.name in mended or not error.everywhere:
                 raise
             mended.add(owner.name)
             say(f"{error.found}: stage {owner.name} starts again")
-            remove(error.folder)
-            remove(_record(run.folder.path, owner))
+            hosts.first_does(partial(_start_again, run.folder.path, owner))
             run.forget()
+
+
+def _start_again(path: Path, stage: Stage) -> None:
+    """Remove the pieces and the record of a stage."""
+    remove(path / stage.pieces)
+    remove(_record(path, stage))
 
 
 def _run_stages(

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from rabit_jax import Stats
+from rabit_jax import Stats, hosts
 from rabit_jax.calibration.blockwise import Block, block_sums
 from rabit_jax.calibration.probes import added, root_mean
 from rabit_jax.evaluate.perplexities import features_nats
@@ -148,7 +148,7 @@ class Sweep:
         """Params where they live on the mesh; without one they stay."""
         if self.mesh is None:
             return params
-        return jax.device_put(params, param_shardings(params, self.mesh))
+        return hosts.on_mesh(params, param_shardings(params, self.mesh))
 
     def _ends(self, *names: str) -> Params:
         return self.placed(self.source.ends(*names))
@@ -182,7 +182,7 @@ class Sweep:
                     self.config, params, x, self.local(n), batch["mask"], paths, clip
                 )
                 write(y)
-                total = added(total, sums)
+                total = added(total, hosts.whole(sums))
         return root_mean(total, int(self.mask.sum()))
 
     def head_gradient(self, chunk: int, labels: str, key: jax.Array) -> None:
@@ -208,7 +208,7 @@ class Sweep:
                     self.config, params, x, dy, self.local(n), batch["mask"], paths, clip
                 )
                 write(dx)
-                total = added(total, sums)
+                total = added(total, hosts.whole(sums))
         return root_mean(total, int(self.mask.sum()))
 
     def nats(self, chunk: int) -> float:
@@ -240,7 +240,7 @@ class Sweep:
 
     def _rows(self, batch: T) -> T:
         """A batch split by rows over the mesh."""
-        return batch if self.mesh is None else jax.device_put(batch, batch_sharding(self.mesh))
+        return batch if self.mesh is None else hosts.on_mesh(batch, batch_sharding(self.mesh))
 
     def local(self, n: int) -> np.ndarray:
         """Whether block n attends to a window only, a bool scalar."""

@@ -32,8 +32,6 @@ def task_stages(config: RunConfig, named: Collection[str]) -> list[Stage[Any]]:
     """
     if config.task == "ptq" and not config.teacher.path:
         raise BadInput("task ptq trains nothing: set teacher.path to the model to be packed")
-    if config.task == "ptq" and hosts.several():
-        raise BadInput("task ptq runs in one process: start it without the others")
     stages = [stage for stage in TASKS[config.task] if stage.wanted(config)]
     names = [stage.name for stage in stages]
     if unknown := [name for name in named if name not in names]:
@@ -51,12 +49,14 @@ def opened(config: RunConfig, folder: RunFolder) -> Iterator[Inputs | Job]:
     Raises:
       BadInput: what the run could not carry out; nothing is written by then.
     """
+    # Checks read text and leave tokens in the cache, models of the hub are fetched to one.
     if config.task == "qat":
         run = Inputs(config, folder)
-        hosts.first_before_others(run.check)  # which reads text and leaves tokens in the cache
+        hosts.first_before_others(run.check)
         yield run
         return
-    with open_checkpoint(config.teacher.path) as checkpoint:
-        job = Job(config, folder, checkpoint)
-        job.check()
+    with contextlib.ExitStack() as stack:
+        opening = open_checkpoint(config.teacher.path)
+        job = Job(config, folder, hosts.first_before_others(lambda: stack.enter_context(opening)))
+        hosts.first_before_others(job.check)
         yield job

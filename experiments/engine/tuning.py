@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rabit_jax import BadInput
+from rabit_jax import BadInput, hosts
 from rabit_jax.calibration.blockwise import block_nodes
 from rabit_jax.experiments.engine.job import Job, block_name
 from rabit_jax.experiments.engine.records import Record
@@ -54,7 +54,7 @@ def _tune_blocks(job: Job) -> None:
     student = dataclasses.replace(teacher, source=source, prefix="student-")
     begin = next((n for n in range(layers) if not pieces.has(block_name(n))), layers)
     if begin == 0 and not pieces.has(student.name("x", 0)):
-        _check_disk(job, teacher)
+        hosts.first_does(lambda: _check_disk(job, teacher))
         teacher.embed()
         student.embed()
     with progress("tune", layers, begin) as bar:
@@ -62,17 +62,14 @@ def _tune_blocks(job: Job) -> None:
             tuned = _tune_block(job, teacher, student, n, bar)
             bar.update(n + 1, before=tuned.before, after=tuned.after)
             job.check_stop()
-    for sweep in (teacher, student):
-        for n in range(layers + 1):
-            pieces.drop(sweep.name("x", n))
+    pieces.drop(*(sweep.name("x", n) for sweep in (teacher, student) for n in range(layers + 1)))
 
 
 def _tune_block(job: Job, teacher: Sweep, student: Sweep, n: int, bar: Progress) -> Tuned:
     """Block n from its params on disk to its tuned and packed file."""
     if not student.pieces.has(student.name("x", n)):  # stopped before it was made
         student.forward(n - 1, student.source.block(n - 1))
-        teacher.pieces.drop(teacher.name("x", n - 1))
-        student.pieces.drop(student.name("x", n - 1))
+        job.tuned.drop(teacher.name("x", n - 1), student.name("x", n - 1))
     section = job.config.tune
     with job.step("tune", n, section.sequences * section.length) as fields:
         if not teacher.pieces.has(teacher.name("x", n + 1)):
@@ -97,8 +94,7 @@ def _tune_block(job: Job, teacher: Sweep, student: Sweep, n: int, bar: Progress)
         _write(job, n, tuned)
         fields |= {"before": tuned.before, "after": tuned.after, "epochs": len(tuned.losses)}
     student.forward(n, student.source.block(n))
-    for sweep in (teacher, student):
-        sweep.pieces.drop(sweep.name("x", n))
+    job.tuned.drop(teacher.name("x", n), student.name("x", n))
     return tuned
 
 
@@ -106,6 +102,7 @@ def _trainable(job: Job, n: int) -> Params:
     """The block as it was initialised: the statistics of its calibration give the same nodes."""
     params = FromCheckpoint(job.checkpoint).block(n)
     _, stats, _ = job.blocks.read_block(block_name(n))
+    params, stats = job.everywhere(params, stats)
     nodes = dict(block_nodes(params, n, job.layer_specs(n), stats, job.keys()))
     return map_leaves(
         lambda path, leaf: jax.tree.map(lambda a: a[0], nodes[path]) if path in nodes else leaf,
@@ -115,7 +112,8 @@ def _trainable(job: Job, n: int) -> Params:
 
 def _write(job: Job, n: int, tuned: Tuned) -> None:
     """Keep a tuned block: its packed weights, and its norms and biases where they trained."""
-    found = {path: jax.tree.map(lambda a: a[None], leaf) for path, leaf in leaves(tuned.params)}
+    params = hosts.whole(tuned.params)
+    found = {path: jax.tree.map(lambda a: a[None], leaf) for path, leaf in leaves(params)}
     packed = {path: leaf.pack(f"{path} of layer {n}")
               for path, leaf in found.items() if is_weight(leaf)}
     plain = {path: np.asarray(leaf) for path, leaf in found.items() if not is_weight(leaf)}

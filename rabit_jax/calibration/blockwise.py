@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from rabit_jax import hosts
 from rabit_jax.calibration.probes import insert_probes, zero_sums
 from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32
@@ -72,7 +73,8 @@ def init_block(
     """The result of `pack(convert(...))` for one layer, computed one kernel at a time.
 
     Args:
-      params: full-precision params of the block, kernels `[i, o]`.
+      params: full-precision params of the block, kernels `[i, o]`; they may lie on a mesh of
+        several processes, which all call this.
       layer: its number.
       specs: `{path: spec}` from `match_rules`, with paths in `params`.
       stats: statistics of this layer, `[i]` and `[o]`; None without calibration.
@@ -88,8 +90,9 @@ def init_block(
     """
     packed, errors, kernels = {}, {}, dict(leaves(params))
     for path, node in block_nodes(params, layer, specs, stats, keys):
-        errors[path] = float(relative_error(kernels[path], node)[0])
-        packed[path] = jax.block_until_ready(node.pack(f"{path} of layer {layer}"))
+        errors[path] = first_of(relative_error(kernels[path], node))
+        whole = hosts.whole(node)  # every process packs, in the same time as one would
+        packed[path] = jax.block_until_ready(whole.pack(f"{path} of layer {layer}"))
         if done is not None:
             done(path)
     return packed, errors
@@ -111,6 +114,11 @@ def block_nodes(
             own = None if stats is None else jax.tree.map(lambda s: s[None], stats[path])
             key = None if keys is None else keys[path][layer : layer + 1]
             yield path, specs[path].init(w[None], own, key)
+
+
+def first_of(found: Float[Array, " l"]) -> float:
+    """The first of the numbers, on a mesh of several processes in all of them."""
+    return float(hosts.whole(found)[0])
 
 
 @jax.jit

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from rabit_jax.errors import BadInput
+from rabit_jax.hosts import on_mesh
 from rabit_jax.train.losses import summed_hidden_error
 from rabit_jax.train.optimizer import OptimizerConfig, make_optimizer, merge, partition, roles
 from rabit_jax.train.sharding import batch_sharding, like_params, replicated, row_shards
@@ -108,7 +109,8 @@ def tune_block(
       seed: of the order of windows.
       extra: what else `block` reads from a batch, the same for all.
       done: called after each step with the number of steps done and the loss on held-out windows.
-      mesh: that `params` lie on, with batches by rows; None for one device.
+      mesh: that `params` lie on, with batches by rows; None for one device. Of several processes
+        each reads the same x and y.
 
     Raises:
       BadInput: settings that leave nothing to train or nothing held out, or a loss that is not
@@ -132,7 +134,7 @@ def tune_block(
     if mesh is not None:
         where = jax.tree.map(lambda leaf: leaf.sharding, trainable)
         opt_state = like_params(state.opt_state, trainable, where, mesh)
-        state = jax.device_put(state, TrainState(replicated(mesh), where, opt_state))  # pyright: ignore
+        state = on_mesh(state, TrainState(replicated(mesh), where, opt_state))  # pyright: ignore
 
     def held_out_loss(trainable: Params) -> float:
         starts = range(train, len(x), config.batch_size)
@@ -197,7 +199,7 @@ def _batch(
         return {**jax.tree.map(jnp.asarray, own), **extra}
     # The last batch held out may have a number of rows that the mesh does not divide.
     even = len(own["x"]) % row_shards(mesh) == 0
-    return {**jax.device_put(own, batch_sharding(mesh) if even else replicated(mesh)), **extra}
+    return {**on_mesh(own, batch_sharding(mesh) if even else replicated(mesh)), **extra}
 
 
 def relative_error(block: Block, params: Params, batch: Batch) -> Float[Array, ""]:

@@ -146,20 +146,25 @@ def _random_params(config):
     return unflatten_dict({p: a.astype(np.float32) for p, a in flat.items()}, sep="/")
 
 
-@pytest.fixture(scope="module")
-def ptq_model(place):
-    """A random model of three layers, one with an outlier channel, and a tokeniser.
+def write_model(place, layers):
+    """A random model, its second layer with an outlier channel, and a tokeniser; its folder.
 
     All its kernels are [64, 64], so that the SVID compiles once.
     """
     folder, text = place / "model", (place / "train.txt").read_text()
     tokenizer = train_tokenizer([text], 300)
     config = ModelConfig(
-        vocab_size=len(tokenizer), d_model=64, n_layers=3, n_heads=4, n_kv_heads=4,
+        vocab_size=len(tokenizer), d_model=64, n_layers=layers, n_heads=4, n_kv_heads=4,
         head_dim=16, d_hidden=64, initializer_range=0.1, max_position=64, eos_ids=(0,), bos_id=0,
     )
     save_hf(folder, config, _random_params(config), tokenizer)
     return folder
+
+
+@pytest.fixture(scope="module")
+def ptq_model(place):
+    """The model of three layers that `ptq` packs."""
+    return write_model(place, 3)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
-"""One process of a run that may end itself: `hosts_worker.py STEP ARGUMENTS OF experiments.run`.
+"""One process of a command to which something happens: `hosts_worker.py FATE COMMAND ARGUMENTS`.
 
-It is killed where it logs STEP, which every process does at the same place; 0 lets it live.
+FATE is one of
+  lives
+  dies:STAGE:STEP   killed where it logs that step, which every process does at the same place
+  sees:PIECE        this process alone finds that piece damaged, the first time
 """
 
 from rabit_jax.experiments.engine.launch import supervised
@@ -8,24 +11,43 @@ from rabit_jax.experiments.engine.launch import supervised
 if __name__ == "__main__":
     supervised()
 
+import importlib
 import os
 import signal
 import sys
 
-from rabit_jax.experiments import run
 from rabit_jax.experiments.engine.metrics import Metrics
+from rabit_jax.experiments.engine.pieces import DamagedPiece, Pieces
 
 
-def main() -> int:
-    last, log = int(sys.argv[1]), Metrics.log
+def die(stage: str, step: str) -> None:
+    log = Metrics.log
 
     def until(self, line):
-        if line["step"] == last and line["stage"] == "qat":
+        if line["step"] == int(step) and line["stage"] == stage:
             os.kill(os.getpid(), signal.SIGKILL)
         log(self, line)
 
     Metrics.log = until
-    return run.main(sys.argv[2:])
+
+
+def see(piece: str) -> None:
+    check, seen = Pieces._check, []
+
+    def checked(self, name, total):
+        if name == piece and not seen:
+            seen.append(name)
+            raise DamagedPiece(self.folder / name, "as this process sees it")
+        check(self, name, total)
+
+    Pieces._check = checked
+
+
+def main() -> int:
+    fate, *details = sys.argv[1].split(":")
+    {"lives": lambda: None, "dies": die, "sees": see}[fate](*details)
+    command = importlib.import_module(f"rabit_jax.experiments.{sys.argv[2]}")
+    return command.main(sys.argv[3:])
 
 
 if __name__ == "__main__":

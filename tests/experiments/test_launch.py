@@ -1,11 +1,13 @@
 """What the environment says of a run in several processes."""
 
+import importlib
 import os
 import subprocess
 import sys
 
 import pytest
 
+from rabit_jax.experiments import run
 from rabit_jax.experiments.engine.launch import Cluster, cluster, missing
 
 OWN = {"JAX_COORDINATOR_ADDRESS": "one:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
@@ -49,3 +51,36 @@ def test_a_command_says_what_the_environment_lacks():
     assert done.stderr == ("error: the environment has JAX_NUM_PROCESSES but no "
                            "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID: set all three, or none for a "
                            "single process\n")
+
+
+@pytest.mark.parametrize("environment, said", [
+    (OWN, "process 2 of 4 that were started together: unset JAX_COORDINATOR_ADDRESS"),
+    (SLURM, "process 3 of 8 that were started together: start it without srun"),
+    (MPI, "process 1 of 2 that were started together: start it without mpirun"),
+    ({"JAX_NUM_PROCESSES": "2"}, "no JAX_COORDINATOR_ADDRESS"),
+])
+@pytest.mark.parametrize("name, arguments", [
+    ("generate", ["--model", "m", "--prompt", "p"]),
+    ("serve", ["--model", "m"]),
+    ("export", ["--model", "m", "--output", "o"]),
+    ("push", ["--model", "m", "--repo", "a/b"]),
+    ("ablate", ["--config", "c.yaml"]),
+    ("fetch_models", []),
+    ("bench.__main__", ["svid"]),
+])
+def test_commands_of_one_process_refuse_to_be_one_of_several(
+    name, arguments, environment, said, monkeypatch, capsys
+):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    command = importlib.import_module(f"rabit_jax.experiments.{name}")
+    assert command.main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--plan=cpu:8"])
+def test_process_0_alone_prints_a_plan_and_a_dry_run(option, monkeypatch, capsys):
+    for variable, value in OWN.items():
+        monkeypatch.setenv(variable, value)
+    assert run.main(["--config", "quickstart", option]) == 0
+    assert capsys.readouterr() == ("", "")

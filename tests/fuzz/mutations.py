@@ -105,7 +105,8 @@ def _mutate(
         for step in known[int(rng.integers(len(known)))]:
             other = other[step]
         holder[key] = copy.deepcopy(other)
-    elif isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
+    elif (isinstance(holder[key], int | float) and not isinstance(holder[key], bool)
+          and abs(holder[key]) < 1e300):  # more times a float is no number
         factor = rng.choice([-1, 0, 2, 3, 0.5, 1e9, 1e-9])
         holder[key] = type(holder[key])(holder[key] * factor)
     else:

@@ -26,15 +26,15 @@ _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal",
 def refusal(cls: type, error: ErrorDetails) -> BadInput:
     """Return one of pydantic's errors as a sentence."""
     kind, loc, value = error["type"], error["loc"], error["input"]
+    if loc and loc[-1] == "[key]":
+        key, _ = _place(cls, loc[:-2])
+        return BadInput(f"the config key {key!r} has the name {shown(value)} in it: quote the name")
     key, wanted = _place(cls, loc)
     reason = error.get("ctx", {}).get("error")
     if isinstance(reason, BadInput):
         return BadInput(f"{key}: {reason}" if key else str(reason))
     if kind == UNKNOWN:
         return _nested(key, str(loc[-1])) if "." in str(loc[-1]) else unknown(cls, key)
-    if loc and loc[-1] == "[key]":
-        key, _ = _place(cls, loc[:-2])
-        return BadInput(f"the config key {key!r} has the name {shown(value)} in it: quote the name")
     if kind == "missing" and isinstance(loc[-1], int):  # a list that is too short
         key, wanted = _place(cls, loc[:-1])
         return wrong(key, value, wanted)

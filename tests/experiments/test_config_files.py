@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from rabit_jax.errors import BadInput
+from rabit_jax.experiments.ablation.config import Ablation
 from rabit_jax.experiments.engine.config import load_config
 from rabit_jax.experiments.engine.settings import RunConfig
 
@@ -118,3 +119,11 @@ def test_what_a_device_counts_fits_into_32_bits(key):
     assert load_config(RunConfig, None, [f"{key}={2**31 - 1}"])
     with pytest.raises(BadInput, match=f"'{key}' is {2**31}: it must be less than or equal to"):
         load_config(RunConfig, None, [f"{key}={2**31}"])
+
+
+def test_a_name_that_is_no_text_is_told_whatever_it_names(tmp_path):
+    """A row of an ablation names a list of settings."""
+    file = tmp_path / "ablation.yaml"
+    file.write_text("name: a\nrows: {1: [init.spec.k=2]}\n")
+    with pytest.raises(BadInput, match="'rows' has the name 1 in it: quote the name"):
+        load_config(Ablation, file)

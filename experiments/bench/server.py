@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.bench.server_processes import running, started
+from rabit_jax.experiments.bench.shapes import numbers
 from rabit_jax.progress import progress
 from rabit_jax.types import Json
 
@@ -74,12 +75,12 @@ def measure(options: argparse.Namespace) -> list[Json]:
     Raises:
       BadInput: a value out of its range, or a server that cannot be reached or refuses.
     """
-    counts = _numbers("--streams", options.streams, "1,4,8")
-    bits = _numbers("--activation-bits", options.activation_bits, "16,8")
+    counts = numbers("streams", options.streams, 1 << 16)
+    bits = numbers("activation-bits", options.activation_bits, 16)
     if set(bits) - {16, 8}:
         raise BadInput(f"--activation-bits is {options.activation_bits!r}, wanted 16, 8 or both")
-    if min(counts) < 1 or options.tokens < 2 or options.repeats < 1:
-        raise BadInput("--streams and --repeats must be at least 1 and --tokens at least 2")
+    if options.tokens < 2 or options.repeats < 1:
+        raise BadInput("--repeats must be at least 1 and --tokens at least 2")
     models, files = ([one for one in text.split(",") if one]
                      for text in (options.model, options.gguf))
     servers = started(models, files, max(counts), options.context, options.threads, bits)
@@ -99,13 +100,6 @@ def measure(options: argparse.Namespace) -> list[Json]:
         if not servers:
             rows += measured(options.url, options.url.rstrip("/"))
     return rows
-
-
-def _numbers(option: str, text: str, example: str) -> list[int]:
-    try:
-        return [int(one) for one in text.split(",")]
-    except ValueError:
-        raise BadInput(f"{option} is {text!r}, wanted numbers such as {example}") from None
 
 
 def _fastest(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from rabit_jax import hosts, pack
-from rabit_jax.experiments.engine.fitting import fit, keep, kept
+from rabit_jax.experiments.engine.fitting import distillation, fit, keep, kept
 from rabit_jax.experiments.engine.inputs import abstract_params
 from rabit_jax.experiments.engine.job import Job, block_name, trained
 from rabit_jax.experiments.engine.packing import (
@@ -28,12 +28,11 @@ from rabit_jax.experiments.engine.tuning import trained_name
 from rabit_jax.formats.packed_file import part_names
 from rabit_jax.models.decoder import Decoder
 from rabit_jax.train.checkpoints import abstract
-from rabit_jax.train.losses import distillation_loss, nested_loss
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import one_device_mesh, param_shardings
 from rabit_jax.train.trainer import make_trainer
 from rabit_jax.tree import leaves, map_leaves, tree_bytes, weights_of
-from rabit_jax.types import Array, Batch, Params, Weight
+from rabit_jax.types import Params, Weight
 from rabit_jax.weights.fixed import fixed
 from rabit_jax.weights.mixed_stack import stacked
 
@@ -43,16 +42,8 @@ NAME = "end_to_end"
 def end_to_end(job: Job, continues: bool) -> Record:
     """Distil the teacher into what the section does not freeze."""
     section, compute = job.config.end_to_end, job.config.compute
-    model = Decoder(compute.applied(job.model_config))
-
-    def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
-        if section.nested:
-            return nested_loss(model, params, teacher, batch, section.gamma, section.prefixes,
-                               compute.chunk)
-        return distillation_loss(model, params, teacher, batch, section.gamma, compute.chunk)
-
     trainer = make_trainer(
-        loss,
+        distillation(Decoder(compute.applied(job.model_config)), section, compute.chunk),
         _student(job),
         section.optimizer,
         section.steps,

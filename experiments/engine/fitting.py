@@ -16,17 +16,38 @@ import jax
 from rabit_jax import BadInput, hosts
 from rabit_jax.atomic import remove
 from rabit_jax.experiments.engine.folder import RunFolder
-from rabit_jax.experiments.engine.settings import RunConfig, Training
+from rabit_jax.experiments.engine.settings import EndToEnd, Qat, RunConfig, Training
 from rabit_jax.experiments.engine.signals import stopping_between_steps
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.experiments.planning.flops import flops_of
 from rabit_jax.experiments.planning.targets import known_chip
+from rabit_jax.models.decoder import Decoder
 from rabit_jax.progress import progress, say
 from rabit_jax.train.checkpoints import Checkpoints, abstract
 from rabit_jax.train.loop import Loop, Profile, Record, Watch, train, whole
-from rabit_jax.train.step import TrainState
+from rabit_jax.train.losses import distillation_loss, nested_loss
+from rabit_jax.train.step import Loss, TrainState
 from rabit_jax.train.trainer import Trainer
-from rabit_jax.types import Batch, Params
+from rabit_jax.types import Array, Batch, Params
+from rabit_jax.weights.mixed_stack import sign_paths
+
+
+def distillation(model: Decoder, section: EndToEnd | Qat, chunk: int) -> Loss:
+    """What a stage of distillation minimises: `distillation_loss`, or `nested_loss` where the
+    section nests paths.
+
+    Under a budget it may be that no layer has as many paths as the largest number in `nested`; a
+    number that none has stands for the whole model.
+    """
+    def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
+        if not section.nested:
+            return distillation_loss(model, params, teacher, batch, section.gamma, chunk)
+        most, weights = max(sign_paths(params)), {}
+        for n, weight in section.prefixes.items():
+            weights[min(n, most)] = weights.get(min(n, most), 0.0) + weight
+        return nested_loss(model, params, teacher, batch, section.gamma, weights, chunk)
+
+    return loss
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rabit_jax.atomic import remove
 from rabit_jax.calibration.probes import Batch
 from rabit_jax.evaluate.sign_statistics import disordered_share, mean_flip_rate, snapshot
 from rabit_jax.experiments.engine import taught
-from rabit_jax.experiments.engine.fitting import fit
+from rabit_jax.experiments.engine.fitting import distillation, fit
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.measure import (
     diagnostics,
@@ -42,7 +42,6 @@ from rabit_jax.train.losses import (
     distillation_loss,
     dominant_term,
     kept_distillation_loss,
-    nested_loss,
     next_token_loss,
 )
 from rabit_jax.train.optimizer import merge
@@ -81,16 +80,10 @@ def student_loss(config: RunConfig, model: Decoder) -> Loss:
 
     section, chunk = config.qat, config.compute.chunk
 
-    def loss(params: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
-        if section.nested:
-            return nested_loss(
-                model, params, teacher, batch, section.gamma, section.prefixes, chunk)
-        return distillation_loss(model, params, teacher, batch, section.gamma, chunk)
-
     def kept(params: Params, _: None, batch: Batch) -> dict[str, Array]:
         return kept_distillation_loss(model, params, batch, chunk)
 
-    return kept if section.teacher_top else loss
+    return kept if section.teacher_top else distillation(model, section, chunk)
 
 
 def teacher(run: Inputs, continues: bool) -> Record:

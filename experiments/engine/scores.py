@@ -24,6 +24,7 @@ from rabit_jax.experiments.engine.sweeps import (
 )
 from rabit_jax.formats.folder import fingerprint
 from rabit_jax.formats.packed_model import load_packed
+from rabit_jax.weights.mixed_stack import first_paths, sign_paths
 
 # The stage that makes each model where a run trains.
 _MADE_BY = {"teacher": "quantise", "init": "quantise", "tuned": "tune", "packed": "pack"}
@@ -62,8 +63,10 @@ def _score(label: str, source: Callable[[Job], Source]) -> Stage[Job]:
 def _score_nested(job: Job, continues: bool) -> Record:
     """Scores and sizes of the models of the first paths that were trained together."""
     found, pieces = {}, Pieces(job.folder.path / _NESTED.pieces)
+    packed = load_packed(job.folder.path / "packed")[1]
     for n in job.config.end_to_end.prefixes:
-        params = load_packed(job.folder.path / "packed", n)[1]
+        # Under a budget it may be that no layer has so many.
+        params = first_paths(packed, min(n, max(sign_paths(packed))))
         size, source = describe(params), FromParams(params)
         scored = {name: _perplexity(job, pieces, f"{name}-{n}", text, _NESTED.metrics[0], source)
                   for name, text in job.texts().items()}

@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 from rabit_jax import convert, pack
 from rabit_jax.calibration.probes import insert_probes, zero_sums
 from rabit_jax.experiments.engine.config import shipped_model
+from rabit_jax.experiments.engine.fitting import distillation
 from rabit_jax.experiments.engine.inputs import abstract_params
 from rabit_jax.experiments.engine.qat import calibration_loss, student_loss, teacher_loss
 from rabit_jax.experiments.engine.settings import RunConfig, Training
@@ -29,7 +30,6 @@ from rabit_jax.models.engine import init_cache
 from rabit_jax.models.engine import step as decode_step
 from rabit_jax.models.prepared import prepare
 from rabit_jax.train.checkpoints import abstract
-from rabit_jax.train.losses import distillation_loss
 from rabit_jax.train.sharding import batch_sharding, param_shardings, replicated
 from rabit_jax.train.step import Loss, next_tokens, real_tokens
 from rabit_jax.train.trainer import make_program
@@ -144,10 +144,7 @@ def _calibration(config: RunConfig, model: Decoder, params: Params, mesh: Mesh) 
 def _end_to_end(config: RunConfig, model: Decoder, params: Params, mesh: Mesh) -> Program:
     """The step of the stage end_to_end, where the latents are packed and constant."""
     section = config.end_to_end
-
-    def loss(student: Params, teacher: Params, batch: Batch) -> dict[str, Array]:
-        return distillation_loss(
-            model, student, teacher, batch, section.gamma, config.compute.chunk)
+    loss = distillation(model, section, config.compute.chunk)
 
     def start(params: Params) -> Params:
         student = convert(params, config.init.rules())

@@ -92,6 +92,17 @@ def test_the_scales_of_nested_paths_train_behind_tuning(place, ptq, capsys):
     assert found == pytest.approx(told["nested"]["1"]["ppl"], rel=2e-3)
 
 
+@pytest.mark.more
+def test_under_a_budget_no_layer_need_have_the_most_nested_paths(place, ptq):
+    assert ptq("name=few", "init.spec.k=3", "init.budget=1.65", *TUNE, "end_to_end.steps=2",
+               "end_to_end.batch_size=4", "end_to_end.length=24", "end_to_end.nested=[1,2,3]",
+               "evaluate.models=[packed]") == 0
+    told = summary(place, "few")
+    assert max(k for ks in told["k"].values() for k in ks) == 2
+    assert told["nested"]["3"] == told["nested"]["2"]
+    assert told["nested"]["2"]["ppl"] == pytest.approx(told["packed"]["ppl"], rel=1e-5)
+
+
 def test_nested_paths_that_the_weights_have_not_are_refused(place, ptq, capsys):
     assert ptq("name=refused", "end_to_end.steps=2", "end_to_end.nested=[1,5]") == 2
     assert "end_to_end.nested is [1, 5], and the weights have 2" in capsys.readouterr().err

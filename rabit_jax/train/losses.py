@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jaxtyping import Bool, Float, Int, Shaped
 
 from rabit_jax.types import Array, Batch, Params
@@ -45,7 +46,7 @@ def chunk_sums(
 
     def whole(*arguments: Array) -> Sums:
         own, consts = arguments[: len(arrays)], arguments[len(arrays) :]
-        return jax.tree.unflatten(tree, jax.core.eval_jaxpr(closed.jaxpr, consts, *own))
+        return jax.tree.unflatten(tree, eval_jaxpr(closed.jaxpr, consts, *own))
 
     return _summed(whole, chunk, arrays, tuple(closed.consts))
 

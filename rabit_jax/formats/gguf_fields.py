@@ -54,6 +54,7 @@ _TEXT = (_text, "a text")
 _FLAG = (_flag, "true or false")
 _GENERAL = {
     "general.architecture": _TEXT, "general.alignment": _WHOLE, "split.count": _WHOLE,
+    "split.no": _WHOLE,
     "tokenizer.ggml.model": _TEXT, "tokenizer.ggml.pre": _TEXT, "tokenizer.chat_template": _TEXT,
     "tokenizer.ggml.tokens": (_list_of(_text), "a list of texts"),
     "tokenizer.ggml.merges": (_list_of(_text), "a list of texts"),

@@ -51,6 +51,7 @@ FAMILIES = {
     "qwen2": dataclasses.replace(LLAMA, attention_bias=True, family="qwen2", norm_eps=1e-6),
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True, family="qwen3", head_dim=64),
     "gemma3": GEMMA,
+    "biases": dataclasses.replace(LLAMA, attention_bias=True, o_bias=True, mlp_bias=True),
     "mistral": dataclasses.replace(LLAMA, family="mistral"),
 }
 TEXT = "the cat sat on the mat, and 12 more cats ran home; the end. " * 40
@@ -205,6 +206,15 @@ def test_settings_that_llama_cpp_computes_otherwise_are_refused(tmp_path, tokeni
     assert not list(tmp_path.glob("*.gguf"))
 
 
+def test_a_base_model_is_written_though_its_tokenizer_has_ends_of_turns(tmp_path):
+    tokenizer = train_tokenizer([TEXT], 290)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|endoftext|>"]})
+    save_gguf(tmp_path / "m.gguf", LLAMA, params_of(LLAMA), tokenizer, "f32")
+    assert read_gguf(tmp_path / "m.gguf").fields["tokenizer.ggml.eos_token_id"] == 0
+    # llama.cpp ends at those as well, whatever the file says.
+    assert load_hf(tmp_path / "m.gguf")[0].config.eos_ids[0] == 0
+
+
 def test_a_target_is_a_file_name(tmp_path, tokenizer, capsys):
     save_packed(tmp_path / "packed", LLAMA, packed_of(LLAMA, UniformResidualSpec(group=32)),
                 tokenizer)
@@ -258,11 +268,12 @@ class Rounded(WeightNode):
 @pytest.mark.more
 @pytest.mark.parametrize(("config", "spec", "kind"), [
     (LLAMA, None, "f32"),
+    (FAMILIES["biases"], None, "f32"),
     (GEMMA, None, "f32"),
     (LLAMA, UniformResidualSpec(k=1, rounds=1, group=128), "Q1_0"),
     (LLAMA, UniformResidualSpec(k=2, rounds=1, group=32), "Q4_0"),
     (GEMMA, UniformResidualSpec(k=1, rounds=1, group=128), "Q1_0"),
-], ids=["llama f32", "gemma f32", "llama Q1_0", "llama Q4_0", "gemma Q1_0"])
+], ids=["llama f32", "biases f32", "gemma f32", "llama Q1_0", "llama Q4_0", "gemma Q1_0"])
 def test_llama_cpp_computes_our_logits(config, spec, kind, tmp_path, tokenizer):
     params = packed_of(config, spec) if spec else params_of(config)
     save_gguf(tmp_path / "m.gguf", config, params, tokenizer, kind)

@@ -90,6 +90,7 @@ def save_gguf(
     if licence:
         fields["general.license"] = licence
     tensors = _tensors(config, architecture, kind, flat)
+    fields["general.file_type"] = _file_type(tensors)
     try:
         with replacing(Path(file)) as new:
             _write(new, fields, tensors, flat, done)
@@ -217,6 +218,16 @@ def _smallest_float(value: np.ndarray) -> str:
             if np.array_equal(value.astype(dtype).astype(np.float32), value):
                 return name
     return "F32"
+
+
+def _file_type(tensors: dict[str, _Tensor]) -> int:
+    """llama.cpp's number of a file most of whose matrices have a type."""
+    import gguf
+
+    kinds = [one.type for one in tensors.values() if one.name.startswith("blk.")
+             and len(one.shape) > 1]
+    most = max(sorted(set(kinds)), key=kinds.count)
+    return gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"].value
 
 
 def _settings(config: ModelConfig, architecture: str) -> Json:

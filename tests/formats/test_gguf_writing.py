@@ -101,7 +101,9 @@ def test_a_float32_file_holds_the_model_and_its_tokenizer(name, tmp_path, tokeni
     assert differs <= {"query_scalar"} | ({"family"} if name == "mistral" else set())
     assert own(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
     assert model.config.eos_ids == (0,) and model.config.bos_id == 0
-    assert read_gguf(tmp_path / "m.gguf").fields["general.license"] == "mit"
+    fields = read_gguf(tmp_path / "m.gguf").fields
+    assert fields["general.license"] == "mit"
+    assert fields["general.file_type"] == gguf.LlamaFileType.ALL_F32
 
 
 CASES = {

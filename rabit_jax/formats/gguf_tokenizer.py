@@ -93,7 +93,7 @@ def _built(fields: Json, tokens: list[str], architecture: str) -> Tokenizer:
         ("pad_token", "padding"))}
     _add_ends(built, fields, names["bos_token"], names["eos_token"])
     return PreTrainedTokenizerFast(
-        tokenizer_object=built, chat_template=fields.get("tokenizer.chat_template"),
+        tokenizer_object=built, chat_template=_template(fields),
         clean_up_tokenization_spaces=False, **names)
 
 
@@ -102,6 +102,17 @@ def token_id(fields: Json, role: str) -> int | None:
     implied = (_SENTENCEPIECE_IDS.get(role)
                if fields.get("tokenizer.ggml.model") == "llama" else None)
     return fields.get(f"tokenizer.ggml.{role}_token_id", implied)
+
+
+def _template(fields: Json) -> str | dict[str, str] | None:
+    """The chat template; where the file has others by name, all of them by their names."""
+    default = fields.get("tokenizer.chat_template")
+    named = {name: fields.get(f"tokenizer.chat_template.{name}")
+             for name in fields.get("tokenizer.chat_templates") or ()}
+    found = {name: text for name, text in named.items() if isinstance(text, str)}
+    if default is not None and found:
+        return {"default": default, **found}
+    return found or default
 
 
 def end_ids(fields: Json) -> list[int]:

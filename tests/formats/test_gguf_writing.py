@@ -217,6 +217,25 @@ def test_a_base_model_is_written_though_its_tokenizer_has_ends_of_turns(tmp_path
     assert load_hf(tmp_path / "m.gguf")[0].config.eos_ids[0] == 0
 
 
+def test_chat_templates_keep_their_names(tmp_path):
+    """As the gguf package writes and transformers reads several of them."""
+    tokenizer = train_tokenizer([TEXT], 300)
+    for template in ("plain", {"default": "plain", "tool_use": "tools"}, {"tool_use": "tools"}):
+        tokenizer.chat_template = template
+        save_gguf(tmp_path / "m.gguf", LLAMA, params_of(LLAMA), tokenizer, "f32")
+        ours = read_gguf(tmp_path / "m.gguf").fields
+        named = template if isinstance(template, dict) else {"default": template}
+        writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "llama")
+        writer.add_chat_template([{"name": n, "template": t} for n, t in named.items()])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        theirs = read_gguf(tmp_path / "theirs.gguf").fields
+        assert {k: v for k, v in ours.items() if "chat_template" in k} == {
+            k: v for k, v in theirs.items() if "chat_template" in k}
+        assert load_hf(tmp_path / "m.gguf")[2].chat_template == template
+
+
 def test_a_target_is_a_file_name(tmp_path, tokenizer, capsys):
     save_packed(tmp_path / "packed", LLAMA, packed_of(LLAMA, UniformResidualSpec(group=32)),
                 tokenizer)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rabit_jax import (
     LLAMA_LINEARS,
@@ -234,6 +236,34 @@ def test_chat_templates_keep_their_names(tmp_path):
         assert {k: v for k, v in ours.items() if "chat_template" in k} == {
             k: v for k, v in theirs.items() if "chat_template" in k}
         assert load_hf(tmp_path / "m.gguf")[2].chat_template == template
+
+
+def test_sentencepiece_is_written_where_llama_cpp_makes_its_tokens(tmp_path):
+    """It puts a space before every text and behind every special token, or none anywhere."""
+    pieces = ["▁", "a", "b", "▁a", "ab", "▁b", "▁▁", "\n"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *pieces]
+    merges = [("▁", "a"), ("a", "b"), ("▁", "b"), ("▁", "▁")]
+    replaced = normalizers.Replace(" ", "▁")
+    forms = {
+        "prepended": normalizers.Sequence([normalizers.Prepend("▁"), replaced]), "bare": replaced,
+        "first": pre_tokenizers.Metaspace(prepend_scheme="first", split=False)}
+    for name, form in forms.items():
+        built = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges,
+                                     unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        setattr(built, "pre_tokenizer" if name == "first" else "normalizer", form)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=built, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+        config = dataclasses.replace(LLAMA, bos_id=1, eos_ids=(2,))
+        if name == "first":
+            with pytest.raises(BadInput, match="unsupported tokenizer: none .* ' a leading blank'"):
+                save_gguf(tmp_path / "m.gguf", config, params_of(config), tokenizer, "f32")
+            continue
+        save_gguf(tmp_path / "m.gguf", config, params_of(config), tokenizer, "f32")
+        fields = read_gguf(tmp_path / "m.gguf").fields
+        assert fields["tokenizer.ggml.add_space_prefix"] == (name == "prepended")
+        own = load_hf(tmp_path / "m.gguf")[2]
+        for text in ("ab", " ab", "a</s>b", "<s> a\nb é"):
+            assert own(text)["input_ids"] == tokenizer(text)["input_ids"], text
 
 
 def test_a_target_is_a_file_name(tmp_path, tokenizer, capsys):

@@ -44,12 +44,14 @@ class Cluster:
       coordinator: host and port of the first process; "" where JAX finds it.
       processes: their number.
       process: the number of this one, from 0.
+      alone: whether no other of them is on this node, as far as the source tells.
     """
 
     source: str
     coordinator: str
     processes: int
     process: int
+    alone: bool = False
 
 
 def cluster(environment: Mapping[str, str] = os.environ) -> Cluster | None:
@@ -71,11 +73,13 @@ def cluster(environment: Mapping[str, str] = os.environ) -> Cluster | None:
         found = Cluster("environment", given[names[0]], _number(given, names[1]),
                         _number(given, names[2]))
     elif "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
-        found = Cluster("slurm", "", _number(environment, "SLURM_STEP_NUM_TASKS"),
-                        _number(environment, "SLURM_PROCID"))
+        tasks = _number(environment, "SLURM_STEP_NUM_TASKS")
+        found = Cluster("slurm", "", tasks, _number(environment, "SLURM_PROCID"),
+                        environment.get("SLURM_STEP_NUM_NODES") == str(tasks))
     elif "OMPI_COMM_WORLD_SIZE" in environment:
         found = Cluster("ompi", "", _number(environment, "OMPI_COMM_WORLD_SIZE"),
-                        _number(environment, "OMPI_COMM_WORLD_RANK"))
+                        _number(environment, "OMPI_COMM_WORLD_RANK"),
+                        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1")
     else:
         return None
     if found.processes < 2:
@@ -206,8 +210,13 @@ def start(start_timeout: int, heartbeat: int) -> None:
         coordinator_address=found.coordinator if ours else None,
         num_processes=found.processes if ours else None,
         process_id=found.process if ours else None,
-        cluster_detection_method=None if ours else found.source,
+        # Else JAX looks for a scheduler all the same, and takes from it which GPU this process has.
+        cluster_detection_method="deactivate" if ours else found.source,
         initialization_timeout=start_timeout, heartbeat_timeout_seconds=heartbeat)
+    if found.alone and not os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        # Under a scheduler JAX gives each process one GPU, that of its number on the node.
+        jax.config.update("jax_cuda_visible_devices", "all")
+        jax.config.update("jax_rocm_visible_devices", "all")
     if descriptor := os.environ.get(STARTED):
         os.write(int(descriptor), b"s")
     if found.process:

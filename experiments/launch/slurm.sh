@@ -5,6 +5,8 @@
 #
 # Slurm sends SIGTERM two minutes before the limit: the run saves, exits with 75 and this script
 # queues itself again, which resumes it. A node that fails ends the others, and the same follows.
+# Several processes stop at a step that is logged: where log_every steps and a checkpoint take longer
+# than two minutes, raise the seconds of --signal (a job killed at its limit is not queued again).
 
 #SBATCH --job-name=rabit-jax
 #SBATCH --ntasks-per-node=1
@@ -18,15 +20,16 @@
 
 set -u
 RESUMABLE=75
+MOST=100 # restarts: a crash of one process makes the others exit with 75, and srun with the highest
 
-# --kill-on-bad-exit: where one process has ended, do not wait for those of other nodes.
-# -K0 leaves them the seconds to say why; they end by themselves with 75.
-resume=()
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then resume=(--resume); fi
-srun --kill-on-bad-exit=0 --label \
-    python -m experiments.run "$@" "${resume[@]}"
+restarts=${SLURM_RESTART_COUNT:-0}
+if [ "$restarts" -gt 0 ]; then set -- "$@" --resume; fi
+# Where one process has ended those of other nodes are not killed: they say why and end by
+# themselves with 75. Since Slurm 22.05 srun does not take --cpus-per-task from sbatch.
+srun --kill-on-bad-exit=0 --label --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    python -m experiments.run "$@"
 code=$?
-if [ "$code" -eq "$RESUMABLE" ]; then
+if [ "$code" -eq "$RESUMABLE" ] && [ "$restarts" -lt "$MOST" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import socket
 import subprocess
 import sys
 
@@ -21,11 +22,49 @@ MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
     ({**OWN, **SLURM}, Cluster("environment", "one:1234", 4, 2)),
     (SLURM, Cluster("slurm", "", 8, 3)),
     ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # in a batch script, outside of srun
+    ({**SLURM, "SLURM_STEP_NUM_NODES": "2"}, Cluster("slurm", "", 8, 3)),
+    ({**SLURM, "SLURM_STEP_NUM_NODES": "8"}, Cluster("slurm", "", 8, 3, alone=True)),
     (MPI, Cluster("ompi", "", 2, 1)),
+    ({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, Cluster("ompi", "", 2, 1, alone=True)),
     ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
 ])
 def test_the_cluster_of_an_environment(environment, wanted):
     assert cluster(environment) == wanted
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+VISIBLE = """
+import sys
+from rabit_jax.experiments.engine.launch import start
+import jax
+start(60, 60)
+sys.stderr.write(f"visible {jax.config.values['jax_cuda_visible_devices']}\\n")
+"""
+
+
+@pytest.mark.parametrize("nodes, local, own, seen", [
+    ("2", ("0", "0"), False, ["all", "all"]),  # one process a node
+    ("1", ("0", "1"), False, ["0", "1"]),  # both on one: each its own, as JAX does it
+    ("2", ("0", "0"), True, ["all", "all"]),  # JAX's own variables, inside of srun
+])
+def test_a_process_alone_on_its_node_sees_all_its_gpus(nodes, local, own, seen, free_port):
+    given = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port}", "JAX_NUM_PROCESSES": "2"}
+    running = [subprocess.Popen(
+        [sys.executable, "-c", VISIBLE], text=True, stderr=subprocess.PIPE,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": str(free_port),
+             "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+             "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": nodes, "SLURM_PROCID": str(n),
+             "SLURM_LOCALID": local[n], **({**given, "JAX_PROCESS_ID": str(n)} if own else {})})
+        for n in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in running]
+    assert [line for text in said for line in text.splitlines() if "visible" in line] == [
+        f"visible {name}" for name in seen], said
 
 
 @pytest.mark.parametrize("environment, said", [

@@ -85,7 +85,7 @@ def stream(
 ) -> Iterator[tuple[Iterator[str], int]]:
     """The documents of each part in turn, with the most tokens that are wanted of it.
 
-    A document is left out if it is blank, has come before in any part, or is in `without` (whatever
+    A document is left out if it is blank, was used before in any part, or is in `without` (whatever
     the token limits there). Only hashes of the documents are kept, about 100 bytes each.
 
     Args:
@@ -104,7 +104,7 @@ def stream(
     for part in without:
         seen.update(map(content_hash, _read(part, render)))
     for part in parts:
-        yield _unseen(_read(part, render), seen), part.tokens
+        yield Unseen(_read(part, render), seen), part.tokens
 
 
 def identity(parts: Iterable[Part]) -> list[dict[str, object]]:
@@ -163,13 +163,26 @@ def _all(part: Part, render: Render | None) -> Iterator[str]:
                          render=render if part.hub_messages else None)
 
 
-def _unseen(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
+class Unseen(Iterator[str]):
     """The texts that are neither blank nor in `seen`, which grows by their hashes."""
-    for text in texts:
-        mark = content_hash(text)
-        if text.strip() and mark not in seen:
-            seen.add(mark)
-            yield text
+
+    def __init__(self, texts: Iterable[str], seen: set[bytes]):
+        self._texts, self._seen = iter(texts), seen
+        self._new: list[bytes] = []  # what this has added to `seen`, in order
+
+    def __next__(self) -> str:
+        """The next of them."""
+        for text in self._texts:
+            mark = content_hash(text)
+            if text.strip() and mark not in self._seen:
+                self._seen.add(mark)
+                self._new.append(mark)
+                return text
+        raise StopIteration
+
+    def used(self, count: int) -> None:
+        """Only the first `count` were used; those that were read ahead may come again elsewhere."""
+        self._seen.difference_update(self._new[count:])
 
 
 def content_hash(text: str) -> bytes:

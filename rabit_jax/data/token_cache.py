@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from rabit_jax.atomic import publish, workspace
+from rabit_jax.data.mix import Unseen
 from rabit_jax.data.partial_tokens import Partial, crc32
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.tokenizer import encode
@@ -189,7 +190,7 @@ def _taken(
     """
     place = 0
     for documents, most in parts:
-        found, rest = 0, iter(documents)
+        found, begin, rest = 0, place, iter(documents)
         while place < len(known) and not (most and found >= most):
             text = next(rest, None)
             if text is None:
@@ -198,10 +199,13 @@ def _taken(
             found, place = found + int(known[place]), place + 1
         if place < len(known) or (most and found >= most):
             continue
+        used = place - begin
         for text, ids in _encoded(rest, tokenizer):
             yield text, ids
-            found += len(ids)
+            found, used = found + len(ids), used + 1
             if most and found >= most:
+                if isinstance(documents, Unseen):
+                    documents.used(used)
                 break
 
 

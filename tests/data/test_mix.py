@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from rabit_jax.data import token_cache
 from rabit_jax.data.conversations import rendering
 from rabit_jax.data.mix import Part
 from rabit_jax.data.readers import NAMED, named_text
@@ -69,6 +70,35 @@ def test_a_limit_on_documents_takes_the_first_of_its_part(mix):
     parts = tuple(dataclasses.replace(part, documents=3) for part in mix.mix)
     found = texts(dataclasses.replace(mix, mix=parts), "train")
     assert found == ["file text number 0", "file text number 1", "row 0", "row 1", "row 2"]
+
+
+def test_what_a_limit_on_tokens_leaves_is_there_for_a_later_part(
+    tokenizer, tmp_path, monkeypatch
+):
+    """A group of documents is read ahead of the limit; a process that goes on reads another one."""
+    part = written(tmp_path, "file", 12)
+    held = written(tmp_path, "held", 1)
+    config = DataConfig(source="mix", mix=(dataclasses.replace(part, tokens=40), part),
+                        mix_eval=(held,))
+    wanted = [f"file text number {n}" for n in range(12)]  # each once, by whichever part
+    lengths = [len(tokenizer.encode(text)) + 1 for text in wanted]
+    assert 40 < sum(lengths) / 2
+    found = tokens(config, "train", tokenizer, tmp_path / "a")
+    assert found.digest == tokenise(wanted, tokenizer, tmp_path / "b").digest
+    # Kept after every second document, stopped behind the last of the first part.
+    monkeypatch.setattr(token_cache, "KEEP", 30)
+    monkeypatch.setattr(token_cache, "CHUNK", 20)
+    opened, recipe = mixed(config, "train")
+
+    def stopped():
+        parts = opened()
+        yield next(parts)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenise_stream(stopped, recipe, tokenizer, tmp_path / "c")
+    assert list((tmp_path / "c").glob("*.partial.json"))
+    assert tokenise_stream(opened, recipe, tokenizer, tmp_path / "c").digest == found.digest
 
 
 def test_a_stream_is_the_same_text_as_a_list(mix, tokenizer, tmp_path):

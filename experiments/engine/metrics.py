@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rabit_jax import hosts
 from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
+from rabit_jax.experiments.engine.records import strict_json
 from rabit_jax.progress import say
 from rabit_jax.types import Json
 
@@ -42,7 +43,7 @@ class Metrics:
         if not hosts.first():
             return
         with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(strict_json(line) + "\n")
         stage, step = line["stage"], line["step"]
         numbers = {n: v for n, v in line.items() if isinstance(v, int | float) and n != "step"}
         board = self._board(_owner(line))
@@ -85,7 +86,7 @@ class Metrics:
             with open(aside, "a", encoding="utf-8") as file:
                 file.writelines(f"{text}\n" for text in damaged)
             say(f"{self.file}: {len(damaged)} damaged lines were set aside in {aside.name}")
-        write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.file, "".join(strict_json(line) + "\n" for line in kept))
 
     def close(self) -> None:
         """Flush TensorBoard and Weights & Biases."""

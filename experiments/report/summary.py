@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rabit_jax.evaluate.sign_statistics import Histogram, weight_histogram
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.job import Job
 from rabit_jax.experiments.engine.machine import peak_memory
+from rabit_jax.experiments.engine.records import strict_json
 from rabit_jax.experiments.engine.stages import Record
 from rabit_jax.experiments.report.page import (
     ResultRow,
@@ -180,7 +180,7 @@ def costs(summary: Summary) -> str:
 def write_results(run: Inputs, summary: Summary, samples: Sequence[Sample]) -> Path:
     """Write `summary.json`, the packed model's card and `report.html`, whose path is returned."""
     folder = run.folder.path
-    write_text(folder / "summary.json", json.dumps(summary, indent=1))
+    write_text(folder / "summary.json", strict_json(summary, indent=1))
     write_card(run.config, folder, summary)
     return write_report(
         folder, summary, run.folder.metrics.lines(), _histogram(run), samples, table_rows(summary)

@@ -31,7 +31,13 @@ from rabit_jax.models.config import ModelConfig
 from rabit_jax.models.decoder import Decoder, param_shapes
 from rabit_jax.progress import loading
 from rabit_jax.train.checkpoints import abstract
-from rabit_jax.train.optimizer import merge, partition, roles
+from rabit_jax.train.optimizer import (
+    OptimizerConfig,
+    check_moments,
+    merge,
+    partition,
+    roles,
+)
 from rabit_jax.train.sharding import make_mesh, param_shardings, replicated, row_shards
 from rabit_jax.tree import leaves, map_leaves, match_rules, weights_of
 from rabit_jax.types import Json, Params
@@ -52,20 +58,7 @@ class Inputs:
         self.mesh = make_mesh(config.mesh)
         self.text = Text(config, self.mesh)
         self.stopped, self.measure = False, Measure()
-        rows = row_shards(self.mesh)
-        for name in self._reads_text("evaluate"):
-            section = getattr(config, name)
-            piece = section.batch_size // getattr(section, "accumulate", 1)
-            if piece % rows:
-                raise BadInput(
-                    f"{name}.batch_size gives pieces of {piece} sequences for {rows} parts of "
-                    f"the mesh (data x fsdp): make it a multiple of {rows}"
-                )
-
-    def _reads_text(self, *more: str) -> tuple[str, ...]:
-        """Names of the sections whose batches this run will draw."""
-        own = () if self.config.teacher.path else ("teacher",)
-        return (*own, "calibrate", "qat", *more)
+        check_batches(config, row_shards(self.mesh))
 
     def check(self) -> None:
         """Read the text and refuse what cannot work, before anything is written.
@@ -76,7 +69,8 @@ class Inputs:
         """
         check_settings(self.config, self.model_config)
         config, text = self.config, self.text
-        lengths = {name: getattr(config, name).length for name in self._reads_text()}
+        lengths = _lengths(config)
+        del lengths["evaluate"]
         size = self.model_config.vocab_size
         if not all(map(str.strip, config.generate.prompts)):
             raise BadInput("generate.prompts holds an empty prompt: give it some text")
@@ -214,17 +208,29 @@ def check_settings(config: RunConfig, shape: ModelConfig) -> None:
     else:
         if config.tune.epochs:
             _check_prefixes("tune", config.tune, student)
+            _check_optimizer("tune", config.tune.optimizer, student)
         if config.end_to_end.steps:
             _check_prefixes("end_to_end", config.end_to_end, student)
+            _check_optimizer("end_to_end", config.end_to_end.optimizer, student)
     check_lengths(_lengths(config), shape.max_position)
 
 
 def _check_training(config: RunConfig, student: Params) -> None:
     """Raise BadInput for nested paths that the student has not, or where nothing would train."""
     _check_prefixes("qat", config.qat, student)
-    frozen = config.qat.optimizer.freeze
-    if not jax.tree.leaves(partition(student, roles(student), frozen)[0]):
-        raise BadInput(f"qat.optimizer.freeze {list(frozen)} leaves nothing to train")
+    _check_optimizer("qat", config.qat.optimizer, student)
+
+
+def _check_optimizer(name: str, settings: OptimizerConfig, student: Params) -> None:
+    """Raise BadInput where nothing of the student would train, or its moments would stand still."""
+    names = roles(student)
+    trainable, _ = partition(student, names, settings.freeze)
+    if not jax.tree.leaves(trainable):
+        raise BadInput(f"{name}.optimizer.freeze {list(settings.freeze)} leaves nothing to train")
+    try:
+        check_moments(settings, trainable, partition(names, names, settings.freeze)[0])
+    except BadInput as error:
+        raise BadInput(f"{name}.optimizer: {error}") from error
 
 
 def _check_prefixes(name: str, section: Nested, student: Params) -> None:
@@ -235,6 +241,20 @@ def _check_prefixes(name: str, section: Nested, student: Params) -> None:
             f"{name}.nested is {list(prefixes)}, and the weights have {most} "
             "sign paths that can be nested: its largest number must be that of the whole "
             "model, init.spec.k, of a type such as residual")
+
+
+def check_batches(config: RunConfig, rows: int) -> None:
+    """Raise BadInput where a batch, or a piece of one, does not divide over `rows` parts of a mesh.
+    """
+    for name in _lengths(config):
+        section = getattr(config, name)
+        pieces = getattr(section, "accumulate", 1)
+        if section.batch_size // pieces % rows:
+            cut = f" in {pieces} pieces" if pieces > 1 else ""
+            raise BadInput(
+                f"{name}.batch_size is {section.batch_size}{cut} for {rows} parts of the mesh "
+                f"(data x fsdp): make it a multiple of {rows * pieces}, or set mesh"
+            )
 
 
 def _lengths(config: RunConfig) -> dict[str, int]:

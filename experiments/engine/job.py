@@ -18,6 +18,7 @@ from rabit_jax.experiments.engine.fitting import Measure
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.inputs import (
     abstract_params,
+    check_batches,
     check_settings,
     check_teacher,
 )
@@ -67,15 +68,6 @@ class Job:
         self.blocks, self.tuned = Pieces(folder.path / "blocks"), Pieces(folder.path / "tune")
         self.stopped, self.measure = False, Measure()
 
-    def _check_rows(self) -> None:
-        """Raises BadInput where a batch does not divide over the mesh."""
-        parts = row_shards(self.mesh) if self.mesh else 1
-        for name in ("calibrate", "tune", "end_to_end", "evaluate"):
-            size = getattr(self.config, name).batch_size
-            if size % parts:
-                raise BadInput(f"{name}.batch_size is {size} for {parts} parts of the mesh (data x "
-                               f"fsdp): make it a multiple of {parts}")
-
     def check(self) -> None:
         """Read the text and refuse what cannot work, before anything is written.
 
@@ -85,7 +77,7 @@ class Job:
         """
         check_settings(self.config, self.model_config)
         check_teacher(self.config.teacher.path)
-        self._check_rows()
+        check_batches(self.config, row_shards(self.mesh) if self.mesh else 1)
         config = self.config
         if config.calibrate.mode != "none":
             self.text.rows(config.calibrate, 0, config.seed + 1)

@@ -18,13 +18,19 @@ import jax
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.experiments.engine.config import load_config
 from rabit_jax.experiments.engine.console import table
+from rabit_jax.experiments.engine.inputs import check_batches, check_settings
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.planning.collectives import find_collectives
 from rabit_jax.experiments.planning.flops import Flops, count_flops
-from rabit_jax.experiments.planning.programs import Program, device_bytes, find_programs
+from rabit_jax.experiments.planning.programs import (
+    Program,
+    device_bytes,
+    find_programs,
+    model_config,
+)
 from rabit_jax.experiments.planning.targets import GB, Target, find_target
 from rabit_jax.progress import progress, say
-from rabit_jax.train.sharding import make_mesh
+from rabit_jax.train.sharding import make_mesh, row_shards
 
 REACHED = 0.45  # share of the peak FLOP/s, bandwidth and link speed that estimates of time assume
 
@@ -83,7 +89,7 @@ def plan(
         print(json.dumps({
             "target": target.name, "devices": target.count, "memory_bytes": target.memory,
             "compiler": target.compiler, "mesh": dict(_mesh(config, target).shape),
-            "programs": [asdict(one) for one in found],
+            "programs": [asdict(one) for one in found], "not_planned": _block_wise(config),
             "advice": {program: None if tried is None else tried[0]
                        for program, tried in advice.items()},
         }, indent=1))
@@ -95,35 +101,32 @@ def plan(
 def planned(config: RunConfig, target: Target, only: str = "") -> list[Planned]:
     """Compile and measure the programs of a run, or the one called `only`."""
     mesh = _mesh(config, target)
-    _check_rows(config, dict(mesh.shape))
+    check_settings(config, model_config(config))
+    check_batches(config, row_shards(mesh))
     programs = [p for p in find_programs(config, mesh) if only in ("", p.name)]
     found = []
     with progress(f"plan for {target.name}", len(programs)) as bar:
         for program in programs:
-            found.append(_measured(program, target))
+            found.append(_measured(program, target, mesh.size))
             bar.update(len(found))
     return found
 
 
 def _mesh(config: RunConfig, target: Target) -> jax.sharding.Mesh:
-    return make_mesh(config.mesh, target.devices)
+    """The mesh that the run makes of these devices; task ptq takes one unless a mesh is given."""
+    alone = config.task == "ptq" and not config.mesh
+    return make_mesh(config.mesh, target.devices[:1] if alone else target.devices)
 
 
-def _check_rows(config: RunConfig, axes: dict[str, int]) -> None:
-    """Raise BadInput where the pieces of a batch do not divide over the devices that share them."""
-    rows = axes.get("data", 1) * axes.get("fsdp", 1)
-    for name in ("calibrate", "qat", *(() if config.teacher.path else ("teacher",))):
-        section = getattr(config, name)
-        piece = section.batch_size // getattr(section, "accumulate", 1)
-        if config.task == "qat" and piece % rows:
-            raise BadInput(
-                f"{name}.batch_size gives pieces of {piece} sequences for {rows} devices that "
-                f"share a batch: make it a multiple of {rows}, or set mesh"
-            )
+def _block_wise(config: RunConfig) -> list[str]:
+    """The stages that hold one block at a time, which are not compiled."""
+    if config.task == "qat":
+        return []
+    return ["quantise", *(["tune"] if config.tune.epochs else [])]
 
 
-def _measured(program: Program, target: Target) -> Planned:
-    """Compile a program and read what the compiler plans."""
+def _measured(program: Program, target: Target, devices: int) -> Planned:
+    """Compile a program of so many devices and read what the compiler plans."""
     parts = {name: device_bytes(tree) for name, tree in program.parts.items()}
     parts = {name: size for name, size in parts.items() if size}
     begin = time.perf_counter()
@@ -141,11 +144,11 @@ def _measured(program: Program, target: Target) -> Planned:
     memory = compiled.memory_analysis()
     peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes
             + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
-    kinds = _collectives(compiled, target)
+    kinds = _collectives(compiled, devices)
     moved = None if kinds is None else sum(kinds.values())
     flops = count_flops(program.function, *program.arguments)
     alone = program.name == "decode"
-    shares = (1, 1) if alone else (target.count, _optimizer_shards(program))
+    shares = (1, 1) if alone else (devices, _optimizer_shards(program))
     own = flops.optimizer.total()
     counted = (flops.total - own) / shares[0] + own / shares[1]
     return replace(
@@ -155,7 +158,7 @@ def _measured(program: Program, target: Target) -> Planned:
         compile_seconds=time.perf_counter() - begin)
 
 
-def _collectives(compiled: Any, target: Target) -> dict[str, float] | None:
+def _collectives(compiled: Any, devices: int) -> dict[str, float] | None:
     """Bytes that a device sends by kind of collective; None where the program cannot be read."""
     try:
         text = compiled.as_text()
@@ -164,7 +167,7 @@ def _collectives(compiled: Any, target: Target) -> dict[str, float] | None:
             f"({first_line(error)[:100]}); `pip install 'jax[tpu]'` has the one that fits")
         return None
     found: dict[str, float] = {}
-    for one in find_collectives(text, target.count):
+    for one in find_collectives(text, devices):
         found[one.kind] = found.get(one.kind, 0.0) + one.moved
     return found
 
@@ -214,7 +217,8 @@ def _advice(
     added: list[str] = []
     config = load_config(RunConfig, file, overrides)
     for option in _options(config, program, dict(_mesh(config, target).shape)):
-        tried = [*added, option]
+        key = option.partition("=")[0]  # an option goes before one of the same name
+        tried = [*(one for one in added if one.partition("=")[0] != key), option]
         try:
             changed = load_config(RunConfig, file, [*overrides, *tried])
             (one,) = planned(changed, target, program)
@@ -252,6 +256,8 @@ def _options(config: RunConfig, program: str, axes: dict[str, int]) -> list[str]
         found.append(f"{program}.optimizer.momentum=bfloat16")
     if program == "qat" and getattr(spec, "latent_dtype", "") == "float32":
         found.append("init.spec.latent_dtype=bfloat16")
+    if runs_teacher and compute.teacher != "int8":
+        found.append("compute.teacher=int8")
     if program == "qat" and runs_teacher and section.gamma == 0:
         found.append("qat.teacher_top=64")
     devices = axes.get("data", 1) * axes.get("tensor", 1) * axes.get("fsdp", 1)
@@ -292,8 +298,13 @@ def _print(
         if one.fits:
             continue
         way = advice[one.program]
+        none = ("it runs on one device whatever the mesh: lower evaluate.context, take fewer bits, "
+                "or a device with more memory" if one.program == "decode" else
+                "none of the options that save memory makes it fit: take more devices, and split "
+                "the model over them by the axes of mesh")
         print(f"{one.program} does not fit; " + (
-            f"it does with {' '.join(way[0])} ({_gb(way[1])} a device)" if way else
-            "none of the options that save memory makes it fit: take more devices, and split the "
-            "model over them by the axes of mesh"))
+            f"it does with {' '.join(way[0])} ({_gb(way[1])} a device)" if way else none))
+    if left := _block_wise(config):
+        print(f"not planned: {', '.join(left)}, which hold{'s' if len(left) == 1 else ''} one block "
+              "of the model at a time")
     print(f"times assume {REACHED:.0%} of the peak FLOP/s, bandwidth and links, nothing overlapped")

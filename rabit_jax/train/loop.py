@@ -149,7 +149,7 @@ def train(
             state, done, pending = clock.pause(faults.back, state, done - 1), done - 1, None
             continue
         pending = (done, metrics)
-        clock.tick()
+        clock.tick(metrics)
         saving = checkpoints and (
             done == loop.steps or (loop.save_every and done % loop.save_every == 0)
         )
@@ -331,8 +331,10 @@ class _Clock:
         self.tokens_per_step = tokens_per_step
         self.steps, self.start, self.paused, self.waited = 0, math.nan, 0.0, 0.0
 
-    def tick(self) -> None:
+    def tick(self, metrics: Metrics) -> None:
         if math.isnan(self.start):
+            # Metrics are read when their step is done, so the time begins where the first one is.
+            jax.block_until_ready(metrics)
             self.start, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
         else:
             self.steps += 1

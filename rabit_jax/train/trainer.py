@@ -18,6 +18,7 @@ from rabit_jax.train.checkpoints import abstract
 from rabit_jax.train.health import Health, HealthConfig, make_health
 from rabit_jax.train.optimizer import (
     OptimizerConfig,
+    check_moments,
     learning_rate,
     make_optimizer,
     merge,
@@ -94,7 +95,7 @@ def make_trainer(
         to the loop, which does it.
 
     Raises:
-      BadInput: everything is frozen.
+      BadInput: everything is frozen, or what `check_moments` refuses.
 
     Example:
       >>> loss = lambda p, t, batch: distillation_loss(model, p, t, batch, gamma=1.0)
@@ -155,7 +156,7 @@ def make_program(
     So a training can be compiled where neither its weights nor its devices are.
 
     Raises:
-      BadInput: everything is frozen.
+      BadInput: everything is frozen, or what `check_moments` refuses.
     """
     names = roles(params)
     trainable, frozen = partition(params, names, config.freeze)
@@ -165,6 +166,7 @@ def make_program(
         )
     where, frozen_where = partition(param_shardings(params, mesh), names, config.freeze)
     names, _ = partition(names, names, config.freeze)
+    check_moments(config, trainable, names)
     optimizer = make_optimizer(
         config, names, steps, lambda transform: layer_by_layer(transform, trainable, where, mesh))
     tests = make_health(health, trainable, names)

@@ -9,18 +9,22 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rabit_jax import BadInput
 from rabit_jax.experiments import run
 from rabit_jax.experiments.engine.config import load_config
+from rabit_jax.experiments.engine.inputs import check_batches
 from rabit_jax.experiments.engine.settings import RunConfig
+from rabit_jax.experiments.planning import plan as plan_module
 from rabit_jax.experiments.planning.collectives import Collective, find_collectives
 from rabit_jax.experiments.planning.flops import count_flops
 from rabit_jax.experiments.planning.plan import planned
 from rabit_jax.experiments.planning.programs import device_bytes, find_programs
 from rabit_jax.experiments.planning.targets import CHIPS, find_target
 from rabit_jax.train.sharding import make_mesh
+from tests.experiments.conftest import ptq_settings, story, write_model
 
 SMALL = [
     "model.d_model=32", "model.n_layers=3", "model.n_heads=2", "model.n_kv_heads=2",
@@ -172,6 +176,57 @@ def test_a_missing_compiler_is_one_sentence(monkeypatch):
 def test_a_batch_that_does_not_divide_is_refused(capsys):
     assert run.main(["--config", "quickstart", *SMALL, "qat.batch_size=3", "--plan", "cpu:2"]) == 2
     assert "multiple of 2" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def ptq_config(tmp_path_factory):
+    """A config of task ptq on a model of two small layers."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "train.txt").write_text(story(0, 20))
+    found = ptq_settings(folder, write_model(folder, 2))
+    (folder / "config.yaml").write_text(yaml.safe_dump(found))
+    return str(folder / "config.yaml")
+
+
+END = ["end_to_end.steps=2", "end_to_end.batch_size=4", "end_to_end.length=24",
+       "tune.epochs=1", "tune.batch_size=4", "tune.length=24"]
+
+
+def test_post_training_is_planned_on_the_devices_that_it_takes(ptq_config, capsys):
+    """One where no mesh is given, as in the run; what goes block by block is named."""
+    code = run.main(["--config", ptq_config, *END, "--plan", "cpu:2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0 and found["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert [one["program"] for one in found["programs"]] == ["end_to_end", "decode"]
+    assert found["programs"][0]["collective_bytes"] == 0
+    assert found["not_planned"] == ["quantise", "tune"]
+
+
+@pytest.mark.parametrize("overrides, said", [
+    (["end_to_end.batch_size=3"], "end_to_end.batch_size is 3 for 2 parts"),
+    (["end_to_end.accumulate=4"], "end_to_end.batch_size is 4 in 4 pieces for 2 parts"),
+    (["evaluate.batch_size=5"], "evaluate.batch_size is 5 for 2 parts"),
+    (["tune.batch_size=3"], "tune.batch_size is 3 for 2 parts"),
+    (["end_to_end.length=4096"], "end_to_end uses sequences of 4096 tokens"),
+])
+def test_a_plan_refuses_what_the_run_would_refuse(ptq_config, overrides, said, capsys):
+    arguments = ["--config", ptq_config, *END, *overrides, "--plan", "cpu:2", "mesh.fsdp=2"]
+    assert run.main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_batches_of_stages_that_are_left_out_may_have_any_size(ptq_config):
+    config = load_config(RunConfig, ptq_config, ["tune.batch_size=3", "end_to_end.batch_size=5"])
+    check_batches(config, 4)
+    with pytest.raises(BadInput, match="calibrate.batch_size is 4 for 8 parts"):
+        check_batches(config, 8)
+
+
+def test_decoding_that_does_not_fit_gets_advice_that_helps_one_device(capsys):
+    config, target = load_config(RunConfig, "quickstart", SMALL), find_target("cpu:1")
+    plan_module._print(config, target, [plan_module.Planned("decode", {"packed": 1})],
+                       {"decode": None})
+    assert "lower evaluate.context" in capsys.readouterr().out
 
 
 MEASURE = """

@@ -1,5 +1,7 @@
 """Roles, Muon on stacked layers, freezing, projection."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from rabit_jax import BadInput, ResidualSign, ResidualSignSpec
 from rabit_jax.train.optimizer import (
     OptimizerConfig,
     apply_updates,
+    check_moments,
     learning_rate,
     make_optimizer,
     merge,
@@ -166,6 +169,45 @@ def test_bfloat16_latents_move_as_far_as_float32_ones(name):
     assert slope == pytest.approx(1, abs=0.05)
     # What is left is the rounding of single steps, of one or two units in the last place.
     assert np.abs(found - wanted).mean() < 2**-6 * np.abs(w).mean()
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.98, 0.999])
+def test_a_second_moment_in_bfloat16_is_that_of_float64_or_refused(beta2):
+    """Gradients that become ten times smaller, 300 steps of each size; the mean over 500 arrays."""
+    config = OptimizerConfig("adamw", lr=1e-3, beta2=beta2, clip=0.0)
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(600, 500)) * np.repeat([1.0, 0.1], 300)[:, None]
+    wanted = np.zeros(500)
+    for grad in grads:
+        wanted = beta2 * wanted + (1 - beta2) * grad**2
+    param = {"w": jnp.zeros((500,), jnp.bfloat16)}
+    names = {"w": "latent"}
+    optimizer = make_optimizer(config, names, 600)
+
+    @jax.jit
+    def moments(grads):
+        def step(state, grad):
+            return optimizer.update({"w": grad.astype(jnp.bfloat16)}, state, param)[1], None
+
+        return jax.lax.scan(step, optimizer.init(param), grads)[0]
+
+    (found,) = [np.asarray(x, np.float64) for path, x in
+                jax.tree_util.tree_leaves_with_path(moments(jnp.asarray(grads, jnp.float32)))
+                if ".nu" in jax.tree_util.keystr(path)]
+    error = abs(found.mean() / wanted.mean() - 1)
+    if beta2 > 0.98:
+        assert error > 0.3  # what is refused would be wrong
+        with pytest.raises(BadInput, match="beta2 is 0.999 for moments in bfloat16"):
+            check_moments(config, param, names)
+        check_moments(config, {"w": jnp.zeros(3)}, names)
+        check_moments(dataclasses.replace(config, name="muon"), param, names)  # it has none of it
+    else:
+        assert error < 0.05
+        check_moments(config, param, names)
+        slow = dataclasses.replace(config, beta1=0.99)
+        with pytest.raises(BadInput, match="beta1 is 0.99 for moments in bfloat16"):
+            check_moments(slow, param, names)
+        check_moments(dataclasses.replace(slow, momentum="float32"), param, names)
 
 
 def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be():

@@ -305,6 +305,5 @@ def _print(
         print(f"{one.program} does not fit; " + (
             f"it does with {' '.join(way[0])} ({_gb(way[1])} a device)" if way else none))
     if left := _block_wise(config):
-        print(f"not planned: {', '.join(left)}, which hold{'s' if len(left) == 1 else ''} one block "
-              "of the model at a time")
+        print(f"not planned, for they hold one block of the model at a time: {', '.join(left)}")
     print(f"times assume {REACHED:.0%} of the peak FLOP/s, bandwidth and links, nothing overlapped")

@@ -77,9 +77,12 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise BadInput(f"cannot read {str(path)!r}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
+        other = path.suffix == ".parquet" or path.suffix in COMPRESSED
+        advice = "read its folder as a dataset (data.source=hub, data.hub=FOLDER)" if other \
+            else "convert it to UTF-8"
         raise BadInput(
             f"{str(path)!r} is not UTF-8 text at byte {error.start}"
-            f" (0x{error.object[error.start]:02x}); convert it to UTF-8"
+            f" (0x{error.object[error.start]:02x}); {advice}"
         ) from error
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 

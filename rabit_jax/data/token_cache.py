@@ -130,7 +130,8 @@ def build(
             partial.drop()
             header = _written(partial, parts(), tokenizer, what, size)
         if not header["bytes"]:
-            raise BadInput(f"found no text to tokenise for {what}; give documents that have some")
+            raise BadInput(f"found no text to tokenise for {what}: blank and repeated documents, "
+                           "and in training those of the evaluation text, are left out; give more")
         header["crc32"] = partial.crc32
         side = place / "json"
         side.write_text(json.dumps({**header, "sha256": header_checksum(header)}))

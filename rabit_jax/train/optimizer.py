@@ -152,9 +152,9 @@ def check_moments(config: OptimizerConfig, trainable: Params, names: PyTree[str]
     for name, held in (("beta1", first), ("beta2", half)):
         if held and getattr(config, name) > SLOWEST:
             raise BadInput(
-                f"{name} is {getattr(config, name)} for moments in bfloat16, which then stand still "
-                f"(steps below 1/512 of a number are rounded away): take at most {SLOWEST}, or "
-                "float32 for latent_dtype and momentum")
+                f"{name} is {getattr(config, name)} for moments in bfloat16, which then stand "
+                "still, as steps below 1/512 of a number are rounded away: take at most "
+                f"{SLOWEST}, or float32 for latent_dtype and momentum")
 
 
 def learning_rate(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float, PyTree
 
+from rabit_jax.errors import BadInput
 from rabit_jax.train.health import Health, first_mean, next_mean, tested, unwatched, watched
 from rabit_jax.train.optimizer import apply_updates, merge, project_scales
 from rabit_jax.tree import pytree_dataclass
@@ -83,7 +84,14 @@ def gradients(
 
     Returns:
       `(gradients, metrics)`; metrics are per-token means.
+
+    Raises:
+      BadInput: `accumulate` does not divide the rows of the batch.
     """
+    rows = len(jax.tree.leaves(batch)[0]) if accumulate > 1 else 0
+    if rows % accumulate:
+        raise BadInput(
+            f"accumulate is {accumulate} for a batch of {rows} rows: it must divide them")
     total = count(batch)
 
     def piece(trainable, part):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
@@ -32,6 +33,7 @@ from rabit_jax.train.sharding import (
     make_mesh,
     param_shardings,
     replicated,
+    row_shards,
 )
 from rabit_jax.train.step import Loss, Step, TrainState, init_state, make_step, real_tokens
 from rabit_jax.types import Array, Batch, Params
@@ -48,7 +50,8 @@ class Trainer:
       state: state before the first step.
       frozen: params that do not train, with None in place of those that do.
       teacher: params of the teacher, or None.
-      place: puts a host batch on the mesh, rows split over `data` and `fsdp`.
+      place: puts a host batch on the mesh, rows split over `data` and `fsdp`; raises BadInput where
+        these do not divide them.
       schedule: step -> learning rate of the matrices.
       health: what each step is tested for.
     """
@@ -109,12 +112,22 @@ def make_trainer(
     trainable, frozen = partition(placed, roles(params), config.freeze)
     if teacher is not None:
         teacher = on_mesh(teacher, param_shardings(teacher, mesh))
+    parts = row_shards(mesh)
+
+    def place(batch: Mapping[str, ArrayLike]) -> Batch:
+        for name, array in batch.items():
+            if np.shape(array)[0] % parts:
+                raise BadInput(
+                    f"the batch has {np.shape(array)[0]} rows of {name} for {parts} parts of the "
+                    f"mesh (data x fsdp): make it a multiple of {parts}")
+        return on_mesh(batch, batch_sharding(mesh))
+
     return Trainer(
         program.step,
         program.init(trainable),
         frozen,
         teacher,
-        place=lambda batch: on_mesh(batch, batch_sharding(mesh)),
+        place=place,
         schedule=learning_rate(config, config.lr, steps),
         health=program.health,
     )

@@ -1,6 +1,7 @@
 """Reading files and datasets, and the split into training and evaluation documents."""
 
 import dataclasses
+import gzip
 import json
 
 import pyarrow
@@ -124,6 +125,13 @@ def test_text_that_is_not_utf8_names_file_and_byte(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes("naïve".encode("latin-1"))
     bad(r"latin.txt' is not UTF-8 text at byte 2 \(0xef\)", source="files", files=(str(path),))
+
+
+@pytest.mark.parametrize("name", ["text.txt.gz", "rows.parquet"])
+def test_files_that_are_no_plain_text_are_sent_to_the_reader_of_datasets(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"one two"))
+    bad("data.source=hub, data.hub=FOLDER", source="files", files=(str(path),))
 
 
 def test_too_little_text_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rabit_jax import BadInput
+from rabit_jax.train import loop as loop_module
 from rabit_jax.train.checkpoints import Checkpoints, abstract
 from rabit_jax.train.loop import Loop, train
 from rabit_jax.train.optimizer import OptimizerConfig, partition, roles
@@ -142,3 +143,29 @@ def test_everything_frozen_is_refused(loss):
     params = {"layers": {"kernel": jnp.ones((2, 2))}}
     with pytest.raises(BadInput, match="nothing to train"):
         make_trainer(loss, params, OptimizerConfig(freeze=("matrix",)), 3)
+
+
+def test_batches_that_do_not_divide_are_refused_with_a_sentence(build, batches, meshes):
+    trainer = build(meshes(2, 2), accumulate=3)
+    with pytest.raises(BadInput, match="accumulate is 3 for a batch of 8 rows"):
+        trainer.step(trainer.state, trainer.frozen, trainer.teacher, trainer.place(batches(0)))
+    with pytest.raises(BadInput, match="7 rows of tokens for 2 parts"):
+        trainer.place({name: array[:7] for name, array in batches(0).items()})
+
+
+def test_speed_is_counted_from_the_end_of_the_first_step(monkeypatch):
+    """Steps are dispatched before they are done: one of 7 seconds, then four of 2."""
+    now = [0.0]
+
+    class Running:
+        def block_until_ready(self):
+            now[0] += 7.0
+            return self
+
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: now[0])
+    clock = loop_module._Clock(tokens_per_step=100)
+    clock.tick({"loss": Running()})
+    for _ in range(4):
+        now[0] += 2.0
+        clock.tick({"loss": Running()})
+    assert clock.rate() == 100 / 2.0 and clock.share(0.5) == 0.25

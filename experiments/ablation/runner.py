@@ -21,7 +21,7 @@ from rabit_jax.atomic import remove, write_text
 from rabit_jax.experiments.ablation.cells import Cell
 from rabit_jax.experiments.engine.config import dump_yaml, load_config, section_hash
 from rabit_jax.experiments.engine.settings import RunConfig
-from rabit_jax.experiments.engine.signals import RESUMABLE, handling
+from rabit_jax.experiments.engine.signals import RESUMABLE, SIGNALS, again, handling
 from rabit_jax.formats.folder import fingerprint
 from rabit_jax.locks import locked as held
 from rabit_jax.progress import number, progress, say
@@ -161,17 +161,18 @@ class Runner:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM stop the cells; a second signal stops them at once."""
+        """Inside, a signal stops the cells, which have sessions of their own; a second one stops
+        them at once."""
 
-        def stop(*_: object) -> None:
-            first, self.stopped = not self.stopped, True
-            self._interrupt()
-            if first:
+        def stop(number: int, _: object) -> None:
+            if not self.stopped:
+                self.stopped = True
+                self._interrupt()
                 say("stopping the cells at their next step or stage (again to stop them at once)")
+            elif again(number):
+                self._interrupt()
 
-        # The cells have sessions of their own: a terminal that closes would not reach them.
-        closing = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
-        with handling(stop, (signal.SIGINT, signal.SIGTERM, *closing)):
+        with handling(stop, SIGNALS):
             yield
 
     def _interrupt(self) -> None:

@@ -32,9 +32,9 @@ from rabit_jax.workspaces import FULL
 # What every command ends with; `--help` prints it, `main_guard` does it.
 EXIT_CODES = """exit codes:
   0 done, 1 a crash (of an ablation: a cell failed), 2 bad input or a full disk (one sentence on
-  stderr), 75 stopped by Ctrl-C or SIGTERM: run, ptq and ablate
-  go on and evaluate starts again by the same command; 130 other commands stopped; 141 what read
-  stdout has ended"""
+  stderr), 75 stopped by Ctrl-C, SIGTERM or a closed terminal: run, ptq and ablate go on and
+  evaluate starts again by the same command; 130 other commands stopped; 141 what read stdout has
+  ended"""
 
 
 def table(

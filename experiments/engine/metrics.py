@@ -110,8 +110,9 @@ class _Board:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of one step."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        # Generated, which pyright cannot see.
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
         found = [Summary.Value(tag=name, simple_value=float(v)) for name, v in values.items()]
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=found))

@@ -203,6 +203,31 @@ def test_what_a_change_affects_is_run_again_and_not_resumed(here):
     assert [name for name, _ in here.started()] == ["teacher", *CELLS]
 
 
+@pytest.mark.parametrize("content", ["", '{"qat": {"ppl": ', "[]"])
+def test_a_cell_with_a_damaged_summary_is_run_again(here, content):
+    here.write(CONFIG | {"search": None, "single": {}, "seeds": [0]})
+    assert here.run() == 0
+    here.started()
+    tables = here.tables()
+    (here.made / "cells/plain/seed-0/summary.json").write_text(content)
+    assert here.run() == 0
+    assert here.started() == [("cells/plain/seed-0", "--resume")] and here.tables() == tables
+
+
+def test_cells_of_a_later_version_are_refused_and_stay(here, capsys):
+    here.write(CONFIG | {"search": None, "single": {}, "seeds": [0]})
+    assert here.run() == 0
+    cell = here.made / "cells/plain/seed-0"
+    (cell / "stages").mkdir()
+    (cell / "stages/qat.json").write_text('{"versions": {"rabit_jax": "9.1"}}')
+    (cell / "config.yaml").write_text("of tomorrow: 1")
+    before = here.tables()
+    for more in ([], ["--table"]):
+        assert here.run(*more) == 2
+        assert "plain/seed-0 was written by version 9.1" in capsys.readouterr().err
+    assert here.tables() == before and (cell / "summary.json").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, said", [(["--jobs", "0"], "--jobs is 0"), (["--table"], "there is no folder")]
 )

@@ -96,12 +96,14 @@ def run(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
     command = shlex.join(["python", "-m", "experiments.bench", *arguments])
     result = report(command, BENCHMARKS[options.name].measure(options))
-    if options.name in SAVED and options.save:
-        save(result, SAVED[options.name])
-    if options.json:
-        print(json.dumps(result))
-    else:
-        show(options.name, result)
+    try:
+        if options.name in SAVED and options.save:
+            save(result, SAVED[options.name])
+    finally:  # what took long is shown where the disk is full
+        if options.json:
+            print(json.dumps(result))
+        else:
+            show(options.name, result)
 
 
 def show(name: str, result: Json) -> None:

@@ -42,10 +42,12 @@ class RunFolder:
         """Become the one process that writes the folder, until `close`.
 
         Raises:
-          BadInput: another process works in it, which the message names, or it cannot be written.
+          BadInput: another process works in it, which the message names, a later version of this
+            package has worked in it, or it cannot be written.
         """
         if self._locked:
             return
+        refuse_later(self.path)
         try:
             self._lock.enter_context(locked(self.path / ".lock", f"the run folder {self.path}"))
         except OSError as error:
@@ -85,7 +87,6 @@ class RunFolder:
             is no run's or a later version's, is in use or cannot be written, or Weights & Biases is
             asked for and not installed.
         """
-        refuse_later(self.path)
         if project := self.config.wandb:
             self.metrics.wandb = WandbLog(self.path, project, to_dict(self.config), resume)
         written = self.path / "config.yaml"

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from rabit_jax.experiments import ablate
+from rabit_jax.experiments.ablation.runner import Runner
 
 ROOT = Path(__file__).parents[2]
 FAKE = [sys.executable, str(Path(__file__).with_name("ablation_cell.py"))]
@@ -125,6 +126,15 @@ def test_stopped_and_started_again_is_the_undisturbed_ablation(whole, here, caps
     assert (where, "--resume" + " --until teacher" * (where == "teacher")) in again
     assert not done & {name for name, _ in again}
     assert here.tables() == whole.tables()
+
+
+def test_a_terminal_that_closes_is_no_second_signal(monkeypatch):
+    runner, told = Runner(), []
+    monkeypatch.setattr(runner, "_interrupt", lambda: told.append(1))
+    with runner.signals():
+        for number, wanted in ((signal.SIGHUP, 1), (signal.SIGHUP, 1), (signal.SIGTERM, 2)):
+            signal.raise_signal(number)
+            assert runner.stopped and len(told) == wanted
 
 
 def test_killed_without_notice_it_goes_on_and_no_cell_is_worked_on_twice(whole, here, capsys):

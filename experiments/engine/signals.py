@@ -101,17 +101,19 @@ def end(message: str) -> None:
     remove_workspaces()
     # A progress bar has hidden the cursor of a terminal.
     streams.tell(("\033[?25h\n" if os.isatty(2) else "") + f"{message}\n")
-    for process in _descendants():  # last, for whoever waits for one of them would go on
-        with contextlib.suppress(OSError):
-            os.kill(process, signal.SIGTERM)
-    os._exit(_watch.code)
+    try:
+        for process in _descendants():  # last, for whoever waits for one of them would go on
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGTERM)
+    finally:
+        os._exit(_watch.code)
 
 
 def _descendants() -> list[int]:
     """Processes that this one has started, and those that they have; none without /proc."""
     parents = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError, LookupError, ValueError):  # it has ended
             # pid (name) state parent ..., and a name may hold anything
             fields = file.read_text(errors="replace").rpartition(")")[2].split()
             parents[int(file.parent.name)] = int(fields[1])

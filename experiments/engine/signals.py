@@ -16,6 +16,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -102,7 +103,10 @@ def end(message: str) -> None:
     # A progress bar has hidden the cursor of a terminal.
     streams.tell(("\033[?25h\n" if os.isatty(2) else "") + f"{message}\n")
     try:
-        for process in _descendants():  # last, for whoever waits for one of them would go on
+        found = _descendants()
+        # The main thread may wait for one of them: it is not to go on before this process ends.
+        sys.setswitchinterval(1.0)
+        for process in found:
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGTERM)
     finally:

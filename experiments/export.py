@@ -19,7 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.console import EXIT_CODES, common_options, main_guard
+from rabit_jax.experiments.engine.console import (
+    EXIT_CODES,
+    common_options,
+    main_guard,
+    paths_option,
+)
 from rabit_jax.formats.families import tensor_names
 from rabit_jax.formats.folder import find_folder, read_generation
 from rabit_jax.formats.gguf_blocks import TYPES
@@ -83,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
              "float16 for gptq. Only float32 holds the matrices of hf without rounding")
     add("--bits", type=int, choices=BITS,
         help="of gptq's codes; default: the fewest that hold all matrices. vLLM reads 4 and 8")
+    paths_option(parser)
     return parser
 
 
@@ -90,7 +96,7 @@ def _run(args: argparse.Namespace) -> None:
     source, target = find_folder(args.model), Path(args.output)
     _check_target(args, source, target)
     with loading(args.model) as done:
-        model, params, tokenizer = load_model(source, done)
+        model, params, tokenizer = load_model(source, done, args.paths)
     shapes = param_shapes(model.config)
     # A linear layer is four tensors in GPTQ's layout.
     parts = {path: 4 if args.format == "gptq" and re.fullmatch(LLAMA_LINEARS, path) else 1

@@ -196,7 +196,7 @@ def _name_of(model: str) -> str:
     path = Path(model)
     if not path.exists():
         return model
-    path = path.resolve()
+    path = Path(os.path.abspath(path))  # a link keeps its name: the hub's cache links to digests
     return path.parent.name if path.name == "packed" else path.name.removesuffix(".gguf")
 
 

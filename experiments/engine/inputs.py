@@ -22,7 +22,7 @@ from rabit_jax.experiments.engine.config import to_dict
 from rabit_jax.experiments.engine.fitting import Measure, keep, kept
 from rabit_jax.experiments.engine.folder import RunFolder
 from rabit_jax.experiments.engine.records import check_files
-from rabit_jax.experiments.engine.settings import Init, NestedTraining, RunConfig
+from rabit_jax.experiments.engine.settings import Init, Nested, RunConfig
 from rabit_jax.experiments.engine.text import Text
 from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.hf import load_hf
@@ -211,8 +211,11 @@ def check_settings(config: RunConfig, shape: ModelConfig) -> None:
         check_budget(section.budget, specs, {p: x.shape for p, x in leaves(params)})
     if config.task == "qat":
         _check_training(config, student)
-    elif config.end_to_end.steps:
-        _check_prefixes("end_to_end", config.end_to_end, student)
+    else:
+        if config.tune.epochs:
+            _check_prefixes("tune", config.tune, student)
+        if config.end_to_end.steps:
+            _check_prefixes("end_to_end", config.end_to_end, student)
     check_lengths(_lengths(config), shape.max_position)
 
 
@@ -224,7 +227,7 @@ def _check_training(config: RunConfig, student: Params) -> None:
         raise BadInput(f"qat.optimizer.freeze {list(frozen)} leaves nothing to train")
 
 
-def _check_prefixes(name: str, section: NestedTraining, student: Params) -> None:
+def _check_prefixes(name: str, section: Nested, student: Params) -> None:
     """Raise BadInput for nested paths that the student has not."""
     most, prefixes = max(sign_paths(student), default=0), section.prefixes
     if prefixes and max(prefixes) != most:

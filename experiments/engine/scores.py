@@ -64,7 +64,7 @@ def _score_nested(job: Job, continues: bool) -> Record:
     """Scores and sizes of the models of the first paths that were trained together."""
     found, pieces = {}, Pieces(job.folder.path / _NESTED.pieces)
     packed = load_packed(job.folder.path / "packed")[1]
-    for n in job.config.end_to_end.prefixes:
+    for n in _nested_models(job.config):
         # Under a budget it may be that no layer has so many.
         params = first_paths(packed, min(n, max(sign_paths(packed))))
         size, source = describe(params), FromParams(params)
@@ -76,6 +76,13 @@ def _score_nested(job: Job, continues: bool) -> Record:
             "whole_model_bits_per_weight": size.whole_model_bits_per_weight,
         }
     return found
+
+
+def _nested_models(config: RunConfig) -> list[int]:
+    """The numbers of paths whose models were trained together, in whichever stage."""
+    tuned = config.tune.prefixes if config.tune.epochs else {}
+    trained = config.end_to_end.prefixes if config.end_to_end.steps else {}
+    return sorted({*tuned, *trained})
 
 
 def _perplexity(
@@ -105,7 +112,7 @@ _PACKED = _score("packed", lambda job: FromParams(load_packed(job.folder.path / 
 _NESTED = dataclasses.replace(
     _PACKED, name="score_nested", work=_score_nested, pieces="scores/nested",
     metrics=("perplexity_nested",), wanted=lambda config: _PACKED.wanted(config) and bool(
-        config.end_to_end.steps and config.end_to_end.nested))
+        _nested_models(config)))
 SCORES = (
     _score("teacher", lambda job: FromCheckpoint(job.checkpoint)),
     _score("init", lambda job: FromBlocks(job.checkpoint, job.blocks, block_name)),

@@ -243,7 +243,39 @@ class Init:
 
 
 @dataclass(frozen=True)
-class Tune(TuningConfig):
+class Nested:
+    """Training of one model of k sign paths whose first paths can be models of their own.
+
+    Attributes:
+      nested: numbers of sign paths, such as [1, 2, 3], whose models are trained together: the
+        packed model of k = 3 can then be read with `--paths 1` and 2 as well. A step costs a pass
+        for each. Empty trains the whole model alone.
+      nested_weights: of their losses, in that order; empty weighs all alike.
+    """
+
+    nested: tuple[PositiveInt, ...] = field(default=(), metadata={ADDED: True})
+    nested_weights: tuple[NonNegative, ...] = field(default=(), metadata={ADDED: True})
+
+    def __post_init__(self):
+        """Raises BadInput for sizes or weights that do not fit."""
+        super().__post_init__()  # pyright: ignore  # of the settings that these are part of
+        if len(set(self.nested)) != len(self.nested):
+            raise BadInput(f"nested is {list(self.nested)}: name each number of paths once")
+        if self.nested_weights and len(self.nested_weights) != len(self.nested):
+            raise BadInput(f"nested_weights has {len(self.nested_weights)} weights for the "
+                           f"{len(self.nested)} numbers of paths in nested: give one for each")
+        if self.nested_weights and not sum(self.nested_weights):
+            raise BadInput("nested_weights are all 0: nothing would train")
+
+    @property
+    def prefixes(self) -> dict[int, float]:
+        """Weight of the loss by number of paths, where training is nested."""
+        weights = self.nested_weights or (1.0,) * len(self.nested)
+        return dict(sorted(zip(self.nested, weights, strict=True)))
+
+
+@dataclass(frozen=True)
+class Tune(Nested, TuningConfig):
     """Tuning of block after block on its output, for task ptq: see `train.block_tuning`.
 
     Attributes:
@@ -255,7 +287,8 @@ class Tune(TuningConfig):
         what they give in full precision, "teacher".
       keep_latents: write the tuned latents to disk too, in the size of the blocks in float32, so
         that the stage end to end can train them.
-      The others are those of `TuningConfig`: batch_size, patience, optimizer.
+      The others are those of `TuningConfig`, batch_size, patience, optimizer, and of `Nested`: the
+        loss of a block is the geometric mean of those of its models, each from its own inputs.
     """
 
     epochs: NonNegativeInt = 0
@@ -275,39 +308,7 @@ class Tune(TuningConfig):
 
 
 @dataclass(frozen=True)
-class NestedTraining(Training):
-    """Training of one model of k sign paths whose first paths can be models of their own.
-
-    Attributes:
-      nested: numbers of sign paths, such as [1, 2, 3], whose models are trained together: the
-        packed model of k = 3 can then be read with `--paths 1` and 2 as well. A step costs a pass
-        for each. Empty trains the whole model alone.
-      nested_weights: of their losses, in that order; empty weighs all alike.
-    """
-
-    nested: tuple[PositiveInt, ...] = field(default=(), metadata={ADDED: True})
-    nested_weights: tuple[NonNegative, ...] = field(default=(), metadata={ADDED: True})
-
-    def __post_init__(self):
-        """Raises BadInput for sizes or weights that do not fit."""
-        super().__post_init__()
-        if len(set(self.nested)) != len(self.nested):
-            raise BadInput(f"nested is {list(self.nested)}: name each number of paths once")
-        if self.nested_weights and len(self.nested_weights) != len(self.nested):
-            raise BadInput(f"nested_weights has {len(self.nested_weights)} weights for the "
-                           f"{len(self.nested)} numbers of paths in nested: give one for each")
-        if self.nested_weights and not sum(self.nested_weights):
-            raise BadInput("nested_weights are all 0: nothing would train")
-
-    @property
-    def prefixes(self) -> dict[int, float]:
-        """Weight of the loss by number of paths, where training is nested."""
-        weights = self.nested_weights or (1.0,) * len(self.nested)
-        return dict(sorted(zip(self.nested, weights, strict=True)))
-
-
-@dataclass(frozen=True)
-class EndToEnd(NestedTraining):
+class EndToEnd(Nested, Training):
     """Distillation of the whole student behind tuning, for task ptq.
 
     Attributes:
@@ -332,7 +333,7 @@ class EndToEnd(NestedTraining):
 
 
 @dataclass(frozen=True)
-class Qat(NestedTraining):
+class Qat(Nested, Training):
     """Distillation of the quantised student.
 
     Attributes:

@@ -31,7 +31,9 @@ from rabit_jax.signs.ste import F32
 from rabit_jax.train.block_tuning import Block as TunedBlock
 from rabit_jax.train.losses import features_loss
 from rabit_jax.train.sharding import batch_sharding, param_shardings
+from rabit_jax.tree import map_leaves
 from rabit_jax.types import Array, Batch, Params
+from rabit_jax.weights.mixed_stack import narrowed
 from rabit_jax.weights.shardings import gather_when_used, split_rows
 
 T = TypeVar("T")
@@ -109,6 +111,27 @@ class FromParams:
     def ends(self, *names: str) -> Params:
         """Params outside the blocks."""
         return {name: self.params[name] for name in names if name in self.params}
+
+
+@dataclass(frozen=True)
+class FirstPaths:
+    """The model of the first sign paths of the blocks of another source.
+
+    Attributes:
+      source: of the whole.
+      paths: of every weight; a weight that has fewer stays as it is.
+    """
+
+    source: Source
+    paths: int
+
+    def block(self, n: int) -> Params:
+        """Params of one block."""
+        return map_leaves(lambda _, leaf: narrowed(leaf, self.paths), self.source.block(n))
+
+    def ends(self, *names: str) -> Params:
+        """Params outside the blocks."""
+        return self.source.ends(*names)
 
 
 def head_names(config: ModelConfig) -> tuple[str, ...]:

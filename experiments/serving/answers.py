@@ -109,8 +109,10 @@ class Answer:
                 "bytes": token_bytes(self.tokenizer, token)}
 
 
-def fault(status: int, message: str, code: str | None = None) -> Json:
-    """The JSON of an error."""
+def fault(
+    status: int, message: str, code: str | None = None, param: str | None = None
+) -> Json:
+    """The JSON of an error; `param` is the field that it is about."""
     kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error",
             503: "server_error"}.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.chat import template_ids
 from rabit_jax.experiments.serving.answers import Answer, fault
-from rabit_jax.experiments.serving.bodies import Chat, Common, Completion, read_body
+from rabit_jax.experiments.serving.bodies import BadField, Chat, Common, Completion, read_body
 from rabit_jax.experiments.serving.settings import Failure, Piece, Settings
 from rabit_jax.experiments.serving.texts import Choice, Prompt
 from rabit_jax.experiments.serving.worker import Full, Worker
@@ -58,10 +58,10 @@ class Refused(Exception):
 
     def __init__(
         self, status: int, message: str, headers: Mapping[str, str] | None = None,
-        code: str | None = None,
+        code: str | None = None, param: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
 
 
@@ -121,14 +121,19 @@ def application(served: Served) -> Starlette:
 
     async def refused(request: Request, error: Exception) -> Response:
         if isinstance(error, Refused):
-            return reply(fault(error.status, error.message, error.code), error.status,
-                         error.headers)
+            return reply(fault(error.status, error.message, error.code, error.param),
+                         error.status, error.headers)
         if isinstance(error, HTTPException):
             message = f"{request.method} {request.url.path}: {error.detail}"
             return reply(fault(error.status_code, message), error.status_code, error.headers)
         if isinstance(error, Gone):
             return reply(fault(499, "the client has gone"), 499)
-        return reply(fault(400, str(error)), 400)
+        if isinstance(error, BadField):
+            return reply(fault(400, str(error), error.code, error.param), 400)
+        if isinstance(error, BadInput):
+            return reply(fault(400, str(error)), 400)
+        # Starlette raises it again behind the answer, and uvicorn logs it.
+        return reply(fault(500, "the server has failed at this request, its log says why"), 500)
 
     def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable:
         async def checked(request: Request) -> Response:
@@ -144,7 +149,7 @@ def application(served: Served) -> Starlette:
         Route("/v1/completions", guarded(completions), methods=["POST"]),
         Route("/v1/chat/completions", guarded(chat), methods=["POST"]),
     ]
-    handlers = dict.fromkeys((Refused, Gone, HTTPException, BadInput), refused)
+    handlers = dict.fromkeys((Refused, Gone, HTTPException, BadInput, Exception), refused)
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
@@ -162,7 +167,8 @@ def _check_key(request: Request, key: str | None) -> None:
     if key is None:
         return
     kind, _, found = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(found.encode(), key.encode()):
+    if kind.lower() != "bearer" or not hmac.compare_digest(
+            found.encode("latin-1"), key.encode()):  # Starlette reads the bytes as latin-1
         raise Refused(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY",
                       {"WWW-Authenticate": "Bearer"}, "invalid_api_key")
 
@@ -170,7 +176,7 @@ def _check_key(request: Request, key: str | None) -> None:
 def _check_model(served: Served, name: str) -> None:
     if name not in ("", served.name):
         raise Refused(404, f"there is no model {name!r} here, only {served.name!r}",
-                      code="model_not_found")
+                      code="model_not_found", param="model")
 
 
 def _model(served: Served) -> Json:
@@ -234,7 +240,7 @@ async def _answered(
 ) -> Response:
     """The response to prompts, each with the settings of its texts."""
     _check_model(served, body.model)
-    _check_lengths(served, ids, settings)
+    _check_lengths(served, body, ids, settings)
     work = _submitted(served, ids, settings)
     prompt_tokens = sum(map(len, ids))
     answer = Answer(isinstance(body, Chat), served.name, served.tokenizer, prompt_tokens,
@@ -255,20 +261,21 @@ async def _answered(
 
 
 def _check_lengths(
-    served: Served, ids: Sequence[list[int]], settings: Sequence[Sequence[Settings]]
+    served: Served, body: Common, ids: Sequence[list[int]], settings: Sequence[Sequence[Settings]]
 ) -> None:
     context, count = served.worker.context, sum(map(len, settings))
     most = served.worker.rows + served.worker.most_waiting
+    name = "messages" if isinstance(body, Chat) else "prompt"
     if count > most:
-        raise BadInput(f"{count} texts are asked for, this server takes {most} at most: ask for "
-                       "fewer")
+        raise BadField(f"{count} texts are asked for, this server takes {most} at most: ask for "
+                       "fewer", "n")
     for prompt, own in zip(ids, settings, strict=True):
         if not prompt:
-            raise BadInput("a prompt is empty: give some text to continue")
+            raise BadField("a prompt is empty: give some text to continue", name)
         if len(prompt) + own[0].max_tokens > context:
-            raise BadInput(f"the prompt has {len(prompt)} tokens and {own[0].max_tokens} new ones "
+            raise BadField(f"the prompt has {len(prompt)} tokens and {own[0].max_tokens} new ones "
                            f"are asked for, which is more than the context of {context} tokens: "
-                           "send or ask for less")
+                           "send or ask for less", name, "context_length_exceeded")
 
 
 def _submitted(

@@ -188,7 +188,7 @@ def _find_tensors(folder: Path, multimodal: bool) -> dict[str, Tensor]:
     A tensor that several shards hold is taken from the one that the index names.
     """
     if (folder / LINK).exists():
-        return dict(hf_tensors(read_gguf((folder / LINK).resolve())))
+        return dict(hf_tensors(read_gguf((folder / LINK).readlink())))
     found: dict[str, Tensor] = {}
     shards, index = _shards(folder)
     for file in shards:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 
 from rabit_jax.atomic import replacing, write_text
 from rabit_jax.errors import BadInput
-from rabit_jax.formats.gguf_file import GGUFFile, GGUFTensor, read_gguf
-from rabit_jax.formats.gguf_tokenizer import end_ids, read_tokenizer
+from rabit_jax.formats.gguf_file import GGUFFile, GGUFTensor, first_part, read_gguf
+from rabit_jax.formats.gguf_tokenizer import end_ids, read_tokenizer, token_id
 from rabit_jax.types import Json
 from rabit_jax.workspaces import shortened, user_cache
 
 LINK = "model.gguf"
-VERSION = 2  # of what is written into the folder; a new one makes new folders
+VERSION = 3  # of what is written into the folder; a new one makes new folders
 EDGE = 1 << 20
 
 # model_type of Hugging Face for each architecture that our decoder covers
@@ -65,16 +66,17 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a path names: itself, or the only one in a folder without config.json.
+    """The GGUF file that a path names: itself, or the only one in a folder without config.json; of
+    a split model the first part.
 
     Raises:
-      BadInput: a folder with several of them.
+      BadInput: a folder with several of them, or a part without the first one.
     """
     if path.is_file() and path.suffix == ".gguf":
-        return path
+        return first_part(path)
     if not path.is_dir() or (path / "config.json").exists():
         return None
-    files = sorted(path.glob("*.gguf"))
+    files = sorted({first_part(file) for file in path.glob("*.gguf")})
     if len(files) > 1:
         raise BadInput(f"{path} holds {len(files)} GGUF files ({files[0].name}, {files[1].name} "
                        "...): name one of them")
@@ -90,10 +92,10 @@ def gguf_folder(path: Path) -> Path:
     Raises:
       BadInput: a damaged file, or an architecture, field or tokenizer that is not supported.
     """
-    path = path.resolve()
+    path = Path(os.path.abspath(path))  # links are kept, for parts are found by their names
     cache = user_cache() / "gguf"
     folder = cache / f"{shortened(path.stem)}-{_digest(path)}"
-    if (folder / LINK).exists() and (folder / LINK).resolve() == path:
+    if (folder / LINK).exists() and (folder / LINK).readlink() == path:
         return folder
     file = read_gguf(path)
     raw = hf_config(file)
@@ -140,16 +142,21 @@ def hf_config(file: GGUFFile) -> Json:
            if key.startswith(f"{name}.")}
     _refuse(name, own, file)
     raw: Json = {"model_type": ARCHITECTURES[name], "torch_dtype": "float32"}
+    heads = own["attention.head_count"]
+    # What is missing is what llama.cpp takes, which transformers does not.
+    raw |= {"num_key_value_heads": heads, "head_dim": own["embedding_length"] // max(1, heads)}
     raw |= {hf: own[key] for key, hf in SIZES.items() if key in own}
     raw["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
-    raw["rms_norm_eps"] = _decimal(own.get("attention.layer_norm_rms_epsilon", 1e-6))
+    raw["rms_norm_eps"] = _decimal(own["attention.layer_norm_rms_epsilon"])
     raw["rope_theta"] = _decimal(own.get("rope.freq_base", 10000.0))
     raw["rope_scaling"] = _rope_scaling(own, file)
     raw["tie_word_embeddings"] = "output.weight" not in file.tensors
-    raw["bos_token_id"] = fields.get("tokenizer.ggml.bos_token_id")
+    raw["bos_token_id"] = token_id(fields, "bos")
     raw["eos_token_id"] = end_ids(fields)
     if name in ("llama", "qwen3"):
         raw["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if name == "llama":
+        raw["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     if name == "gemma3":
         raw |= _gemma3(raw, own)
     return raw
@@ -203,14 +210,16 @@ def half_split_rows(rows: int, heads: int) -> np.ndarray:
 def _gemma3(raw: Json, own: Json) -> Json:
     """What Gemma 3 has beyond the others; llama.cpp has its constants in code."""
     head_dim, layers = raw["head_dim"], raw["num_hidden_layers"]
-    period = own.get("attention.sliding_window_pattern", 6)
+    window, period = own.get("attention.sliding_window"), own.get(
+        "attention.sliding_window_pattern", 6)
     pattern = period if isinstance(period, list) else [
         bool((n + 1) % period) for n in range(layers)]
+    pattern = pattern if window else [False] * layers
     # The 27B model alone scales its scores by the width per head.
     scalar = raw["hidden_size"] // raw["num_attention_heads"] if layers == 62 else head_dim
     kinds = ["sliding_attention" if local else "full_attention" for local in pattern]
     return {
-        "sliding_window": own.get("attention.sliding_window"), "layer_types": kinds,
+        "sliding_window": window or None, "layer_types": kinds,
         "query_pre_attn_scalar": scalar,
         "rope_local_base_freq": _decimal(own.get("rope.freq_base_swa", 10000.0)),
         "final_logit_softcapping": own.get("final_logit_softcapping"),
@@ -221,7 +230,7 @@ def _gemma3(raw: Json, own: Json) -> Json:
 def _refuse(name: str, own: Json, file: GGUFFile) -> None:
     """Raises for the first field or tensor that is missing or whose effect is not implemented."""
     for key in ("context_length", "embedding_length", "block_count", "feed_forward_length",
-                "attention.head_count"):
+                "attention.head_count", "attention.layer_norm_rms_epsilon"):
         if key not in own:
             raise BadInput(f"{file.path} has no {name}.{key}: take a complete GGUF file")
     for key, value in own.items():
@@ -250,17 +259,16 @@ def _refuse(name: str, own: Json, file: GGUFFile) -> None:
 
 def _rope_scaling(own: Json, file: GGUFFile) -> Json | None:
     """How rotary frequencies are stretched: by metadata, or by Llama 3's tensor of divisors."""
+    kind = own.get("rope.scaling.type", "linear")
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 0))
+    stretched = kind != "none" and factor not in (0, 1)
+    if stretched and (kind != "linear" or ROPE_FREQUENCIES in file.tensors):
+        raise BadInput(f"unsupported rope.scaling.type {kind!r} with factor {factor:g} of "
+                       f"{file.path}, supported are linear, and the divisors of "
+                       f"{ROPE_FREQUENCIES} without any other")
     if ROPE_FREQUENCIES in file.tensors:
         return _llama3_scaling(_decimal(own.get("rope.freq_base", 10000.0)), file)
-    kind, factor = own.get("rope.scaling.type"), own.get("rope.scaling.factor")
-    if own.get("rope.scale_linear") not in (None, 1.0):
-        kind, factor = "linear", own["rope.scale_linear"]
-    if kind in (None, "none") or factor in (None, 1.0):
-        return None
-    if kind != "linear":
-        raise BadInput(f"unsupported rope.scaling.type {kind!r} of {file.path}, supported is "
-                       "linear")
-    return {"rope_type": "linear", "factor": _decimal(factor)}
+    return {"rope_type": "linear", "factor": _decimal(factor)} if stretched else None
 
 
 def _llama3_scaling(base: float, file: GGUFFile) -> Json:

@@ -54,9 +54,11 @@ _TEXT = (_text, "a text")
 _FLAG = (_flag, "true or false")
 _GENERAL = {
     "general.architecture": _TEXT, "general.alignment": _WHOLE, "split.count": _WHOLE,
+    "split.no": _WHOLE,
     "tokenizer.ggml.model": _TEXT, "tokenizer.ggml.pre": _TEXT, "tokenizer.chat_template": _TEXT,
     "tokenizer.ggml.tokens": (_list_of(_text), "a list of texts"),
     "tokenizer.ggml.merges": (_list_of(_text), "a list of texts"),
+    "tokenizer.chat_templates": (_list_of(_text), "a list of texts"),
     "tokenizer.ggml.scores": (_list_of(_number), "a list of finite numbers"),
     "tokenizer.ggml.token_type": (_list_of(_whole), "a list of integers"),
     "tokenizer.ggml.add_bos_token": _FLAG, "tokenizer.ggml.add_eos_token": _FLAG,

@@ -11,6 +11,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import functools
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 PIECE_BYTES = 1 << 23
 MOST_AXES = 4
+# How llama.cpp names the files of a split model, counted from 1.
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 # struct codes of the scalar types by their number; 8 is a string, 9 an array
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
@@ -116,10 +119,56 @@ class GGUFFile:
 def read_gguf(path: Path) -> GGUFFile:
     """The header of a GGUF file of version 2 or 3, little-endian.
 
+    Of a split model the parts beside the file are read too: the metadata are those of the first
+    part, the tensors those of all.
+
     Raises:
-      BadInput: no such file, another format or version, a truncated or damaged header, one part of
-        a split file, or a tensor of a type that the `gguf` package does not decode.
+      BadInput: no such file, another format or version, a truncated or damaged header, a part of
+        a split model that is missing or belongs to another one, or a tensor of a type that the
+        `gguf` package does not decode.
     """
+    file = _read_file(path)
+    count = file.fields.get("split.count", 1)
+    if count in (0, 1):
+        return file
+    parts = [_read_file(part) for part in _parts(path, count)]
+    tensors: dict[str, GGUFTensor] = {}
+    for number, part in enumerate(parts):
+        found = part.fields.get("split.no"), part.fields.get("split.count")
+        if found != (number, count) or tensors.keys() & part.tensors.keys():
+            raise BadInput(f"{part.path} is not part {number + 1} of the {count} parts of a model "
+                           "that its name says it is: fetch it again")
+        tensors |= part.tensors
+    return GGUFFile(parts[0].path, parts[0].fields, tensors)
+
+
+def first_part(path: Path) -> Path:
+    """The first part of a split model by the name of any part; any other path as it is.
+
+    Raises:
+      BadInput: a part whose first part is not beside it.
+    """
+    named = PART.fullmatch(path.name)
+    if named is None:
+        return path
+    first = path.with_name(f"{named[1]}-00001-of-{named[3]}.gguf")
+    if not first.is_file():
+        raise BadInput(f"{path} is one of {int(named[3])} parts of a model, and {first.name} is "
+                       "not beside it: fetch all parts into one folder")
+    return first
+
+
+def _parts(path: Path, count: int) -> list[Path]:
+    """All parts of a split model by the path of one of them."""
+    named = PART.fullmatch(path.name)
+    if named is None or int(named[3]) != count:
+        raise BadInput(f"{path} is one of {count} parts of a model, which are found by their "
+                       f"names: call it NAME-00001-of-{count:05d}.gguf, the others likewise")
+    return [path.with_name(f"{named[1]}-{n:05d}-of-{named[3]}.gguf") for n in range(1, count + 1)]
+
+
+def _read_file(path: Path) -> GGUFFile:
+    """The header of one file."""
     try:
         with open(path, "rb") as file:
             reader = _Reader(file, path, path.stat().st_size)
@@ -128,9 +177,6 @@ def read_gguf(path: Path) -> GGUFFile:
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error}") from error
     check_fields(fields, path)
-    if (parts := fields.get("split.count", 1)) not in (0, 1):
-        raise BadInput(f"{path} is one of {parts} parts of a model: merge them first "
-                       "(llama-gguf-split --merge)")
     tensors = {}
     for name, shape, kind, offset in infos:
         tensor = GGUFTensor(path, name, shape, kind, begin + offset)

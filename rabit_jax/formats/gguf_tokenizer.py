@@ -17,21 +17,27 @@ if TYPE_CHECKING:
 
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens in tokenizer.ggml.token_type
 
+_GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-# The pattern of each `tokenizer.ggml.pre`; None is GPT-2's own.
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
+_QWEN2 = (_LLAMA3[0].replace(r"\p{N}{1,3}", r"\p{N}"),)
+_DIGITS = (r"\p{N}", *_GPT2)
+# The patterns of each `tokenizer.ggml.pre`, which cut one after the other.
 PATTERNS = {
-    "default": None, "gpt-2": None, "smollm": None,
-    "llama3": _LLAMA3, "llama-v3": _LLAMA3, "llama-bpe": _LLAMA3,
-    "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2,
+    # llama.cpp's own, of files from before there were names; no name at all means it too.
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", *_GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": _GPT2, "smollm": _DIGITS, "refact": _DIGITS,
+    "llama3": _LLAMA3, "llama-v3": _LLAMA3, "llama-bpe": _LLAMA3, "falcon3": _LLAMA3,
+    "smaug-bpe": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2,
 }
 # Of these, a word that is a token is never merged from parts, and a begin token is the default.
-_LLAMA3_LIKE = ("llama3", "llama-v3", "llama-bpe")
-# Ends of a turn, which llama.cpp stops at by their text where no metadata names them.
-TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>",
-             "<|end_of_text|>")
+_LLAMA3_LIKE = ("llama3", "llama-v3", "llama-bpe", "falcon3")
+# Tokens that llama.cpp takes by their text for ends of a turn, whatever kind the file gives them.
+TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>",
+             "<|end_of_text|>", "<EOT>")
+# Ids by role that SentencePiece has where the metadata name none.
+_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
 def read_tokenizer(fields: Json, architecture: str) -> Tokenizer:
@@ -87,18 +93,33 @@ def _built(fields: Json, tokens: list[str], architecture: str) -> Tokenizer:
         ("pad_token", "padding"))}
     _add_ends(built, fields, names["bos_token"], names["eos_token"])
     return PreTrainedTokenizerFast(
-        tokenizer_object=built, chat_template=fields.get("tokenizer.chat_template"),
+        tokenizer_object=built, chat_template=_template(fields),
         clean_up_tokenization_spaces=False, **names)
+
+
+def token_id(fields: Json, role: str) -> int | None:
+    """The id of the token that has a role ("bos", "eos", "unknown", ...), None where none has."""
+    implied = (_SENTENCEPIECE_IDS.get(role)
+               if fields.get("tokenizer.ggml.model") == "llama" else None)
+    return fields.get(f"tokenizer.ggml.{role}_token_id", implied)
+
+
+def _template(fields: Json) -> str | dict[str, str] | None:
+    """The chat template; where the file has others by name, all of them by their names."""
+    default = fields.get("tokenizer.chat_template")
+    named = {name: fields.get(f"tokenizer.chat_template.{name}")
+             for name in fields.get("tokenizer.chat_templates") or ()}
+    found = {name: text for name, text in named.items() if isinstance(text, str)}
+    if default is not None and found:
+        return {"default": default, **found}
+    return found or default
 
 
 def end_ids(fields: Json) -> list[int]:
     """All end tokens: those that the metadata name, and ends of a turn known by their text."""
-    named = (fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
+    named = (token_id(fields, role) for role in ("eos", "eot", "eom"))
     found = [i for i in named if i is not None]
-    tokens, kinds = vocabulary(fields), fields.get("tokenizer.ggml.token_type") or []
-    if "tokenizer.ggml.eot_token_id" not in fields:
-        found += [i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-                  if token in TURN_ENDS and kind == CONTROL]
+    found += [i for i, token in enumerate(vocabulary(fields)) if token in TURN_ENDS]
     return list(dict.fromkeys(found))
 
 
@@ -113,32 +134,27 @@ def _byte_level(fields: Json, tokens: list[str]) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in fields.get("tokenizer.ggml.merges") or ()]
     built = Tokenizer(models.BPE(
         {token: i for i, token in enumerate(tokens)}, merges, ignore_merges=name in _LLAMA3_LIKE))
-    pattern, byte_level = PATTERNS[name], pre_tokenizers.ByteLevel
-    if name == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        built.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level(add_prefix_space=False)])
-    elif pattern is None:
-        built.pre_tokenizer = byte_level(add_prefix_space=False)
-    else:
-        built.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            byte_level(add_prefix_space=False, use_regex=False)])
-    if pattern is _QWEN2:
+    cuts = [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in PATTERNS[name]]
+    built.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if PATTERNS[name] is _QWEN2:
         built.normalizer = normalizers.NFC()
     built.decoder = decoders.ByteLevel()
     return built
 
 
 def _llama(fields: Json, tokens: list[str]) -> tokenizers.Tokenizer:
-    """SentencePiece BPE: spaces as U+2581, unknown characters as bytes."""
-    from tokenizers import decoders, pre_tokenizers
+    """SentencePiece BPE: spaces as U+2581, one more before every text and behind every special
+    token, unknown characters as bytes."""
+    from tokenizers import decoders, normalizers
 
     scores = fields.get("tokenizer.ggml.scores") or [-float(i) for i in range(len(tokens))]
     built = _sentencepiece(fields, tokens, scores)
-    prefix = "first" if fields.get("tokenizer.ggml.add_space_prefix", True) else "never"
-    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
+    prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    built.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if prefix == "first":
+    if prefix:
         steps.append(decoders.Strip(content=" ", left=1))
     built.decoder = decoders.Sequence(steps)
     return built
@@ -162,7 +178,7 @@ def _gemma(fields: Json, tokens: list[str]) -> tokenizers.Tokenizer:
 def _sentencepiece(fields: Json, tokens: list[str], scores: list[float]) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer, models
 
-    unknown = fields.get("tokenizer.ggml.unknown_token_id")
+    unknown = token_id(fields, "unknown")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     return Tokenizer(models.BPE(
         vocabulary, merges_by_score(tokens, scores), fuse_unk=True, byte_fallback=True,
@@ -190,7 +206,9 @@ def _add_whole_tokens(built: tokenizers.Tokenizer, tokens: list[str], fields: Js
     """Control tokens are special, user-defined ones are matched whole."""
     from tokenizers import AddedToken
 
-    kinds = fields.get("tokenizer.ggml.token_type") or []
+    kinds = fields.get("tokenizer.ggml.token_type") or [0] * len(tokens)
+    kinds = [CONTROL if token in TURN_ENDS else kind
+             for token, kind in zip(tokens, kinds, strict=False)]
     of_kind = {kind: [AddedToken(token, special=kind == CONTROL, normalized=False)
                       for token, found in zip(tokens, kinds, strict=False)
                       if found == kind and built.token_to_id(token) is not None]
@@ -219,8 +237,8 @@ def _add_ends(
 
 
 def _token(fields: Json, tokens: list[str], key: str) -> str | None:
-    """The text of the token that `tokenizer.ggml.{key}_token_id` names."""
-    found = fields.get(f"tokenizer.ggml.{key}_token_id")
+    """The text of the token that has a role."""
+    found = token_id(fields, key)
     if found is None:
         return None
     if not 0 <= found < len(tokens):

@@ -53,8 +53,7 @@ def tokenizer_fields(
     tokens, kinds = _tokens(tokenizer, vocab_size)
     fields: Json = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     fields |= _named_ids(tokenizer, end_ids)
-    if tokenizer.chat_template:
-        fields["tokenizer.chat_template"] = tokenizer.chat_template
+    fields |= _templates(tokenizer)
     if raw["model"].get("byte_fallback"):
         fields |= _scores(raw, tokens, architecture)
         tried = [fields]
@@ -63,6 +62,17 @@ def tokenizer_fields(
         fields |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": merges}
         tried = [{**fields, "tokenizer.ggml.pre": cut} for cut in CUTS]
     return _first_equal(tokenizer, tried, architecture)
+
+
+def _templates(tokenizer: Tokenizer) -> Json:
+    """The chat template, and those of other names, which a tokenizer may have besides."""
+    found = tokenizer.chat_template or {}
+    found = {"default": found} if isinstance(found, str) else dict(found)
+    default = found.pop("default", None)
+    fields: Json = {f"tokenizer.chat_template.{name}": text for name, text in found.items()}
+    if found:
+        fields["tokenizer.chat_templates"] = list(found)
+    return fields | ({"tokenizer.chat_template": default} if default else {})
 
 
 def _tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[int]]:

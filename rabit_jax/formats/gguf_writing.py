@@ -90,6 +90,7 @@ def save_gguf(
     if licence:
         fields["general.license"] = licence
     tensors = _tensors(config, architecture, kind, flat)
+    fields["general.file_type"] = _file_type(tensors)
     try:
         with replacing(Path(file)) as new:
             _write(new, fields, tensors, flat, done)
@@ -219,6 +220,16 @@ def _smallest_float(value: np.ndarray) -> str:
     return "F32"
 
 
+def _file_type(tensors: dict[str, _Tensor]) -> int:
+    """llama.cpp's number of a file most of whose matrices have a type."""
+    import gguf
+
+    kinds = [one.type for one in tensors.values() if one.name.startswith("blk.")
+             and len(one.shape) > 1]
+    most = max(sorted(set(kinds)), key=kinds.count)
+    return gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"].value
+
+
 def _settings(config: ModelConfig, architecture: str) -> Json:
     """The `{architecture}.*` metadata."""
     raw = to_hf(config)
@@ -299,7 +310,7 @@ def _differences(wanted: ModelConfig, found: ModelConfig) -> Iterator[tuple[str,
             one, other = one or wanted.head_dim, other or wanted.head_dim
         if isinstance(one, float) and isinstance(other, float):  # the file has float32
             one, other = np.float32(one), np.float32(other)
-        if field.name == "eos_ids":
-            one, other = sorted(wanted.eos_ids), sorted(found.eos_ids)
+        if field.name == "eos_ids" and set(wanted.eos_ids) <= set(found.eos_ids):
+            continue  # llama.cpp ends at tokens that it knows by their text, too
         if one != other:
             yield field.name, getattr(wanted, field.name)

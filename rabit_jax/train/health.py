@@ -46,7 +46,8 @@ class HealthConfig:
       nonfinite: a loss, gradient or updated weight that is NaN or infinite: skip, rollback or stop.
       spike: a loss above `spike_factor` times its running mean, once 50 steps have been seen.
       spike_factor: that factor.
-      scale: a scale that is not positive, or above 65504, the largest number of float16.
+      scale: a scale that is not positive, or above 65504, the largest number of float16; not
+        those of paths that a layer under a budget lacks.
       flips: more than the share `flips_share` of the signs of one path of one matrix turned by one
         step. Looking costs two derivations of all signs, a few per cent of a step.
       flips_share: that share.
@@ -293,8 +294,11 @@ def tested(
     if mean is not None:
         high = (mean.seen >= SPIKE_WINDOW) & (loss > health.config.spike_factor * mean.mean)
         values["spike", "loss", ""] = high, loss
-    for path, leaf in _scales(after, names):
-        least, most = (_by_layer(path, leaf, fn) for fn in (jnp.min, jnp.max))
+    for (path, leaf), (_, old) in zip(_scales(after, names), _scales(before, names), strict=True):
+        # A path that its layer lacks has scales of 0 and keeps them (`weights.mixed_stack`).
+        lacks = jnp.all((leaf == 0) & (old == 0), axis=-1, keepdims=True) & (leaf.ndim > 1)
+        held = jnp.where(lacks, 1, leaf)
+        least, most = (_by_layer(path, held, fn) for fn in (jnp.min, jnp.max))
         low = ~(least > 0)
         most_held = float(jnp.finfo(jnp.float16).max)
         values["scale", "scale", path] = low | ~(most <= most_held), jnp.where(low, least, most)

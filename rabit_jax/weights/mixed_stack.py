@@ -102,7 +102,12 @@ def _count(node: WeightNode) -> int:
 
 def cut(path: str, leaf: Param, paths: int) -> Param:
     """What `first_paths` makes of one parameter."""
-    return _first(leaf, paths) if path.startswith("layers/") and has_paths(leaf) else leaf
+    return narrowed(leaf, paths) if path.startswith("layers/") else leaf
+
+
+def narrowed(leaf: Param, paths: int) -> Param:
+    """A weight with its first paths; one with fewer, or another parameter, as it is."""
+    return _first(leaf, paths) if has_paths(leaf) else leaf
 
 
 def check_paths(paths: int, found: Sequence[int]) -> None:

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments import evaluate, generate, run
 from rabit_jax.experiments.bench import __main__ as bench
+from rabit_jax.experiments.engine import tuning
 from rabit_jax.experiments.engine.settings import Init, Qat
 from rabit_jax.formats.packed_model import load_packed, packed_bytes
 from rabit_jax.tree import weights_of
@@ -92,6 +93,44 @@ def test_the_scales_of_nested_paths_train_behind_tuning(place, ptq, capsys):
     assert found == pytest.approx(told["nested"]["1"]["ppl"], rel=2e-3)
 
 
+def test_nested_tuning_crashed_and_resumed_is_the_uninterrupted_run(place, ptq, monkeypatch):
+    own = ("init.spec.k=3", *TUNE, "tune.nested=[1,3]", "evaluate.models=[packed]")
+    assert ptq("name=together", *own) == 0
+    whole, told = place / "runs" / "together", summary(place, "together")
+    assert set(told["nested"]) == {"1", "3"}
+    assert told["nested"]["3"]["ppl"] == pytest.approx(told["packed"]["ppl"], rel=1e-5)
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    blocks = [record for record in records if record["stage"] == "tune"]
+    for record in blocks:
+        assert record["after_1"] > record["after_3"]
+        mean = (record["after_1"] * record["after_3"]) ** 0.5
+        assert record["after"] == pytest.approx(mean, rel=1e-5) and mean < record["before"]
+
+    real = tuning.Sweep.forward
+
+    def broken(sweep, n, params):
+        if sweep.prefix == "student-" and n == 1:
+            raise RuntimeError("crashed")  # the states of one path are there, of three not
+        real(sweep, n, params)
+
+    monkeypatch.setattr(tuning.Sweep, "forward", broken)
+    with pytest.raises(RuntimeError, match="crashed"):
+        ptq("name=crashed", *own)
+    monkeypatch.undo()
+    assert ptq("name=crashed", *own, "--resume") == 0
+    one, other = (load_file(place / "runs" / name / "packed" / "model.safetensors")
+                  for name in ("together", "crashed"))
+    assert all((one[n] == other[n]).all() for n in other)
+    assert not list((place / "runs" / "crashed" / "tune").glob("*x-*"))
+
+
+@pytest.mark.more
+def test_inputs_of_the_teacher_serve_every_nested_model(place, ptq):
+    own = ("init.spec.k=2", *TUNE, "tune.nested=[1,2]", "evaluate.models=[packed]")
+    assert ptq("name=given", *own, "tune.inputs=teacher") == 0
+    assert set(summary(place, "given")["nested"]) == {"1", "2"}
+
+
 @pytest.mark.more
 def test_under_a_budget_no_layer_need_have_the_most_nested_paths(place, ptq):
     assert ptq("name=few", "init.spec.k=3", "init.budget=1.65", *TUNE, "end_to_end.steps=2",
@@ -106,6 +145,8 @@ def test_under_a_budget_no_layer_need_have_the_most_nested_paths(place, ptq):
 def test_nested_paths_that_the_weights_have_not_are_refused(place, ptq, capsys):
     assert ptq("name=refused", "end_to_end.steps=2", "end_to_end.nested=[1,5]") == 2
     assert "end_to_end.nested is [1, 5], and the weights have 2" in capsys.readouterr().err
+    assert ptq("name=refused", *TUNE, "tune.nested=[1]") == 2
+    assert "tune.nested is [1], and the weights have 2" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

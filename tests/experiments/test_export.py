@@ -80,6 +80,21 @@ def test_the_export_holds_the_matrices_that_the_packed_model_multiplies_by(packe
     assert Decoder(CONFIG).config.eos_ids == load_hf(target)[0].config.eos_ids
 
 
+def test_the_first_paths_alone_can_be_exported(packed, tmp_path, capsys):
+    target = tmp_path / "first"
+    args = ["--model", str(packed), "--output", str(target), "--dtype", "float32", "--paths", "1"]
+    assert main(args) == 0
+    weights = flatten_dict(load_packed(packed)[1], sep="/")
+    found = flatten_dict(load_hf(target)[1], sep="/")
+    for path, weight in weights.items():
+        if isinstance(weight, PackedSign):
+            (first, second), value = weight.paths(), found[path]
+            np.testing.assert_allclose(value, first, rtol=1e-6)
+            assert np.abs(np.asarray(second)).max() > 0
+    assert main([*args[:1], str(target), "--output", str(tmp_path / "no"), "--paths", "1"]) == 2
+    assert "no sign paths" in capsys.readouterr().err
+
+
 def test_refusals(packed, tmp_path, capsys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()

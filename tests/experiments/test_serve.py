@@ -22,6 +22,7 @@ from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.experiments import generate as generate_command
 from rabit_jax.experiments import serve as command
 from rabit_jax.experiments.bench import __main__ as bench
+from rabit_jax.experiments.serving import app
 from rabit_jax.experiments.serving.app import Served, application
 from rabit_jax.experiments.serving.settings import Settings
 from rabit_jax.experiments.serving.texts import Choice, Prompt
@@ -193,7 +194,7 @@ def test_seeds_and_several_choices(client):
     assert texts() != texts()
     # A nucleus of one token is greedy; two prompts with two texts each come in order.
     plain = client.completions.create(**{**settings, "temperature": 0}).choices[0].text
-    assert texts(top_p=1e-6, seed=1) == [plain]
+    assert texts(top_p=1e-6, seed=1) == texts(top_p=0, seed=2) == [plain]
     prompts = {"prompt": ["the cat", "on the mat"]}
     both = client.completions.create(**(settings | prompts), n=2, seed=5)
     assert [c.index for c in both.choices] == [0, 1, 2, 3]
@@ -315,6 +316,12 @@ def test_keys(folders):
         assert one.health()["status"] == "ok"
 
 
+def test_a_key_may_have_any_characters(folders):
+    with running(folders / "dense", api_key="clé") as one:
+        headers = {"Authorization": "Bearer clé".encode()}
+        assert httpx2.get(f"{one.url}/v1/models", headers=headers).status_code == 200
+
+
 def test_the_benchmark_counts_what_the_server_made(packed, capsys):
     assert bench.main(["server", "--url", f"{packed.url}/v1", "--streams", "1,2", "--tokens", "6",
                        "--repeats", "1", "--json"]) == 0
@@ -331,7 +338,8 @@ def test_the_benchmark_counts_what_the_server_made(packed, capsys):
     ("completions", {}, 400, "prompt is missing"),
     ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens is '0'"),
     ("completions", {"prompt": "a", "temperature": 3}, 400, "temperature is '3'"),
-    ("completions", {"prompt": "a", "top_p": 0}, 400, "top_p is '0'"),
+    ("completions", {"prompt": "a", "top_p": -0.1}, 400, "top_p is '-0.1'"),
+    ("completions", {"prompt": "a", "top_k": 40}, 400, "top_k is '40', which is not implemented"),
     ("completions", {"prompt": "a", "best_of": 3}, 400, "best_of is 3"),
     ("completions", {"prompt": "a", "frequency_penalty": 1}, 400, "is not implemented"),
     ("completions", {"prompt": "a", "max_token": 1}, 400, "unknown field max_token"),
@@ -340,7 +348,9 @@ def test_the_benchmark_counts_what_the_server_made(packed, capsys):
     ("completions", {"prompt": []}, 400, "prompt is empty"),
     ("completions", {"prompt": [[1], []]}, 400, "a prompt is empty"),
     ("completions", {"prompt": [300]}, 400, "vocabulary ends at 299"),
-    ("completions", {"prompt": [-1]}, 400, "prompt"),
+    ("completions", {"prompt": [-1]}, 400, "prompt is '[-1]': wanted a text, a list of"),
+    ("completions", {"prompt": [2**32]}, 400, "wanted a text, a list of token ids"),
+    ("completions", {"prompt": "a", "stop": 5}, 400, "stop is '5': wanted a text or a list"),
     ("completions", {"prompt": "a", "n": 11}, 400, "takes 10 at most"),
     ("completions", {"prompt": "a", "model": "other"}, 404, "no model 'other'"),
     ("completions", [1], 400, "wanted a JSON object"),
@@ -348,6 +358,10 @@ def test_the_benchmark_counts_what_the_server_made(packed, capsys):
     ("completions", {"prompt": "\ud800"}, 400, "lone surrogate"),
     ("chat/completions", {"messages": []}, 400, "messages"),
     ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages.0.role"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400,
+     "messages.0.content is"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400,
+     "top_logprobs is 2 without logprobs"),
     ("chat/completions", {"messages": [{"role": "user", "content": "forbidden"}]}, 400,
      "refuses the conversation (not so)"),
     ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [1]}, 400,
@@ -361,9 +375,48 @@ def test_bad_requests_are_one_sentence(packed, path, body, status, message):
     assert message in error["message"] and "\n" not in error["message"]
 
 
+def test_errors_name_their_field_and_code(client, packed):
+    """As OpenAI's, by which programs tell a full context from a wrong name."""
+    settings = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    for change, param, code in (
+        ({"max_tokens": 4000}, "prompt", "context_length_exceeded"), ({"n": 0}, "n", None),
+        ({"temperature": 5}, "temperature", None), ({"stop": [1]}, "stop", None),
+        ({"echo": True}, "echo", None), ({"model": "no"}, "model", "model_not_found"),
+        ({"extra_body": {"foo": 1}}, "foo", None),
+    ):
+        with pytest.raises(openai.APIStatusError) as error:
+            client.completions.create(**{**settings, **change})
+        assert (error.value.param, error.value.code) == (param, code), change
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="tiny", messages=[{"role": "tool", "content": "a"}])
+    assert error.value.param == "messages.0.role"
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client):
+    messages = [{"role": "user", "content": "the cat"}]
+    settings = {"model": "tiny", "temperature": 0, "max_tokens": 4}
+    said = client.chat.completions.create(**settings, messages=messages).choices[0].message
+    more = {"role": "user", "content": "more"}
+    found = client.chat.completions.create(**settings, messages=[*messages, said, more])
+    plain = {"role": "assistant", "content": said.content}
+    wanted = client.chat.completions.create(**settings, messages=[*messages, plain, more])
+    assert found.choices[0].message.content == wanted.choices[0].message.content
+    # Other servers' answers have more fields that are empty; such an assistant said nothing.
+    empty = {**plain, "content": None, "tool_calls": [], "annotations": [], "audio": None}
+    found = client.chat.completions.create(**settings, messages=[*messages, empty, more])
+    assert found.usage.prompt_tokens < wanted.usage.prompt_tokens
+
+
+def test_a_fault_of_ours_is_an_error_of_openais_form(packed, monkeypatch):
+    monkeypatch.setattr(app, "template_ids", lambda *_: 1 / 0)
+    body = {"messages": [{"role": "user", "content": "a"}]}
+    found = packed.post("chat/completions", json=body)
+    assert found.status_code == 500 and found.json()["error"]["type"] == "server_error"
+
+
 def test_what_asks_for_nothing_special_is_taken(packed):
     body = {"prompt": "a", "max_tokens": 1, "user": "me", "logit_bias": {}, "presence_penalty": 0,
-            "temperature": None, "stop": None, "seed": -3}
+            "temperature": None, "stop": None, "seed": -3, "top_k": -1, "min_p": 0.0}
     assert packed.post("completions", json=body).status_code == 200
     assert packed.post("completions", content=b"{").status_code == 400
     assert httpx2.get(f"{packed.url}/v1/completions").status_code == 405

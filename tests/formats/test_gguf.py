@@ -1,5 +1,6 @@
 """GGUF files: headers, tensors, configs and tokenizers, against gguf, transformers and PyTorch."""
 
+import itertools
 import json
 import struct
 
@@ -14,8 +15,9 @@ from rabit_jax.formats import gguf_file
 from rabit_jax.formats.checkpoint import read_config
 from rabit_jax.formats.folder import find_folder
 from rabit_jax.formats.gguf import half_split_rows, hf_config, hf_tensors
-from rabit_jax.formats.gguf_file import read_gguf, stored_bytes
+from rabit_jax.formats.gguf_file import GGUFFile, read_gguf, stored_bytes
 from rabit_jax.formats.gguf_tokenizer import end_ids, merges_by_score, read_tokenizer
+from rabit_jax.formats.hf_config import from_hf
 
 TEXTS = (
     "Hello world", "  two spaces and   three\ttab", "12345 and 3.14 + 7,000,000", "one\n\ntwo\r\n",
@@ -53,6 +55,7 @@ def byte_level():
 def write(path, arch, byte_level, types=("F32",), fields=(), head_dim=8, biases=False, seed=0,
           tied=True, rope=None, pre="gpt-2"):
     """A random model of an architecture; `types` are used in turn for the matrices."""
+    path.parent.mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
     out = gguf.GGUFWriter(path, arch)
     s, prefix = SIZES, f"{arch}."
@@ -311,3 +314,145 @@ def test_sentencepiece_adds_a_begin_token_and_spells_bytes():
                             "tokenizer.ggml.add_eos_token": True}, "llama")
     assert [tokens[i] for i in plain("ab")["input_ids"]] == ["▁ab", "</s>"]
     assert end_ids(fields) == [2]
+
+
+class LlamaCpp:
+    """llama.cpp's SentencePiece, symbol by symbol (`llm_tokenizer_spm_session`), by the tokens'
+    scores alone."""
+
+    def __init__(self, tokens, scores, whole, prefix):
+        self.scores = dict(zip(tokens, scores, strict=True))
+        self.whole, self.prefix = whole, prefix
+
+    def __call__(self, text):
+        found, rest, behind_special = [], text, True
+        while rest:
+            starts = [(rest.index(t), t) for t in self.whole if t in rest]
+            at, token = min(starts, default=(len(rest), ""))
+            if rest[:at]:
+                blank = " " if self.prefix and behind_special else ""
+                found += self.piece((blank + rest[:at]).replace(" ", "▁"))
+            if token:
+                found.append(token)
+            behind_special, rest = True, rest[at + len(token):]
+        return found
+
+    def piece(self, text):
+        symbols = list(text)
+        while True:
+            joined = [a + b for a, b in itertools.pairwise(symbols)]
+            pairs = [(-self.scores[t], n) for n, t in enumerate(joined) if t in self.scores]
+            if not pairs:
+                break
+            n = min(pairs)[1]
+            symbols[n : n + 2] = [symbols[n] + symbols[n + 1]]
+        return [t for s in symbols
+                for t in ([s] if s in self.scores else [f"<0x{b:02X}>" for b in s.encode()])]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_is_that_of_llama_cpp(prefix):
+    pieces = ["▁", "a", "b", "▁a", "▁ab", "ab", "▁▁", "\n", "h", "i", "hi", "▁hi", "▁▁a", "ba"]
+    whole = ["<s>", "</s>", "<|user|>", "<|im_end|>"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *pieces, *whole[2:]]
+    scores = [0.0] * 259 + [-(3 + n * 7 % 13 + n / 100) for n in range(len(pieces))] + [0.0] * 2
+    kinds = [2, 3, 3] + [6] * 256 + [1] * len(pieces) + [4, 1]  # llama.cpp knows <|im_end|> by text
+    fields = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+              "tokenizer.ggml.scores": scores, "tokenizer.ggml.token_type": kinds,
+              "tokenizer.ggml.add_space_prefix": prefix}  # ids 0, 1, 2 are the default
+    found = read_tokenizer(fields, "llama")
+    reference = LlamaCpp(tokens, scores, whole, prefix)
+    parts = [" ", "  ", "a", "b", "ab", "hi", "\n", "é", *whole]
+    rng = np.random.default_rng(0)
+    texts = ["", " ab", "<s> ab", "a</s>ab", "hi<|user|>hi\nab", "a<s></s>b"]
+    texts += ["".join(rng.choice(parts, 12)) for _ in range(200)]
+    for text in texts:
+        ids = found(text)["input_ids"]
+        assert [tokens[i] for i in ids] == ["<s>", *reference(text)], text
+    assert found.bos_token == "<s>" and found.unk_token == "<unk>"
+    assert end_ids(fields) == [2, tokens.index("<|im_end|>")]
+    assert found.decode(found("ab é")["input_ids"], skip_special_tokens=True) == "ab é"
+
+
+@pytest.mark.parametrize("pre", ["default", None])
+def test_a_file_without_a_way_of_cutting_gets_that_of_llama_cpp(byte_level, pre):
+    tokens, merges = byte_level
+    fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens,
+              "tokenizer.ggml.merges": merges, **({"tokenizer.ggml.pre": pre} if pre else {})}
+    found = read_tokenizer(fields, "llama").backend_tokenizer.pre_tokenizer
+    # Cut by hand with llama.cpp's four patterns; llama-server made tokens within these pieces.
+    for text, pieces in (
+        ("hello, (and) then 12345 + 345", ["hello", ",", " ", "(", "and", ")", " then", " ", "123",
+                                           "45", " ", "+", " ", "345"]),
+        ("don't 'so' -- $100 ~^ a<b>=c", ["don", "'", "t", " ", "'", "so", "'", " ", "--", " ", "$",
+                                          "100", " ", "~^", " a", "<", "b", ">=", "c"]),
+    ):
+        assert [p.replace("Ġ", " ") for p, _ in found.pre_tokenize_str(text)] == pieces
+
+
+def test_what_metadata_leave_out_is_what_llama_cpp_takes(tmp_path, byte_level):
+    def config(arch, without=(), tensors=(), **fields):
+        file = read_gguf(write(tmp_path / "m.gguf", arch, byte_level))
+        kept = {k: v for k, v in file.fields.items() if k.removeprefix(f"{arch}.") not in without}
+        more = {name: file.tensors["output_norm.weight"] for name in tensors}
+        return hf_config(GGUFFile(file.path, kept | {f"{arch}.{k.replace('__', '.')}": v
+                                                     for k, v in fields.items()},
+                                  file.tensors | more))
+
+    sizes = ("attention.head_count_kv", "attention.key_length", "attention.value_length")
+    for arch in ("llama", "qwen2", "qwen3", "gemma3"):
+        found = from_hf(config(arch, sizes))
+        assert found.n_kv_heads == SIZES["heads"]
+        assert found.head_dim == SIZES["width"] // SIZES["heads"]
+    assert from_hf(config("gemma3", ["attention.sliding_window"])).window is None
+    with pytest.raises(BadInput, match="no llama.attention.layer_norm_rms_epsilon"):
+        config("llama", ["attention.layer_norm_rms_epsilon"])
+    # A factor without a type is linear; the old name of the factor counts where the new one lacks.
+    linear = {"rope_type": "linear", "factor": 4.0}
+    for fields, wanted in (
+        ({"rope__scaling__factor": 4.0}, linear), ({"rope__scale_linear": 4.0}, linear),
+        ({"rope__scaling__factor": 4.0, "rope__scale_linear": 2.0}, linear),
+        ({"rope__scaling__factor": 4.0, "rope__scaling__type": "none"}, None),
+        ({"rope__scaling__type": "yarn"}, None), ({"rope__scaling__factor": 0.0}, None),
+    ):
+        assert config("llama", **fields)["rope_scaling"] == wanted, fields
+    with pytest.raises(BadInput, match="'linear' with factor 4 .* without any other"):
+        config("llama", tensors=["rope_freqs.weight"], rope__scaling__factor=4.0)
+    assert config("llama", tensors=["blk.0.ffn_up.bias"])["mlp_bias"]
+
+
+def test_a_split_model_is_read_from_any_of_its_parts(tmp_path, byte_level, monkeypatch):
+    whole = write(tmp_path / "whole" / "m.gguf", "llama", byte_level)
+    folder = tmp_path / "split"
+    folder.mkdir()
+    plain = gguf.GGUFWriter
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", lambda path, arch: plain(
+            path, arch, split_max_tensors=7))
+        write(folder / "m.gguf", "llama", byte_level)
+    parts = sorted(folder.iterdir())
+    assert [part.name for part in parts] == [f"m-{n:05d}-of-00003.gguf" for n in (1, 2, 3)]
+    # As the hub's cache has them: links whose targets have other names.
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for n, part in enumerate(parts):
+        part.rename(blobs / str(n))
+        part.symlink_to(blobs / str(n))
+    wanted = load_hf(whole)
+    for path in (parts[0], parts[2], folder):
+        model, params, tokenizer = load_hf(path)
+        jax.tree.map(np.testing.assert_array_equal, params, wanted[1])
+        assert model.config == wanted[0].config
+        assert tokenizer("the end")["input_ids"] == wanted[2]("the end")["input_ids"]
+    parts[1].unlink()
+    parts[1].symlink_to(blobs / "2")
+    with pytest.raises(BadInput, match="m-00002-of-00003.gguf is not part 2 of the 3 parts"):
+        read_gguf(parts[0])
+    parts[1].unlink()
+    with pytest.raises(BadInput, match="cannot read .*m-00002-of-00003.gguf"):
+        read_gguf(parts[0])
+    parts[0].rename(folder / "first.gguf")
+    with pytest.raises(BadInput, match="call it NAME-00001-of-00003.gguf"):
+        read_gguf(folder / "first.gguf")
+    with pytest.raises(BadInput, match="m-00001-of-00003.gguf is not beside it"):
+        find_folder(parts[2])

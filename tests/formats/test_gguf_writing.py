@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rabit_jax import (
     LLAMA_LINEARS,
@@ -51,6 +53,7 @@ FAMILIES = {
     "qwen2": dataclasses.replace(LLAMA, attention_bias=True, family="qwen2", norm_eps=1e-6),
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True, family="qwen3", head_dim=64),
     "gemma3": GEMMA,
+    "biases": dataclasses.replace(LLAMA, attention_bias=True, o_bias=True, mlp_bias=True),
     "mistral": dataclasses.replace(LLAMA, family="mistral"),
 }
 TEXT = "the cat sat on the mat, and 12 more cats ran home; the end. " * 40
@@ -100,7 +103,9 @@ def test_a_float32_file_holds_the_model_and_its_tokenizer(name, tmp_path, tokeni
     assert differs <= {"query_scalar"} | ({"family"} if name == "mistral" else set())
     assert own(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
     assert model.config.eos_ids == (0,) and model.config.bos_id == 0
-    assert read_gguf(tmp_path / "m.gguf").fields["general.license"] == "mit"
+    fields = read_gguf(tmp_path / "m.gguf").fields
+    assert fields["general.license"] == "mit"
+    assert fields["general.file_type"] == gguf.LlamaFileType.ALL_F32
 
 
 CASES = {
@@ -205,6 +210,62 @@ def test_settings_that_llama_cpp_computes_otherwise_are_refused(tmp_path, tokeni
     assert not list(tmp_path.glob("*.gguf"))
 
 
+def test_a_base_model_is_written_though_its_tokenizer_has_ends_of_turns(tmp_path):
+    tokenizer = train_tokenizer([TEXT], 290)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|endoftext|>"]})
+    save_gguf(tmp_path / "m.gguf", LLAMA, params_of(LLAMA), tokenizer, "f32")
+    assert read_gguf(tmp_path / "m.gguf").fields["tokenizer.ggml.eos_token_id"] == 0
+    # llama.cpp ends at those as well, whatever the file says.
+    assert load_hf(tmp_path / "m.gguf")[0].config.eos_ids[0] == 0
+
+
+def test_chat_templates_keep_their_names(tmp_path):
+    """As the gguf package writes and transformers reads several of them."""
+    tokenizer = train_tokenizer([TEXT], 300)
+    for template in ("plain", {"default": "plain", "tool_use": "tools"}, {"tool_use": "tools"}):
+        tokenizer.chat_template = template
+        save_gguf(tmp_path / "m.gguf", LLAMA, params_of(LLAMA), tokenizer, "f32")
+        ours = read_gguf(tmp_path / "m.gguf").fields
+        named = template if isinstance(template, dict) else {"default": template}
+        writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "llama")
+        writer.add_chat_template([{"name": n, "template": t} for n, t in named.items()])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        theirs = read_gguf(tmp_path / "theirs.gguf").fields
+        assert {k: v for k, v in ours.items() if "chat_template" in k} == {
+            k: v for k, v in theirs.items() if "chat_template" in k}
+        assert load_hf(tmp_path / "m.gguf")[2].chat_template == template
+
+
+def test_sentencepiece_is_written_where_llama_cpp_makes_its_tokens(tmp_path):
+    """It puts a space before every text and behind every special token, or none anywhere."""
+    pieces = ["▁", "a", "b", "▁a", "ab", "▁b", "▁▁", "\n"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *pieces]
+    merges = [("▁", "a"), ("a", "b"), ("▁", "b"), ("▁", "▁")]
+    replaced = normalizers.Replace(" ", "▁")
+    forms = {
+        "prepended": normalizers.Sequence([normalizers.Prepend("▁"), replaced]), "bare": replaced,
+        "first": pre_tokenizers.Metaspace(prepend_scheme="first", split=False)}
+    for name, form in forms.items():
+        built = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges,
+                                     unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        setattr(built, "pre_tokenizer" if name == "first" else "normalizer", form)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=built, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+        config = dataclasses.replace(LLAMA, bos_id=1, eos_ids=(2,))
+        if name == "first":
+            with pytest.raises(BadInput, match="unsupported tokenizer: none .* ' a leading blank'"):
+                save_gguf(tmp_path / "m.gguf", config, params_of(config), tokenizer, "f32")
+            continue
+        save_gguf(tmp_path / "m.gguf", config, params_of(config), tokenizer, "f32")
+        fields = read_gguf(tmp_path / "m.gguf").fields
+        assert fields["tokenizer.ggml.add_space_prefix"] == (name == "prepended")
+        own = load_hf(tmp_path / "m.gguf")[2]
+        for text in ("ab", " ab", "a</s>b", "<s> a\nb é"):
+            assert own(text)["input_ids"] == tokenizer(text)["input_ids"], text
+
+
 def test_a_target_is_a_file_name(tmp_path, tokenizer, capsys):
     save_packed(tmp_path / "packed", LLAMA, packed_of(LLAMA, UniformResidualSpec(group=32)),
                 tokenizer)
@@ -258,11 +319,12 @@ class Rounded(WeightNode):
 @pytest.mark.more
 @pytest.mark.parametrize(("config", "spec", "kind"), [
     (LLAMA, None, "f32"),
+    (FAMILIES["biases"], None, "f32"),
     (GEMMA, None, "f32"),
     (LLAMA, UniformResidualSpec(k=1, rounds=1, group=128), "Q1_0"),
     (LLAMA, UniformResidualSpec(k=2, rounds=1, group=32), "Q4_0"),
     (GEMMA, UniformResidualSpec(k=1, rounds=1, group=128), "Q1_0"),
-], ids=["llama f32", "gemma f32", "llama Q1_0", "llama Q4_0", "gemma Q1_0"])
+], ids=["llama f32", "biases f32", "gemma f32", "llama Q1_0", "llama Q4_0", "gemma Q1_0"])
 def test_llama_cpp_computes_our_logits(config, spec, kind, tmp_path, tokenizer):
     params = packed_of(config, spec) if spec else params_of(config)
     save_gguf(tmp_path / "m.gguf", config, params, tokenizer, kind)

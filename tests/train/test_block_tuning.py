@@ -96,6 +96,51 @@ def test_any_representation_comes_nearer_to_its_teacher(data, spec):
     assert found == pytest.approx(tuned.after, rel=1e-5)  # the params are those of that epoch
 
 
+def nested_errors64(params, x, y, gain):
+    """The mean relative error of the models of one and of all paths, in float64."""
+    node, scale = params["up"]["kernel"], np.float64(params["norm"]["scale"])
+    left, kernel, found = np.float64(node.latent), 0.0, []
+    for n in range(node.g.shape[0]):
+        path = np.where(left >= 0, 1.0, -1.0) * np.outer(node.h[n], node.g[n])
+        left, kernel = left - path, kernel + path
+        inputs = np.float64(x[n + 1])
+        error = inputs + gain * np.tanh((inputs * scale) @ kernel) - y
+        found.append(((error**2).sum(-1) / (np.float64(y) ** 2).sum(-1)).mean())
+    return np.array(found)
+
+
+def test_models_of_the_first_paths_are_tuned_together_each_from_its_own_inputs(data):
+    x, y, params, extra = data
+    rng = np.random.default_rng(1)
+    own = {1: np.float32(x * rng.normal(1, 0.05, x.shape)), 2: x}
+    start, weights = quantised(params, SPECS["residual"]), {1: 1.0, 2: 3.0}
+    tuned = tune_block(block, start, own, y, config(), HELD_OUT, extra=extra, nested=weights)
+    held = {n: a[-HELD_OUT:] for n, a in own.items()}
+
+    def mean(errors):
+        return np.exp((np.log(errors) * [0.25, 0.75]).sum())
+
+    before = nested_errors64(start, held, y[-HELD_OUT:], 2)
+    after = nested_errors64(tuned.params, held, y[-HELD_OUT:], 2)
+    assert tuned.before == pytest.approx(mean(before), rel=1e-4)
+    assert tuned.after == pytest.approx(mean(after), rel=1e-4)
+    assert list(tuned.nested) == [1, 2]
+    np.testing.assert_allclose(list(tuned.nested.values()), after, rtol=1e-4)
+    assert (after < before).all()
+    alone = tune_block(block, start, x, y, config(), HELD_OUT, extra=extra)
+    assert alone.nested == {}
+    assert nested_errors64(alone.params, held, y[-HELD_OUT:], 2)[0] > after[0]
+
+
+def test_a_model_without_error_leaves_the_others_finite(data):
+    x, y, params, extra = data
+    start = {**quantised(params, SPECS["residual"]), "up": {"kernel": params["up"]["kernel"]}}
+    tuned = tune_block(block, start, {1: x, 2: x}, y, config(freeze=("norm",)), HELD_OUT,
+                       extra=extra, nested={1: 1.0, 2: 1.0})
+    assert tuned.after == pytest.approx(1e-30, rel=1e-3)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tuned.params))
+
+
 def test_frozen_roles_stay_and_the_start_is_not_donated(data):
     start, tuned = tune(data, settings=config(freeze=("latent", "norm")))
     node, before = tuned.params["up"]["kernel"], start["up"]["kernel"]

@@ -189,6 +189,29 @@ def test_a_scale_that_leaves_its_range_is_warned_of(faulty, tmp_path, capsys):
     assert fault.action == "warn" and fault.value == pytest.approx(1e6, rel=0.01)
 
 
+def test_paths_that_a_layer_lacks_are_no_fault(faulty, tmp_path):
+    from tests.train.conftest import ragged
+
+    trainer = faulty(tmp_path, {}, build=True)
+    start = jax.tree.map(np.array, trainer.state)  # a step donates its state
+    node = start.trainable["layers"]["mlp"]["down"]["kernel"]
+    zeros = {k: np.zeros(8, np.float32) for k in FAULTS}
+    batch = trainer.place({**ragged(0), **zeros})
+
+    def fault(**scales):
+        state = jax.tree.map(jnp.asarray, start)
+        state.trainable["layers"]["mlp"]["down"]["kernel"] = node.replace(**scales)
+        _, metrics = trainer.step(state, trainer.frozen, trainer.teacher, batch)
+        return trainer.health.read({name: float(value) for name, value in metrics.items()})
+
+    g, h = node.g.copy(), node.h.copy()
+    g[1, 1] = h[1, 1] = 0  # layer 1 has one path
+    assert fault(g=g, h=h) is None
+    h[0, 1, 3] = 1e6
+    found = fault(g=g, h=h)
+    assert (found.group.path, found.layer) == ("layers/mlp/down/kernel/h", 0)
+
+
 def test_checkpoints_of_a_training_without_spikes_are_those_of_before(faulty, tmp_path):
     """The running mean is no part of the state where nothing asks for it; not even as None, which
     a checkpoint would list."""

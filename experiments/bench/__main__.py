@@ -6,7 +6,7 @@ nothing else; without it a table. Progress goes to stderr.
 
 from __future__ import annotations
 
-from rabit_jax.experiments.engine.signals import ENDED, STOPPED, interrupted_by_keys, watch
+from rabit_jax.experiments.engine.signals import ENDED, STOPPED, watch
 
 if __name__ == "__main__":
     watch(STOPPED, ENDED)  # before the imports below, which take seconds
@@ -96,12 +96,14 @@ def run(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
     command = shlex.join(["python", "-m", "experiments.bench", *arguments])
     result = report(command, BENCHMARKS[options.name].measure(options))
-    if options.name in SAVED and options.save:
-        save(result, SAVED[options.name])
-    if options.json:
-        print(json.dumps(result))
-    else:
-        show(options.name, result)
+    try:
+        if options.name in SAVED and options.save:
+            save(result, SAVED[options.name])
+    finally:  # what took long is shown where the disk is full
+        if options.json:
+            print(json.dumps(result))
+        else:
+            show(options.name, result)
 
 
 def show(name: str, result: Json) -> None:
@@ -135,8 +137,7 @@ def save(result: Json, key: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for bad input, 130 when stopped."""
-    with interrupted_by_keys():  # servers and programs that a benchmark has started end with it
-        return main_guard(lambda: run(sys.argv[1:] if argv is None else argv))
+    return main_guard(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

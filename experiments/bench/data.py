@@ -27,6 +27,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.experiments.bench import step
 from rabit_jax.progress import progress, say
 from rabit_jax.types import Json
+from rabit_jax.workspaces import workspace
 
 EXAMPLES = """examples:
   python -m experiments.bench data
@@ -37,6 +38,7 @@ COLUMNS = {name: name for name in (
     "tokenise_mb_per_s")}
 SHAPES = ((8, 256), (4, 512), (32, 512))  # batch and length
 MOST_SHARE = 0.02
+TEMPORARY = Path(tempfile.gettempdir()) / "rabit-bench-data"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +58,8 @@ def measure(options: argparse.Namespace) -> list[Json]:
         raise BadInput("--batches must be at least 1 and --text at least 1e5")
     speed = tokenise_speed()
     rows = []
-    with tempfile.TemporaryDirectory() as folder, progress("batches", len(SHAPES)) as bar:
-        text = random_text(Path(folder) / "tokens.bin", int(options.text))
+    with workspace(TEMPORARY) as folder, progress("batches", len(SHAPES)) as bar:
+        text = random_text(folder / "tokens.bin", int(options.text))
         for done, (rows_of_batch, length) in enumerate(SHAPES, 1):
             first, usual = load_seconds(text, rows_of_batch, length, options.batches)
             least = step_seconds(rows_of_batch * length)
@@ -102,7 +104,7 @@ def tokenise_speed() -> float:
     texts = embedded_documents()
     size = sum(len(text.encode()) for text in texts)
     tokenizer = train_tokenizer(texts, 2048)
-    with tempfile.TemporaryDirectory() as cache:
+    with workspace(TEMPORARY) as cache:
         begin = time.perf_counter()
         tokenise(texts, tokenizer, cache)
         seconds = time.perf_counter() - begin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -20,6 +21,13 @@ from rabit_jax.progress import say
 
 WAIT_SECONDS = 600  # for a model to be loaded
 POLL_SECONDS = 0.5
+# Becomes a command that ends with the process of that number, also where that is killed.
+ENDING_WITH = """
+import ctypes, os, sys
+getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: Linux alone
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Server(NamedTuple):
@@ -77,8 +85,9 @@ def running(server: Server) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryFile() as log:
-        command = list(map(str, (*server.command, "--port", port)))
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        command = map(str, (*server.command, "--port", port))
+        process = subprocess.Popen([sys.executable, "-c", ENDING_WITH, str(os.getpid()), *command],
+                                   stdout=log, stderr=log)
         try:
             say(f"starting {server.label}")
             _wait(process, f"http://127.0.0.1:{port}{server.health}", server.label, log)

@@ -27,14 +27,14 @@ from rabit_jax.experiments.engine.launch import BEGINS_AGAIN, ENDED, GOES_ON, cl
 from rabit_jax.experiments.engine.signals import CONTINUE, RESUMABLE
 from rabit_jax.models.cache import BITS
 from rabit_jax.progress import Value, number, say
-from rabit_jax.workspaces import FULL
+from rabit_jax.workspaces import disk_full
 
 # What every command ends with; `--help` prints it, `main_guard` does it.
 EXIT_CODES = """exit codes:
   0 done, 1 a crash (of an ablation: a cell failed), 2 bad input or a full disk (one sentence on
-  stderr), 75 stopped by Ctrl-C or SIGTERM: run, ptq and ablate
-  go on and evaluate starts again by the same command; 130 other commands stopped; 141 what read
-  stdout has ended"""
+  stderr), 75 stopped by Ctrl-C, SIGTERM or a closed terminal: run, ptq and ablate go on and
+  evaluate starts again by the same command; 130 other commands stopped; 141 what read stdout has
+  ended"""
 
 
 def table(
@@ -86,7 +86,7 @@ def main_guard(
     except Exception as error:
         if streams.unread(error):
             return streams.UNREAD
-        full = _disk_full(error)
+        full = disk_full(error)
         sentence = f"{_full(error)}: free some space{again}" if full else _refused(error)
         if not sentence:
             raise
@@ -129,19 +129,6 @@ def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
 
 # In errors of collectives whose other side has gone.
 LOST = ("Gloo", "coordination", "UNAVAILABLE", "NCCL", "Connection")
-
-
-def _disk_full(error: BaseException | None) -> bool:
-    """Whether the error or what caused it is a full disk, a quota or a limit on files.
-
-    Storage libraries give the reason only as text.
-    """
-    while error is not None:
-        text = str(error)
-        if getattr(error, "errno", None) in FULL or any(os.strerror(n) in text for n in FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _full(error: BaseException | None) -> str:
@@ -187,7 +174,7 @@ def _quiet_about_full_disks() -> None:
 
     def known(error: BaseException | None) -> bool:
         closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-        return closed or _disk_full(error)
+        return closed or disk_full(error)
 
     def of_task(record: logging.LogRecord) -> bool:
         return not (record.exc_info and known(record.exc_info[1]))

@@ -12,6 +12,7 @@ from rabit_jax import BadInput
 from rabit_jax.atomic import write_text
 from rabit_jax.experiments.engine.config import difference, dump_yaml, load_config, to_dict
 from rabit_jax.experiments.engine.metrics import Metrics, WandbLog
+from rabit_jax.experiments.engine.records import refuse_later
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.locks import locked
 from rabit_jax.progress import say
@@ -41,10 +42,12 @@ class RunFolder:
         """Become the one process that writes the folder, until `close`.
 
         Raises:
-          BadInput: another process works in it, which the message names, or it cannot be written.
+          BadInput: another process works in it, which the message names, a later version of this
+            package has worked in it, or it cannot be written.
         """
         if self._locked:
             return
+        refuse_later(self.path)
         try:
             self._lock.enter_context(locked(self.path / ".lock", f"the run folder {self.path}"))
         except OSError as error:
@@ -70,17 +73,19 @@ class RunFolder:
 
     def close(self) -> None:
         """Send what is left of the metrics and give the lock up."""
-        self.metrics.close()
-        self._lock.close()
-        self._locked = False
+        try:
+            self.metrics.close()
+        finally:  # what is left may not fit on a full disk
+            self._lock.close()
+            self._locked = False
 
     def open(self, resume: bool) -> None:
         """Create the folder, lock it and write the resolved config.
 
         Raises:
           BadInput: `resume` with a config that differs from the one in the folder, a folder that
-            is no run's, is in use or cannot be written, or Weights & Biases is asked for and not
-            installed.
+            is no run's or a later version's, is in use or cannot be written, or Weights & Biases is
+            asked for and not installed.
         """
         if project := self.config.wandb:
             self.metrics.wandb = WandbLog(self.path, project, to_dict(self.config), resume)

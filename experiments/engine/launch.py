@@ -124,16 +124,17 @@ def supervised(then: str = GOES_ON) -> None:
     streams.prepare()
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
-    child = os.fork()
+    parent, child = os.getpid(), os.fork()
     if child == 0:
         os.close(reader)
         os.setpgid(0, 0)  # Ctrl-C of a terminal reaches the parent, which hands it on once
-        _end_with_parent()
+        _end_with(parent)
         os.environ[STARTED] = str(writer)
         return
     os.close(writer)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: _send(child, number))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of a terminal that closes
+            signal.signal(number, lambda number, _: _send(child, number))
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
@@ -149,9 +150,8 @@ def _send(child: int, number: int) -> None:
         os.kill(child, number)
 
 
-def _end_with_parent() -> None:
-    """Let the system end this process when its parent is killed."""
-    parent = os.getppid()
+def _end_with(parent: int) -> None:
+    """Let the system end this process when its parent has ended, however that happens."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:

@@ -43,8 +43,8 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
+    """Versions of this package, of Python and of the packages that a result depends on."""
+    found = {"rabit_jax": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -55,8 +55,8 @@ def version_lines() -> str:
     """Versions of this package, of jax, jaxlib and Python, the device, and on a CPU what multiplies
     packed weights; a line each."""
     known = versions()
-    found = {"rabit_jax": __version__, "jax": known.get("jax"), "jaxlib": known.get("jaxlib"),
-             "python": known["python"], "device": device()}
+    found = {name: known.get(name) for name in ("rabit_jax", "jax", "jaxlib", "python")}
+    found["device"] = device()
     if jax.default_backend() == "cpu":
         found["packed products"] = status()
     return "\n".join(f"{name} {value}" for name, value in found.items())

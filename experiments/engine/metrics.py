@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from rabit_jax import hosts
 from rabit_jax.atomic import write_text
@@ -15,11 +18,10 @@ from rabit_jax.errors import BadInput
 from rabit_jax.experiments.engine.records import strict_json
 from rabit_jax.progress import say
 from rabit_jax.types import Json
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+from rabit_jax.workspaces import naming
 
 Line: TypeAlias = Json  # a line of metrics.jsonl: stage, step, tokens and numbers
+FLUSH_SECONDS = 30  # after which TensorBoard sees what was logged
 
 
 class Metrics:
@@ -36,30 +38,25 @@ class Metrics:
         """Nothing is opened before the first line."""
         self.folder, self.file = folder, folder / "metrics.jsonl"
         self.wandb: WandbLog | None = None
-        self._boards: dict[str, SummaryWriter] = {}
+        self._boards: dict[str, _Board] = {}
 
     def log(self, line: Line) -> None:
         """Append a line, in the process that writes."""
         if not hosts.first():
             return
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(strict_json(line) + "\n")
+        with naming(self.file), open(self.file, "a+b") as file:
+            # Behind a line that a full disk or a loss of power has cut: the new one stays whole.
+            cut = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+            file.write(b"\n" * bool(cut) + strict_json(line).encode() + b"\n")
         stage, step = line["stage"], line["step"]
         numbers = {n: v for n, v in line.items() if isinstance(v, int | float) and n != "step"}
-        board = self._board(_owner(line))
-        for name, value in numbers.items():
-            if name != "tokens":
-                board.add_scalar(f"{stage}/{name}", value, step)
+        owner = _owner(line)
+        if owner not in self._boards:
+            self._boards[owner] = _Board(self.folder / "tensorboard" / owner)
+        shown = {f"{stage}/{name}": value for name, value in numbers.items() if name != "tokens"}
+        self._boards[owner].add(step, shown)
         if self.wandb:
             self.wandb.add(stage, step, numbers)
-
-    def _board(self, stage: str) -> SummaryWriter:
-        """The TensorBoard writer of a stage, opened at its first line."""
-        if stage not in self._boards:
-            from tensorboardX import SummaryWriter
-
-            self._boards[stage] = SummaryWriter(str(self.folder / "tensorboard" / stage))
-        return self._boards[stage]
 
     def lines(self) -> list[Line]:
         """All whole lines; one that was cut by a crash or is damaged is left out."""
@@ -90,10 +87,46 @@ class Metrics:
 
     def close(self) -> None:
         """Flush TensorBoard and Weights & Biases."""
-        if self.wandb:
-            self.wandb.close()
-        for board in self._boards.values():
-            board.close()
+        with contextlib.ExitStack() as stack:  # one that fails does not keep the others open
+            for board in self._boards.values():
+                stack.callback(board.close)
+            if self.wandb:
+                stack.callback(self.wandb.close)
+
+
+class _Board:
+    """The TensorBoard file of a stage, opened at its first line.
+
+    It is written here and not by SummaryWriter, whose thread ends without a word where the disk is
+    full: whoever logs would then wait for it for ever.
+    """
+
+    def __init__(self, folder: Path):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        self.folder, self.flushed = folder, -float("inf")
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.writer = EventsWriter(str(folder / "events"))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the values of one step."""
+        # Generated, which pyright cannot see.
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
+
+        found = [Summary.Value(tag=name, simple_value=float(v)) for name, v in values.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=found))
+        with naming(self.folder):
+            self.writer.write_event(event)
+            if time.monotonic() - self.flushed > FLUSH_SECONDS:
+                self.writer.flush()
+                self.flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is left."""
+        with naming(self.folder):
+            self.writer.close()
 
 
 def _owner(line: Line) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from rabit_jax import BadInput
+from rabit_jax import BadInput, __version__
 from rabit_jax.atomic import digest, free_name, write_text
 from rabit_jax.progress import say
 from rabit_jax.types import Json
@@ -65,6 +66,26 @@ def read_record(file: Path, wanted: Mapping[str, type] | None = None) -> Record 
     file.rename(aside)
     say(f"{file} is damaged: set aside as {aside.name}, and what it records is done again")
     return None
+
+
+def refuse_later(run_folder: Path) -> None:
+    """Raises BadInput for the folder of a run on which a later version of this package has worked:
+    what that wrote may mean something else here, and would be done again in its place."""
+    for file in sorted((run_folder / "stages").glob("*")):
+        try:
+            wrote = json.loads(file.read_text(encoding="utf-8"))["versions"]["rabit_jax"]
+            later = _numbers(wrote) > _numbers(__version__)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue  # no record, a damaged one, or one of 0.1
+        if later:
+            raise BadInput(
+                f"{run_folder} was written by version {wrote} of rabit_jax and this is "
+                f"{__version__}, which may read it wrongly: install that version, or set name or "
+                "output to another place")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:3]]
 
 
 def _checksum(content: Record) -> str:

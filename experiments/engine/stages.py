@@ -3,8 +3,8 @@
 `stages/<name>.json` in the run folder is the record of a complete stage: the hash of its inputs
 (`key`) and the inputs themselves, its id (that hash, or a new one where the stage was forced, so
 that what depends on it follows), seconds, versions, device, result, and sizes and digests of the
-files that it left. `stages/<name>.started` holds key and inputs of a stage that was begun and is
-not complete.
+files that it left. `stages/<name>.started` holds key, inputs and versions of a stage that was begun
+and is not complete.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ def begin(folder: RunFolder, stage: Stage, read: Read, resume: bool) -> bool:
             stale += ["packed", "blocks/packed.json"]
     for name in stale:
         remove(folder.path / name)
-    write_record(folder.path / "stages" / f"{stage.name}.started", read.record())
+    started = {**read.record(), "versions": versions()}
+    write_record(folder.path / "stages" / f"{stage.name}.started", started)
     return continues
 
 

@@ -54,8 +54,8 @@ def _finish_qat(run: Inputs, records: dict[str, Record], command: str) -> None:
 
 def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
     summary, folder = _summarise_ptq(job, records, command), job.folder.path
-    write_text(folder / "summary.json", strict_json(summary, indent=1))
     write_card(job.config, folder, summary)
+    write_text(folder / "summary.json", strict_json(summary, indent=1))
     teacher, packed = summary["teacher"], summary["packed"]
     bits = packed["stored_bits_per_weight"], packed["whole_model_bits_per_weight"]
     sizes = {"teacher": (DENSE_BITS, DENSE_BITS), "init": bits, "tuned": bits, "packed": bits}

@@ -24,7 +24,7 @@ def write_card(config: RunConfig, folder: Path, summary: Summary) -> Path:
     """Write `packed/README.md` in a run's folder from its summary; returns its path."""
     base = config.teacher.path or None
     packed, path = summary["packed"], folder / "packed" / CARD
-    versions = {"rabit_jax": __version__, **summary["versions"]}
+    versions = {"rabit_jax": __version__, **summary["versions"]}  # 0.1 did not write its own
     facts = {
         "file": f"{number(packed['bytes'])} bytes with its header; dense in 16 bits "
                 f"{number(summary['dense']['bytes'])} bytes",

@@ -178,13 +178,15 @@ def costs(summary: Summary) -> str:
 
 
 def write_results(run: Inputs, summary: Summary, samples: Sequence[Sample]) -> Path:
-    """Write `summary.json`, the packed model's card and `report.html`, whose path is returned."""
+    """Write the packed model's card, `report.html`, whose path is returned, and `summary.json`:
+    last, for a run that has it is complete."""
     folder = run.folder.path
-    write_text(folder / "summary.json", strict_json(summary, indent=1))
     write_card(run.config, folder, summary)
-    return write_report(
+    report = write_report(
         folder, summary, run.folder.metrics.lines(), _histogram(run), samples, table_rows(summary)
     )
+    write_text(folder / "summary.json", strict_json(summary, indent=1))
+    return report
 
 
 def _histogram(run: Inputs) -> Histogram | None:

@@ -133,8 +133,8 @@ def tune_block(
         model alone.
 
     Raises:
-      BadInput: settings that leave nothing to train or nothing held out, or a loss that is not
-        finite.
+      BadInput: settings that leave nothing to train or nothing held out, inputs of other models
+        than those in `nested`, or a loss that is not finite.
 
     Example:
       >>> tuned = tune_block(run, params, x, y, TuningConfig(epochs=4), held_out=8)
@@ -143,7 +143,7 @@ def tune_block(
     """
     extra, train = dict(extra or {}), len(y) - held_out
     models = tuple(sorted((nested or {}).items()))
-    _check(config, train, held_out)
+    _check(x, models, train, held_out)
     steps_each = -(-train // config.batch_size)
     steps = config.epochs * steps_each
     freeze = config.optimizer.freeze
@@ -190,8 +190,12 @@ def tune_block(
     return Tuned(merge(best, frozen), before, lowest, tuple(losses), by_paths)
 
 
-def _check(config: TuningConfig, train: int, held_out: int) -> None:
-    """Raises BadInput for too few windows."""
+def _check(x: Inputs, models: Models, train: int, held_out: int) -> None:
+    """Raises BadInput for too few windows, and for inputs of other models than those tuned."""
+    numbers, given = [n for n, _ in models], sorted(x) if isinstance(x, Mapping) else []
+    if numbers != given:
+        raise BadInput(f"the models of {numbers} sign paths are tuned together, and x has inputs "
+                       f"of {given}: give those of each model by its number of paths")
     if held_out < 1 or train < 1:
         raise BadInput(
             f"{train + held_out} windows, {held_out} of them held out: tuning needs at least one "

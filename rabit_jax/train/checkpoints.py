@@ -19,6 +19,7 @@ from rabit_jax.atomic import free_name, remove
 from rabit_jax.errors import BadInput, first_line
 from rabit_jax.progress import say
 from rabit_jax.types import Array
+from rabit_jax.workspaces import naming
 
 # Orbax logs every error with its traceback in each of its threads and raises it as well.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -119,9 +120,10 @@ class Checkpoints:
         there = hosts.first_does(lambda: os.path.lexists(self.folder / str(step)))
         if there and step not in self.manager.all_steps():
             self._set_aside(step)
-        if step in self.manager.all_steps() or not self.manager.save(
-            step, args=ocp.args.StandardSave(tree)
-        ):
+        with naming(self.folder):
+            saved = step not in self.manager.all_steps() and self.manager.save(
+                step, args=ocp.args.StandardSave(tree))
+        if not saved:
             raise BadInput(
                 f"{self.folder} holds checkpoints up to step {self.manager.latest_step()}, so step "
                 f"{step} cannot be saved there: resume them or choose an empty folder"
@@ -240,7 +242,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until the last save is on disk; raises any error of the background thread."""
-        self.manager.wait_until_finished()
+        with naming(self.folder):
+            self.manager.wait_until_finished()
 
     def __enter__(self) -> Checkpoints:
         """The checkpoints themselves."""
@@ -248,5 +251,6 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         """Finish pending saves."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        with naming(self.folder):
+            self.manager.wait_until_finished()
+            self.manager.close()

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from rabit_jax.experiments import ablate
+from rabit_jax.experiments.ablation.runner import Runner
 
 ROOT = Path(__file__).parents[2]
 FAKE = [sys.executable, str(Path(__file__).with_name("ablation_cell.py"))]
@@ -127,6 +128,15 @@ def test_stopped_and_started_again_is_the_undisturbed_ablation(whole, here, caps
     assert here.tables() == whole.tables()
 
 
+def test_a_terminal_that_closes_is_no_second_signal(monkeypatch):
+    runner, told = Runner(), []
+    monkeypatch.setattr(runner, "_interrupt", lambda: told.append(1))
+    with runner.signals():
+        for number, wanted in ((signal.SIGHUP, 1), (signal.SIGHUP, 1), (signal.SIGTERM, 2)):
+            signal.raise_signal(number)
+            assert runner.stopped and len(told) == wanted
+
+
 def test_killed_without_notice_it_goes_on_and_no_cell_is_worked_on_twice(whole, here, capsys):
     here.order(**{"cells/plain/seed-1": "kill"})
     start = f"ablate.main(sys.argv[1:], {FAKE!r})"
@@ -201,6 +211,31 @@ def test_what_a_change_affects_is_run_again_and_not_resumed(here):
     # Another teacher at the same place: the cells' configs are what they were.
     assert here.run("run.seed=5") == 0
     assert [name for name, _ in here.started()] == ["teacher", *CELLS]
+
+
+@pytest.mark.parametrize("content", ["", '{"qat": {"ppl": ', "[]"])
+def test_a_cell_with_a_damaged_summary_is_run_again(here, content):
+    here.write(CONFIG | {"search": None, "single": {}, "seeds": [0]})
+    assert here.run() == 0
+    here.started()
+    tables = here.tables()
+    (here.made / "cells/plain/seed-0/summary.json").write_text(content)
+    assert here.run() == 0
+    assert here.started() == [("cells/plain/seed-0", "--resume")] and here.tables() == tables
+
+
+def test_cells_of_a_later_version_are_refused_and_stay(here, capsys):
+    here.write(CONFIG | {"search": None, "single": {}, "seeds": [0]})
+    assert here.run() == 0
+    cell = here.made / "cells/plain/seed-0"
+    (cell / "stages").mkdir()
+    (cell / "stages/qat.json").write_text('{"versions": {"rabit_jax": "9.1"}}')
+    (cell / "config.yaml").write_text("of tomorrow: 1")
+    before = here.tables()
+    for more in ([], ["--table"]):
+        assert here.run(*more) == 2
+        assert "plain/seed-0 was written by version 9.1" in capsys.readouterr().err
+    assert here.tables() == before and (cell / "summary.json").exists()
 
 
 @pytest.mark.parametrize(

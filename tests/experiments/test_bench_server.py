@@ -1,8 +1,11 @@
 """Servers that the benchmark starts: ready when they answer, ended afterwards, named where they
 fail."""
 
+import signal
+import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -12,6 +15,7 @@ from rabit_jax import BadInput
 from rabit_jax.experiments.bench import server_processes
 from rabit_jax.experiments.bench.server_processes import Server, block_type, ours, running
 
+ROOT = Path(__file__).parents[2]
 STUB = """
 import http.server, sys
 port = int(sys.argv[sys.argv.index("--port") + 1])
@@ -54,3 +58,20 @@ def test_servers_are_named_by_what_they_multiply(tmp_path):
     mine = ours("runs/mine", 4, 512, 8)
     assert mine.command[-6:] == ("--slots", 4, "--context", 512, "--activation-bits", 8)
     assert mine.label == "rabit_jax runs/mine, 8-bit activations"
+
+
+def test_a_server_ends_with_a_benchmark_that_is_killed(tmp_path):
+    script = f"""
+import os, signal, sys
+from rabit_jax.experiments.bench.server_processes import Server, running
+with running(Server("stub", (sys.executable, "-c", {STUB!r}), "/")) as url:
+    print(url, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, timeout=60,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    url = done.stdout.strip().removesuffix("/v1")
+    assert done.returncode == -signal.SIGKILL
+    with pytest.raises(OSError):
+        for _ in range(100):  # the system ends it soon, but not at once
+            urllib.request.urlopen(url).close()

@@ -103,7 +103,8 @@ def test_a_full_disk_in_the_threads_of_a_save_is_one_sentence_alone(tmp_path):
         [sys.executable, "-c", SAVING, str(tmp_path / "kept")], capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    assert done.stderr == "error: the disk is full: free some space, then continue with --resume\n"
+    said = f"error: the disk is full, {tmp_path / 'kept'} cannot be written: free some space, "
+    assert done.stderr == said + "then continue with --resume\n"
     assert done.returncode == 2 and done.stdout == ""
     assert "1" in {p.name for p in (tmp_path / "kept").iterdir()}
 

@@ -1,9 +1,11 @@
 """The evaluate command in process: figures against transformers, its outputs, its refusals."""
 
 import dataclasses
+import errno
 import functools
 import json
 import math
+import os
 import re
 import shutil
 
@@ -19,6 +21,7 @@ from rabit_jax.data.tokenizer import train_tokenizer
 from rabit_jax.errors import BadInput
 from rabit_jax.experiments import evaluate as command
 from rabit_jax.experiments.engine import evaluation
+from rabit_jax.experiments.engine.console import main_guard
 from rabit_jax.formats.hf import save_hf
 from rabit_jax.formats.packed_model import load_model, save_packed
 from rabit_jax.models.config import ModelConfig
@@ -303,3 +306,18 @@ def test_an_unfinished_run(folders, evaluate, tmp_path):
     (tmp_path / "config.yaml").write_text("name: x\nmesh: {data: 16}\n")
     text = f"file:{folders / 'text.txt'}"
     refused(evaluate("--model", tmp_path, "--ppl", text), "no trained student")
+
+
+@pytest.mark.parametrize("form", ["--json", "--no-begin"])
+def test_a_result_is_shown_where_the_disk_is_full(form, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "result.json")
+
+    monkeypatch.setattr(command, "write_text", full)
+    options = command.parser().parse_args(["--model", "m", "--output", str(tmp_path / "f"), form])
+    row = dict.fromkeys(command.COLUMNS, 1.5)
+    result = {"rows": [row], "device": "a CPU", "date": "today"}
+    assert main_guard(lambda: command.show(options, result, "2 bits")) == 2
+    out, err = capsys.readouterr()
+    assert "1.5" in out and err == "error: the disk is full, result.json cannot be written: free " \
+        "some space\n"

@@ -52,7 +52,7 @@ def trained(config, resume, *records):
     folder.open(resume)
     for record in records:
         folder.metrics.log(record)
-    folder.metrics.close()
+    folder.close()
     return folder
 
 

@@ -1,5 +1,6 @@
 """Records, lines, pieces and artefacts between stages: damage is named or mended, never used."""
 
+import errno
 import json
 import os
 
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import rabit_jax
 from rabit_jax import BadInput, Stats
 from rabit_jax.experiments.engine import inputs, qat, records, stages
 from rabit_jax.experiments.engine.folder import RunFolder
@@ -189,3 +191,57 @@ def test_what_other_tools_read_holds_no_nan(folder):
     found = json.loads(text, parse_constant=lambda word: pytest.fail(word))
     assert found == {**line, "nats_per_token": None, "layers": {"a": [1.0, None]}}
     assert json.loads(records.strict_json({"a": (1, -float("inf"))}, indent=1)) == {"a": [1, None]}
+
+
+@pytest.mark.parametrize("version, refused", [("9.0", True), ("0.1.1", True), ("0.1.0", False),
+                                              ("0.0.9", False), ("?", False), (3, False)])
+def test_the_run_of_a_later_version_is_refused_and_stays_as_it_is(folder, version, refused):
+    (folder.path / "config.yaml").write_text("setting_of_tomorrow: 1\n")
+    name = "stages/qat.started" if version == "9.0" else "stages/teacher.json"
+    record = {"versions": {"rabit_jax": version}, "of tomorrow": True}
+    (folder.path / name).write_text(json.dumps(record))
+    before = (folder.path / "config.yaml").read_text()
+    if not refused:
+        folder.open(resume=False)
+        return folder.close()
+    with pytest.raises(BadInput, match=f"was written by version {version} of rabit_jax"):
+        folder.open(resume=False)
+    assert json.loads((folder.path / name).read_text()) == record
+    assert (folder.path / "config.yaml").read_text() == before
+
+
+def test_what_a_stage_leaves_names_the_version_that_wrote_it(folder):
+    stages.begin(folder, STAGES["calibrate"], read(), resume=False)
+    started = json.loads((folder.path / "stages" / "calibrate.started").read_text())
+    assert started["versions"]["rabit_jax"] == rabit_jax.__version__
+
+
+def test_a_line_behind_one_that_was_cut_stays_whole(tmp_path):
+    lines = [{"stage": "tune", "step": step, "loss": 0.5} for step in range(3)]
+    for line in lines[:2]:
+        metrics = Metrics(tmp_path)
+        metrics.log(line)
+        metrics.close()
+    metrics.file.write_bytes(metrics.file.read_bytes()[:-5])
+    Metrics(tmp_path).log(lines[2])
+    assert metrics.lines() == [lines[0], lines[2]]
+
+
+def test_a_full_disk_under_tensorboard_ends_a_run_that_gives_its_folder_up(folder, monkeypatch):
+    """SummaryWriter's thread would end, and the run would wait for it for ever."""
+    folder.lock()
+    folder.metrics.log({"stage": "qat", "step": 0, "loss": 0.5})
+    writer = folder.metrics._boards["qat"].writer
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(writer._py_recordio_writer, "_writer", full)
+        with pytest.raises(OSError) as found:
+            folder.metrics.log({"stage": "qat", "step": 1, "loss": 0.5})
+    assert found.value.filename == str(folder.path / "tensorboard" / "qat")
+
+    def close():
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(writer, "close", close)
+    with pytest.raises(OSError, match="tensorboard/qat"):
+        folder.close()
+    RunFolder(folder.config).lock()

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -467,6 +468,14 @@ def test_the_command_serves_and_ends_with_what_it_has_taken_on(folders):
     finally:
         process.kill()
         process.stderr.close()
+
+
+def test_a_terminal_that_closes_is_no_second_signal():
+    server = types.SimpleNamespace(should_exit=False, force_exit=False)
+    stopping = command._Stopping(server, types.SimpleNamespace(running=1, waiting=0))
+    for number, at_once in ((signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGINT, True)):
+        stopping.asked(number, None)
+        assert server.should_exit and server.force_exit == at_once
 
 
 @pytest.mark.parametrize("args, message", [

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: real processes, told apart by what they print, and no waiting for clocks."""
+"""Ctrl-C, SIGTERM and SIGHUP: real processes, told apart by what they print, and no clocks."""
 
 import os
 import signal
@@ -12,12 +12,29 @@ from rabit_jax.experiments.engine import signals
 
 ROOT = Path(__file__).parents[2]
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+ALL = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 BLOCKED = """
 import sys
 from rabit_jax.experiments.engine.signals import watch, stopping_between_steps
 def here(word):
     print(word, flush=True)
     sys.stdin.read()
+"""
+STEPS = BLOCKED + """
+import types
+from rabit_jax.experiments.engine.console import main_guard
+watch("not this")
+run = types.SimpleNamespace(stopped=False)
+def main():
+    with stopping_between_steps(run, "at the next step"):
+        print("training", flush=True)
+        while not run.stopped:
+            pass
+        if sys.argv[1] == "twice":
+            here("saving")
+    print("saved", flush=True)
+    raise KeyboardInterrupt
+sys.exit(main_guard(main, resumable=True))
 """
 
 
@@ -38,7 +55,7 @@ def signalled(process, number, word):
     return process.wait(60), process.stdout.read(), process.stderr.read()
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("command, ends", [
     *((name, 75) for name in ("run", "ptq", "ablate", "evaluate")),
     *((name, 130) for name in ("generate", "serve", "export", "push", "bench", "fetch_models")),
@@ -92,26 +109,10 @@ jax.effects_barrier()
 
 @BOTH
 def test_between_steps_the_first_signal_asks_and_the_second_ends(number):
-    script = BLOCKED + """
-import types
-from rabit_jax.experiments.engine.console import main_guard
-watch("not this")
-run = types.SimpleNamespace(stopped=False)
-def main():
-    with stopping_between_steps(run, "at the next step"):
-        print("training", flush=True)
-        while not run.stopped:
-            pass
-        if sys.argv[1] == "twice":
-            here("saving")
-    print("saved", flush=True)
-    raise KeyboardInterrupt
-sys.exit(main_guard(main, resumable=True))
-"""
-    code, out, err = signalled(start("-c", script, "once"), number, "training")
+    code, out, err = signalled(start("-c", STEPS, "once"), number, "training")
     assert (code, out) == (75, "saved\n")
     assert err == f"stopping at the next step (again to stop at once)\n{signals.CONTINUE}\n"
-    process = start("-c", script, "twice")
+    process = start("-c", STEPS, "twice")
     for line in process.stdout:
         if line == "training\n":
             process.send_signal(number)
@@ -119,6 +120,48 @@ sys.exit(main_guard(main, resumable=True))
             break
     process.send_signal(number)
     assert process.wait(60) == 75 and signals.CONTINUE in process.stderr.read()
+
+
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_asks_once_however_often_it_is_told(first):
+    """The shell and the system both tell of it, and a session's end is SIGTERM and SIGHUP."""
+    process = start("-c", STEPS, "twice")
+    for line in process.stdout:
+        if line == "training\n":
+            process.send_signal(first)
+        elif line == "saving\n":
+            break
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate("go on\n", 60)
+    assert (process.returncode, out) == (75, "saved\n")
+    assert err == f"stopping at the next step (again to stop at once)\n{signals.CONTINUE}\n"
+
+
+def test_under_nohup_a_closed_terminal_is_nothing():
+    script = BLOCKED + """
+import os, signal
+watch("stopped")
+os.kill(os.getpid(), signal.SIGHUP)
+here("goes on")
+"""
+    process = subprocess.Popen(["nohup", sys.executable, "-c", script], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.communicate("", 60)[0] == "goes on\n" and process.returncode == 0
+
+
+@ALL
+def test_what_a_command_has_started_ends_with_it_and_what_that_has_started(number):
+    script = BLOCKED + """
+import subprocess
+watch("stopped", 130)
+subprocess.run(["sh", "-c", "sh -c 'echo started; exec sleep 600'; true"])
+"""
+    process = start("-c", script)
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(number)
+    # They hold the same pipe, which ends with the last of them.
+    assert process.communicate(timeout=60) == ("", "stopped\n") and process.returncode == 130
 
 
 def test_in_a_call_from_python_the_process_goes_on():
@@ -157,7 +200,7 @@ with replacing(Path(sys.argv[1]) / "states.bin") as new:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "states.bin"]
 
 
-@BOTH
+@ALL
 def test_keys_stop_an_answer_and_a_request_to_end_ends_the_process(number):
     """In a chat Ctrl-C is for the answer alone; behind it a signal ends the command."""
     script = BLOCKED + """

@@ -132,6 +132,14 @@ def test_models_of_the_first_paths_are_tuned_together_each_from_its_own_inputs(d
     assert nested_errors64(alone.params, held, y[-HELD_OUT:], 2)[0] > after[0]
 
 
+@pytest.mark.parametrize(("given", "nested"), [((1, 2), {1: 1.0}), ((1,), None), ((), {2: 1.0})])
+def test_inputs_are_those_of_the_models(data, given, nested):
+    x, y, params, extra = data
+    x = {n: x for n in given} or x
+    with pytest.raises(BadInput, match="give those of each model by its number of paths"):
+        tune_block(block, params, x, y, config(), HELD_OUT, extra=extra, nested=nested)
+
+
 def test_a_model_without_error_leaves_the_others_finite(data):
     x, y, params, extra = data
     start = {**quantised(params, SPECS["residual"]), "up": {"kernel": params["up"]["kernel"]}}

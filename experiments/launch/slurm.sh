@@ -25,8 +25,8 @@ MOST=100 # restarts: a crash of one process makes the others exit with 75, and s
 restarts=${SLURM_RESTART_COUNT:-0}
 if [ "$restarts" -gt 0 ]; then set -- "$@" --resume; fi
 # Where one process has ended those of other nodes are not killed: they say why and end by
-# themselves with 75. Since Slurm 22.05 srun does not take --cpus-per-task from sbatch.
-srun --kill-on-bad-exit=0 --label --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+# themselves with 75. From Slurm 22.05 to 23.02 srun does not take --cpus-per-task from sbatch.
+srun --kill-on-bad-exit=0 --label ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
     python -m experiments.run "$@"
 code=$?
 if [ "$code" -eq "$RESUMABLE" ] && [ "$restarts" -lt "$MOST" ]; then

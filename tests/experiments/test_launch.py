@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +124,27 @@ def test_process_0_alone_prints_a_plan_and_a_dry_run(option, monkeypatch, capsys
         monkeypatch.setenv(variable, value)
     assert run.main(["--config", "quickstart", option]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "launch" / "slurm.sh"
+
+
+@pytest.mark.parametrize("code, restarts, resumed, queued", [
+    (0, 0, False, False), (75, 0, False, True), (75, 3, True, True), (75, 100, True, False),
+    (2, 1, True, False)])
+def test_the_script_for_slurm_queues_again_what_can_be_resumed(
+    tmp_path, code, restarts, resumed, queued
+):
+    """With stand-ins for srun, which prints what it gets, and for scontrol."""
+    for name, line in (("srun", f'printf "%s|" "$@"; exit {code}'), ("scontrol", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--config", "my x.yaml", "mesh.fsdp=32"], text=True,
+        capture_output=True, env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+            "SLURM_RESTART_COUNT": str(restarts), "SLURM_CPUS_PER_TASK": "8"})
+    assert done.returncode == code and not done.stderr
+    command = "--kill-on-bad-exit=0|--label|--cpus-per-task=8|python|-m|experiments.run|"
+    command += "--config|my x.yaml|mesh.fsdp=32|" + "--resume|" * resumed
+    assert done.stdout == command + "requeue 7\n" * queued

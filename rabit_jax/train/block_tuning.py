@@ -35,7 +35,14 @@ from jaxtyping import Float
 from rabit_jax.errors import BadInput
 from rabit_jax.hosts import on_mesh
 from rabit_jax.train.losses import summed_hidden_error
-from rabit_jax.train.optimizer import OptimizerConfig, make_optimizer, merge, partition, roles
+from rabit_jax.train.optimizer import (
+    OptimizerConfig,
+    check_moments,
+    make_optimizer,
+    merge,
+    partition,
+    roles,
+)
 from rabit_jax.train.sharding import batch_sharding, like_params, replicated, row_shards
 from rabit_jax.train.step import Metrics, TrainState, init_state, make_step
 from rabit_jax.tree import map_leaves
@@ -133,8 +140,8 @@ def tune_block(
         model alone.
 
     Raises:
-      BadInput: settings that leave nothing to train or nothing held out, inputs of other models
-        than those in `nested`, or a loss that is not finite.
+      BadInput: settings that leave nothing to train or nothing held out, moments that 16 bits
+        cannot hold, inputs of other models than those in `nested`, or a loss that is not finite.
 
     Example:
       >>> tuned = tune_block(run, params, x, y, TuningConfig(epochs=4), held_out=8)
@@ -151,6 +158,7 @@ def tune_block(
     trainable, frozen = partition(params, names, freeze)
     if not jax.tree.leaves(trainable):
         raise BadInput(f"freeze {list(freeze)} leaves nothing of a block to train")
+    check_moments(config.optimizer, trainable, partition(names, names, freeze)[0])
     state = _start(config, steps, trainable, frozen)
     if mesh is not None:
         where = jax.tree.map(lambda leaf: leaf.sharding, trainable)

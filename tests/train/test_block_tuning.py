@@ -220,6 +220,7 @@ def test_every_window_is_read_once_an_epoch(data):
 @pytest.mark.parametrize(("change", "words"), [
     ({"freeze": ("latent", "scale", "norm")}, "leaves nothing of a block"),
     ({"lr": 1e30}, "not finite|lower the learning rate"),
+    ({"beta1": 0.99, "momentum": "bfloat16"}, "moments in bfloat16, which then stand still"),
 ])
 def test_what_cannot_work_is_refused(data, change, words):
     with pytest.raises(BadInput, match=words):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from importlib.metadata import version
@@ -20,6 +21,10 @@ FEW = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
 if FEW and version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Under nohup every process that a test starts would ignore SIGHUP, and a test that sends it wait
+# for ever. A handler, unlike that, is not inherited.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 # Singular values of small matrices: threads that wait for each other take a hundred times as long
 # when two test processes share two cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -6,6 +6,7 @@ A signal stops them so that the same command continues them.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from rabit_jax.experiments.ablation.cells import Cell
 from rabit_jax.experiments.engine.config import dump_yaml, load_config, section_hash
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.signals import RESUMABLE, SIGNALS, again, handling
-from rabit_jax.formats.folder import fingerprint, read_json
+from rabit_jax.formats.folder import fingerprint
 from rabit_jax.locks import locked as held
 from rabit_jax.progress import number, progress, say
 from rabit_jax.types import Json
@@ -74,10 +75,11 @@ def read_summary(cell: Cell) -> Summary | None:
 
 def _summary(cell: Cell) -> Summary | None:
     """What the run has written; None where it is not there or damaged: the run writes it again."""
-    try:
-        return read_json(cell.folder / "summary.json")
-    except BadInput:
+    try:  # as Python writes it: a perplexity that is not finite is a result
+        found = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _as_trained(summary: dict[str, object]) -> Summary:

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 from rabit_jax import hosts
 from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
-from rabit_jax.experiments.engine.records import strict_json
 from rabit_jax.progress import say
 from rabit_jax.types import Json
 from rabit_jax.workspaces import naming
@@ -47,7 +46,7 @@ class Metrics:
         with naming(self.file), open(self.file, "a+b") as file:
             # Behind a line that a full disk or a loss of power has cut: the new one stays whole.
             cut = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-            file.write(b"\n" * bool(cut) + strict_json(line).encode() + b"\n")
+            file.write(b"\n" * bool(cut) + json.dumps(line).encode() + b"\n")
         stage, step = line["stage"], line["step"]
         numbers = {n: v for n, v in line.items() if isinstance(v, int | float) and n != "step"}
         owner = _owner(line)
@@ -83,7 +82,7 @@ class Metrics:
             with open(aside, "a", encoding="utf-8") as file:
                 file.writelines(f"{text}\n" for text in damaged)
             say(f"{self.file}: {len(damaged)} damaged lines were set aside in {aside.name}")
-        write_text(self.file, "".join(strict_json(line) + "\n" for line in kept))
+        write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
         """Flush TensorBoard and Weights & Biases."""

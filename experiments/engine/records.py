@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,19 +19,6 @@ from rabit_jax.progress import say
 from rabit_jax.types import Json
 
 Record: TypeAlias = Json
-
-
-def strict_json(value: object, indent: int | None = None) -> str:
-    """JSON that every reader takes: a number that is not finite, for which JSON has no word, is
-    null. Python's own writer would put NaN and Infinity there."""
-    def finite(part: object) -> object:
-        if isinstance(part, dict):
-            return {name: finite(own) for name, own in part.items()}
-        if isinstance(part, list | tuple):
-            return [finite(own) for own in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def write_record(file: Path, record: Record) -> None:

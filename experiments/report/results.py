@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 from rabit_jax import cost, describe
 from rabit_jax.atomic import write_text
 from rabit_jax.experiments.engine.console import table
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.job import Job, trained
 from rabit_jax.experiments.engine.machine import device, peak_memory, versions
-from rabit_jax.experiments.engine.records import strict_json
 from rabit_jax.experiments.engine.stages import Record
 from rabit_jax.experiments.report.run_card import write_card
 from rabit_jax.experiments.report.summary import (
@@ -55,7 +56,7 @@ def _finish_qat(run: Inputs, records: dict[str, Record], command: str) -> None:
 def _finish_ptq(job: Job, records: dict[str, Record], command: str) -> None:
     summary, folder = _summarise_ptq(job, records, command), job.folder.path
     write_card(job.config, folder, summary)
-    write_text(folder / "summary.json", strict_json(summary, indent=1))
+    write_text(folder / "summary.json", json.dumps(summary, indent=1))
     teacher, packed = summary["teacher"], summary["packed"]
     bits = packed["stored_bits_per_weight"], packed["whole_model_bits_per_weight"]
     sizes = {"teacher": (DENSE_BITS, DENSE_BITS), "init": bits, "tuned": bits, "packed": bits}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ from rabit_jax.evaluate.sign_statistics import Histogram, weight_histogram
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.job import Job
 from rabit_jax.experiments.engine.machine import peak_memory
-from rabit_jax.experiments.engine.records import strict_json
 from rabit_jax.experiments.engine.stages import Record
 from rabit_jax.experiments.report.page import (
     ResultRow,
@@ -185,7 +185,7 @@ def write_results(run: Inputs, summary: Summary, samples: Sequence[Sample]) -> P
     report = write_report(
         folder, summary, run.folder.metrics.lines(), _histogram(run), samples, table_rows(summary)
     )
-    write_text(folder / "summary.json", strict_json(summary, indent=1))
+    write_text(folder / "summary.json", json.dumps(summary, indent=1))
     return report
 
 

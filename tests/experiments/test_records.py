@@ -181,18 +181,6 @@ def test_files_written_with_digests_are_those_that_are_read(tmp_path):
     assert records.digests(tmp_path, ["a"])["a"].startswith("ba7816bf")
 
 
-def test_what_other_tools_read_holds_no_nan(folder):
-    """JSON has no word for it: strict readers (JavaScript, jq) refuse the whole file."""
-    line = {"stage": "validation", "step": 3, "nats_per_token": float("nan"),
-            "layers": {"a": [1.0, float("inf")]}, "tokens": 5}
-    folder.metrics.log(line)
-    folder.metrics.forget(("qat",))
-    text = folder.metrics.file.read_text()
-    found = json.loads(text, parse_constant=lambda word: pytest.fail(word))
-    assert found == {**line, "nats_per_token": None, "layers": {"a": [1.0, None]}}
-    assert json.loads(records.strict_json({"a": (1, -float("inf"))}, indent=1)) == {"a": [1, None]}
-
-
 @pytest.mark.parametrize("version, refused", [("9.0", True), ("0.1.1", True), ("0.1.0", False),
                                               ("0.0.9", False), ("?", False), (3, False)])
 def test_the_run_of_a_later_version_is_refused_and_stays_as_it_is(folder, version, refused):

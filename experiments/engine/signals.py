@@ -50,6 +50,7 @@ class _Watch:
         self.message: str | None = None  # None: nobody watches, as in a test or a notebook
         self.code = RESUMABLE
         self.ask: Callable[[int], None] | None = None
+        self.stopping = False  # whether a run was asked to stop, after which this process ends
 
 
 _watch = _Watch()
@@ -81,6 +82,8 @@ def _wait(reader: int) -> None:
 
 
 def _answer(number: int) -> None:
+    if _watch.stopping and not again(number):
+        return  # also where the run has saved, and what is left is to end
     if _watch.ask:
         _watch.ask(number)
     else:
@@ -138,8 +141,9 @@ def stopping_between_steps(run: Stoppable, when: str) -> Iterator[None]:
 
     def ask(number: int) -> None:
         if not run.stopped:
-            run.stopped = True
+            # Told first: the run may end as soon as it sees that it is to stop.
             streams.tell(f"stopping {when} (again to stop at once)\n")
+            run.stopped = _watch.stopping = True
         elif again(number):
             end(CONTINUE)
 

@@ -52,8 +52,9 @@ def execute(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     if arguments.dry_run:
         dry_run(plan)
         return 0
-    for stages in sorted(plan.folder.glob("*/**/stages")):
-        refuse_later(stages.parent)
+    for runs in ("teacher", "search/*/*", "cells/*/*"):
+        for folder in sorted(plan.folder.glob(runs)):
+            refuse_later(folder)
     if arguments.table:
         if not plan.folder.is_dir():
             raise BadInput(f"there is no folder {plan.folder}: run the ablation without --table")

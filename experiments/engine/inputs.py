@@ -203,22 +203,12 @@ def check_settings(config: RunConfig, shape: ModelConfig) -> None:
     if section.budget:
         specs = match_rules(params, section.block_rules())
         check_budget(section.budget, specs, {p: x.shape for p, x in leaves(params)})
-    if config.task == "qat":
-        _check_training(config, student)
-    else:
-        if config.tune.epochs:
-            _check_prefixes("tune", config.tune, student)
-            _check_optimizer("tune", config.tune.optimizer, student)
-        if config.end_to_end.steps:
-            _check_prefixes("end_to_end", config.end_to_end, student)
-            _check_optimizer("end_to_end", config.end_to_end.optimizer, student)
-    check_lengths(_lengths(config), shape.max_position)
-
-
-def _check_training(config: RunConfig, student: Params) -> None:
-    """Raise BadInput for nested paths that the student has not, or where nothing would train."""
-    _check_prefixes("qat", config.qat, student)
-    _check_optimizer("qat", config.qat.optimizer, student)
+    lengths = _lengths(config)
+    for name in ("tune", "end_to_end", "qat"):
+        if name in lengths:
+            _check_prefixes(name, getattr(config, name), student)
+            _check_optimizer(name, getattr(config, name).optimizer, student)
+    check_lengths(lengths, shape.max_position)
 
 
 def _check_optimizer(name: str, settings: OptimizerConfig, student: Params) -> None:

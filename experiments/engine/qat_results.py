@@ -29,7 +29,7 @@ from rabit_jax.progress import progress
 from rabit_jax.train.sharding import param_shardings
 from rabit_jax.tree import map_leaves, match_rules, weights_of
 from rabit_jax.types import Array
-from rabit_jax.weights.mixed_stack import first_paths, sign_paths
+from rabit_jax.weights.mixed_stack import at_most_paths, first_paths
 from rabit_jax.weights.rounding import round_to_nearest
 
 
@@ -57,8 +57,7 @@ def nested_scores(run: Inputs) -> Record:
     found, packed = {}, pack(hosts.whole(run.student))
     for n in run.config.qat.prefixes:
         small = first_paths(run.student, n)
-        # Under a budget it may be that no layer has so many.
-        size = describe(first_paths(packed, min(n, max(sign_paths(packed)))))
+        size = describe(at_most_paths(packed, n))
         found[str(n)] = {
             **scores(run, small, f"student, paths {n}"),
             "stored_bits_per_weight": size.stored_bits_per_weight,

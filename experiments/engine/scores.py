@@ -24,7 +24,7 @@ from rabit_jax.experiments.engine.sweeps import (
 )
 from rabit_jax.formats.folder import fingerprint
 from rabit_jax.formats.packed_model import load_packed
-from rabit_jax.weights.mixed_stack import first_paths, sign_paths
+from rabit_jax.weights.mixed_stack import at_most_paths
 
 # The stage that makes each model where a run trains.
 _MADE_BY = {"teacher": "quantise", "init": "quantise", "tuned": "tune", "packed": "pack"}
@@ -65,8 +65,7 @@ def _score_nested(job: Job, continues: bool) -> Record:
     found, pieces = {}, Pieces(job.folder.path / _NESTED.pieces)
     packed = load_packed(job.folder.path / "packed")[1]
     for n in _nested_models(job.config):
-        # Under a budget it may be that no layer has so many.
-        params = first_paths(packed, min(n, max(sign_paths(packed))))
+        params = at_most_paths(packed, n)
         size, source = describe(params), FromParams(params)
         scored = {name: _perplexity(job, pieces, f"{name}-{n}", text, _NESTED.metrics[0], source)
                   for name, text in job.texts().items()}

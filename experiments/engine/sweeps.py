@@ -31,9 +31,8 @@ from rabit_jax.signs.ste import F32
 from rabit_jax.train.block_tuning import Block as TunedBlock
 from rabit_jax.train.losses import features_loss
 from rabit_jax.train.sharding import batch_sharding, param_shardings
-from rabit_jax.tree import map_leaves
 from rabit_jax.types import Array, Batch, Params
-from rabit_jax.weights.mixed_stack import narrowed
+from rabit_jax.weights.mixed_stack import at_most_paths
 from rabit_jax.weights.shardings import gather_when_used, split_rows
 
 T = TypeVar("T")
@@ -127,7 +126,7 @@ class FirstPaths:
 
     def block(self, n: int) -> Params:
         """Params of one block."""
-        return map_leaves(lambda _, leaf: narrowed(leaf, self.paths), self.source.block(n))
+        return at_most_paths(self.source.block(n), self.paths)
 
     def ends(self, *names: str) -> Params:
         """Params outside the blocks."""

@@ -94,6 +94,7 @@ def _tune_block(
     with job.step("tune", n, section.sequences * section.length) as fields:
         if not teacher.pieces.has(teacher.name("x", n + 1)):
             teacher.forward(n, teacher.source.block(n))
+
         def done(step: int, loss: float) -> None:
             bar.update(n, block=n, steps=step, held_out_loss=loss)
 

@@ -41,7 +41,8 @@ def chunk_sums(
     length = arrays[0].shape[1]
     chunk = min(chunk, length) if chunk else length
     # A rule for the gradient sees arguments alone, so what is closed over becomes some.
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*(a[:, :chunk] for a in arrays))
+    pieces = (jax.ShapeDtypeStruct((a.shape[0], chunk, *a.shape[2:]), a.dtype) for a in arrays)
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*pieces)
     tree = jax.tree.structure(shape)
 
     def whole(*arguments: Array) -> Sums:

@@ -87,6 +87,11 @@ def first_paths(params: Params, paths: int) -> Params:
       >>> small = first_paths(params, 1)
     """
     check_paths(paths, sign_paths(params))
+    return at_most_paths(params, paths)
+
+
+def at_most_paths(params: Params, paths: int) -> Params:
+    """`first_paths`, or the whole model where no weight has so many, as under a budget."""
     return map_leaves(lambda path, leaf: cut(path, leaf, paths), params)
 
 

@@ -107,17 +107,23 @@ jax.effects_barrier()
     assert signalled(start("-c", script), number, "inside")[0] == 75
 
 
-@BOTH
-def test_between_steps_the_first_signal_asks_and_the_second_ends(number):
-    code, out, err = signalled(start("-c", STEPS, "once"), number, "training")
-    assert (code, out) == (75, "saved\n")
-    assert err == f"stopping at the next step (again to stop at once)\n{signals.CONTINUE}\n"
+def asked_to_save(number):
+    """A training that a first signal has stopped, and that is saving."""
     process = start("-c", STEPS, "twice")
     for line in process.stdout:
         if line == "training\n":
             process.send_signal(number)
         elif line == "saving\n":
             break
+    return process
+
+
+@BOTH
+def test_between_steps_the_first_signal_asks_and_the_second_ends(number):
+    code, out, err = signalled(start("-c", STEPS, "once"), number, "training")
+    assert (code, out) == (75, "saved\n")
+    assert err == f"stopping at the next step (again to stop at once)\n{signals.CONTINUE}\n"
+    process = asked_to_save(number)
     process.send_signal(number)
     assert process.wait(60) == 75 and signals.CONTINUE in process.stderr.read()
 
@@ -125,12 +131,7 @@ def test_between_steps_the_first_signal_asks_and_the_second_ends(number):
 @pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
 def test_a_closed_terminal_asks_once_however_often_it_is_told(first):
     """The shell and the system both tell of it, and a session's end is SIGTERM and SIGHUP."""
-    process = start("-c", STEPS, "twice")
-    for line in process.stdout:
-        if line == "training\n":
-            process.send_signal(first)
-        elif line == "saving\n":
-            break
+    process = asked_to_save(first)
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGHUP)
     out, err = process.communicate("go on\n", 60)

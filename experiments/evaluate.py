@@ -8,7 +8,7 @@ each scored from its own past alone, as published figures are. Texts:
   wikitext2   the test part of WikiText-2 (raw), its lines joined by blank lines
   c4          256 windows drawn with seed 0 from the first validation shard of C4 (GPTQ's `c4`)
   c4-new      the first 1100 documents of that shard joined by spaces, at most 256 windows
-  file:PATH   a UTF-8 text file
+  file:PATH   a UTF-8 text file, or JSON, CSV or Parquet with a column "text"
 """
 
 from __future__ import annotations

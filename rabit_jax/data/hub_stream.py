@@ -12,8 +12,8 @@ from itertools import islice
 from typing import Literal
 
 from rabit_jax.data.mix import Part, content_hash, identity
-from rabit_jax.data.readers import file_documents, hub_documents
-from rabit_jax.data.sources import DataConfig, check_data, split_rank
+from rabit_jax.data.readers import hub_documents
+from rabit_jax.data.sources import DataConfig, check_data, from_files, split_rank
 from rabit_jax.errors import BadInput
 
 Side = Literal["train", "eval"]
@@ -51,8 +51,7 @@ def _training(config: DataConfig) -> Iterator[str]:
 
 def _evaluation(config: DataConfig) -> Iterator[str]:
     if config.eval_files:
-        files = islice(file_documents(config.eval_files), config.max_documents or None)
-        return _unique(files, set())
+        return _unique(from_files(config.eval_files, config), set())
     if config.hub_eval_split:
         return _unique(_rows(config, config.hub_eval_split), set())
     return _split(config, held_out=True)
@@ -82,8 +81,7 @@ def _split(config: DataConfig, held_out: bool) -> Iterator[str]:
 
 def _not_unseen(texts: Iterable[str], config: DataConfig) -> Iterator[str]:
     """The texts; raises BadInput for one that the unseen text has as well."""
-    files = file_documents(config.unseen_files) if config.unseen_files else ()
-    unseen = set(map(content_hash, islice(files, config.max_documents or None)))
+    unseen = set(map(content_hash, from_files(config.unseen_files, config)))
     for text in texts:
         if content_hash(text) in unseen:
             raise BadInput(

@@ -19,6 +19,7 @@ from rabit_jax.data.readers import (
     check_name,
     file_documents,
     hub_documents,
+    is_table,
     matching_files,
     named_text,
 )
@@ -31,11 +32,11 @@ class Part:
 
     Attributes:
       name: A key of `rabit_jax.data.NAMED`: "wikitext2" or "c4".
-      files: Paths or globs of UTF-8 text.
+      files: Paths or globs of UTF-8 text, or of tables (JSON, CSV, Parquet) with `hub_column`.
       hub: Dataset id, or a local dataset folder.
       hub_config: Name of the dataset's configuration.
       hub_file: Path inside the dataset of a single file to read.
-      hub_column: Column that holds the text.
+      hub_column: Column that holds the text, of tables among `files` too.
       hub_messages: Column that holds conversations, which become text by the teacher's chat
         template; "" where the dataset holds plain text.
       split: Split of the dataset.
@@ -123,7 +124,10 @@ def _identity(part: Part) -> dict[str, object]:
     if part.name:
         return {**found, "place": asdict(NAMED[part.name])}
     if part.files:
-        return {**found, "content": [_digest(path) for path in matching_files(part.files)]}
+        # A table's rows are not what its content reads as.
+        return {**found, "content": [
+            ["table", _digest(path)] if is_table(path) else _digest(path)
+            for path in matching_files(part.files)]}
     if (folder := Path(part.hub)).is_dir():
         one = [folder / part.hub_file] if part.hub_file else folder.rglob("*")
         paths = sorted(path for path in one if path.is_file())
@@ -157,7 +161,7 @@ def _all(part: Part, render: Render | None) -> Iterator[str]:
     if part.name:
         return named_text(part.name, part.split, render)
     if part.files:
-        return file_documents(part.files)
+        return file_documents(part.files, part.hub_column)
     column = part.hub_messages or part.hub_column
     return hub_documents(part.hub, part.hub_config, part.split, part.hub_file, column,
                          render=render if part.hub_messages else None)

@@ -10,6 +10,7 @@ import difflib
 import glob
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,19 +29,30 @@ COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 Row = Mapping[str, object]
 
 
-def file_documents(patterns: tuple[str, ...]) -> Iterator[str]:
-    """The documents of local files of UTF-8 text.
+def file_documents(patterns: tuple[str, ...], column: str = "text") -> Iterator[str]:
+    """The documents of local files: of UTF-8 text, or of tables by their ending, see `is_table`.
 
-    A file of at most 32,768 characters is one document; a longer one is cut by `pieces`.
+    A text of at most 32,768 characters is one document; a longer one is cut by `pieces`. Of a table
+    each row is one.
 
     Args:
       patterns: paths or globs; a file that several of them match is read once.
+      column: of the tables, the column that holds the text.
 
     Raises:
-      BadInput: a pattern that matches no file, or a file that cannot be read or is not UTF-8.
+      BadInput: a pattern that matches no file, a file that cannot be read or is not UTF-8, or a
+        table without text in that column.
     """
     for path in matching_files(patterns):
-        yield from pieces(_read(path))
+        if is_table(path):
+            yield from hub_documents(str(path.parent), file=path.name, column=column)
+        else:
+            yield from pieces(_read(path))
+
+
+def is_table(path: Path) -> bool:
+    """Whether a local file has rows: JSON, JSON lines, CSV or Parquet, compressed or not."""
+    return _ending(path) in READERS and _ending(path) != ".txt"
 
 
 def matching_files(patterns: Iterable[str]) -> list[Path]:
@@ -77,9 +89,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise BadInput(f"cannot read {str(path)!r}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
-        other = path.suffix == ".parquet" or path.suffix in COMPRESSED
-        advice = "read its folder as a dataset (data.source=hub, data.hub=FOLDER)" if other \
-            else "convert it to UTF-8"
+        advice = "decompress it" if path.suffix in COMPRESSED else "convert it to UTF-8"
         raise BadInput(
             f"{str(path)!r} is not UTF-8 text at byte {error.start}"
             f" (0x{error.object[error.start]:02x}); {advice}"
@@ -176,13 +186,19 @@ def _file_rows(hub: str, file: str) -> Iterable[Row]:
     path = local / file if local.is_dir() else huggingface_hub.hf_hub_download(
         hub, file, repo_type="dataset"
     )
-    rows = datasets.load_dataset(reader, data_files=str(path), split="train", streaming=True)
+    # A name may hold what a pattern means, which the library takes it for.
+    pattern = re.sub(r"[*?[]", r"[\g<0>]", str(path))
+    rows = datasets.load_dataset(reader, data_files=pattern, split="train", streaming=True)
     return cast(Iterable[Row], rows)
 
 
+def _ending(path: Path) -> str:
+    """The ending of a name, without that of a compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
 def _reader(file: str) -> str:
-    path = Path(file)
-    ending = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    ending = _ending(Path(file))
     if ending not in READERS:
         raise BadInput(
             f"cannot tell the format of {file!r} of a dataset; wanted a name that ends in one of"

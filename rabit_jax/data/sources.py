@@ -34,7 +34,8 @@ class DataConfig:
       mix_unseen: The parts of a text that is scored separately; training leaves them out too.
       begin: Put the tokenizer's begin token in place of the first token of every window, for models
         that were trained with one before every text (Gemma).
-      files: Paths or globs of UTF-8 training text, for source "files".
+      files: Paths or globs of UTF-8 training text, or of tables (JSON, CSV, Parquet), for source
+        "files".
       eval_files: Paths or globs of evaluation text; if given, it is all the evaluation text.
       unseen_files: Paths or globs of text from a source that training never sees, scored
         separately.
@@ -42,7 +43,7 @@ class DataConfig:
       hub_config: Name of the dataset's configuration, such as "en" for C4.
       hub_split: Split for training.
       hub_eval_split: Split for evaluation; "" holds out documents of `hub_split`.
-      hub_text_column: Column that holds the text.
+      hub_text_column: Column that holds the text, of tables among files too.
       streaming: Read a hub dataset as it downloads instead of storing it first.
       max_documents: Most documents read from each source; 0 reads all. Those of embedded text and
         of files are held in memory. (The parts of a mix have limits of their own.)
@@ -120,7 +121,7 @@ def unseen_documents(config: DataConfig, seen: Iterable[str]) -> list[str]:
     Raises:
       BadInput: A pattern without files, text that is not UTF-8, or a document that is in `seen`.
     """
-    found = _unique(_first(file_documents(config.unseen_files), config.max_documents))
+    found = _unique(from_files(config.unseen_files, config))
     if both := set(found) & set(seen):
         raise BadInput(
             f"{len(both)} of {len(found)} documents of data.unseen_files are in the training or"
@@ -200,7 +201,7 @@ def _check_mix(config: DataConfig) -> None:
 
 def _training(config: DataConfig) -> list[str]:
     if config.source == "files":
-        return _first(file_documents(config.files), config.max_documents)
+        return list(from_files(config.files, config))
     if config.source == "hub":
         return _hub(config, config.hub_split)
     return _first(embedded_documents(), config.max_documents)
@@ -208,7 +209,7 @@ def _training(config: DataConfig) -> list[str]:
 
 def _evaluation(config: DataConfig) -> list[str] | None:
     if config.eval_files:
-        return _first(file_documents(config.eval_files), config.max_documents)
+        return list(from_files(config.eval_files, config))
     if config.source == "hub" and config.hub_eval_split:
         return _hub(config, config.hub_eval_split)
     return None
@@ -255,6 +256,12 @@ def _unique(texts: Iterable[str]) -> list[str]:
 def _without(texts: list[str], held: list[str]) -> list[str]:
     chosen = set(held)
     return [text for text in texts if text not in chosen]
+
+
+def from_files(patterns: tuple[str, ...], config: DataConfig) -> Iterator[str]:
+    """The documents of files, of a table those of the text column; `max_documents` at most."""
+    found = file_documents(patterns, config.hub_text_column)
+    return itertools.islice(found, config.max_documents or None)
 
 
 def _first(texts: Iterable[str], most: int) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32
 
-from rabit_jax.data.readers import file_documents, matching_files, named_text
+from rabit_jax.data.readers import file_documents, is_table, matching_files, named_text
 from rabit_jax.data.tokens import windows
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.tokenizer import text_ids
@@ -91,14 +91,18 @@ def read_text(name: str) -> list[str]:
     """The documents of a text, downloaded if they are not on this machine.
 
     Args:
-      name: a key of `TEXTS`, or `file:` and the path of a UTF-8 file, which is one document.
+      name: a key of `TEXTS`, or `file:` and the path of a UTF-8 file, which is one document, or
+        of a table, whose rows (column "text") are joined by a blank line to one.
 
     Raises:
       BadInput: an unknown name, no such file, or a dataset that cannot be reached.
     """
     check_name(name)
     if name.startswith(FILE):
-        return ["".join(file_documents((name.removeprefix(FILE),)))]
+        paths = matching_files((name.removeprefix(FILE),))
+        # Rows are joined as those of WikiText-2 are.
+        return ["".join(("\n\n" if is_table(path) else "").join(file_documents((str(path),)))
+                        for path in paths)]
     try:
         rows = named_text(TEXTS[name].data, TEXTS[name].split)
         return list(itertools.islice(rows, TEXTS[name].documents or None))

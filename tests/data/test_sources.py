@@ -5,10 +5,12 @@ import gzip
 import json
 
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
 from rabit_jax.data import readers
+from rabit_jax.data.mix import Part, identity, stream
 from rabit_jax.data.sources import DataConfig, documents, unseen_documents
 from rabit_jax.errors import BadInput
 
@@ -127,11 +129,56 @@ def test_text_that_is_not_utf8_names_file_and_byte(tmp_path):
     bad(r"latin.txt' is not UTF-8 text at byte 2 \(0xef\)", source="files", files=(str(path),))
 
 
-@pytest.mark.parametrize("name", ["text.txt.gz", "rows.parquet"])
-def test_files_that_are_no_plain_text_are_sent_to_the_reader_of_datasets(tmp_path, name):
-    path = tmp_path / name
+def test_compressed_text_is_refused(tmp_path):
+    path = tmp_path / "text.txt.gz"
     path.write_bytes(gzip.compress(b"one two"))
-    bad("data.source=hub, data.hub=FOLDER", source="files", files=(str(path),))
+    bad("text.txt.gz' is not UTF-8 text .*; decompress it", source="files", files=(str(path),))
+
+
+ROWS = [{"text": f"Row {n}:\n\nits text.", "body": f"body {n}", "id": n} for n in range(4)]
+
+
+def table(path):
+    """A local file of `ROWS`, as its name says."""
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif path.suffix == ".csv":
+        pyarrow.csv.write_csv(pyarrow.Table.from_pylist(ROWS), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(ROWS))
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return (str(path),)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz",
+                                  "a [1] {b}*?.jsonl", "a'b.parquet"])
+def test_rows_of_local_tables_are_documents(tmp_path, name):
+    files = table(tmp_path / name)
+    assert list(readers.file_documents(files)) == [row["text"] for row in ROWS]
+    config = DataConfig(source="files", files=files, eval_files=files, hub_text_column="body")
+    other = dataclasses.replace(config, eval_files=table(tmp_path / "b.csv"), max_documents=3)
+    bad("found 0 training and 4 evaluation", **vars(config))
+    assert readers.is_table(tmp_path / name) and not readers.is_table(tmp_path / "a.txt.gz")
+    (tmp_path / "b.csv").write_text("body\nheld\n")
+    assert documents(other) == ([row["body"] for row in ROWS[:3]], ["held"])
+    part = Part(files=files, hub_column="body")
+    assert list(next(stream([part]))[0]) == [row["body"] for row in ROWS]
+
+
+def test_a_table_without_that_column_names_the_others(tmp_path):
+    files = table(tmp_path / "a.jsonl")
+    bad("file 'a.jsonl' of dataset .* has no text in column 'words'; set data.hub_text_column .* "
+        "to one of text, body, id", source="files", files=files, hub_text_column="words")
+
+
+def test_a_table_is_another_text_than_the_same_bytes(tmp_path):
+    plain, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    table(rows)
+    plain.write_bytes(rows.read_bytes())
+    first, second = (identity([Part(files=(str(path),))]) for path in (plain, rows))
+    assert first != second
 
 
 def test_too_little_text_is_refused(tmp_path):

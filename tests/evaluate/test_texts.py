@@ -36,6 +36,14 @@ def test_a_text_is_cut_in_order(tokenizer, tmp_path):
     np.testing.assert_array_equal(few.tokens, found.tokens[:2])
 
 
+def test_rows_of_a_table_are_joined_by_blank_lines(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
+    (tmp_path / "c.txt").write_text("three")
+    assert texts.read_text(f"file:{tmp_path}/a.jsonl") == ["one\n\ntwo"]
+    assert texts.read_text(f"file:{tmp_path}/[ac].*") == ["one\n\ntwothree"]
+
+
 def test_the_begin_token_takes_the_first_place_of_every_window(documents, tokenizer):
     for name in ("file:x", "c4"):
         plain = texts.text_windows(name, documents, tokenizer, 24, most=5).tokens

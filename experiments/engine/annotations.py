@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeGuard
@@ -22,6 +23,7 @@ def is_section(kind: Annotation) -> TypeGuard[type[DataclassInstance]]:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
+@functools.cache
 def hints(cls: type) -> dict[str, Annotation]:
     """Return the annotation of each field that the constructor of a dataclass takes."""
     resolved = typing.get_type_hints(cls, include_extras=True)

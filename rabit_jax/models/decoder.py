@@ -5,7 +5,6 @@ Axes: b batch, t time, d model, v vocabulary, l layers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import cast
 
@@ -14,14 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
+from flax.traverse_util import flatten_dict
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
 from rabit_jax.errors import BadInput
-from rabit_jax.models.block import Block, Fresh, Owner, fresh_norm, rms_norm, soft_cap
+from rabit_jax.models.block import (
+    Block,
+    Declared,
+    Fresh,
+    Owner,
+    fresh_layer,
+    fresh_norm,
+    rms_norm,
+    soft_cap,
+)
 from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.rotary import local_layers, make_context
-from rabit_jax.tree import is_weight, leaves
+from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Params, Shape, Weight
 from rabit_jax.weights.seam import linear, lookup
 from rabit_jax.weights.shardings import gathered, split_rows
@@ -50,8 +59,8 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         """Names the parts as the params tree names them."""
-        c, init = self.config, nn.initializers.normal(self.config.initializer_range)
-        self.embed = Owner({"embedding": Fresh((c.vocab_size, c.d_model), init)})
+        c, ends = self.config, fresh_ends(self.config)
+        self.embed = Owner(ends["embed"])
         kept = (jax.checkpoint_policies.dots_with_no_batch_dims_saveable
                 if c.remat_keep == "products" else None)
         block = nn.remat(Block, prevent_cse=False, policy=kept) if c.remat else Block
@@ -61,10 +70,9 @@ class Decoder(nn.Module):
             length=c.n_layers,
         )
         self.layers = scanned(c)
-        self.final_norm = Owner(fresh_norm(c, c.d_model))
+        self.final_norm = Owner(ends["final_norm"])
         # `head` is a method, so the part has another attribute; its params are still `head`.
-        head = {"kernel": Fresh((c.d_model, c.vocab_size), init)}
-        self._head = None if c.tied_head else Owner(head, name="head")
+        self._head = Owner(ends["head"], name="head") if "head" in ends else None
 
     def __call__(
         self, tokens: Int[Array, "b t"], mask: Bool[Array, "b t"] | None = None,
@@ -162,6 +170,15 @@ def logits(x: Float[Array, "... d"], kernel: Array | Weight) -> Float[Array, "..
     return jnp.matmul(x, cast(Array, kernel).astype(x.dtype), preferred_element_type=jnp.float32)
 
 
+def fresh_ends(config: ModelConfig) -> dict[str, Declared]:
+    """Shapes and initialisers of the params outside the layers, see `fresh_layer`."""
+    c, init = config, nn.initializers.normal(config.initializer_range)
+    found: dict[str, Declared] = {"embed": {"embedding": Fresh((c.vocab_size, c.d_model), init)},
+                                  "final_norm": fresh_norm(c, c.d_model)}
+    head = {} if c.tied_head else {"head": {"kernel": Fresh((c.d_model, c.vocab_size), init)}}
+    return found | head
+
+
 def init_params(config: ModelConfig, key: Array) -> Params:
     """Fresh float32 params: normal(initializer_range), factors of norms one, biases zero.
 
@@ -173,8 +190,9 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 
 def param_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Shape of every parameter of `config`, by path: `{"embed/embedding": (v, d), ...}`."""
-    tree = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    return {path: leaf.shape for path, leaf in leaves(tree)}
+    flat = flatten_dict({**fresh_ends(config), "layers": fresh_layer(config)}, sep="/")
+    return {path: (config.n_layers,) * path.startswith("layers/") + fresh.shape
+            for path, fresh in sorted(flat.items())}
 
 
 def check_params(found: Mapping[str, Array | Weight], shapes: Mapping[str, Shape]) -> None:

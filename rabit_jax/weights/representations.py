@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import (
     Literal,
@@ -70,6 +71,7 @@ def specs() -> tuple[type, ...]:
     return (*SPECS, *_own_specs)
 
 
+@functools.cache
 def type_name(spec: type) -> str:
     """The `type` by which a config names a class of specs.
 

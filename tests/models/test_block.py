@@ -11,10 +11,11 @@ from rabit_jax.errors import BadInput
 from rabit_jax.models import block as block_module
 from rabit_jax.models.block import Slots, attention, rotary_attention
 from rabit_jax.models.config import RopeScaling
-from rabit_jax.models.decoder import Decoder, init_params
+from rabit_jax.models.decoder import Decoder, init_params, param_shapes
 from rabit_jax.models.engine import init_cache, step
 from rabit_jax.models.prepared import prepare
 from rabit_jax.models.rotary import make_context, seen_from
+from rabit_jax.tree import leaves
 
 GEMMA = {"window": 3, "query_scalar": 10.0, "post_norms": True, "norm_plus_one": True,
          "embed_scale": 32**0.5, "activation": "gelu_tanh", "tied_head": True}
@@ -53,6 +54,13 @@ def whole(config, params, tokens, mask, prompt):
     run = jax.jit(lambda *arguments: Decoder(config).apply(*arguments))
     logits = run({"params": params}, tokens, mask)
     return jnp.stack([logits[:, prompt - 1], logits[:, -1]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shapes_of_params_are_those_of_fresh_ones(family, config):
+    c = dataclasses.replace(config, **FAMILIES[family])
+    fresh = jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
+    assert list(param_shapes(c).items()) == [(path, a.shape) for path, a in leaves(fresh)]
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ def file_documents(patterns: tuple[str, ...], column: str = "text") -> Iterator[
     """
     for path in matching_files(patterns):
         if is_table(path):
-            yield from hub_documents(str(path.parent), file=path.name, column=column)
+            if path.stat().st_size:  # the library fails at a file of no bytes
+                yield from hub_documents(str(path.parent), file=path.name, column=column)
         else:
             yield from pieces(_read(path))
 

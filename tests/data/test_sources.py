@@ -167,6 +167,13 @@ def test_rows_of_local_tables_are_documents(tmp_path, name):
     assert list(next(stream([part]))[0]) == [row["body"] for row in ROWS]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_a_file_without_content_holds_no_documents(tmp_path, name):
+    (tmp_path / name).touch()
+    other = write(tmp_path, 1)
+    bad("found 1 different documents", source="files", files=(str(tmp_path / name), *other.files))
+
+
 def test_a_table_without_that_column_names_the_others(tmp_path):
     files = table(tmp_path / "a.jsonl")
     bad("file 'a.jsonl' of dataset .* has no text in column 'words'; set data.hub_text_column .* "

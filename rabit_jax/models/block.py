@@ -248,12 +248,44 @@ def attention(
                         preferred_element_type=jnp.float32)
     scores = scores * (config.query_scalar or config.head_dim) ** -0.5
     scores = soft_cap(scores, config.attention_softcap)
-    # Not -inf: a padded query may see no key at all, and must stay finite.
-    scores = jnp.where(allowed[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    share = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = jnp.einsum("bngts,bnsh->bngth", share, v, precision=precision,
-                   preferred_element_type=jnp.float32)
+    y = weighted(scores, allowed[:, :, None], v)
     return rearrange(y.astype(q.dtype), "b n g t h -> b t (n g) h")
+
+
+@jax.custom_jvp
+def weighted(
+    scores: Float[Array, "b n g t s"], allowed: Bool[Array, "#b 1 1 t s"],
+    v: Float[Array, "b n s h"],
+) -> Float[Array, "b n g t h"]:
+    """`softmax(scores) v` over the allowed keys, in float32; products are taken in v's dtype."""
+    return _weighted(_share(scores, allowed), v)
+
+
+def _share(scores: Array, allowed: Array) -> Array:
+    # Not -inf: a padded query may see no key at all, and must stay finite.
+    return jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def _weighted(share: Array, v: Array) -> Array:
+    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if v.dtype == jnp.bfloat16 else None
+    return jnp.einsum("bngts,bnsh->bngth", share.astype(v.dtype), v, precision=precision,
+                      preferred_element_type=jnp.float32)
+
+
+@weighted.defjvp
+def _weighted_jvp(
+    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
+    """`dy = (p ds) v - y sum(p ds) + p dv` with `p = softmax(scores)`.
+
+    The derivative of softmax alone is `p (ds - sum(p ds))`, whose transpose sums rows of the square
+    of scores; that of this sums `y dy` over the head's size, as FlashAttention does
+    (arXiv 2205.14135, algorithm 4). Keys that are not allowed have `p = 0`: no mask is needed here.
+    """
+    (scores, allowed, v), (ds, _, dv) = primals, tangents
+    share = _share(scores, allowed)
+    y, moved = _weighted(share, v), share * ds
+    return y, _weighted(moved, v) - y * jnp.sum(moved, -1, keepdims=True) + _weighted(share, dv)
 
 
 def attention_in_blocks(

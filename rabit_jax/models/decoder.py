@@ -6,7 +6,6 @@ Axes: b batch, t time, d model, v vocabulary, l layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import flax.linen as nn
 import jax
@@ -32,6 +31,7 @@ from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Params, Shape, Weight
+from rabit_jax.weights.product import wide_product
 from rabit_jax.weights.seam import linear, lookup
 from rabit_jax.weights.shardings import gathered, split_rows
 
@@ -167,7 +167,7 @@ def logits(x: Float[Array, "... d"], kernel: Array | Weight) -> Float[Array, "..
     """`x W` accumulated and returned in float32; `W: [d, v]` is an array or a weight node."""
     if is_weight(kernel):
         return linear(x, kernel).astype(jnp.float32)
-    return jnp.matmul(x, cast(Array, kernel).astype(x.dtype), preferred_element_type=jnp.float32)
+    return wide_product(x, kernel)
 
 
 def fresh_ends(config: ModelConfig) -> dict[str, Declared]:

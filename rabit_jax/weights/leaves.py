@@ -28,6 +28,7 @@ from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Json, Shape, Weight
 from rabit_jax.weights.axes import Leaf, Role, Sizes
 from rabit_jax.weights.costs import Cost
+from rabit_jax.weights.product import product
 
 Node = TypeVar("Node", bound="WeightNode")
 Header = Mapping[str, Any]
@@ -174,7 +175,7 @@ class WeightNode(AxisMetadata[Array]):
 
     def matmul(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """`x @ W_hat`; `W_hat` is summed in float32 and rounded once to `x.dtype`."""
-        return x @ self.dense().astype(x.dtype)
+        return product(x, self.dense())
 
     def pack(self, name: str) -> WeightNode:
         """Itself, which a packed weight is; trained weights have a `pack` of their own."""

@@ -22,6 +22,7 @@ from rabit_jax.tree import per_layer, pytree_dataclass
 from rabit_jax.types import Array
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import WeightNode, choice, leaf
+from rabit_jax.weights.product import product
 from rabit_jax.weights.seam import times
 from rabit_jax.weights.sign_paths import pack_positive, plus_minus, round_scales
 
@@ -296,8 +297,9 @@ class LowRankSign(LowRankProduct):
         u, v = self._factors(x.dtype)
         total = jnp.zeros((), F32)
         for n in range(self.k):
-            inner = times(x, self.h[n]).astype(x.dtype) @ u[n]
-            total += times(times(inner, self.l[n]).astype(x.dtype) @ v[n], self.g[n])
+            inner = product(times(x, self.h[n]).astype(x.dtype), u[n])
+            inner = product(times(inner, self.l[n]).astype(x.dtype), v[n])
+            total += times(inner, self.g[n])
         return total.astype(x.dtype)
 
     def paths(self) -> Iterator[Float[Array, "... i o"]]:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Weight
+from rabit_jax.weights.product import product
 
 
 def linear(x: Float[Array, "... i"], w: Array | Weight) -> Float[Array, "... o"]:
@@ -23,7 +24,7 @@ def linear(x: Float[Array, "... i"], w: Array | Weight) -> Float[Array, "... o"]
     """
     if is_weight(w):
         return w.matmul(x)
-    return x @ jnp.asarray(w, x.dtype)
+    return product(x, w)
 
 
 def lookup(table: Array | Weight, tokens: Int[Array, "*b"]) -> Float[Array, "*b d"]:

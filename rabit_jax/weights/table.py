@@ -11,6 +11,7 @@ from rabit_jax.tree import pytree_dataclass
 from rabit_jax.types import Array, Weight
 from rabit_jax.weights.costs import Cost
 from rabit_jax.weights.leaves import Header, ReadPart, WeightNode, columns, part
+from rabit_jax.weights.product import product
 
 
 @pytree_dataclass
@@ -66,7 +67,7 @@ class Table(WeightNode):
 
     def matmul(self, x: Float[Array, "... v"]) -> Float[Array, "... d"]:
         """`x @ E`, `[..., v]` -> `[..., d]` in `x.dtype`."""
-        return x @ self.dense().astype(x.dtype)
+        return product(x, self.dense())
 
     def dense(self) -> Float[Array, "... v d"]:
         """`E`, float32 `[..., v, d]`."""

@@ -47,6 +47,50 @@ def config(block, cap=None):
                     d_hidden=16), attention_block=block, attention_softcap=cap)
 
 
+def gradients(q, k, v, allowed, dy, scale, cap):
+    """Of `sum(dy attention(q, k, v))` by q, k and v, one query after another in float64 NumPy."""
+    q, k, v, dy = (np.asarray(a, np.float64) for a in (q, k, v, dy))
+    dq, dk, dv = (np.zeros_like(a) for a in (q, k, v))
+    for b, t, n in np.ndindex(B, T, N * G):
+        seen, m = np.flatnonzero(allowed[b, 0, t]), n // G
+        score = k[b, m, seen] @ q[b, t, n] * scale
+        slope = 1 - np.tanh(score / cap) ** 2 if cap else 1.0
+        score = cap * np.tanh(score / cap) if cap else score
+        share = np.exp(score - score.max())
+        share /= share.sum()
+        dshare = v[b, m, seen] @ dy[b, t, n]
+        dscore = share * (dshare - share @ dshare) * slope * scale
+        dq[b, t, n] += dscore @ k[b, m, seen]
+        dk[b, m, seen] += np.outer(dscore, q[b, t, n])
+        dv[b, m, seen] += np.outer(share, dy[b, t, n])
+    return dq, dk, dv
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_gradients_are_those_of_softmax_in_both_directions(cap, dtype, tolerance):
+    *arrays, allowed = inputs()
+    arrays = tuple(jnp.asarray(a, dtype) for a in arrays)
+    rng = np.random.default_rng(1)
+    dy = jnp.asarray(rng.normal(size=arrays[0].shape), dtype)
+    moves = tuple(jnp.asarray(rng.normal(size=a.shape), dtype) for a in arrays)
+    given = [np.asarray(a.astype(jnp.float32)) for a in (*arrays, dy, *moves)]
+    wanted = gradients(*given[:3], allowed, given[3], H**-0.5, cap)
+
+    def run(*arrays):
+        return attention(*arrays, jnp.asarray(allowed), config(0, cap))
+
+    found = jax.vjp(run, *arrays)[1](dy)
+    for one, grad in zip(found, wanted, strict=True):
+        error = np.asarray(one.astype(jnp.float32)) - grad
+        assert np.abs(error).max() < tolerance * np.abs(grad).max()
+    # Forward mode: <dy, J m> = <J^T dy, m>.
+    pushed = jnp.vdot(dy.astype(jnp.float32), jax.jvp(run, arrays, moves)[1].astype(jnp.float32))
+    pulled = sum(np.sum(grad * move) for grad, move in zip(wanted, given[4:], strict=True))
+    size = sum(np.sum(np.abs(grad * move)) for grad, move in zip(wanted, given[4:], strict=True))
+    assert abs(float(pushed) - pulled) < tolerance * size
+
+
 @pytest.mark.parametrize("block", [1, 4, 10])
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_forward_and_backward_are_those_of_the_whole_matrix(block, cap):

@@ -6,6 +6,7 @@ Axes: b batch, t time, d model, v vocabulary, l layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -31,6 +32,7 @@ from rabit_jax.models.config import ModelConfig, compute_dtype
 from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Params, Shape, Weight
+from rabit_jax.weights.leaves import WeightNode
 from rabit_jax.weights.product import wide_product
 from rabit_jax.weights.seam import linear, lookup
 from rabit_jax.weights.shardings import gathered, split_rows
@@ -165,9 +167,9 @@ def check_tokens(tokens: object, vocab_size: int) -> None:
 
 def logits(x: Float[Array, "... d"], kernel: Array | Weight) -> Float[Array, "... v"]:
     """`x W` accumulated and returned in float32; `W: [d, v]` is an array or a weight node."""
-    if is_weight(kernel):
-        return linear(x, kernel).astype(jnp.float32)
-    return wide_product(x, kernel)
+    if is_weight(kernel) and type(kernel).matmul is not WeightNode.matmul:
+        return linear(x, kernel).astype(jnp.float32)  # by a kernel of its own, in the dtype of x
+    return wide_product(x, kernel.dense() if is_weight(kernel) else cast(Array, kernel))
 
 
 def fresh_ends(config: ModelConfig) -> dict[str, Declared]:

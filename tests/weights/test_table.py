@@ -25,6 +25,7 @@ from rabit_jax import (
 )
 from rabit_jax.kernels.cpu.library import library
 from rabit_jax.kernels.layout import unpack_bits
+from rabit_jax.models.decoder import logits
 from rabit_jax.train.optimizer import merge, partition, roles
 from rabit_jax.train.sharding import make_mesh, param_shardings
 from rabit_jax.tree import weights_of
@@ -222,3 +223,15 @@ def test_a_table_is_split_over_the_mesh_by_its_rows():
         assert large.addressable_shards[0].data.size == large.size // 4
         np.testing.assert_allclose(dense(placed)["embed"]["embedding"][5],
                                    lookup(placed["embed"]["embedding"], jnp.asarray(5)), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["8-bit rows", "residual"])
+def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(kind):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 3, D)), jnp.bfloat16)
+    head = SPECS[kind].init(jnp.asarray(rng.normal(size=(D, V)), jnp.float32))
+    found = np.asarray(logits(x, head))
+    rounded = np.asarray(dense(head).astype(jnp.bfloat16).astype(jnp.float32), np.float64)
+    wanted = np.asarray(x.astype(jnp.float32), np.float64) @ rounded
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())

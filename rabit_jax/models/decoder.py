@@ -33,7 +33,7 @@ from rabit_jax.models.rotary import local_layers, make_context
 from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Params, Shape, Weight
 from rabit_jax.weights.leaves import WeightNode
-from rabit_jax.weights.product import wide_product
+from rabit_jax.weights.product import KEPT, wide_product
 from rabit_jax.weights.seam import linear, lookup
 from rabit_jax.weights.shardings import gathered, split_rows
 
@@ -63,8 +63,7 @@ class Decoder(nn.Module):
         """Names the parts as the params tree names them."""
         c, ends = self.config, fresh_ends(self.config)
         self.embed = Owner(ends["embed"])
-        kept = (jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-                if c.remat_keep == "products" else None)
+        kept = KEPT if c.remat_keep == "products" else None
         block = nn.remat(Block, prevent_cse=False, policy=kept) if c.remat else Block
         scanned = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True},

@@ -13,24 +13,32 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from rabit_jax.types import Array
 
 F32 = jnp.float32
+NAME = "product"  # by which a policy of `jax.checkpoint` knows the results
+
+
+# What `jax.checkpoint` keeps of the products with matrices, those of activations left out.
+KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(NAME))
 
 
 def product(x: Float[Array, "... i"], w: Float[Array, "i o"]) -> Float[Array, "... o"]:
     """`x W` in the dtype of x, to which W is rounded; sums are float32."""
     w = jnp.asarray(w, x.dtype)
-    return _tiled(x, w, x.dtype) if _has_tiles(x, w) else x @ w
+    return checkpoint_name(_tiled(x, w, x.dtype), NAME) if _has_tiles(x, w) else x @ w
 
 
 def wide_product(x: Float[Array, "... i"], w: Float[Array, "i o"]) -> Float[Array, "... o"]:
     """`x W` in float32, with W rounded to the dtype of x."""
     w = jnp.asarray(w, x.dtype)
     if _has_tiles(x, w):
-        return _tiled(x, w, F32)
+        return checkpoint_name(_tiled(x, w, F32), NAME)
     return jnp.matmul(x, w, preferred_element_type=F32)
 
 

@@ -11,6 +11,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.models.config import RopeScaling
 from rabit_jax.models.decoder import Decoder, init_params
 from rabit_jax.tree import pytree_dataclass
+from rabit_jax.weights import product
 
 INIT = jax.jit(init_params, static_argnums=0)
 
@@ -152,6 +153,21 @@ def test_remat_saves_memory_and_changes_no_gradient(config, params, tokens):
                  plain(params), remat(params))
     room = [f.memory_analysis().temp_size_in_bytes for f in (plain, remat)]
     assert room[1] < 0.6 * room[0]
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_what_is_kept_of_products_is_not_made_again(config, params, tokens, tiles, monkeypatch):
+    monkeypatch.setattr(product, "amx", lambda: tiles)
+
+    def products(**fields):
+        model = Decoder(dataclasses.replace(config, dtype="bfloat16", **fields))
+        grad = jax.jit(jax.grad(lambda p: model.apply({"params": p}, tokens).var()))
+        return grad.lower(params).as_text().count("stablehlo.dot_general")
+
+    plain, remat = products(), products(remat=True)
+    kept = products(remat=True, remat_keep="products")
+    # Scores and the weighting of values are made again, the seven matrices are not.
+    assert plain < kept < remat and remat - kept >= 6
 
 
 def test_bfloat16_compute_keeps_float32_logits_and_norms(config, params, tokens, apply):

@@ -22,6 +22,7 @@ from rabit_jax.signs.channel_importance import Stats
 from rabit_jax.signs.ste import F32
 from rabit_jax.tree import Rules, leaves, map_leaves, match_rules, pytree_dataclass
 from rabit_jax.types import Array, Batch, Params, Shape, Weight
+from rabit_jax.weights.product import product
 from rabit_jax.weights.table import is_table
 
 # A gradient that is zero in exact arithmetic, such as that of the KL to the model itself, has a
@@ -68,7 +69,7 @@ class Probe:
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _probed(x, kernel, sum_x2, sum_dy2, mask, clip):
-    return x @ kernel.astype(x.dtype)
+    return product(x, kernel)
 
 
 def _probed_forward(x, kernel, sum_x2, sum_dy2, mask, clip):
@@ -77,7 +78,7 @@ def _probed_forward(x, kernel, sum_x2, sum_dy2, mask, clip):
 
 def _probed_backward(clip, residuals, dy):
     x, kernel, mask = residuals
-    dx = jnp.einsum("...o,io->...i", dy, kernel.astype(dy.dtype))
+    dx = product(dy, kernel.T)
     x2, dy2 = (_square_sum(a.astype(F32), mask, clip) for a in (x, dy))
     return dx, jnp.zeros_like(kernel), x2, dy2, jnp.zeros_like(mask)
 

@@ -241,11 +241,7 @@ def attention(
       One vector for each query head, in the dtype of q.
     """
     grouped = rearrange(q, "b t (n g) h -> b n g t h", n=k.shape[1]).astype(k.dtype)
-    # Without the preset, the backward pass would multiply bfloat16 by float32 (as in
-    # `jax.nn.dot_product_attention`).
-    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if k.dtype == jnp.bfloat16 else None
-    scores = jnp.einsum("bngth,bnsh->bngts", grouped, k, precision=precision,
-                        preferred_element_type=jnp.float32)
+    scores = _products("bngth,bnsh->bngts", grouped, k)
     scores = scores * (config.query_scalar or config.head_dim) ** -0.5
     scores = soft_cap(scores, config.attention_softcap)
     y = weighted(scores, allowed[:, :, None], v)
@@ -267,9 +263,15 @@ def _share(scores: Array, allowed: Array) -> Array:
 
 
 def _weighted(share: Array, v: Array) -> Array:
-    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if v.dtype == jnp.bfloat16 else None
-    return jnp.einsum("bngts,bnsh->bngth", share.astype(v.dtype), v, precision=precision,
-                      preferred_element_type=jnp.float32)
+    return _products("bngts,bnsh->bngth", share.astype(v.dtype), v)
+
+
+def _products(equation: str, a: Array, b: Array) -> Array:
+    """`einsum` of two arrays of one dtype in float32."""
+    # Without the preset, the backward pass would multiply bfloat16 by float32 (as in
+    # `jax.nn.dot_product_attention`).
+    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if b.dtype == jnp.bfloat16 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 @weighted.defjvp
@@ -280,7 +282,8 @@ def _weighted_jvp(
 
     The derivative of softmax alone is `p (ds - sum(p ds))`, whose transpose sums rows of the square
     of scores; that of this sums `y dy` over the head's size, as FlashAttention does
-    (arXiv 2205.14135, algorithm 4). Keys that are not allowed have `p = 0`: no mask is needed here.
+    (arXiv 2205.14135, algorithm 4). Keys that are not allowed have `p = 0`, so no mask is needed;
+    of a query that may see no key, whose y means nothing, `p` is even.
     """
     (scores, allowed, v), (ds, _, dv) = primals, tangents
     share = _share(scores, allowed)

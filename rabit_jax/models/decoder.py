@@ -192,7 +192,7 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 def param_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Shape of every parameter of `config`, by path: `{"embed/embedding": (v, d), ...}`."""
     flat = flatten_dict({**fresh_ends(config), "layers": fresh_layer(config)}, sep="/")
-    return {path: (config.n_layers,) * path.startswith("layers/") + fresh.shape
+    return {path: (config.n_layers, *fresh.shape) if path.startswith("layers/") else fresh.shape
             for path, fresh in sorted(flat.items())}
 
 

@@ -21,7 +21,6 @@ from rabit_jax.types import Array
 F32 = jnp.float32
 NAME = "product"  # by which a policy of `jax.checkpoint` knows the results
 
-
 # What `jax.checkpoint` keeps of the products with matrices, those of activations left out.
 KEPT = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

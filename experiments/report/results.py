@@ -9,7 +9,7 @@ from rabit_jax.atomic import write_text
 from rabit_jax.experiments.engine.console import table
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.job import Job, trained
-from rabit_jax.experiments.engine.machine import device, peak_memory, versions
+from rabit_jax.experiments.engine.machine import peak_memory
 from rabit_jax.experiments.engine.stages import Record
 from rabit_jax.experiments.report.run_card import write_card
 from rabit_jax.experiments.report.summary import (
@@ -82,7 +82,7 @@ def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> Json:
     errors, k = results["quantise"].pop("relative_error"), results["quantise"].pop("k", {})
     tokens = {"calibrate" if name == "quantise" else name: result.pop("tokens")
               for name, result in results.items() if "tokens" in result}
-    made = results["pack" if trained(job.config) else "quantise"]
+    packing = "pack" if trained(job.config) else "quantise"
     scored = {name.removeprefix("score_"): result for name, result in results.items()
               if name.startswith("score_")}
     # Lines of training, where the folder held such a run before, have no seconds.
@@ -103,7 +103,7 @@ def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> Json:
         **({"tuned": scored["tuned"]} if "tuned" in scored else {}),
         **{name: results[name] for name in ("tune", "end_to_end") if name in results},
         **({"nested": scored["nested"]} if "nested" in scored else {}),
-        "packed": {**scored.get("packed", {}), **made, **whole_model(job.folder.path)},
+        "packed": {**scored.get("packed", {}), **results[packing], **whole_model(job.folder.path)},
         "dense": {"bytes": describe(abstract_params(job.model_config)).deployed_bytes},
         "diagnostics": {"init": None, "qat": None},
         "relative_error": {"init": errors},
@@ -113,8 +113,8 @@ def _summarise_ptq(job: Job, records: dict[str, Record], command: str) -> Json:
         "seconds": seconds,
         "peak_memory_bytes": max([peak_memory(), *(n["peak_memory_bytes"] for n in lines)]),
         "parameters": parameters(job),
-        "versions": versions(),
-        "device": device(),
+        "versions": records[packing]["versions"],
+        "device": records[packing]["device"],
         "spec": str(job.config.init),
         **circumstances(job),
     }

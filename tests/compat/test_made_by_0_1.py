@@ -59,7 +59,7 @@ def summary(folder):
     the present format, whose rows have less padding."""
     found = json.loads((folder / "summary.json").read_text())
     assert found["cost"].pop("bytes") > 0
-    for name in ("seconds", "peak_memory_bytes", "versions", "command"):
+    for name in ("seconds", "peak_memory_bytes", "versions", "device", "command"):
         found.pop(name, None)
     return found
 

@@ -26,7 +26,7 @@ from rabit_jax.calibration.outliers import record_limbs
 from rabit_jax.data.sources import DataConfig, documents
 from rabit_jax.data.tokens import batch, tokenise, windows
 from rabit_jax.evaluate.perplexities import perplexity
-from rabit_jax.experiments.engine import packing
+from rabit_jax.experiments.engine import machine, packing
 from rabit_jax.experiments.engine import ptq as blockwise
 from rabit_jax.experiments.engine.job import Job
 from rabit_jax.formats.packed_model import load_packed, save_packed
@@ -302,10 +302,12 @@ def test_a_signal_ends_the_run_after_its_block(finished, place, ptq, monkeypatch
 
 
 def test_a_second_run_does_nothing_again(finished, ptq, monkeypatch, capsys):
-    before = content(finished)
+    before, where = content(finished), json.loads((finished / "summary.json").read_text())["device"]
     for owner, name in ((blockwise, "init_block"), (packing, "save_packed"), (Job, "forward")):
         monkeypatch.setattr(owner, name, lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(machine, "_processor", lambda: "another")
     assert ptq() == 0
+    assert json.loads((finished / "summary.json").read_text())["device"] == where
     monkeypatch.undo()
     monkeypatch.setattr(blockwise, "init_block", lambda *_, **__: 1 / 0)
     assert ptq("evaluate.windows=3") == 0  # scored again, not packed again

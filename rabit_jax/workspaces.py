@@ -62,8 +62,7 @@ def workspace(target: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         place, lock = _locked_folder(target)
         stack.callback(os.close, lock)
-        _open.add(place)
-        stack.callback(_open.discard, place)
+        stack.enter_context(vanishing(place))
         stack.callback(shutil.rmtree, place, ignore_errors=True)
         try:
             yield place
@@ -118,7 +117,21 @@ def _remove_stale(folder: Path) -> None:
             shutil.rmtree(lock.parent, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def vanishing(place: Path) -> Iterator[None]:
+    """Inside, a signal that ends the process removes this file or folder; nothing else does."""
+    _open.add(place)
+    try:
+        yield
+    finally:
+        _open.discard(place)
+
+
 def remove_workspaces() -> None:
-    """Remove the temporary folders of this process, which is about to end without unwinding."""
+    """Remove what is `vanishing` in this process, which is about to end without unwinding."""
     for place in list(_open):
-        shutil.rmtree(place, ignore_errors=True)
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                place.unlink()

@@ -6,7 +6,6 @@ A signal stops them so that the same command continues them.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from rabit_jax.experiments.engine.config import dump_yaml, load_config, section_
 from rabit_jax.experiments.engine.settings import RunConfig
 from rabit_jax.experiments.engine.signals import RESUMABLE, SIGNALS, again, handling
 from rabit_jax.formats.folder import fingerprint
+from rabit_jax.json_text import parse
 from rabit_jax.locks import locked as held
 from rabit_jax.progress import number, progress, say
 from rabit_jax.types import Json
@@ -76,8 +76,8 @@ def read_summary(cell: Cell) -> Summary | None:
 def _summary(cell: Cell) -> Summary | None:
     """What the run has written; None where it is not there or damaged: the run writes it again."""
     try:  # as Python writes it: a perplexity that is not finite is a result
-        found = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = parse((cell.folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 

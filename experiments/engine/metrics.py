@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from rabit_jax import hosts
 from rabit_jax.atomic import write_text
 from rabit_jax.errors import BadInput
+from rabit_jax.json_text import parse
 from rabit_jax.progress import say
 from rabit_jax.types import Json
 from rabit_jax.workspaces import naming
@@ -134,8 +135,8 @@ def _owner(line: Line) -> str:
 
 def _parsed(text: str) -> Line | None:
     try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
+        line = parse(text)
+    except ValueError:
         return None
     if not isinstance(line, dict):
         return None

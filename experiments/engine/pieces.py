@@ -26,6 +26,7 @@ from rabit_jax.atomic import remove, replacing, write_tensors, write_text
 from rabit_jax.errors import first_line
 from rabit_jax.experiments.engine.records import Record, read_record, write_record
 from rabit_jax.formats.packed_file import checksum, named_parts, part_names, text_checksum
+from rabit_jax.json_text import parse
 from rabit_jax.types import Array, Json, Params
 from rabit_jax.weights.representations import abstract_packed
 
@@ -274,7 +275,7 @@ def _tensors(file: Path) -> tuple[dict[str, Any], Json]:
         with safe_open(file, framework="numpy") as content:
             arrays = {key: content.get_tensor(key) for key in content.keys()}
             metadata = dict(content.metadata())
-            header = {key: json.loads(text) for key, text in metadata.items()}
+            header = {key: parse(text) for key, text in metadata.items()}
         sums = header.pop("sha256", None)  # blocks of 0.1 have none
         metadata.pop("sha256", None)
         found = {key: checksum(array) for key, array in arrays.items()} | _sums(metadata)

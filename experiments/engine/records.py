@@ -6,8 +6,6 @@ damaged is named and never used.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import TypeAlias
 
 from rabit_jax import BadInput, __version__
 from rabit_jax.atomic import digest, free_name, write_text
+from rabit_jax.json_text import parse, seal, unseal
 from rabit_jax.progress import say
 from rabit_jax.types import Json
 
@@ -23,8 +22,7 @@ Record: TypeAlias = Json
 
 def write_record(file: Path, record: Record) -> None:
     """Write a record together with its checksum."""
-    content = {name: value for name, value in record.items() if name != "sha256"}
-    write_text(file, json.dumps({**content, "sha256": _checksum(content)}, indent=1))
+    write_text(file, seal(record, indent=1))
 
 
 def read_record(file: Path, wanted: Mapping[str, type] | None = None) -> Record | None:
@@ -40,14 +38,11 @@ def read_record(file: Path, wanted: Mapping[str, type] | None = None) -> Record 
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        content = {name: value for name, value in found.items() if name != "sha256"}
-        sound = found.get("sha256") in (None, _checksum(content))
-        sound &= all(isinstance(found.get(n), kind) for n, kind in (wanted or {}).items())
-    except (ValueError, AttributeError, RecursionError):
-        sound, content = False, {}
-    if sound:
-        return content
+        content = unseal(file.read_text(encoding="utf-8"))
+        if all(isinstance(content.get(name), kind) for name, kind in (wanted or {}).items()):
+            return content
+    except ValueError:
+        pass
     aside = free_name(file.with_name(f"{file.name}.damaged"))
     file.rename(aside)
     say(f"{file} is damaged: set aside as {aside.name}, and what it records is done again")
@@ -57,11 +52,11 @@ def read_record(file: Path, wanted: Mapping[str, type] | None = None) -> Record 
 def refuse_later(run_folder: Path) -> None:
     """Raises BadInput for the folder of a run on which a later version of this package has worked:
     what that wrote may mean something else here, and would be done again in its place."""
-    for file in sorted((run_folder / "stages").glob("*")):
+    for file in filter(Path.is_file, sorted((run_folder / "stages").glob("*"))):
         try:
-            wrote = json.loads(file.read_text(encoding="utf-8"))["versions"]["rabit_jax"]
+            wrote = parse(file.read_text(encoding="utf-8"))["versions"]["rabit_jax"]
             later = _numbers(wrote) > _numbers(__version__)
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        except (OSError, ValueError, LookupError, TypeError):
             continue  # no record, a damaged one, or one of 0.1
         if later:
             raise BadInput(
@@ -72,10 +67,6 @@ def refuse_later(run_folder: Path) -> None:
 
 def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)[:3]]
-
-
-def _checksum(content: Record) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ take seconds, and signals are watched before them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
@@ -65,10 +66,18 @@ def watch(message: str, code: int = RESUMABLE) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     _watch.message, _watch.code = message, code
+    atexit.register(_ignore)
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_wait, args=(reader,), name="signals", daemon=True).start()
+
+
+def _ignore() -> None:
+    """The command has come to its end, and its exit code stands: Python would give signals their
+    default back now, and one in the second that JAX takes to go would end it with another."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _wait(reader: int) -> None:

@@ -20,6 +20,7 @@ from rabit_jax.experiments.serving.settings import Failure, Piece, Settings
 from rabit_jax.experiments.serving.texts import Choice, Prompt
 from rabit_jax.experiments.serving.worker import Full, Worker
 from rabit_jax.formats.tokenizer import check_ids, prompt_ids
+from rabit_jax.json_text import parse
 from rabit_jax.types import Json, Tokenizer
 
 if TYPE_CHECKING:
@@ -198,8 +199,8 @@ async def _json(request: Request, most: int) -> object:
     except ClientDisconnect:
         raise Gone from None
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return parse(bytes(content))
+    except ValueError as error:
         raise BadInput(f"the body is no JSON ({error}): send a JSON object") from None
 
 

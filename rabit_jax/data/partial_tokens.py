@@ -8,7 +8,6 @@ write the same tokens, so whichever has linked its files last, a prefix of them 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import zlib
@@ -21,6 +20,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from rabit_jax.atomic import remove, write_text
+from rabit_jax.json_text import seal, unseal
 
 _KINDS = ("bin", "lengths", "json")
 
@@ -63,7 +63,7 @@ class Partial:
         """Begin with what an earlier process has left, where it is sound; else with nothing."""
         try:
             found = self._sound(itemsize)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ArithmeticError, LookupError, OSError, TypeError, ValueError):
             found = None
         if found is None:
             self.drop()
@@ -73,7 +73,7 @@ class Partial:
         return found or NOTHING
 
     def _sound(self, itemsize: int) -> Left | None:
-        state = json.loads(self.kept["json"].read_text())
+        state = unseal(self.kept["json"].read_text(encoding="utf-8"))
         for kind, work in self.works.items():
             shutil.copyfile(self.kept[kind], work)
             if work.stat().st_size < state["sizes"][kind]:
@@ -118,7 +118,7 @@ class Partial:
             return
         sizes = {kind: work.stat().st_size for kind, work in self.works.items()}
         state = {"sizes": sizes, "crc32": self._sums, "bytes": size, "digest": digest}
-        write_text(self.kept["json"], json.dumps(state))
+        write_text(self.kept["json"], seal(state))
 
     def _link(self) -> None:
         for kind, work in self.works.items() if not self._linked else ():

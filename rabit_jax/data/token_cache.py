@@ -21,6 +21,7 @@ from rabit_jax.data.mix import Unseen
 from rabit_jax.data.partial_tokens import Partial, crc32
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.tokenizer import encode
+from rabit_jax.json_text import seal, unseal
 from rabit_jax.progress import reading, say
 from rabit_jax.types import Json
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 VERSION = 1  # of the cache's layout; a new number leaves old files unused
 CHUNK = 1 << 20  # characters tokenised at once
 KEEP = 1 << 26  # bytes of text after which what is tokenised is kept for a process that goes on
+DTYPES = ("uint16", "uint32")  # of tokens
+COUNTS = ("documents", "bytes", "tokens", "crc32")  # of a header
 SLOW = 4 << 20  # bytes of text whose progress is shown
 
 
@@ -69,25 +72,26 @@ class Digest:
 def read_header(path: Path) -> dict | None:
     """The header of a sound cache file; None where there is none or it is damaged."""
     side = path.with_suffix(".json")
-    if not side.exists():
+    if not side.is_file():
         return None
     try:
-        header = json.loads(side.read_text())
-        own = header.pop("sha256", None)  # headers of 0.1 have none
-        sound = own in (None, header_checksum(header))
-        sound &= header["digest"] == path.stem and header["crc32"] == crc32(path)
-        sound &= header["tokens"] * np.dtype(header["dtype"]).itemsize == path.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        say(f"token cache {path} is damaged; building it again")
-        return None
-    return header
+        header = unseal(side.read_text(encoding="utf-8"))
+        if _is_header(header) and header["digest"] == path.stem and header["crc32"] == crc32(path):
+            size = header["tokens"] * np.dtype(header["dtype"]).itemsize
+            if size == path.stat().st_size:
+                return header
+    except (OSError, ValueError):
+        pass
+    say(f"token cache {path} is damaged; building it again")
+    return None
 
 
-def header_checksum(header: dict) -> str:
-    """SHA-256 of a header without its own checksum, in hex."""
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+def _is_header(found: Json) -> bool:
+    """Whether an object has the fields of a header, each of its kind, and no other."""
+    kinds = {"dtype": str, "digest": str} | dict.fromkeys(COUNTS, int)
+    return (found.keys() == kinds.keys()
+            and all(type(found[name]) is kind for name, kind in kinds.items())
+            and found["dtype"] in DTYPES and min(found[name] for name in COUNTS) >= 0)
 
 
 class _Changed(Exception):
@@ -134,7 +138,7 @@ def build(
                            "and in training those of the evaluation text, are left out; give more")
         header["crc32"] = partial.crc32
         side = place / "json"
-        side.write_text(json.dumps({**header, "sha256": header_checksum(header)}))
+        side.write_text(seal(header), encoding="utf-8")
         path = folder / f"{header['digest']}.bin"
         publish(partial.tokens, path)
         publish(side, path.with_suffix(".json"))

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from jaxtyping import Int32, Integer
 from rabit_jax.atomic import write_text
 from rabit_jax.data.token_cache import Digest, build, check_tokenizer, head, read_header
 from rabit_jax.errors import BadInput
+from rabit_jax.json_text import seal, unseal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,15 +109,17 @@ def tokenise_stream(
         key = side.name.partition(".")[0]
         header = _build(cache_dir, key, parts, tokenizer, what)
         with writing_to(cache_dir):
-            write_text(side, json.dumps({"digest": header["digest"], "recipe": recipe}, indent=1))
+            write_text(side, seal({"digest": header["digest"], "recipe": recipe}, indent=1))
     return _opened(cache_dir, header)
 
 
 def _recalled(side: Path) -> dict | None:
     """The header of the tokens that a recipe gave; None where they are not in the cache."""
     try:
-        digest = json.loads(side.read_text())["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
+        digest = unseal(side.read_text(encoding="utf-8"))["digest"]
+    except (OSError, ValueError, KeyError):
+        return None
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         return None
     return read_header(side.parent / f"{digest}.bin")
 

@@ -216,7 +216,7 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if index.exists():
         table = read_json(index).get("weight_map")
         names = list(table.values()) if isinstance(table, dict) else []
-        if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+        if not names or not all(map(_is_file_name, names)):
             raise BadInput(f"{index} has no weight_map from tensors to files of this folder: "
                            "fetch it again")
         return [folder / name for name in sorted(set(names))], dict(table or {})
@@ -224,6 +224,16 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
         return files, {}
     raise BadInput(f"{folder} holds no {FILE} and no {INDEX}: convert the model to safetensors, or "
                    "take one that has them")
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether a value is the name of a file in a folder."""
+    if not isinstance(name, str) or Path(name).name != name:
+        return False
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:  # half of a pair of UTF-16, which JSON can write
+        return False
 
 
 def _plain(name: str) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +18,10 @@ from rabit_jax.errors import BadInput, first_line
 from rabit_jax.formats.gguf import find_gguf, gguf_folder
 from rabit_jax.formats.hub import ID, fetch
 from rabit_jax.formats.tokenizer import save_tokenizer
+from rabit_jax.json_text import parse
 from rabit_jax.locks import locked
 from rabit_jax.types import Json, Tokenizer
+from rabit_jax.workspaces import vanishing
 
 if TYPE_CHECKING:
     import tokenizers
@@ -86,31 +87,12 @@ def read_json(file: Path) -> Json:
             raise ValueError("it is no file")
         if file.exists() and file.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has more than {LARGEST_JSON} bytes")
-        content = parse_json(file.read_text(encoding="utf-8"))
+        content = parse(file.read_text(encoding="utf-8"), finite=True)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {file}: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise BadInput(f"{file} holds a {type(content).__name__}, wanted a JSON object")
     return content
-
-
-def parse_json(text: str) -> Any:
-    """What a JSON text holds; ValueError where it is none.
-
-    Python's own parser takes NaN and Infinity, rounds 1e999 to infinity, and raises RecursionError
-    for a text that is nested deeply.
-    """
-    try:
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"it holds {text[:20]}, which is no finite number")
-    return number
 
 
 def json_files(
@@ -155,7 +137,7 @@ def write_folder(
         raise BadInput(f"{folder} exists and is not a model folder, choose another place to save")
     try:
         lock = folder.absolute().with_name(f".{folder.absolute().name}.lock")
-        with locked(lock, folder), replacing(folder) as new:
+        with locked(lock, folder), vanishing(lock), replacing(folder) as new:
             new.mkdir()
             for name, content in files.items():
                 text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"

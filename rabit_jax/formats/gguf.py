@@ -188,6 +188,9 @@ def hf_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
             raise BadInput(f"unsupported {tensor.label}: the {name} models known here have no "
                            "tensor of that name")
         if name == "llama" and part[-2] in heads:
+            if tensor.shape[0] % (2 * heads[part[-2]]):
+                raise BadInput(f"{tensor.label} has {tensor.shape[0]} rows for {heads[part[-2]]} "
+                               "heads, wanted an even number for each head: take a complete file")
             tensor = tensor._replace(places=half_split_rows(tensor.shape[0], heads[part[-2]]))
         elif name == "gemma3" and renamed.endswith("norm.weight"):
             tensor = tensor._replace(added=1.0)
@@ -278,6 +281,9 @@ def _llama3_scaling(base: float, file: GGUFFile) -> Json:
       BadInput: divisors that no factor of the published models gives.
     """
     tensor = file.tensors[ROPE_FREQUENCIES]
+    if len(tensor.shape) != 1:
+        raise BadInput(f"unsupported {tensor.label}: its shape is {list(tensor.shape)}, wanted one "
+                       "divisor for each frequency")
     divisors = np.concatenate([piece for _, piece in tensor.pieces()])
     wavelengths = 2 * np.pi * base ** (np.arange(divisors.size) / divisors.size)
     low, high, trained = LLAMA3_ROPE.values()

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from rabit_jax.atomic import write_tensors
 from rabit_jax.errors import BadInput
 from rabit_jax.formats.families import hf_name, tensor_names
-from rabit_jax.formats.folder import parse_json
+from rabit_jax.json_text import parse
 from rabit_jax.kernels.layout import from_stored, stored_bytes, to_stored
 from rabit_jax.tree import is_weight
 from rabit_jax.types import Array, Json, Param, Params, Weight
@@ -98,7 +98,8 @@ def open_packed(path: Path) -> Iterator[PackedFile]:
         header = tensors.metadata() or {}
         check_version(header, str(path))
         try:
-            parts = [dict(parse_json(header[name])) for name in ("config", "modules", "sha256")]
+            parts = [dict(parse(header[name], finite=True))
+                     for name in ("config", "modules", "sha256")]
             if not all(isinstance(one, dict) for one in parts[1].values()):
                 raise TypeError("modules hold something else than objects")
         except (KeyError, TypeError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from jaxtyping import Bool, PyTree, UInt32
 from rabit_jax import hosts
 from rabit_jax.atomic import free_name, remove
 from rabit_jax.errors import BadInput, first_line
+from rabit_jax.json_text import parse
 from rabit_jax.progress import say
 from rabit_jax.types import Array
 from rabit_jax.workspaces import naming
@@ -27,6 +27,10 @@ Tree = TypeVar("Tree")
 _ITEM = "default"  # the folder in that of a step in which Orbax keeps the one tree
 _TIMES = "_CHECKPOINT_METADATA"  # when the step was saved; nothing of the state depends on it
 _LARGEST = 1 << 20  # bytes of that file, which has some hundred
+_OF_TIMES: dict[str, type | tuple[type, ...]] = {  # its fields; Orbax refuses any other kind
+    "item_handlers": (dict, str), "metrics": dict, "performance_metrics": dict,
+    "init_timestamp_nsecs": int, "commit_timestamp_nsecs": int, "custom_metadata": dict,
+}
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -78,14 +82,19 @@ def abstract(tree: Tree, shardings: PyTree[jax.sharding.Sharding] | None = None)
     )
 
 
-def _is_small_json(file: Path) -> bool:
-    """Whether a file, and no link, holds a JSON object."""
+def _holds_times(file: Path) -> bool:
+    """Whether a file, and no link, is one that Orbax reads when it opens the folder."""
     try:
         if file.is_symlink() or not file.is_file() or file.stat().st_size > _LARGEST:
             return False
-        return isinstance(json.loads(file.read_bytes()), dict)
-    except (OSError, ValueError, RecursionError):
+        found = parse(file.read_bytes())
+    except (OSError, ValueError):
         return False
+    return isinstance(found, dict) and all(
+        found.get(name) is None or isinstance(found[name], kind)
+        and not (kind is int and not 0 <= found[name] < 1 << 63)
+        for name, kind in _OF_TIMES.items()
+    )
 
 
 class Checkpoints:
@@ -145,9 +154,13 @@ class Checkpoints:
           BadInput: it cannot be read, or its bits do not match its checksum.
         """
         self.manager.wait_until_finished()
-        if not (self.folder / str(step) / _ITEM).is_dir():
-            raise BadInput(f"checkpoint {self.folder / str(step)} cannot be read (it holds no "
-                           "state)")
+        folder = self.folder / str(step)
+        if not (folder / _ITEM).is_dir():
+            raise BadInput(f"checkpoint {folder} cannot be read (it holds no state)")
+        # A link to a device that gives bytes for ever would be read into memory.
+        if strange := next((f for f in folder.rglob("*") if not (f.is_file() or f.is_dir())), None):
+            raise BadInput(f"checkpoint {folder} cannot be read ({strange.relative_to(folder)} is "
+                           "no file)")
         replicated = jax.tree.leaves(target)[0].sharding
         if isinstance(replicated, jax.sharding.NamedSharding):
             replicated = jax.sharding.NamedSharding(replicated.mesh, jax.sharding.PartitionSpec())
@@ -159,13 +172,10 @@ class Checkpoints:
             found = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except Exception as error:  # orbax and tensorstore raise many types for a damaged file
             raise BadInput(
-                f"checkpoint {self.folder / str(step)} cannot be read "
-                f"({first_line(error)[:200]})"
+                f"checkpoint {folder} cannot be read ({first_line(error)[:200]})"
             ) from error
         if int(checksum(found["state"])) != int(found["checksum"]):
-            raise BadInput(
-                f"checkpoint {self.folder / str(step)} is damaged: its checksum does not match"
-            )
+            raise BadInput(f"checkpoint {folder} is damaged: its checksum does not match")
         return found["state"]
 
     def restore_last(
@@ -230,7 +240,7 @@ class Checkpoints:
         """Remove what Orbax would stumble over before any step is asked for, and can do without."""
         for step in self._named_steps():
             file = self.folder / str(step) / _TIMES
-            if not os.path.lexists(file) or _is_small_json(file):
+            if not os.path.lexists(file) or _holds_times(file):
                 continue
             say(f"{file} is damaged and was removed: it holds times alone", always=True)
             remove(file)

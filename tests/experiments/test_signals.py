@@ -165,6 +165,31 @@ subprocess.run(["sh", "-c", "sh -c 'echo started; exec sleep 600'; true"])
     assert process.communicate(timeout=60) == ("", "stopped\n") and process.returncode == 130
 
 
+@ALL
+def test_a_signal_behind_the_end_of_a_command_changes_nothing(number):
+    """As in the second in which JAX and the interpreter go."""
+    script = f"import atexit, os\natexit.register(os.kill, os.getpid(), {int(number)})\n" \
+             + BLOCKED + "\nwatch('stopped', 130)\nprint('done')"
+    process = start("-c", script)
+    assert process.communicate("", 60) == ("done\n", "") and process.returncode == 0
+
+
+@ALL
+def test_no_lock_of_a_model_folder_is_left(number, tmp_path):
+    script = BLOCKED + """
+from pathlib import Path
+from rabit_jax.formats.folder import write_folder
+def shards():
+    here("writing")
+    yield "model.safetensors", {}
+watch("stopped", 130)
+write_folder(Path(sys.argv[1]) / "model", shards(), {}, {}, None)
+"""
+    process = start("-c", script, tmp_path)
+    assert signalled(process, number, "writing")[::2] == (130, "stopped\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_in_a_call_from_python_the_process_goes_on():
     class Run:
         stopped = False

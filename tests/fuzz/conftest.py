@@ -24,19 +24,20 @@ def count(request):
 
 @pytest.fixture
 def fuzz(count):
-    """`fuzz(seed, make, use, multiple)`: how many inputs were used and how many refused.
+    """`fuzz(seed, make, use, multiple, again)`: how many inputs were used and how many refused.
 
     `make(rng)` writes an input and returns the number of its bytes, `use()` reads it. Input n
     depends on (seed, n) alone. Any exception but a BadInput of one line fails, and so does memory
-    beyond `multiple` times the input. Of each kind of failure the first input is reported.
+    beyond `multiple` times the input. Of each kind of failure the first input is reported; `again`
+    names inputs that once failed, which a short run tries, too.
     """
 
-    def run(seed, make, use, multiple=64):
-        refused, failures = 0, {}
+    def run(seed, make, use, multiple=64, again=()):
+        refused, failures, numbers = 0, {}, sorted({*range(count), *again})
         kept = signal.signal(signal.SIGPROF, _out_of_time)
         tracemalloc.start()
         try:
-            for n in range(count):
+            for n in numbers:
                 size = make(np.random.default_rng([seed, n]))
                 try:
                     refused += _one(use, size, multiple)
@@ -51,8 +52,8 @@ def fuzz(count):
         for n, error, where in failures.values():
             print(f"input {n} of seed {seed}: {type(error).__name__}: {str(error)[:300]!r}")
             print("".join(traceback.format_list(where)))
-        assert not failures, f"{len(failures)} kinds of failures in {count} inputs"
-        return count - refused, refused
+        assert not failures, f"{len(failures)} kinds of failures in {len(numbers)} inputs"
+        return len(numbers) - refused, refused
 
     return run
 

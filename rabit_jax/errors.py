@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 LONGEST = 1500  # characters of a message
 
 
@@ -28,6 +30,13 @@ def check_choice(name: str, found: object, choices: tuple[str, ...]) -> None:
     """Raise BadInput where a setting is none of its choices, at least two."""
     if found not in choices:
         raise BadInput(f"{name} is {found!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError where a path leads to something that is no file, such as a pipe, on which a
+    reader waits for ever, or a device, which never ends."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no file")
 
 
 def first_line(error: BaseException) -> str:

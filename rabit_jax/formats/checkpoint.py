@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from rabit_jax.errors import BadInput, first_line
+from rabit_jax.errors import BadInput, check_regular, first_line
 from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.formats.folder import FILE, find_folder, finite_as, read_generation, read_json
 from rabit_jax.formats.gguf import LINK, hf_tensors
@@ -246,6 +246,7 @@ def _plain(name: str) -> str:
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
     try:
+        check_regular(file)
         with safe_open(file, framework="numpy") as shard:
             yield shard
     except (OSError, SafetensorError) as error:

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 
 from rabit_jax.atomic import write_tensors
-from rabit_jax.errors import BadInput
+from rabit_jax.errors import BadInput, check_regular
 from rabit_jax.formats.families import hf_name, tensor_names
 from rabit_jax.json_text import parse
 from rabit_jax.kernels.layout import from_stored, stored_bytes, to_stored
@@ -90,6 +90,7 @@ def open_packed(path: Path) -> Iterator[PackedFile]:
       BadInput: no such file, a truncated one, another format or version, or a damaged header.
     """
     try:
+        check_regular(path)
         tensors = safe_open(path, framework="numpy")
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot read {path}, it is missing, truncated or damaged: fetch it again "

@@ -94,7 +94,7 @@ def _holds_times(file: Path) -> bool:
         found.get(name) is None or isinstance(found[name], kind)
         and not (kind is int and not 0 <= found[name] < 1 << 63)
         for name, kind in _OF_TIMES.items()
-    )
+    ) and len(found.keys() - _OF_TIMES.keys()) + len(found.get("custom_metadata") or ()) < 2
 
 
 class Checkpoints:

@@ -1,6 +1,7 @@
 """Folders with fields that change nothing, with absurd ones, and with ones of no sense."""
 
 import json
+import os
 import time
 
 import numpy as np
@@ -11,6 +12,7 @@ from rabit_jax.errors import BadInput
 from rabit_jax.formats.folder import find_folder, read_json
 from rabit_jax.formats.hf import load_hf
 from rabit_jax.formats.hf_config import from_hf
+from rabit_jax.formats.packed_file import load_packed_params
 from rabit_jax.formats.packed_model import load_packed, save_packed
 
 BASE = {
@@ -138,6 +140,16 @@ def test_what_is_no_file_or_too_large_is_not_read(folder, monkeypatch):
     (folder / "config.json").mkdir()
     with pytest.raises(BadInput, match="it is no file"):
         load_hf(folder)
+
+
+@pytest.mark.parametrize("load, message", [(load_hf, "cannot read shard .* is no file"),
+                                           (load_packed_params, "cannot read .* is no file")])
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(folder, load, message):
+    file = folder / "model.safetensors"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(BadInput, match=message):
+        load(folder if load is load_hf else file)
 
 
 @pytest.mark.parametrize("fields, message", [

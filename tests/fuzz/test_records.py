@@ -198,4 +198,4 @@ def test_checkpoints(saved, tmp_path, fuzz):
         assert step in (1, 2) and int(found["count"]) == step + 2
         assert np.asarray(found["w"]).tobytes() == np.asarray(state["w"]).tobytes()
 
-    fuzz(11, make, use, 2000, again=(312, 814, 1116, 1252, 1544, 1689))
+    fuzz(11, make, use, 2000, again=(312, 814, 1116, 1252, 1544, 1689, 2478, 2692))

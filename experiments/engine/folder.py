@@ -108,6 +108,7 @@ class RunFolder:
         try:
             self.lock()
             write_text(written, dump_yaml(self.config))
+            self.metrics.forget()  # whatever reads the file finds whole lines of JSON
         except OSError as error:
             raise self._unwritable(error) from error
 

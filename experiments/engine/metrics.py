@@ -68,8 +68,8 @@ class Metrics:
             for text in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
                 yield text, _parsed(text)
 
-    def forget(self, stages: Collection[str], after: int = -1) -> None:
-        """Drop the lines of these stages after a step; damaged lines are set aside.
+    def forget(self, stages: Collection[str] = (), after: int = -1) -> None:
+        """Drop the lines of these stages after a step; damaged lines are set aside in any case.
 
         Those go to `metrics.damaged` beside the file, and one line on stderr says so.
         """
@@ -83,7 +83,8 @@ class Metrics:
             with open(aside, "a", encoding="utf-8") as file:
                 file.writelines(f"{text}\n" for text in damaged)
             say(f"{self.file}: {len(damaged)} damaged lines were set aside in {aside.name}")
-        write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
+        if len(kept) < len(found):
+            write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
         """Flush TensorBoard and Weights & Biases."""

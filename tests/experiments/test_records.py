@@ -149,6 +149,16 @@ def test_damaged_metric_lines_are_set_aside_with_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_folder_that_is_opened_holds_whole_lines_of_metrics(folder):
+    """Also where every stage is complete and none would write to the file."""
+    good = json.dumps({"stage": "qat", "step": 1, "tokens": 8, "loss": 2.0})
+    folder.open(resume=False)
+    folder.close()
+    folder.metrics.file.write_text(f"{good}\n{good.replace('8', 'x')}\n{good[:9]}")
+    folder.open(resume=True)
+    assert folder.metrics.file.read_text() == good + "\n"
+
+
 def test_a_flipped_bit_in_a_state_between_blocks_is_named_before_it_counts(tmp_path):
     pieces = Pieces(tmp_path)
     arrays = [np.full((2, 3), n, np.float32) for n in range(4)]

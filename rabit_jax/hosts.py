@@ -24,6 +24,7 @@ from rabit_jax.errors import BadInput, ToldByFirst
 from rabit_jax.types import Json
 
 T = TypeVar("T")
+Told = TypeVar("Told", bound="bool | int | float | str | list | dict | None")  # by JSON
 SHORTEST = 256  # bytes of a message
 
 
@@ -55,7 +56,7 @@ def all_agree(flag: bool) -> bool:
     return not any_asks(not flag)
 
 
-def first_does(work: Callable[[], T]) -> T:
+def first_does(work: Callable[[], Told]) -> Told:
     """What `work` returns in the first process, which alone does it; others wait and get the same.
 
     The result must be JSON, or None.

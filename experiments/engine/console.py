@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -68,9 +69,9 @@ def main_guard(
 
     2 for `BadInput`, a full disk and a file that the system refuses (one sentence on stderr); when
     interrupted 75 if the command is `resumable`, else 130; 141, without a word, where what reads
-    stdout has ended; any other exception is a bug and propagates. A command that knows nothing of
-    `several` processes is refused where the environment names them, for each would write the same
-    files.
+    stdout has ended; any other exception is a bug and propagates, or gives 1 in one of several
+    processes. A command that knows nothing of `several` processes is refused where the environment
+    names them, for each would write the same files.
     """
     # Of transformers a command uses the tokenizers; it would say on stderr that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -89,7 +90,10 @@ def main_guard(
         full = disk_full(error)
         sentence = f"{_full(error)}: free some space{again}" if full else _refused(error)
         if not sentence:
-            raise
+            if not (several and cluster()):
+                raise
+            traceback.print_exc()  # and no orderly end, which waits for the other processes
+            return 1
         say(f"error: {BadInput(sentence)}", always=True)
         return 2
     finally:
@@ -113,7 +117,7 @@ def _outcome(function: Callable[[], int | None], resumable: bool) -> int:
     except BadInput as error:
         say(f"error: {error}", always=True)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # JAX's errors of one collective are of both types
         if not (cluster() and any(word in str(error) for word in LOST)):
             raise
         then = GOES_ON if resumable else BEGINS_AGAIN

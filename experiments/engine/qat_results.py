@@ -91,10 +91,12 @@ def packing(run: Inputs, continues: bool) -> Record:
     folder = run.folder.path / "packed"
     spec = specs_of(run.config.init)
     generation = read_generation(find_folder(run.teacher_folder))
-    hosts.first_does(lambda: save_packed(
-        folder, run.model_config, packed, run.text.tokenizer, spec, generation,
-        run.config.teacher.path,
-    ))
+
+    def write() -> None:
+        save_packed(folder, run.model_config, packed, run.text.tokenizer, spec, generation,
+                    run.config.teacher.path)
+
+    hosts.first_does(write)
     _, read, _ = load_packed(folder)
     signs, written = snapshot(student), snapshot(read)
     placed = hosts.on_mesh(read, param_shardings(read, run.mesh)) if hosts.several() else read

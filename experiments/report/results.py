@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from rabit_jax import cost, describe
+from rabit_jax import cost, describe, hosts
 from rabit_jax.atomic import write_text
+from rabit_jax.evaluate.sign_statistics import Histogram
 from rabit_jax.experiments.engine.console import table
 from rabit_jax.experiments.engine.inputs import Inputs, abstract_params
 from rabit_jax.experiments.engine.job import Job, trained
@@ -21,6 +22,7 @@ from rabit_jax.experiments.report.summary import (
     smaller,
     summarise,
     table_rows,
+    trained_histogram,
     whole_model,
     write_results,
 )
@@ -32,17 +34,25 @@ COLUMNS = ("model", "perplexity", "bits per byte", "over teacher", "block bits",
 
 
 def finish(run: Inputs | Job, records: dict[str, Record], command: str) -> None:
-    """Write the results of a run whose stages are complete, and print those one looks for first."""
+    """Write the results of a run whose stages are complete, and print those one looks for first.
+
+    All processes take part, for the trained model lies in parts on them; the first one writes.
+    """
     if isinstance(run, Job):
-        _finish_ptq(run, records, command)
+        hosts.first_does(lambda: _finish_ptq(run, records, command))
     else:
-        _finish_qat(run, records, command)
-    print(f"packed model: {run.folder.path / 'packed'}")
+        histogram = trained_histogram(run)
+        hosts.first_does(lambda: _finish_qat(run, records, command, histogram))
+    if hosts.first():
+        print(f"packed model: {run.folder.path / 'packed'}")
 
 
-def _finish_qat(run: Inputs, records: dict[str, Record], command: str) -> None:
+def _finish_qat(
+    run: Inputs, records: dict[str, Record], command: str, histogram: Histogram | None
+) -> None:
     summary = summarise(run, records, command)
-    report = write_results(run, summary, records["generate"]["result"]["samples"])
+    samples = records["generate"]["result"]["samples"]
+    report = write_results(run, summary, samples, histogram)
     rows = [(r["name"], r["ppl"], r["bits_per_byte"], f"{100 * r['ppl_over_teacher']:+.1f}%",
              r["bits_per_weight"], r["whole_model_bits_per_weight"]) for r in table_rows(summary)]
     title = f"{summary['name']}, context {summary['teacher']['context']}"

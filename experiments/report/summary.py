@@ -177,20 +177,23 @@ def costs(summary: Summary) -> str:
     )
 
 
-def write_results(run: Inputs, summary: Summary, samples: Sequence[Sample]) -> Path:
+def write_results(
+    run: Inputs, summary: Summary, samples: Sequence[Sample], histogram: Histogram | None
+) -> Path:
     """Write the packed model's card, `report.html`, whose path is returned, and `summary.json`:
     last, for a run that has it is complete."""
     folder = run.folder.path
     write_card(run.config, folder, summary)
     report = write_report(
-        folder, summary, run.folder.metrics.lines(), _histogram(run), samples, table_rows(summary)
+        folder, summary, run.folder.metrics.lines(), histogram, samples, table_rows(summary)
     )
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     return report
 
 
-def _histogram(run: Inputs) -> Histogram | None:
-    """Of the first weight of sign paths, in the middle layer; None where there is none."""
+def trained_histogram(run: Inputs) -> Histogram | None:
+    """Of the first weight of sign paths, in the middle layer; None where there is none. All
+    processes take part."""
     nodes = weights_of(run.student).items()
     path = next((path for path, node in nodes
                  if path.startswith("layers/") and isinstance(node, ResidualSign)), None)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
+from rabit_jax import hosts
 from rabit_jax.errors import BadInput
 from rabit_jax.signs.ste import F32, disordered, flips
 from rabit_jax.tree import leaves, per_layer, weights_of
@@ -117,6 +118,8 @@ def weight_histogram(
       lies beyond the 99.9th percentile of `|W / a|` left out; `levels`: the 2^k values that
       `W_hat / a` can take, `s_1 + sum_{i>1} s_i mean(h_i g_i^T / a)`, ascending.
 
+    Of several processes all have to call this.
+
     Raises:
       BadInput: no such node at `path`, or a layer that it does not have.
     """
@@ -145,4 +148,4 @@ def _one_layer(params: Params, path: str, layer: int | None) -> list[np.ndarray]
     if layer is not None if layers is None else layer is None or not 0 <= layer < layers:
         raise BadInput(f"{path} is {list(arrays[0].shape)}: layer {layer} does not select a matrix")
     chosen = arrays if layer is None else [a[layer] for a in arrays]
-    return [np.asarray(a.astype(F32), np.float64) for a in chosen]
+    return [np.asarray(hosts.whole(a.astype(F32)), np.float64) for a in chosen]

@@ -143,6 +143,23 @@ def test_files_and_lines_are_written_once(base, undisturbed):
     assert not list(undisturbed.rglob("*orbax-checkpoint-tmp*"))
 
 
+def test_what_was_trained_is_scored_packed_and_sampled_as_by_one_process(base, undisturbed):
+    found = copied(base, "undisturbed", "whole")
+    done(base, 2, name="whole")
+    wanted = copied(base, "undisturbed", "by-one")
+    done(base, 1, name="by-one", devices=4)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (found / "packed" / name).read_bytes() == (wanted / "packed" / name).read_bytes()
+    two, one = (json.loads((f / "summary.json").read_text()) for f in (found, wanted))
+    assert two["packed"]["bits_identical"] and two["packed"]["bytes"] == one["packed"]["bytes"]
+    for name in ("teacher", "greedy", "round_to_nearest", "init", "qat", "packed"):
+        assert two[name]["ppl"] == pytest.approx(one[name]["ppl"], rel=1e-5)
+    samples = [json.loads((f / "stages/generate.json").read_text())["result"]["samples"]
+               for f in (found, wanted)]
+    assert samples[0] == samples[1] and len(samples[0]) == 1
+    assert (found / "report.html").stat().st_size > 10_000
+
+
 def test_killed_and_resumed_on_the_same_mesh_it_is_bitwise_the_same(base, undisturbed, killed):
     copied(base, "killed", "resumed")
     done(base, 2, "--resume", "--until", "qat", name="resumed")

@@ -68,6 +68,9 @@ class Inputs:
             rules or frozen roles that leave nothing to do.
         """
         check_settings(self.config, self.model_config)
+        if self.config.qat.teacher_top and hosts.several():
+            raise BadInput("qat.teacher_top is made and read by one process: set it to 0 for "
+                           "several")
         config, text = self.config, self.text
         lengths = _lengths(config)
         del lengths["evaluate"]
@@ -200,6 +203,9 @@ def check_settings(config: RunConfig, shape: ModelConfig) -> None:
     section, params = config.init, abstract_params(shape)
     student = jax.eval_shape(lambda p: convert(p, section.rules()), params)
     check_rules(weights_of(student))
+    if config.task == "qat" and config.qat.teacher_top > shape.vocab_size:
+        raise BadInput(f"qat.teacher_top is {config.qat.teacher_top} of a vocabulary of "
+                       f"{shape.vocab_size}: keep fewer tokens, 64 or so")
     if section.budget:
         specs = match_rules(params, section.block_rules())
         check_budget(section.budget, specs, {p: x.shape for p, x in leaves(params)})

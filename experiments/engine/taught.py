@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rabit_jax import BadInput, hosts
+from rabit_jax import BadInput
 from rabit_jax.experiments.engine.inputs import Inputs
 from rabit_jax.experiments.engine.pieces import Pieces
 from rabit_jax.experiments.engine.records import Record
@@ -41,12 +41,7 @@ def step_name(step: int) -> str:
 
 def teacher_logits(run: Inputs, continues: bool) -> Record:
     """Run the teacher over the batches of all steps of QAT and keep what `likeliest` gives."""
-    section, vocabulary = run.config.qat, run.model_config.vocab_size
-    if section.teacher_top > vocabulary:
-        raise BadInput(f"qat.teacher_top is {section.teacher_top} of a vocabulary of {vocabulary}: "
-                       "keep fewer tokens, 64 or so")
-    if hosts.several():
-        raise BadInput("qat.teacher_top is made and read by one process: set it to 0 for several")
+    section = run.config.qat
     pieces, batches = pieces_of(run), run.text.batches(section, run.config.seed)
     todo = [step for step in range(section.steps) if not pieces.has(step_name(step))]
     _announce(run, len(todo))
@@ -63,7 +58,7 @@ def teacher_logits(run: Inputs, continues: bool) -> Record:
           progress(NAME, section.steps, start=begin) as bar):
         for count, step in enumerate(todo, begin + 1):
             found = jax.device_get(kept(run.teacher, batches(step)))
-            found["ids"] = found["ids"].astype(_id_dtype(vocabulary))
+            found["ids"] = found["ids"].astype(_id_dtype(run.model_config.vocab_size))
             pieces.write_arrays(step_name(step), found)
             bar.update(count)
             if run.stopped:

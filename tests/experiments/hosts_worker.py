@@ -3,6 +3,7 @@
 FATE is one of
   lives
   dies:STAGE:STEP   killed where it logs that step, which every process does at the same place
+  breaks:STAGE:STEP ended by an error of the program there
   sees:PIECE        this process alone finds that piece damaged, the first time
 """
 
@@ -15,17 +16,27 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from rabit_jax.experiments.engine.metrics import Metrics
 from rabit_jax.experiments.engine.pieces import DamagedPiece, Pieces
 
 
-def die(stage: str, step: str) -> None:
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def broken() -> None:
+    raise ZeroDivisionError("a bug")
+
+
+def until_line(end: Callable[[], None], stage: str, step: str) -> None:
     log = Metrics.log
 
     def until(self, line):
         if line["step"] == int(step) and line["stage"] == stage:
-            os.kill(os.getpid(), signal.SIGKILL)
+            end()
         log(self, line)
 
     Metrics.log = until
@@ -45,7 +56,8 @@ def see(piece: str) -> None:
 
 def main() -> int:
     fate, *details = sys.argv[1].split(":")
-    {"lives": lambda: None, "dies": die, "sees": see}[fate](*details)
+    {"lives": lambda: None, "dies": partial(until_line, killed), "sees": see,
+     "breaks": partial(until_line, broken)}[fate](*details)
     command = importlib.import_module(f"rabit_jax.experiments.{sys.argv[2]}")
     return command.main(sys.argv[3:])
 

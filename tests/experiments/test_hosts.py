@@ -194,6 +194,19 @@ def test_two_processes_go_on_with_what_one_began(base, undisturbed):
         assert found[later] == pytest.approx(before[later], rel=1e-5)
 
 
+def test_a_bug_in_one_process_ends_the_others_at_once(base):
+    folder = copied(base, "tiny", "broken")
+    codes, errors = started(base, 2, "--until", "qat", fate="breaks:qat:3", name="broken")
+    assert codes == [75, 1] and "ZeroDivisionError: a bug" in errors[1]
+    assert "another process of this run has ended" in errors[0] and resumed_at(folder) == 2
+
+
+def test_what_one_process_alone_can_is_refused_before_anything_is_written(base):
+    codes, errors = started(base, 2, "qat.teacher_top=4", "qat.gamma=0", name="top")
+    assert codes == [2, 2] and "made and read by one process" in errors[0]
+    assert not (base / "runs" / "top").exists()
+
+
 def test_a_process_that_is_missing_ends_the_others(base):
     codes, errors = started(base, 2, "hosts.start_timeout=20", "data.vocab_size=3", name="bad")
     assert codes == [2, 2] and "vocab_size" in errors[0]

@@ -87,6 +87,12 @@ def test_hidden_states_of_a_teacher_that_is_not_run_are_refused(place, run, caps
     assert "set gamma to 0" in capsys.readouterr().err
 
 
+def test_more_tokens_than_there_are_are_refused_before_anything_is_written(place, run, capsys):
+    assert run(place, "qat.gamma=0", "qat.teacher_top=10000", "name=many") == 2
+    assert "qat.teacher_top is 10000 of a vocabulary of 300" in capsys.readouterr().err
+    assert not (place / "runs" / "many").exists()
+
+
 @pytest.mark.parametrize("steps", ["5", "0:3", "4:2", "a:b"])
 def test_steps_that_cannot_be_traced_are_refused(place, run, steps, capsys):
     assert run(place, "--profile", steps) == 2

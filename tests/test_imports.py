@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What a folder, or a file beside the folders, may import besides itself. "experiments" is above
 # all others, and `rabit_jax/public.py` gathers the public names of the library.
-BASE = {"errors", "types", "atomic", "hosts", "json_text", "locks", "workspaces", "progress", "tree"}
+BASE = {"errors", "types", "atomic", "hosts", "json_text", "locks", "workspaces", "progress",
+        "tree"}
 WEIGHTS = BASE | {"signs", "kernels", "weights"}
 DATA = WEIGHTS | {"calibration", "models", "formats", "data"}
 MAY = {

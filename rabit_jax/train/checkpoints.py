@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -124,8 +126,10 @@ class Checkpoints:
 
         Raises:
           BadInput: the folder already holds that step or a later one, of another run.
+          OSError: the disk is full.
         """
         tree = {"state": state, "checksum": checksum(state)}
+        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         there = hosts.first_does(lambda: os.path.lexists(self.folder / str(step)))
         if there and step not in self.manager.all_steps():
             self._set_aside(step)
@@ -137,6 +141,14 @@ class Checkpoints:
                 f"{self.folder} holds checkpoints up to step {self.manager.latest_step()}, so step "
                 f"{step} cannot be saved there: resume them or choose an empty folder"
             )
+
+    def _check_room(self, size: int) -> None:
+        """Raise the error of a full disk in all processes where one of them has no room for a state
+        of so many bytes: once they write, they would wait for each other in Orbax for minutes."""
+        if not hosts.several():
+            return
+        if not hosts.all_agree(shutil.disk_usage(self.folder).free >= size):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, verified, restored anywhere."""
 
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rabit_jax import BadInput, ResidualSign
+from rabit_jax import BadInput, ResidualSign, hosts
 from rabit_jax.train.checkpoints import Checkpoints, abstract, all_finite, checksum
 
 
@@ -48,6 +49,23 @@ def test_round_trip_keeps_nodes_dtypes_and_bits(tmp_path):
         step, found = kept.restore_last(abstract(tree()))
     assert step == 5 and same(found, tree())
     assert isinstance(found["node"], ResidualSign) and found["node"].latent.dtype == jnp.bfloat16
+
+
+def test_several_processes_do_not_begin_to_write_on_a_disk_without_room(tmp_path, monkeypatch):
+    """Their part of the whole is tested by `make test-hosts`; here the others agree."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree()))
+    assert size == 2 * 8 * 16 * 2 + (2 * 2 * 16 + 2 * 2 * 8) * 4 + 4 + 64 * 64 * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
+    with Checkpoints(tmp_path) as kept:
+        kept.save(1, tree())  # one process finds out by itself
+        kept.wait()
+        monkeypatch.setattr(hosts, "several", lambda: True)
+        monkeypatch.setattr(hosts, "all_agree", bool)
+        kept._check_room(size - 1)
+        with pytest.raises(OSError, match="No space left") as error:
+            kept.save(2, tree())
+        assert error.value.filename == str(tmp_path)
+        monkeypatch.undo()
 
 
 def test_only_the_last_are_kept_and_none_is_none(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from tests.chaos.__main__ import main
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_killed_and_torn_runs_end_as_undisturbed_ones(tmp_path, capfd):
     arguments = ["--kills", "6", "--seed", "1", "--only", "training", "--only", "blockwise"]
     assert main([*arguments, "--folder", str(tmp_path / "place")]) == 0, capfd.readouterr().err

@@ -36,7 +36,7 @@ def check_regular(path: Path) -> None:
     """Raise OSError where a path leads to something that is no file, such as a pipe, on which a
     reader waits for ever, or a device, which never ends."""
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no file")
+        raise OSError("it is no file")
 
 
 def first_line(error: BaseException) -> str:

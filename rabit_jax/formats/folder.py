@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from rabit_jax.atomic import replacing, write_tensors, write_text
-from rabit_jax.errors import BadInput, first_line
+from rabit_jax.errors import BadInput, check_regular, first_line
 from rabit_jax.formats.gguf import find_gguf, gguf_folder
 from rabit_jax.formats.hub import ID, fetch
 from rabit_jax.formats.tokenizer import save_tokenizer
@@ -83,8 +83,7 @@ def read_json(file: Path) -> Json:
         something else than an object or a number that is not finite.
     """
     try:
-        if file.exists() and not file.is_file():
-            raise ValueError("it is no file")
+        check_regular(file)
         if file.exists() and file.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has more than {LARGEST_JSON} bytes")
         content = parse(file.read_text(encoding="utf-8"), finite=True)
